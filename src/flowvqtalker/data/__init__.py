@@ -1,0 +1,1 @@
+"""Clips and pictures on disk, the shards that training reads, and the splits."""
