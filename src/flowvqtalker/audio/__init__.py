@@ -1,0 +1,1 @@
+"""Speech: decoding and the features that the flows listen to."""

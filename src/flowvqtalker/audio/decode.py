@@ -1,0 +1,213 @@
+"""Any file with sound in it -> 16 kHz mono float32, in one piece or block by block in constant memory (PyAV)."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from flowvqtalker.errors import MissingDependency, UserError
+
+__all__ = [
+    "SAMPLE_RATE",
+    "SILENCE_DBFS",
+    "Speech",
+    "audio_frames",
+    "load",
+    "resampled",
+    "scan",
+    "stream",
+    "video_frames",
+]
+
+logger = logging.getLogger(__name__)
+
+#: Samples per second of everything behind this module.
+SAMPLE_RATE = 16_000
+
+#: A file whose loudest sample stays below this level is refused as silent (a quiet microphone's hiss lies higher).
+SILENCE_DBFS = -60.0
+
+_SAMPLES_PER_FRAME = SAMPLE_RATE // 25
+_ALLOWED = "give a file such as WAV, MP3, FLAC, OGG, or a video with sound"
+
+
+@dataclass(frozen=True)
+class Speech:
+    """What one pass over a speech file finds.
+
+    Attributes:
+        path: the file.
+        samples: length at 16 kHz.
+        peak: largest absolute sample, 1.0 = full scale.
+    """
+
+    path: Path
+    samples: int
+    peak: float
+
+    @property
+    def seconds(self) -> float:
+        """Length in seconds."""
+        return self.samples / SAMPLE_RATE
+
+    @property
+    def frames(self) -> int:
+        """Number of video frames that belong to this speech, see :func:`video_frames`."""
+        return video_frames(self.samples)
+
+
+def video_frames(samples: int) -> int:
+    """Number of 25-fps frames of a recording of ``samples`` at 16 kHz: ceil(samples / 640)."""
+    return -(-samples // _SAMPLES_PER_FRAME)
+
+
+def audio_frames(path: str | Path) -> Iterator[Any]:
+    """Decode the first audio track of a file, in its own format and rate.
+
+    Damaged packets are skipped with one warning.
+
+    Yields:
+        ``av.AudioFrame``, in order. Their timestamps are the file's and may start anywhere; count samples instead.
+
+    Raises:
+        UserError: if the file does not exist, cannot be read, or has no audio track.
+    """
+    try:
+        import av
+    except ImportError as error:
+        raise MissingDependency("PyAV is not installed; run `pip install 'av>=13'`") from error
+
+    path = Path(path)
+    if not path.is_file():
+        problem = "is a folder or a pipe" if path.exists() else "does not exist"
+        raise UserError(f"speech file {path} {problem}; give an audio or video file, for instance speech.wav")
+    damaged = False
+    try:
+        container = av.open(str(path), metadata_errors="ignore")
+    except (av.FFmpegError, OSError) as error:
+        raise UserError(f"{path} cannot be read as audio ({_reason(error)}); {_ALLOWED}") from error
+    with container:
+        if not container.streams.audio:
+            raise UserError(f"{path} has no audio track; {_ALLOWED}")
+        track = container.streams.audio[0]
+        packets = container.demux(track)
+        while True:
+            try:
+                packet = next(packets)
+                decoded = packet.decode()
+            except StopIteration:
+                break
+            except (av.InvalidDataError, av.ValueError) as error:
+                if not damaged:
+                    logger.warning("%s: damaged audio was skipped (%s)", path, _reason(error))
+                damaged = True
+                continue
+            except (av.FFmpegError, OSError) as error:
+                raise UserError(f"{path} cannot be decoded as audio ({_reason(error)}); {_ALLOWED}") from error
+            yield from decoded
+
+
+def resampled(
+    path: str | Path, rate: int = SAMPLE_RATE, layout: str = "mono", sample_format: str = "fltp"
+) -> Iterator[Any]:
+    """Decode a file and convert it, a few milliseconds at a time.
+
+    Yields:
+        ``av.AudioFrame`` in the format asked for, with ``pts`` counted in samples from 0.
+    """
+    import av
+
+    resampler: Any = None
+    source: Any = None
+    position = 0
+
+    def counted(frames: list[Any]) -> Iterator[Any]:
+        nonlocal position
+        for frame in frames:
+            frame.pts, frame.time_base = position, Fraction(1, rate)
+            position += frame.samples
+            yield frame
+
+    for frame in audio_frames(path):
+        frame.pts = None
+        described = (frame.format.name, frame.layout.name, frame.sample_rate)
+        if described != source:  # at the start, or where a file changes its format half-way
+            if resampler is not None:
+                yield from counted(resampler.resample(None))
+            source = described
+            resampler = av.AudioResampler(format=sample_format, layout=layout, rate=rate)
+        yield from counted(resampler.resample(frame))
+    if resampler is not None:
+        yield from counted(resampler.resample(None))
+
+
+def stream(path: str | Path, seconds: float = 1.0) -> Iterator[npt.NDArray[np.float32]]:
+    """Decode a file to 16 kHz mono in blocks.
+
+    Arguments:
+        path: any file that FFmpeg reads.
+        seconds: length of a block; only the last one is shorter.
+
+    Yields:
+        (n,) float32; samples that are not numbers come out as 0.
+    """
+    size = max(1, round(seconds * SAMPLE_RATE))
+    waiting: list[npt.NDArray[np.float32]] = []
+    held = 0
+    for frame in resampled(path):
+        piece = np.nan_to_num(frame.to_ndarray()[0], nan=0.0, posinf=1.0, neginf=-1.0).astype(np.float32, copy=False)
+        waiting.append(piece)
+        held += len(piece)
+        if held >= size:
+            block = np.concatenate(waiting)
+            full = held - held % size
+            for start in range(0, full, size):
+                yield block[start : start + size]
+            waiting, held = [block[full:].copy()], held - full
+    if held:
+        yield np.concatenate(waiting)
+
+
+def scan(path: str | Path) -> Speech:
+    """Measure a speech file in one pass, in constant memory.
+
+    Raises:
+        UserError: if there is no audio, it is empty, or the whole of it is silent (peak below :data:`SILENCE_DBFS`).
+    """
+    samples, peak = 0, 0.0
+    for block in stream(path, seconds=10.0):
+        samples += len(block)
+        peak = max(peak, float(np.abs(block).max()))
+    if samples == 0:
+        raise UserError(f"{path} holds no sound (0 seconds); give a recording of speech")
+    if peak < 10 ** (SILENCE_DBFS / 20):
+        level = f"peak {20 * math.log10(peak):.0f} dBFS" if peak > 0 else "digital silence"
+        needed = f"{SILENCE_DBFS:.0f} dBFS"
+        raise UserError(
+            f"{path} is silent from end to end ({level}, at least {needed} needed); give a recording of speech"
+        )
+    return Speech(Path(path), samples, peak)
+
+
+def load(path: str | Path) -> npt.NDArray[np.float32]:
+    """Decode a whole file to 16 kHz mono, (n,) float32. Use :func:`stream` for long recordings.
+
+    Raises:
+        UserError: if there is no audio, it is empty, or silent.
+    """
+    scan(path)
+    return np.concatenate(list(stream(path, seconds=10.0)))
+
+
+def _reason(error: Exception) -> str:
+    """The short text of an FFmpeg error, without the number and the file name."""
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return str(text).splitlines()[0]
