@@ -116,12 +116,18 @@ def audio_frames(path: str | Path) -> Iterator[Any]:
 
 
 def resampled(
-    path: str | Path, rate: int = SAMPLE_RATE, layout: str = "mono", sample_format: str = "fltp"
+    path: str | Path, rate: int = SAMPLE_RATE, layout: str = "mono", samples: int | None = None
 ) -> Iterator[Any]:
-    """Decode a file and convert it, a few milliseconds at a time.
+    """Decode a file and convert it to planar float, a few milliseconds at a time.
+
+    Arguments:
+        path: any file that FFmpeg reads.
+        rate: samples per second.
+        layout: ``mono`` or ``stereo``.
+        samples: length of each frame that comes out; None leaves it to the decoder.
 
     Yields:
-        ``av.AudioFrame`` in the format asked for, with ``pts`` counted in samples from 0.
+        ``av.AudioFrame`` with ``pts`` counted in samples from 0.
     """
     import av
 
@@ -143,7 +149,7 @@ def resampled(
             if resampler is not None:
                 yield from counted(resampler.resample(None))
             source = described
-            resampler = av.AudioResampler(format=sample_format, layout=layout, rate=rate)
+            resampler = av.AudioResampler(format="fltp", layout=layout, rate=rate, frame_size=samples)
         yield from counted(resampler.resample(frame))
     if resampler is not None:
         yield from counted(resampler.resample(None))
