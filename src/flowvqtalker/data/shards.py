@@ -1,0 +1,370 @@
+"""Shards: clips and pictures, decoded and tracked once, in files that training reads with numpy and OpenCV alone.
+
+A shard is a folder. Everything in it is optional except ``index.npz``, so a stage copies what it needs:
+
+========================  =====================================================================================
+``index.npz``             per clip (a picture is a clip of one frame): see :class:`Shard`
+``expression.npy``        (N, 64) float32, β of all clips' frames one after the other
+``pose.npy``              (N, 6) float32, ρ
+``blendshapes.npy``       (N, 52) float16, as the tracker gave them; NaN where no face was found
+``landmarks.npy``         (N, 478, 3) int16, crop pixels: (value - 256) * 32; the lowest number where none was found
+``residual.npy``          (N,) float16, reprojection error of the fit in eye distances; NaN where interpolated
+``audio.npy``             (N * 640,) int16, 16 kHz mono, sample 640 t belongs to the start of frame t
+``images.npz``            per stored picture: row, offset and size in ``images.bin``
+``images.bin``            JPEGs of 512x512 crops, back to back
+========================  =====================================================================================
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, cast
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+
+from flowvqtalker.errors import UserError
+
+__all__ = ["FPS", "SAMPLES", "Clip", "Shard", "ShardWriter"]
+
+FPS = 25
+#: Samples of 16 kHz audio that belong to one frame.
+SAMPLES = 640
+SIZE = 512
+_VERSION = 1
+_LANDMARK_SCALE = 32.0
+_LANDMARK_CENTRE = 256.0
+_NO_LANDMARK = -32768
+
+Floats = npt.NDArray[np.float32]
+
+# Per-frame columns: file, type, shape of a row.
+_COLUMNS: dict[str, tuple[str, tuple[int, ...]]] = {
+    "expression": ("<f4", (64,)),
+    "pose": ("<f4", (6,)),
+    "blendshapes": ("<f2", (52,)),
+    "landmarks": ("<i2", (478, 3)),
+    "residual": ("<f2", ()),
+    "audio": ("<i2", ()),
+}
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One clip (T frames at 25 fps) or picture (T = 1) on its way into a shard.
+
+    Attributes:
+        name, source, identity, split: text; the split is ``train`` or ``val``.
+        emotion: number in :data:`flowvqtalker.EMOTIONS`, or -1 where it is not known.
+        speech: whether the sound is the speech of this face.
+        picture: whether it is a single picture.
+        identity_shape: (80,) α.
+        expression, pose, blendshapes, landmarks, residual: (T, ...) see the module; landmarks in crop pixels.
+        audio: (T * 640,) int16 or None.
+        crop: (2, 3) input pixels -> crop pixels.
+        valid: (4, 2) corners of the input in the crop.
+        native: side of the crop in pixels of the input: what the 512 pixels of the crop were made from.
+        lag: frames that the lips come after the sound (already corrected if ``shifted``), NaN where unknown.
+        correlation: of lip opening and loudness at that lag, NaN where unknown.
+        shifted: frames that the audio was moved.
+        images: (frame, JPEG) pairs.
+    """
+
+    name: str
+    source: str
+    identity: str
+    split: str
+    emotion: int
+    speech: bool
+    picture: bool
+    identity_shape: Floats
+    expression: Floats
+    pose: Floats
+    blendshapes: npt.NDArray[np.floating[Any]]
+    landmarks: Floats
+    residual: Floats
+    audio: npt.NDArray[np.int16] | None
+    crop: npt.NDArray[np.float64]
+    valid: Floats
+    native: float
+    lag: float = float("nan")
+    correlation: float = float("nan")
+    shifted: int = 0
+    images: Sequence[tuple[int, bytes]] = field(default_factory=tuple)
+
+
+class _Column:
+    """A .npy file that grows; its header has a fixed size and is written again at the end."""
+
+    _HEADER = 128
+
+    def __init__(self, path: Path, kind: str, row: tuple[int, ...]) -> None:
+        self.kind, self.row, self.count = np.dtype(kind), row, 0
+        self.file: BinaryIO = open(path, "wb")  # noqa: SIM115
+        self._head()
+
+    def _head(self) -> None:
+        text = f"{{'descr': '{self.kind.str}', 'fortran_order': False, 'shape': {(self.count, *self.row)}, }}"
+        body = text.encode().ljust(self._HEADER - 11) + b"\n"
+        self.file.seek(0)
+        self.file.write(b"\x93NUMPY\x01\x00" + len(body).to_bytes(2, "little") + body)
+
+    def append(self, values: npt.NDArray[Any]) -> None:
+        if values.shape[1:] != self.row:
+            raise ValueError(f"rows of shape {self.row} are needed, got {values.shape[1:]}")
+        self.file.write(np.ascontiguousarray(values, dtype=self.kind).tobytes())
+        self.count += len(values)
+
+    def close(self) -> None:
+        self._head()
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+
+
+class ShardWriter:
+    """Write a shard clip by clip. The folder appears under its name only when it is complete.
+
+    Arguments:
+        path: the shard's folder; an existing shard there is replaced at the end.
+        about: numbers and text kept in the index (the settings it was made with).
+    """
+
+    def __init__(self, path: str | Path, about: str = "") -> None:
+        self.path = Path(path)
+        self.about = about
+        self._beside = self.path.with_name(self.path.name + ".writing")
+        shutil.rmtree(self._beside, ignore_errors=True)
+        self._beside.mkdir(parents=True)
+        self._columns = {name: _Column(self._beside / f"{name}.npy", *spec) for name, spec in _COLUMNS.items()}
+        self._images: BinaryIO = open(self._beside / "images.bin", "wb")  # noqa: SIM115
+        self._rows: list[dict[str, Any]] = []
+        self._image_rows: list[tuple[int, int, int, int]] = []
+        self._count = 0
+
+    def add(self, clip: Clip) -> None:
+        """Append a clip.
+
+        Raises:
+            ValueError: if its arrays do not fit together or its coefficients are not finite.
+        """
+        length = len(clip.expression)
+        per_frame = {name: np.asarray(getattr(clip, name)) for name in _COLUMNS if name != "audio"}
+        for name, values in per_frame.items():
+            if len(values) != length:
+                raise ValueError(f"{clip.name}: {length} frames of expression but {len(values)} of {name}")
+        for name in ("expression", "pose", "identity_shape"):
+            if not np.isfinite(getattr(clip, name)).all():
+                raise ValueError(f"{clip.name}: {name} is not finite")
+        audio = np.zeros(length * SAMPLES, np.int16) if clip.audio is None else clip.audio
+        if audio.shape != (length * SAMPLES,):
+            raise ValueError(f"{clip.name}: {length * SAMPLES} samples are needed, got {audio.shape}")
+        landmarks = (per_frame["landmarks"] - _LANDMARK_CENTRE) * _LANDMARK_SCALE
+        with np.errstate(invalid="ignore"):
+            whole = np.clip(np.round(landmarks), _NO_LANDMARK + 1, 32767)
+        per_frame["landmarks"] = np.where(np.isfinite(landmarks), whole, _NO_LANDMARK)
+        for name, values in per_frame.items():
+            self._columns[name].append(values)
+        self._columns["audio"].append(audio)
+        for frame, jpeg in clip.images:
+            if not 0 <= frame < length:
+                raise ValueError(f"{clip.name}: picture of frame {frame} of {length}")
+            self._image_rows.append((len(self._rows), self._count + frame, self._images.tell(), len(jpeg)))
+            self._images.write(jpeg)
+        row = {name: getattr(clip, name) for name in _CLIP_FIELDS}
+        self._rows.append({**row, "start": self._count, "length": length, "sound": clip.audio is not None})
+        self._count += length
+
+    def close(self) -> None:
+        """Finish the files and give the folder its name."""
+        for column in self._columns.values():
+            column.close()
+        self._images.flush()
+        os.fsync(self._images.fileno())
+        self._images.close()
+        fields = (*_CLIP_FIELDS, "start", "length", "sound")
+        index = {name: np.array([row[name] for row in self._rows]) for name in fields}
+        np.savez(self._beside / "index.npz", version=_VERSION, about=self.about, **cast(Any, index))
+        table = np.array(self._image_rows, np.int64).reshape(-1, 4)
+        np.savez(
+            self._beside / "images.npz",
+            **cast(Any, dict(zip(("clip", "row", "offset", "size"), table.T, strict=True))),
+        )
+        old = self.path.with_name(self.path.name + ".old")
+        shutil.rmtree(old, ignore_errors=True)
+        if self.path.exists():
+            self.path.rename(old)
+        self._beside.rename(self.path)
+        shutil.rmtree(old, ignore_errors=True)
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            for column in self._columns.values():
+                column.file.close()
+            self._images.close()
+            shutil.rmtree(self._beside, ignore_errors=True)
+
+
+_CLIP_FIELDS = (
+    *("name", "source", "identity", "split", "emotion", "speech", "picture", "identity_shape"),
+    *("crop", "valid", "native", "lag", "correlation", "shifted"),
+)
+
+
+class Shard:
+    """Read a shard. Per-frame arrays are memory maps, opened when first used; safe in threads and worker processes.
+
+    Attributes:
+        name, source, identity, split: (C,) text of the clips.
+        emotion: (C,) int, -1 where unknown.
+        speech, sound, picture: (C,) bool; ``sound``: has an audio track, ``speech``: it is the speech of this face.
+        identity_shape: (C, 80) α.
+        crop: (C, 2, 3); valid: (C, 4, 2); native, lag, correlation: (C,); shifted: (C,) int. See :class:`Clip`.
+        start, length: (C,) int, rows of each clip in the per-frame arrays.
+        expression, pose, blendshapes, residual: per-frame arrays, see the module.
+        image_clip, image_row: (M,) int, clip and row of each stored picture.
+
+    Raises:
+        UserError: if the folder holds no shard of this version.
+    """
+
+    name: npt.NDArray[np.str_]
+    source: npt.NDArray[np.str_]
+    identity: npt.NDArray[np.str_]
+    split: npt.NDArray[np.str_]
+    emotion: npt.NDArray[np.int64]
+    speech: npt.NDArray[np.bool_]
+    sound: npt.NDArray[np.bool_]
+    picture: npt.NDArray[np.bool_]
+    identity_shape: Floats
+    crop: npt.NDArray[np.float64]
+    valid: Floats
+    native: npt.NDArray[np.float64]
+    lag: npt.NDArray[np.float64]
+    correlation: npt.NDArray[np.float64]
+    shifted: npt.NDArray[np.int64]
+    start: npt.NDArray[np.int64]
+    length: npt.NDArray[np.int64]
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        file = self.path / "index.npz"
+        if not file.is_file():
+            raise UserError(
+                f"no shard at {path} (index.npz is missing); make one with `python -m flowvqtalker.data.prepare`"
+            )
+        with np.load(file) as index:
+            if int(index["version"]) != _VERSION:
+                raise UserError(f"shard {path} has version {index['version']}, {_VERSION} is needed; prepare it again")
+            self.about = str(index["about"])
+            for key in (*_CLIP_FIELDS, "start", "length", "sound"):
+                setattr(self, key, index[key])
+        self._maps: dict[str, npt.NDArray[Any]] = {}
+        self.image_clip = self.image_row = self._offset = self._size = np.zeros(0, np.int64)
+        if (self.path / "images.npz").is_file():
+            with np.load(self.path / "images.npz") as images:
+                self.image_clip, self.image_row = images["clip"], images["row"]
+                self._offset, self._size = images["offset"], images["size"]
+
+    def __len__(self) -> int:
+        return len(self.start)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_maps": {}}  # memory maps would be copied into every worker
+
+    def _map(self, name: str) -> npt.NDArray[Any]:
+        if name not in self._maps:
+            file = self.path / name
+            if not file.is_file():
+                raise UserError(f"shard {self.path} has no {name}; copy it there or prepare the shard again")
+            self._maps[name] = np.load(file, mmap_mode="r") if name.endswith(".npy") else np.memmap(file, np.uint8, "r")
+        return self._maps[name]
+
+    @property
+    def expression(self) -> Floats:
+        """(N, 64)."""
+        return self._map("expression.npy")
+
+    @property
+    def pose(self) -> Floats:
+        """(N, 6)."""
+        return self._map("pose.npy")
+
+    @property
+    def blendshapes(self) -> npt.NDArray[np.float16]:
+        """(N, 52)."""
+        return self._map("blendshapes.npy")
+
+    @property
+    def residual(self) -> npt.NDArray[np.float16]:
+        """(N,)."""
+        return self._map("residual.npy")
+
+    def rows(self, clip: int) -> slice:
+        """Rows of a clip in the per-frame arrays."""
+        return slice(int(self.start[clip]), int(self.start[clip] + self.length[clip]))
+
+    def landmarks(self, rows: int | slice | npt.NDArray[np.integer[Any]]) -> Floats:
+        """Landmarks (..., 478, 3) of some rows in crop pixels, z too; NaN where no face was found."""
+        stored = np.asarray(self._map("landmarks.npy")[rows])
+        points = stored.astype(np.float32) / _LANDMARK_SCALE + np.float32(_LANDMARK_CENTRE)
+        points[stored == _NO_LANDMARK] = np.nan
+        return points
+
+    def wave(self, clip: int) -> Floats:
+        """Speech (T * 640,) float32 in [-1, 1) of a clip."""
+        start = int(self.start[clip]) * SAMPLES
+        stored = self._map("audio.npy")[start : start + int(self.length[clip]) * SAMPLES]
+        return cast(Floats, stored.astype(np.float32) / np.float32(32768))
+
+    def select(
+        self,
+        split: str | None = None,
+        *,
+        speech: bool | None = None,
+        picture: bool | None = None,
+        min_length: int = 1,
+    ) -> npt.NDArray[np.int64]:
+        """Numbers of the clips that meet every condition given."""
+        keep = self.length >= min_length
+        if split is not None:
+            keep &= self.split == split
+        if speech is not None:
+            keep &= self.speech == speech
+        if picture is not None:
+            keep &= self.picture == picture
+        return np.flatnonzero(keep)
+
+    def images_of(self, clips: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.int64]:
+        """Numbers of the pictures stored of some clips."""
+        return np.flatnonzero(np.isin(self.image_clip, clips))
+
+    def image(self, number: int, size: int = SIZE) -> npt.NDArray[np.uint8]:
+        """Picture (size, size, 3) uint8 RGB with a number in [0, M); smaller sizes are averaged."""
+        start = int(self._offset[number])
+        picture = cv2.imdecode(self._map("images.bin")[start : start + int(self._size[number])], cv2.IMREAD_COLOR)
+        if picture is None:
+            raise UserError(f"shard {self.path}: picture {number} is damaged; prepare the shard again")
+        if size != SIZE:
+            picture = cv2.resize(picture, (size, size), interpolation=cv2.INTER_AREA)
+        return cast("npt.NDArray[np.uint8]", np.ascontiguousarray(picture[..., ::-1]))
+
+    def valid_mask(self, clip: int, size: int = SIZE) -> npt.NDArray[np.bool_]:
+        """(size, size) bool: which pixels of a clip's crop lie inside its input; the others were made up."""
+        corners = np.round(self.valid[clip].astype(np.float64) * (size / SIZE) * 16).astype(np.int32)
+        mask = np.zeros((size, size), np.uint8)
+        cv2.fillConvexPoly(mask, corners, 1, shift=4)
+        return mask.astype(bool)

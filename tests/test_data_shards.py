@@ -1,0 +1,133 @@
+"""Shards, splits and orders of data."""
+
+from __future__ import annotations
+
+import pickle
+from collections import Counter
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from flowvqtalker.data.order import item_generator, shuffled
+from flowvqtalker.data.shards import SAMPLES, Clip, Shard, ShardWriter
+from flowvqtalker.data.splits import mead_split, split_of
+from flowvqtalker.errors import UserError
+
+
+def make_clip(name: str, length: int, seed: int, picture: bool = False, images: tuple[int, ...] = ()) -> Clip:
+    rng = np.random.default_rng(seed)
+    landmarks = rng.uniform(-100, 600, (length, 478, 3)).astype(np.float32)
+    if length > 2:
+        landmarks[1] = np.nan
+    smooth = cv2.resize(rng.integers(0, 255, (8, 8, 3), dtype=np.uint8), (512, 512))
+    jpeg = cv2.imencode(".jpg", smooth, [cv2.IMWRITE_JPEG_QUALITY, 95])[1].tobytes()
+    return Clip(
+        name=name,
+        source="test",
+        identity=f"person {seed}",
+        split=split_of(f"person {seed}"),
+        emotion=seed - 1,
+        speech=not picture,
+        picture=picture,
+        identity_shape=rng.normal(size=80).astype(np.float32),
+        expression=rng.normal(size=(length, 64)).astype(np.float32),
+        pose=rng.normal(size=(length, 6)).astype(np.float32),
+        blendshapes=rng.uniform(size=(length, 52)).astype(np.float32),
+        landmarks=landmarks,
+        residual=rng.uniform(size=length).astype(np.float32),
+        audio=None if picture else rng.integers(-9999, 9999, length * SAMPLES).astype(np.int16),
+        crop=np.array([[1.0, 0, 5], [0, 1.0, 7]]),
+        valid=np.array([[128, 0], [512, 0], [512, 512], [128, 512]], np.float32),
+        native=300.0 + seed,
+        images=[(frame, jpeg) for frame in images],
+    )
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    clips = [make_clip("a", 5, 0, images=(0, 3)), make_clip("b", 1, 1, picture=True, images=(0,)), make_clip("c", 9, 2)]
+    with ShardWriter(tmp_path / "shard", about="made by a test") as writer:
+        for clip in clips:
+            writer.add(clip)
+        assert not (tmp_path / "shard").exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["shard"]
+    shard = pickle.loads(pickle.dumps(Shard(tmp_path / "shard")))
+    assert len(shard) == 3
+    assert shard.about == "made by a test"
+    assert list(shard.name) == ["a", "b", "c"]
+    for number, clip in enumerate(clips):
+        rows = shard.rows(number)
+        np.testing.assert_array_equal(shard.expression[rows], clip.expression)
+        np.testing.assert_array_equal(shard.pose[rows], clip.pose)
+        np.testing.assert_allclose(shard.blendshapes[rows], clip.blendshapes, atol=1e-3)
+        np.testing.assert_allclose(shard.landmarks(rows), clip.landmarks, atol=1 / 64 + 1e-4)
+        np.testing.assert_array_equal(shard.identity_shape[number], clip.identity_shape)
+        expected = np.zeros(len(clip.pose) * SAMPLES) if clip.audio is None else clip.audio / 32768
+        np.testing.assert_array_equal(shard.wave(number), expected.astype(np.float32))
+        assert shard.native[number] == clip.native
+    assert list(shard.image_clip) == [0, 0, 1]
+    assert list(shard.image_row) == [0, 3, 5]
+    decoded = cv2.imdecode(np.frombuffer(clips[1].images[0][1], np.uint8), cv2.IMREAD_COLOR)[..., ::-1]
+    np.testing.assert_array_equal(shard.image(2), decoded)
+    assert shard.image(2, 64).shape == (64, 64, 3)
+    assert list(shard.images_of(np.array([0]))) == [0, 1]
+    assert list(shard.select(picture=False, min_length=6)) == [2]
+    assert list(shard.select("val")) == [i for i in range(3) if split_of(f"person {i}") == "val"]
+
+
+def test_valid_mask(tmp_path: Path) -> None:
+    with ShardWriter(tmp_path / "s") as writer:
+        writer.add(make_clip("a", 3, 0))
+    mask = Shard(tmp_path / "s").valid_mask(0)
+    assert not mask[:, :127].any()
+    assert mask[:, 129:].all()
+    assert Shard(tmp_path / "s").valid_mask(0, 128).mean() == pytest.approx(0.75, abs=0.02)
+
+
+def test_a_failure_leaves_the_old_shard(tmp_path: Path) -> None:
+    with ShardWriter(tmp_path / "s") as writer:
+        writer.add(make_clip("old", 3, 0))
+    bad = make_clip("bad", 3, 1)
+    bad.expression[0, 0] = np.nan
+    with pytest.raises(ValueError, match="not finite"), ShardWriter(tmp_path / "s") as writer:
+        writer.add(bad)
+    assert list(Shard(tmp_path / "s").name) == ["old"]
+    assert [p.name for p in tmp_path.iterdir()] == ["s"]
+
+
+def test_missing_parts_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"index\.npz"):
+        Shard(tmp_path)
+    with ShardWriter(tmp_path / "s") as writer:
+        writer.add(make_clip("a", 3, 0))
+    (tmp_path / "s" / "landmarks.npy").unlink()
+    shard = Shard(tmp_path / "s")
+    assert shard.expression.shape == (3, 64)
+    with pytest.raises(UserError, match=r"landmarks\.npy"):
+        shard.landmarks(0)
+
+
+def test_splits_are_by_identity() -> None:
+    names = [f"person {i}" for i in range(2000)]
+    counts = Counter(map(split_of, names))
+    assert 130 < counts["val"] < 270
+    assert counts["val"] + counts["train"] == 2000
+    assert split_of("person 1") == split_of("person 1")
+    assert [mead_split(s) for s in ("M003", "M030", "W009", "W015", "M005")] == ["test"] * 4 + ["train"]
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 10, 1000, 1025])
+def test_every_epoch_is_a_permutation(n: int) -> None:
+    epochs = [[shuffled(i, n, seed=3) for i in range(e * n, (e + 1) * n)] for e in range(3)]
+    assert all(sorted(epoch) == list(range(n)) for epoch in epochs)
+    if n >= 10:
+        assert epochs[0] != epochs[1] != epochs[2]
+        assert epochs[0] != [shuffled(i, n, seed=4) for i in range(n)]
+        steps = np.abs(np.diff(epochs[0]))
+        assert n * 0.15 < steps.mean() < n * 0.5  # a random order steps by a third of the range on average
+
+
+def test_item_generators_are_independent() -> None:
+    assert item_generator(0, 5).random() == item_generator(0, 5).random()
+    assert len({item_generator(s, i).random() for s in range(3) for i in range(100)}) == 300
