@@ -1,0 +1,188 @@
+"""Stage ``codebook``: E_h, C and D_h by self-reconstruction with L1, perceptual and adversarial losses (paper eq. 13-17)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.fabric import Fabric
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from flowvqtalker.data.pictures import Augmentation, PictureDataset, find_pictures
+from flowvqtalker.render.codebook import CodebookConfig, VQAutoencoder
+from flowvqtalker.render.discriminator import PatchDiscriminator, adversarial_loss, discriminator_loss
+from flowvqtalker.render.perceptual import PerceptualLoss
+from flowvqtalker.train.config import LoopConfig, check
+from flowvqtalker.train.loop import Stage
+
+__all__ = ["CodebookStage", "Config", "build"]
+
+
+@dataclass(frozen=True)
+class Data:
+    """Where the pictures are."""
+
+    pictures: Path = Path("data/faces")
+    """Folder of face crops (512x512)."""
+    table: Path | None = None
+    """csv with the columns file and identity, for a split by person."""
+    augmentation: Augmentation = field(default_factory=lambda: Augmentation(crop=256, min_scale=0.5))
+    """Random views of the training pictures."""
+    validation: int = 48
+    """Held-out pictures that are measured."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Configuration of the codebook stage."""
+
+    data: Data = field(default_factory=Data)
+    model: CodebookConfig = field(default_factory=CodebookConfig.lite)
+    loop: LoopConfig = field(default_factory=lambda: LoopConfig(lr=2e-4, batch_size=8, ema=0.995))
+    perceptual: Literal["vgg19", "mobilenet", "none"] = "mobilenet"
+    """Network of the perceptual loss; vgg19 is the paper's."""
+    perceptual_weights: Path | None = None
+    """File of its ImageNet weights, if it is not found by itself."""
+    perceptual_weight: float = 1.0
+    """Weight of the perceptual loss."""
+    adversarial: Literal["hinge", "log"] = "hinge"
+    """hinge as in VQGAN's code, log as eq. 15 is written."""
+    adversarial_weight: float = 0.8
+    """lambda_adv."""
+    adaptive: bool = True
+    """Scale lambda_adv by the ratio of the gradients at the last layer, clamped to [0, 1] (CodeFormer); off: fixed (paper)."""
+    adversarial_start: int = 5000
+    """Step at which the discriminator and its loss set in."""
+    commitment_weight: float = 0.25
+    """lambda_feat of eq. 17."""
+    discriminator_width: int = 32
+    """Channels of the discriminator's first layer (64 in VQGAN)."""
+    discriminator_layers: int = 3
+    """Strided layers of the discriminator."""
+    revive_every: int = 25
+    """Steps between two looks for dead codes; the last fifth of the steps lets the codes settle."""
+
+    def __post_init__(self) -> None:
+        weights = ("perceptual_weight", "adversarial_weight", "commitment_weight", "adversarial_start")
+        check(
+            *((getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}") for name in weights),
+            (self.revive_every > 0, f"revive_every must be positive, got {self.revive_every}"),
+            (self.data.augmentation.crop % self.model.stride == 0, f"data.augmentation.crop must be divisible by {self.model.stride}"),
+        )
+
+
+class CodebookStage(Stage):
+    """Trains :class:`~flowvqtalker.render.codebook.VQAutoencoder` against a patch discriminator."""
+
+    name = "codebook"
+    monitor = "perceptual"
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.autoencoder = VQAutoencoder(config.model)
+        self.discriminator = PatchDiscriminator(config.discriminator_width, config.discriminator_layers)
+        self.module = nn.ModuleDict({"autoencoder": self.autoencoder, "discriminator": self.discriminator})
+        self.perceptual = (
+            None if config.perceptual == "none" else PerceptualLoss(config.perceptual, config.perceptual_weights)
+        )
+        if self.perceptual is None:
+            self.monitor = "l1"
+        self.pictures = find_pictures(config.data.pictures, config.data.table)
+        self._fake: Tensor | None = None
+        self._latents: Tensor | None = None
+
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        return {"generator": list(self.autoencoder.parameters()), "discriminator": list(self.discriminator.parameters())}
+
+    def dataset(self, split: str) -> PictureDataset:
+        return PictureDataset(self.pictures, split, self.config.data.augmentation, self.config.loop.seed)
+
+    def on_start(self, batch: Tensor) -> None:
+        """Begin with codes that are latents of real pictures."""
+        with torch.no_grad():
+            z = self.autoencoder.encoder(batch)
+        self.autoencoder.codebook.usage.zero_()
+        self.autoencoder.codebook.revive(z, torch.Generator().manual_seed(self.config.loop.seed))
+
+    def loss(self, group: str, batch: Tensor, step: int) -> tuple[Tensor, dict[str, float | Tensor]]:
+        config = self.config
+        adversarial = step >= config.adversarial_start
+        if group == "discriminator":
+            if not adversarial or self._fake is None:  # keeps its parameters in the graph, moves nothing
+                return sum((p.sum() * 0 for p in self.discriminator.parameters()), batch.new_zeros(())), {}
+            real, fake = self.discriminator(batch), self.discriminator(self._fake)
+            logs: dict[str, float | Tensor] = {"real": real.detach().mean(), "fake": fake.detach().mean()}
+            return discriminator_loss(real.float(), fake.float(), config.adversarial), logs
+
+        fake, quantized = self.autoencoder(batch)
+        self._fake = fake.detach()
+        with torch.no_grad():
+            look = (step + 1) % config.revive_every == 0 and step < 0.8 * config.loop.steps
+            self._latents = self.autoencoder.encoder(batch) if look else None
+        l1 = (fake.float() - batch.float()).abs().mean()
+        logs = {"l1": l1.detach(), "code": quantized.code_loss.detach()}
+        loss = l1
+        if self.perceptual is not None:
+            per = self._perceptual(fake, batch)
+            logs["perceptual"] = per.detach()
+            loss = loss + config.perceptual_weight * per
+        if adversarial:
+            adv = adversarial_loss(self.discriminator(fake).float(), config.adversarial)
+            weight: float | Tensor = config.adversarial_weight
+            if config.adaptive:
+                weight = weight * self._adaptive(loss, adv)
+                logs["adaptive"] = weight
+            logs["adversarial"] = adv.detach()
+            loss = loss + weight * adv
+        return loss + quantized.code_loss + config.commitment_weight * quantized.commitment_loss, logs
+
+    def _perceptual(self, fake: Tensor, real: Tensor) -> Tensor:
+        assert self.perceptual is not None
+        self.perceptual.to(fake.device)
+        loss: Tensor = self.perceptual(fake, real)
+        return loss
+
+    def _adaptive(self, reconstruction: Tensor, adversarial: Tensor) -> Tensor:
+        """VQGAN's weight: ratio of the gradient norms at D_h's last layer, clamped to [0, 1]."""
+        last = self.autoencoder.decoder.last_weight
+        rec = torch.autograd.grad(reconstruction, last, retain_graph=True)[0].norm()
+        adv = torch.autograd.grad(adversarial, last, retain_graph=True)[0].norm()
+        return (rec / (adv + 1e-4)).clamp(0, 1).detach()
+
+    def on_step_end(self, step: int) -> None:
+        if self._latents is not None:
+            seed = self.config.loop.seed * 1_000_003 + step
+            self.autoencoder.codebook.revive(self._latents, torch.Generator().manual_seed(seed))
+            self._latents = None
+
+    def validate(self, fabric: Fabric) -> dict[str, float]:
+        """PSNR (dB), SSIM (skimage, 7x7), L1, perceptual distance and the share of codes in use on held-out pictures."""
+        from skimage.metrics import structural_similarity
+
+        data = self.dataset("val")
+        used: set[int] = set()
+        sums = {"psnr": 0.0, "ssim": 0.0, "l1": 0.0, "perceptual": 0.0}
+        count = min(len(data), self.config.data.validation)
+        for i in range(count):
+            real = data[i * len(data) // count][None].to(fabric.device)
+            fake, quantized = self.autoencoder(real)
+            fake = fake.float().clamp(-1, 1)
+            used.update(quantized.indices.flatten().tolist())
+            sums["l1"] += F.l1_loss(fake, real).item()
+            sums["psnr"] += float(10 * torch.log10(4 / F.mse_loss(fake, real)))
+            a, b = (((x[0].cpu().numpy() + 1) * 127.5).round().astype("uint8") for x in (fake, real))
+            sums["ssim"] += float(structural_similarity(a, b, channel_axis=0))
+            if self.perceptual is not None:
+                sums["perceptual"] += self._perceptual(fake, real).item()
+        return {key: value / count for key, value in sums.items()} | {"codes_used": len(used) / self.config.model.codes}
+
+    def export(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        return self.autoencoder.state_dict(), self.config.model.to_dict()
+
+
+def build(config: Config) -> CodebookStage:
+    """The stage for a configuration."""
+    return CodebookStage(config)
