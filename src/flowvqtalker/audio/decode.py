@@ -105,13 +105,11 @@ def audio_frames(path: str | Path) -> Iterator[Any]:
                 decoded = packet.decode()
             except StopIteration:
                 break
-            except (av.InvalidDataError, av.ValueError) as error:
+            except (av.FFmpegError, OSError) as error:  # an error of demuxing ends the iterator, this loop as well
                 if not damaged:
                     logger.warning("%s: damaged audio was skipped (%s)", path, _reason(error))
                 damaged = True
                 continue
-            except (av.FFmpegError, OSError) as error:
-                raise UserError(f"{path} cannot be decoded as audio ({_reason(error)}); {_ALLOWED}") from error
             yield from decoded
 
 

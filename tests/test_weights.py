@@ -1,0 +1,158 @@
+"""The manifest, the hashes, and what each kind of wrong file says."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from flowvqtalker import weights
+from flowvqtalker.errors import UserError
+from flowvqtalker.weights.__main__ import main
+
+CONFIG = {"width": 4, "warp": {"prior": "mesh"}}
+
+
+def run_folder(path: Path, stage: str = "expflow") -> Path:
+    """A finished run as the training loop leaves it."""
+    path.mkdir()
+    tensors = {"layer.weight": torch.randn(4, 4), "layer.bias": torch.tensor([1e6, 0, 1, 2]), "index": torch.arange(3)}
+    save_file(tensors, path / "weights.safetensors")
+    about = {"stage": stage, "step": 123, "scores": {}, "config": CONFIG, "loop": {}}
+    (path / "config.json").write_text(json.dumps(about))
+    return path
+
+
+@pytest.fixture
+def place(tmp_path):
+    weights.add(run_folder(tmp_path / "run"), "expflow", path=tmp_path / "weights", data="four clips")
+    return tmp_path / "weights"
+
+
+def test_a_run_becomes_an_entry(tmp_path, place):
+    entry = weights.manifest(place)["expflow.safetensors"]
+    assert entry.sha256 == weights.sha256(place / "expflow.safetensors")
+    assert (entry.stage, entry.steps, entry.data, entry.parameters) == ("expflow", 123, "four clips", 20)
+    assert "non-commercial" in entry.terms
+    tensors, config = weights.load("expflow", place)
+    assert config == CONFIG
+    source = load_file(tmp_path / "run" / "weights.safetensors")
+    torch.testing.assert_close(tensors["layer.weight"], source["layer.weight"], atol=2e-3, rtol=1e-3)
+    assert tensors["layer.weight"].dtype == torch.float32
+    assert torch.equal(tensors["index"], source["index"])
+    assert sorted(p.name for p in place.iterdir()) == ["expflow.safetensors", "manifest.json"]
+
+
+def test_storage_is_half_precision_where_it_can_be(place):
+    stored = load_file(place / "expflow.safetensors")
+    assert stored["layer.weight"].dtype == torch.float16
+    assert stored["layer.bias"].dtype == torch.float32  # 1e6 is more than float16 holds
+    assert stored["layer.bias"][0] == 1e6
+
+
+def test_a_second_file_keeps_the_first(tmp_path, place):
+    weights.add(run_folder(tmp_path / "other", "poseflow"), "poseflow", path=place)
+    assert set(weights.manifest(place)) == {"expflow.safetensors", "poseflow.safetensors"}
+
+
+def test_missing_weights_say_how_to_get_them(tmp_path, place):
+    with pytest.raises(UserError, match=r"vqig.safetensors are missing; .*flowvqtalker train vqig"):
+        weights.load("vqig", place)
+    with pytest.raises(UserError, match="does not exist"):
+        weights.load("vqig", tmp_path / "nowhere")
+    with pytest.raises(UserError, match="choose one of face_model"):
+        weights.load("texture", place)
+
+
+def test_damaged_weights_name_both_hashes(place):
+    file = place / "expflow.safetensors"
+    good = weights.sha256(file)
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(UserError, match="damaged") as caught:
+        weights.load("expflow", place)
+    assert good in str(caught.value)
+    assert weights.sha256(file) in str(caught.value)
+
+
+def test_unlisted_weights_are_refused(place):
+    (place / "vqig.safetensors").write_bytes((place / "expflow.safetensors").read_bytes())
+    with pytest.raises(UserError, match="not in manifest"):
+        weights.load("vqig", place)
+
+
+def test_weights_of_another_stage_are_refused(tmp_path, place):
+    with pytest.raises(UserError, match="stage 'expflow', but vqig needs 'vqig'"):
+        weights.add(tmp_path / "run", "vqig", path=place)
+    content = json.loads((place / "manifest.json").read_text())
+    content["expflow.safetensors"]["stage"] = "poseflow"
+    (place / "manifest.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match="are of stage 'poseflow', not 'expflow'") as caught:
+        weights.load("expflow", place)
+    assert weights.sha256(place / "expflow.safetensors") in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["{", '{"expflow.safetensors": {"colour": 1}}', "[]"])
+def test_a_broken_manifest_is_named(place, text):
+    (place / "manifest.json").write_text(text)
+    with pytest.raises(UserError, match=r"manifest.*is broken"):
+        weights.load("expflow", place)
+
+
+def test_a_module_of_another_shape_is_refused_with_the_hash(place):
+    class Module(nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, width)
+            self.register_buffer("index", torch.zeros(3, dtype=torch.int64))
+
+    tensors, _ = weights.load("expflow", place)
+    module = Module(4)
+    weights.restore(module, tensors, "expflow", place)
+    assert torch.equal(module.layer.weight, tensors["layer.weight"])
+    with pytest.raises(UserError, match=r"layer.weight has shape \(4, 4\), not \(5, 4\)") as caught:
+        weights.restore(Module(5), tensors, "expflow", place)
+    assert weights.sha256(place / "expflow.safetensors") in str(caught.value)
+    with pytest.raises(UserError, match="index is unknown"):
+        weights.restore(nn.ModuleDict({"layer": nn.Linear(4, 4)}), tensors, "expflow", place)
+
+
+def test_command_line(tmp_path, place, capsys):
+    run_folder(tmp_path / "other", "poseflow")
+    assert main(["add", "poseflow", str(tmp_path / "other"), "--folder", str(place), "--data", "three clips"]) == 0
+    assert main(["list", "--folder", str(place)]) == 0
+    assert capsys.readouterr().out.count(", ok") == 2
+    (place / "poseflow.safetensors").write_bytes(b"")
+    assert main(["list", "--folder", str(place)]) == 1
+    assert main(["add", "poseflow", str(tmp_path / "nowhere")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_release_script_takes_every_run(tmp_path):
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    for stage in ("expflow", "poseflow"):
+        run_folder(runs / stage, stage)
+    script = Path(__file__).parent.parent / "tools" / "release_weights.py"
+    line = [sys.executable, str(script), str(runs), "--folder", str(tmp_path / "weights"), "--data", "clips"]
+    done = subprocess.run(line, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert set(weights.manifest(tmp_path / "weights")) == {"expflow.safetensors", "poseflow.safetensors"}
+
+
+def test_packaged_weights_are_whole():
+    """Every file that the package's manifest lists is there, unharmed, and together they are small."""
+    entries = weights.manifest()
+    for name, entry in entries.items():
+        assert weights.sha256(weights.folder() / name) == entry.sha256
+        assert entry.terms
+        assert entry.data
+    assert sum((weights.folder() / name).stat().st_size for name in entries) <= 60 * 2**20
+    assert set(entries) == {file.name for file in weights.folder().glob("*.safetensors")}
