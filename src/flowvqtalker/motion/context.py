@@ -1,0 +1,200 @@
+"""What the flows are conditioned on: speech, emotion, the previous frames and the source's expression.
+
+The paper's context is c = [β0, a, β_pre, e] for ExpFlow and [a, ρ_pre] for PoseFlow (section 3.2). All of it becomes a
+handful of tokens, once per frame; the K steps of a flow share them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from flowvqtalker.errors import UserError
+from flowvqtalker.motion.bijections import Context, CrossBlock
+
+__all__ = ["AudioConfig", "AudioEncoder", "ContextEncoder", "history_of"]
+
+#: One video frame lasts this long.
+FRAME_MS = 40
+#: What a log-mel window itself reaches past the start of its frame: its 16 columns of 12.5 ms start two frames before.
+WINDOW_AHEAD_MS = 16 * 12.5 - 2 * FRAME_MS
+
+
+@dataclass(frozen=True)
+class AudioConfig:
+    """Size and reach of the audio encoder."""
+
+    mels: int = 80
+    """Mel bins of a window."""
+    columns: int = 16
+    """Columns of a window."""
+    width: int = 128
+    """Size of an audio feature."""
+    layers: int = 4
+    """Temporal convolutions over 3 frames each, so a feature sees 2 layers + 1 windows."""
+    lookahead: int = 3
+    """Windows after the frame that a feature sees (of the 2 layers); the rest lie before it."""
+
+    def __post_init__(self) -> None:
+        positive = min(self.mels, self.width, self.layers) >= 1 and self.columns >= 4
+        if not positive or not 0 <= self.lookahead <= 2 * self.layers:
+            raise UserError(f"audio: sizes must be positive and 0 <= lookahead <= 2 layers, got {self}")
+
+    @property
+    def lookback(self) -> int:
+        """Windows before the frame that a feature sees."""
+        return 2 * self.layers - self.lookahead
+
+    @property
+    def lookahead_ms(self) -> float:
+        """How much speech after the start of a frame must be known: 240 ms with the defaults."""
+        return self.lookahead * FRAME_MS + WINDOW_AHEAD_MS
+
+
+class AudioEncoder(nn.Module):
+    """Speech features from log-mel windows: a convolution within each window, then one over a neighbourhood of windows.
+
+    The second makes coarticulation visible (lips prepare the next sound) at a fixed look-ahead
+    (:attr:`AudioConfig.lookahead_ms`). :meth:`embed` and :meth:`mix` are the two halves, so that a stream computes each
+    window once.
+    """
+
+    def __init__(self, config: AudioConfig) -> None:
+        super().__init__()
+        self.config = config
+        width = config.width
+        length = (config.columns + 3) // 4  # after two strides of two
+        self.window = nn.Sequential(
+            nn.Conv1d(config.mels, width, 3, stride=2, padding=1),
+            nn.GELU(approximate="tanh"),
+            nn.Conv1d(width, width, 3, stride=2, padding=1),
+            nn.GELU(approximate="tanh"),
+            nn.Flatten(),
+            nn.Linear(length * width, width),
+            nn.LayerNorm(width),
+        )
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(config.layers))
+        self.convolutions = nn.ModuleList(nn.Linear(3 * width, width) for _ in range(config.layers))
+        self.final = nn.LayerNorm(width)
+
+    def embed(self, windows: Tensor) -> Tensor:
+        """(N, mels, columns) log-mel in [-4, 4] to (N, width)."""
+        features: Tensor = self.window(windows / 4)
+        return features
+
+    def mix(self, features: Tensor) -> Tensor:
+        """(B, lookback + T + lookahead, width) window features to (B, T, width)."""
+        x = features
+        for norm, convolution in zip(self.norms, self.convolutions, strict=True):
+            y = norm(x)
+            y = torch.cat([y[:, :-2], y[:, 1:-1], y[:, 2:]], dim=-1)  # a convolution over 3 frames, without padding
+            x = x[:, 1:-1] + functional.gelu(convolution(y), approximate="tanh")
+        result: Tensor = self.final(x)
+        return result
+
+    def forward(self, windows: Tensor) -> Tensor:
+        """(B, lookback + T + lookahead, mels, columns) to (B, T, width)."""
+        batch, count = windows.shape[:2]
+        return self.mix(self.embed(windows.flatten(0, 1)).view(batch, count, -1))
+
+
+def history_of(sequence: Tensor, frames: int) -> Tensor:
+    """The previous frames of every frame.
+
+    Arguments:
+        sequence: (B, τ + T, D), the T frames after the τ before them (zeros before the start of a clip).
+        frames: τ.
+
+    Returns:
+        (B, T, τ, D), oldest first.
+    """
+    return sequence.unfold(1, frames, 1)[:, :-1].transpose(2, 3)
+
+
+class ContextEncoder(nn.Module):
+    """Encode one frame's context to (N, M, width) tokens.
+
+    Tokens of speech, emotion, source and the last frame, and one learnt token, read all of these and the τ previous
+    frames in one transformer block. A previous frame that does not exist is zeros (the mean face); *data dropout* sets
+    whole previous frames to the same zeros in training, each on its own, without rescaling, and touches nothing else.
+
+    Arguments:
+        dim: D of a frame.
+        width: size of a token.
+        heads: attention heads.
+        history: τ.
+        audio: size of an audio feature.
+        classes: number of emotions; 1: no emotion token.
+        source: whether there is a source token (β0).
+        dropout: probability that a previous frame is dropped.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        width: int,
+        heads: int,
+        history: int,
+        audio: int,
+        *,
+        classes: int = 1,
+        source: bool = False,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.dropout = dropout
+        self.frame = nn.Linear(dim, width)
+        self.age = nn.Parameter(torch.randn(history, width) * 0.02)
+        self.audio = nn.Linear(audio, width)
+        self.no_audio = nn.Parameter(torch.randn(width) * 0.02)
+        self.emotion = nn.Parameter(torch.randn(classes, width)) if classes > 1 else None
+        self.source = nn.Linear(dim, width) if source else None
+        self.summary = nn.Parameter(torch.randn(width) * 0.02)
+        kinds = 3 + (classes > 1) + source
+        self.kind = nn.Parameter(torch.randn(kinds, width) * 0.02)
+        self.norm_memory = nn.LayerNorm(width)
+        self.block = CrossBlock(width, heads, 2 * width)
+        self.norm = nn.LayerNorm(width)
+
+    def drop(self, history: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Data dropout: (N, τ, D) with whole frames set to zero, in training only."""
+        if not self.training or self.dropout == 0:
+            return history
+        draw = torch.rand(history.shape[:2], generator=generator, device=history.device)
+        return history * (draw >= self.dropout).to(history.dtype)[..., None]
+
+    def forward(
+        self,
+        audio: Tensor,
+        history: Tensor,
+        emotion: Tensor,
+        *,
+        speech: Tensor | None = None,
+        source: Tensor | None = None,
+    ) -> Context:
+        """
+        Arguments:
+            audio: (N, audio) features.
+            history: (N, τ, D), oldest first.
+            emotion: (N, C) weights.
+            speech: (N,) bool; where false, the learnt "no audio" token takes the place of the features.
+            source: (N, D) expression of the source picture.
+        """
+        heard = self.audio(audio)
+        if speech is not None:
+            heard = torch.where(speech[:, None], heard, self.no_audio)
+        past = self.frame(self.drop(history)) + self.age
+        given = [heard]
+        if self.emotion is not None:
+            given.append(emotion @ self.emotion)
+        if self.source is not None:
+            if source is None:
+                raise ValueError("this flow is conditioned on a source expression: give source")
+            given.append(self.source(source))
+        given += [past[:, -1], self.summary.expand(len(heard), -1)]
+        queries = torch.stack(given, dim=1) + self.kind
+        memory = torch.cat([queries[:, :-2], past], dim=1)
+        return Context(self.norm(self.block(queries, self.norm_memory(memory))), emotion)

@@ -1,0 +1,354 @@
+"""ExpFlow and PoseFlow: the conditional normalizing flows of section 3.2."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from flowvqtalker import EMOTIONS
+from flowvqtalker.errors import UserError
+from flowvqtalker.motion.bijections import (
+    AffineCoupling,
+    Bijection,
+    Context,
+    InvertibleLinear,
+    MultiActNorm,
+    class_weights,
+)
+from flowvqtalker.motion.context import AudioConfig, AudioEncoder, ContextEncoder, history_of
+from flowvqtalker.motion.latents import build_latent
+
+__all__ = ["ExpFlow", "ExpFlowConfig", "Flow", "FlowConfig", "FlowStep", "PoseFlow", "PoseFlowConfig", "Sequences"]
+
+F = TypeVar("F", bound="Flow")
+
+
+@dataclass(frozen=True)
+class FlowConfig:
+    """Architecture of a flow."""
+
+    dim: int = 64
+    """D of a frame."""
+    classes: int = len(EMOTIONS)
+    """Emotions C."""
+    steps: int = 16
+    """K."""
+    width: int = 64
+    """Size of the tokens; what a frame costs grows with its square."""
+    heads: int = 4
+    """Attention heads."""
+    layers: int = 1
+    """Transformer blocks of a coupling."""
+    history: int = 10
+    """τ previous frames."""
+    dropout: float = 0.5
+    """Data dropout: probability that a previous frame is hidden in training (0.4 to 0.7 in gesture flows)."""
+    linear: Literal["lu", "full"] = "lu"
+    """Form of the invertible 1x1 convolution."""
+    latent: Literal["student", "gaussian-mixture", "gaussian"] = "student"
+    """Latent distribution."""
+    nu: float = 50.0
+    """Degrees of freedom of the Student-t mixture (Studentising flows use 50)."""
+    learn_means: bool = False
+    """Train the means of the mixture; the paper draws them and says no more."""
+    source: bool = True
+    """Condition on the source's own coefficients."""
+    audio: AudioConfig = field(default_factory=AudioConfig)
+    """The audio encoder."""
+    seed: int = 0
+    """Of the means and of the rotations at the start."""
+
+    def __post_init__(self) -> None:
+        sizes = (self.classes, self.steps, self.width, self.heads, self.layers, self.history)
+        rules = (
+            (self.dim >= 2, f"dim must be at least 2, got {self.dim}"),
+            (all(size >= 1 for size in sizes), f"sizes must be positive, got {sizes}"),
+            (self.width % max(self.heads, 1) == 0, f"width {self.width} must be a multiple of heads {self.heads}"),
+            (0 <= self.dropout < 1, f"dropout must be in [0, 1), got {self.dropout}"),
+            (self.nu > 0, f"nu must be positive, got {self.nu}"),
+        )
+        problems = [message for holds, message in rules if not holds]
+        if problems:
+            raise UserError("flow: " + "; ".join(problems))
+
+
+@dataclass(frozen=True)
+class ExpFlowConfig(FlowConfig):
+    """Architecture of ExpFlow: D = 64 expression coefficients, a Student-t component for each of the nine emotions."""
+
+
+@dataclass(frozen=True)
+class PoseFlowConfig(FlowConfig):
+    """Architecture of PoseFlow: D = 6, context [a, ρ_pre], latent N(0, I)."""
+
+    dim: int = 6
+    classes: int = 1
+    steps: int = 8
+    width: int = 48
+    latent: Literal["student", "gaussian-mixture", "gaussian"] = "gaussian"
+    source: bool = False
+    audio: AudioConfig = field(default_factory=lambda: AudioConfig(width=64))
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """A batch of B sequences of T consecutive frames, all frames with their true past (teacher forcing).
+
+    Attributes:
+        frames: (B, τ + T, D); zeros before the start of a clip.
+        windows: (B, lookback + T + lookahead, mels, columns); the outermost windows of a clip are repeated.
+        emotion: (B,) class numbers.
+        speech: (B,) bool; false: no sound, or hidden.
+        source: (B, D), or None.
+        mask: (B, T) bool; false: after the end of a clip.
+    """
+
+    frames: Tensor
+    windows: Tensor
+    emotion: Tensor
+    speech: Tensor
+    mask: Tensor
+    source: Tensor | None = None
+
+
+class FlowStep(Bijection):
+    """One step: multi-actnorm, invertible 1x1 convolution, affine coupling."""
+
+    def __init__(self, config: FlowConfig, generator: torch.Generator) -> None:
+        super().__init__()
+        self.norm = MultiActNorm(config.dim, config.classes)
+        self.linear = InvertibleLinear(config.dim, config.linear, generator)
+        self.coupling = AffineCoupling(config.dim, config.width, config.heads, config.layers)
+
+    def forward_and_logdet(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+        x, first = self.norm.forward_and_logdet(x, context)
+        x, second = self.linear.forward_and_logdet(x, context)
+        x, third = self.coupling.forward_and_logdet(x, context)
+        return x, first + second + third
+
+    def inverse(self, z: Tensor, context: Context) -> Tensor:
+        z = self.coupling.inverse(z, context)
+        z = self.linear.inverse(z, context)
+        return self.norm.inverse(z, context)
+
+
+class Flow(Bijection):
+    """K steps between a frame (N, D) and a latent (N, D), with the encoders of the context.
+
+    Frames are divided by the buffer ``unit`` first, so that the networks see numbers near one whatever the unit of the
+    data.
+    """
+
+    unit: Tensor
+
+    def __init__(self, config: FlowConfig) -> None:
+        super().__init__()
+        self.config = config
+        generator = torch.Generator().manual_seed(config.seed + 1)
+        self.register_buffer("unit", torch.ones(config.dim))
+        self.audio = AudioEncoder(config.audio)
+        self.encoder = ContextEncoder(
+            config.dim,
+            config.width,
+            config.heads,
+            config.history,
+            config.audio.width,
+            classes=config.classes,
+            source=config.source,
+            dropout=config.dropout,
+        )
+        self.steps = nn.ModuleList(FlowStep(config, generator) for _ in range(config.steps))
+        self.latent = build_latent(
+            config.latent,
+            config.dim,
+            config.classes,
+            seed=config.seed,
+            learn_means=config.learn_means,
+            nu=config.nu,
+        )
+
+    @classmethod
+    def load(cls: type[F], state: dict[str, Tensor], config: dict[str, Any]) -> F:
+        """A flow in eval mode from weights (any float type; ``bank.*`` is left out) and a configuration as plain
+        values.
+
+        Raises:
+            UserError: if the weights do not fit the configuration.
+        """
+        flow = cls(config_from(cls.config_type(), config))
+        own = flow.state_dict()
+        given = {key: value for key, value in state.items() if not key.startswith("bank.")}
+        wrong = sorted(own.keys() ^ given.keys()) or [k for k in own if own[k].shape != given[k].shape]
+        if wrong:
+            raise UserError(f"weights do not fit the configuration of {cls.__name__}: {wrong[0]} ({len(wrong)} differ)")
+        flow.load_state_dict(given)
+        return flow.eval()
+
+    @classmethod
+    def config_type(cls) -> type[FlowConfig]:
+        """The class of the configuration."""
+        return FlowConfig
+
+    def encode(
+        self,
+        audio: Tensor,
+        history: Tensor,
+        emotion: Tensor,
+        *,
+        speech: Tensor | None = None,
+        source: Tensor | None = None,
+    ) -> Context:
+        """The context of N frames.
+
+        Arguments:
+            audio: (N, audio width) from :class:`~flowvqtalker.motion.context.AudioEncoder`.
+            history: (N, τ, D) previous frames, oldest first, zeros where there is none.
+            emotion: (N,) class numbers or (N, C) weights.
+            speech: (N,) bool; false: no sound.
+            source: (N, D), for a flow with ``config.source``.
+        """
+        weights = class_weights(emotion, self.config.classes).to(history)
+        scaled = None if source is None else source / self.unit
+        context: Context = self.encoder(audio, history / self.unit, weights, speech=speech, source=scaled)
+        return context
+
+    def each_step(self) -> list[FlowStep]:
+        """The K steps, from data to latent."""
+        return cast("list[FlowStep]", list(self.steps))
+
+    def forward_and_logdet(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+        z = x / self.unit
+        logdet = -self.unit.log().sum().expand(len(x))
+        for step in self.each_step():
+            z, one = step.forward_and_logdet(z, context)
+            logdet = logdet + one
+        return z, logdet
+
+    def inverse(self, z: Tensor, context: Context) -> Tensor:
+        for step in reversed(self.each_step()):
+            z = step.inverse(z, context)
+        return z * self.unit
+
+    def log_prob(self, x: Tensor, context: Context) -> Tensor:
+        """log p(x | c, e) in nats (eq. 9); (N, D) to (N,)."""
+        z, logdet = self.forward_and_logdet(x, context)
+        return self.latent.log_prob(z, context.emotion) + logdet
+
+    def sample(self, context: Context, generator: torch.Generator | None = None, temperature: float = 1.0) -> Tensor:
+        """Draw frames (N, D); without a generator, from torch's own."""
+        return self.inverse(self.latent.sample(context.emotion, generator, temperature), context)
+
+    def contexts(self, batch: Sequences, audio: Tensor | None = None) -> Context:
+        """Contexts of the frames of ``batch`` that its mask keeps, in order: N = mask.sum()."""
+        audio = self.audio(batch.windows) if audio is None else audio
+        keep = batch.mask
+        length = keep.shape[1]
+        return self.encode(
+            audio[keep],
+            history_of(batch.frames, self.config.history)[keep],
+            batch.emotion[:, None].expand(-1, length)[keep],
+            speech=batch.speech[:, None].expand(-1, length)[keep],
+            source=None if batch.source is None else batch.source[:, None].expand(-1, length, -1)[keep],
+        )
+
+    def negative_log_likelihood(self, batch: Sequences, audio: Tensor | None = None) -> Tensor:
+        """-log p of each frame that the mask keeps, (N,) nats: the terms of L_exp (eq. 10) and L_pose (eq. 12)."""
+        targets = batch.frames[:, self.config.history :][batch.mask]
+        return -self.log_prob(targets, self.contexts(batch, audio))
+
+    def consistency(self, batch: Sequences, pairs: int, audio: Tensor | None = None) -> Tensor:
+        """L_con (eq. 11): ‖(x_t - x_{t-1}) - (x̂_t - x̂_{t-1})‖₁, mean over ``pairs`` random pairs of frames of the
+        batch.
+
+        The first frame of a pair is drawn given its true past, the second given that past with the drawn frame as its
+        last, as in generation. Uses torch's global generator.
+        """
+        size, device = self.config.history, batch.frames.device
+        audio = self.audio(batch.windows) if audio is None else audio
+        rows, columns = torch.nonzero(batch.mask[:, 1:], as_tuple=True)  # column c: frames c and c + 1 of a pair
+        chosen = torch.randperm(len(rows), device=device)[:pairs]
+        rows, columns = rows[chosen], columns[chosen]
+        span = columns[:, None] + torch.arange(size + 2, device=device)
+        frames = batch.frames[rows[:, None], span]  # N, τ + 2: τ of history, the pair
+        emotion = class_weights(batch.emotion[rows], self.config.classes).to(frames)
+        source = None if batch.source is None else batch.source[rows]
+        drawn: list[Tensor] = []
+        for second in (0, 1):
+            history = torch.cat([frames[:, second : size + second - len(drawn)], *(x[:, None] for x in drawn)], dim=1)
+            speech = batch.speech[rows]
+            context = self.encode(audio[rows, columns + second], history, emotion, speech=speech, source=source)
+            drawn.append(self.inverse(self.latent.sample(emotion), context))
+        true = (frames[:, size + 1] - frames[:, size]) / self.unit
+        return (true - (drawn[1] - drawn[0]) / self.unit).abs().sum(-1).mean()
+
+    @torch.no_grad()
+    def rollout(
+        self,
+        windows: Tensor,
+        emotion: Tensor,
+        generator: torch.Generator,
+        *,
+        speech: Tensor | None = None,
+        source: Tensor | None = None,
+        temperature: float = 1.0,
+    ) -> Tensor:
+        """Generate B sequences side by side, each frame given the generated ones before it (for evaluation; see
+        :class:`~flowvqtalker.motion.sampler.MotionGenerator` for streams).
+
+        Arguments:
+            windows: (B, lookback + T + lookahead, mels, columns).
+            emotion: (B,) class numbers or (B, C) weights.
+            generator: of the noise.
+            speech: (B,) bool.
+            source: (B, D).
+            temperature: of the latent.
+
+        Returns:
+            (B, T, D).
+        """
+        audio = self.audio(windows)
+        history = audio.new_zeros(len(audio), self.config.history, self.config.dim)
+        frames = []
+        for t in range(audio.shape[1]):
+            context = self.encode(audio[:, t], history, emotion, speech=speech, source=source)
+            frames.append(self.sample(context, generator, temperature))
+            history = torch.cat([history[:, 1:], frames[-1][:, None]], dim=1)
+        return torch.stack(frames, dim=1)
+
+
+class ExpFlow(Flow):
+    """Expression flow: β (N, 64) given β0, speech, the previous frames and the emotion."""
+
+    def __init__(self, config: FlowConfig | None = None) -> None:
+        super().__init__(config or ExpFlowConfig())
+
+    @classmethod
+    def config_type(cls) -> type[FlowConfig]:
+        return ExpFlowConfig
+
+
+class PoseFlow(Flow):
+    """Head pose flow: motion (N, 6) around a clip's mean pose given speech and previous frames."""
+
+    def __init__(self, config: FlowConfig | None = None) -> None:
+        super().__init__(config or PoseFlowConfig())
+
+    @classmethod
+    def config_type(cls) -> type[FlowConfig]:
+        return PoseFlowConfig
+
+
+def config_from(cls: type[FlowConfig], values: dict[str, Any]) -> FlowConfig:
+    """A configuration from plain values (unknown keys are refused)."""
+    values = dict(values)
+    if isinstance(values.get("audio"), dict):
+        values["audio"] = AudioConfig(**values["audio"])
+    names = {f.name for f in dataclasses.fields(cls)}
+    unknown = sorted(set(values) - names)
+    if unknown:
+        raise UserError(f"unknown settings of a flow: {', '.join(unknown)}")
+    return cls(**values)

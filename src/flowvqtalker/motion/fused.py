@@ -1,0 +1,107 @@
+"""The inverse of a flow for one frame at a time, with everything prepared that does not change between frames.
+
+Generation runs frame by frame, so its cost is the number of operations, not of multiplications. For a fixed emotion the
+inverse linear map and the inverse multi-actnorm of a step are one matrix; the keys and values of all steps are one
+product.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flowvqtalker.motion.bijections import SCALE_BIAS, SCALE_FLOOR, Context
+from flowvqtalker.motion.flow import Flow, FlowStep
+
+__all__ = ["FusedInverse"]
+
+
+class FusedInverse:
+    """Same result as :meth:`Flow.inverse` for a batch of one, up to rounding.
+
+    Takes a snapshot of the weights. Always the same operations on the same shapes, so its result does not depend on
+    how a stream is cut into blocks.
+
+    Arguments:
+        flow: the flow.
+        emotion: (1, C) weights of the classes.
+    """
+
+    @torch.no_grad()
+    def __init__(self, flow: Flow, emotion: Tensor) -> None:
+        config = flow.config
+        self.heads, self.head = config.heads, config.width // config.heads
+        self.layers, self.count = config.layers, config.steps
+        self.first, self.width = config.dim // 2, config.width
+        steps = flow.each_step()
+        blocks = [block for step in steps for block in step.coupling.net.each_block()]
+        self.memory_weight = torch.cat([torch.cat([b.key.weight, b.value.weight]) for b in blocks]).mT.contiguous()
+        self.memory_bias = torch.cat([torch.cat([b.key.bias, b.value.bias]) for b in blocks])
+        self.nets = [self._prepare(step) for step in steps]
+        self.affine: list[tuple[Tensor, Tensor]] = []
+        self.set_emotion(flow, emotion)
+
+    @torch.no_grad()
+    def set_emotion(self, flow: Flow, emotion: Tensor) -> None:
+        """Take another emotion, (1, C) weights."""
+        context = Context(emotion[:, None], emotion)
+        self.affine = []
+        for number, step in enumerate(flow.each_step()):
+            mean, log_scale = step.norm.statistics(context)
+            matrix, offset = log_scale.exp().mT * step.linear.inverse_matrix(), mean
+            if number == 0:
+                matrix, offset = flow.unit[:, None] * matrix, flow.unit * offset
+            self.affine.append((offset.contiguous(), matrix.mT.contiguous()))
+
+    def _prepare(self, step: FlowStep) -> tuple[list[Tensor], list[list[Tensor]], list[Tensor]]:
+        net = step.coupling.net
+        blocks = []
+        for block in net.each_block():
+            shrink = self.head**-0.5
+            blocks.append(
+                [
+                    *(block.norm_attention.weight, block.norm_attention.bias),
+                    *((block.query.weight * shrink).mT.contiguous(), block.query.bias * shrink),
+                    *(block.merge.weight.mT.contiguous(), block.merge.bias),
+                    *(block.norm_mlp.weight, block.norm_mlp.bias),
+                    *(block.expand.weight.mT.contiguous(), block.expand.bias),
+                    *(block.contract.weight.mT.contiguous(), block.contract.bias),
+                ]
+            )
+        bias = net.out.bias.clone()
+        bias[len(bias) // 2 :] += SCALE_BIAS
+        start = [net.embed.weight.mT.contiguous(), net.embed.bias]
+        return start, blocks, [net.norm.weight, net.norm.bias, net.out.weight.mT.contiguous(), bias]
+
+    @torch.inference_mode()
+    def __call__(self, z: Tensor, tokens: Tensor) -> Tensor:
+        """
+        Arguments:
+            z: (1, D) latent.
+            tokens: (1, M, width) of the context.
+
+        Returns:
+            (1, D) frame.
+        """
+        addmm, layer_norm, shape = torch.addmm, torch.layer_norm, (self.width,)
+        memory = addmm(self.memory_bias, tokens[0], self.memory_weight)
+        split = memory.view(len(memory), -1, 2, self.heads, self.head).permute(2, 1, 3, 0, 4).contiguous()
+        keys, values = split[0].mT.unbind(0), split[1].unbind(0)  # each layer: H d M and H M d
+        x = z
+        for number in range(self.count - 1, -1, -1):
+            (embed, embed_bias), blocks, (norm, norm_bias, out, out_bias) = self.nets[number]
+            half = x[:, : self.first]
+            y = addmm(embed_bias, half, embed)
+            for layer, block in enumerate(blocks):
+                n1, n1b, wq, bq, wm, bm, n2, n2b, we, be, wc, bc = block
+                at = number * self.layers + layer
+                query = addmm(bq, layer_norm(y, shape, n1, n1b), wq).view(self.heads, 1, self.head)
+                read = torch.bmm(torch.softmax(torch.bmm(query, keys[at]), -1), values[at])
+                y = y + addmm(bm, read.view(1, self.width), wm)
+                hidden = torch.nn.functional.gelu(addmm(be, layer_norm(y, shape, n2, n2b), we), approximate="tanh")
+                y = y + addmm(bc, hidden, wc)
+            shift, raw = addmm(out_bias, layer_norm(y, shape, norm, norm_bias), out).chunk(2, 1)
+            other = x[:, self.first :] / (torch.sigmoid(raw) + SCALE_FLOOR) - shift
+            offset, matrix = self.affine[number]
+            x = addmm(offset, torch.cat((half, other), 1), matrix)
+        return x

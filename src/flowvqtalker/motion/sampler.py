@@ -1,0 +1,265 @@
+"""From speech windows to motion, frame by frame with a carried state."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+
+import torch
+from torch import Tensor
+
+from flowvqtalker import EMOTIONS
+from flowvqtalker.errors import UserError
+from flowvqtalker.motion.context import AudioEncoder, history_of
+from flowvqtalker.motion.flow import ExpFlow, PoseFlow
+from flowvqtalker.motion.fused import FusedInverse
+from flowvqtalker.motion.manifold import LatentBank, project
+
+__all__ = ["TEMPERATURE", "MotionGenerator", "reference_latent"]
+
+#: Default temperatures of expression and pose: below one, a draw keeps to what the model is sure of.
+TEMPERATURE, POSE_TEMPERATURE = 0.7, 0.8
+#: How far a drawn latent is moved on to the manifold of the training latents.
+MANIFOLD = 0.5
+#: Seconds in which the head leaves the source's pose for its own motion around it (time constant).
+SETTLE = 0.6
+_FPS = 25
+_NEUTRAL = EMOTIONS.index("neutral")
+
+
+class _AudioStream:
+    """An audio encoder fed window by window: features come late by its look-ahead."""
+
+    def __init__(self, encoder: AudioEncoder) -> None:
+        self.encoder = encoder
+        self.size = encoder.config.lookback + 1 + encoder.config.lookahead
+        self.features: deque[Tensor] = deque(maxlen=self.size)
+
+    def _push(self, feature: Tensor) -> list[Tensor]:
+        if not self.features:
+            self.features.extend([feature] * self.encoder.config.lookback)
+        self.features.append(feature)
+        if len(self.features) < self.size:
+            return []
+        return [self.encoder.mix(torch.stack(list(self.features), dim=1))[0]]
+
+    def push(self, window: Tensor) -> list[Tensor]:
+        """Take a window (mels, columns); returns no or one feature (1, width)."""
+        return self._push(self.encoder.embed(window[None]))
+
+    def finish(self) -> list[Tensor]:
+        """The features still held back, with the last window repeated after the end."""
+        if not self.features:
+            return []
+        last = self.features[-1]
+        return [feature for _ in range(self.encoder.config.lookahead) for feature in self._push(last)]
+
+
+class MotionGenerator:
+    """Draw expression and head pose for speech (section 3.2, inference), in blocks of any size.
+
+    Every frame is drawn from its own noise by the same operations on the same shapes, so consecutive blocks give, bit
+    for bit, what one call gives. A frame needs the windows of :attr:`lookahead` frames after it and is returned that
+    much later; ``last=True`` says that no window follows, and returns the rest.
+
+    * Emotion label: z_t = μ_e + temperature · noise, then moved on to the manifold of training latents of that emotion.
+    * Reference: the class is the one under which the reference is most likely (or the given label), and its latents'
+      mean takes the place of μ_e (see :func:`reference_latent`).
+    * Intensity s: latent centre, multi-actnorm and emotion token at (1 - s) · neutral + s · emotion: 0 is neutral, 1
+      the emotion, above 1 extrapolates.
+    * Pose: PoseFlow draws motion around a clip's mean pose; here around the source's pose. It starts exactly there and
+      settles within about a second.
+
+    Arguments:
+        expflow, poseflow: trained flows.
+        bank: latents of the training data for the manifold projection; None: no projection.
+        beta0: (64,) expression of the source.
+        pose0: (6,) pose of the source.
+        emotion: one of :data:`flowvqtalker.EMOTIONS`; may be None with a reference.
+        reference: (R, 64) expression of a clip (25 fps) or picture to take the emotion from.
+        intensity: 0 to 2.
+        temperature: of the expression, 0 (always the most likely) to 1 (as the data varies).
+        seed: of the noise.
+        pose_temperature: of the pose.
+        manifold: 0 (no projection) to 1.
+        neighbours: 𝒦 of the projection.
+        device: where to compute. The noise is drawn on the CPU, so it is the same everywhere.
+
+    Raises:
+        UserError: for an unknown emotion or numbers out of range.
+    """
+
+    def __init__(
+        self,
+        expflow: ExpFlow,
+        poseflow: PoseFlow,
+        bank: LatentBank | None = None,
+        *,
+        beta0: Tensor,
+        pose0: Tensor,
+        emotion: str | None = "neutral",
+        reference: Tensor | None = None,
+        intensity: float = 1.0,
+        temperature: float = TEMPERATURE,
+        seed: int = 0,
+        device: str | torch.device = "cpu",
+        pose_temperature: float = POSE_TEMPERATURE,
+        manifold: float = MANIFOLD,
+        neighbours: int = 10,
+    ) -> None:
+        if emotion is None and reference is None:
+            raise UserError("neither an emotion nor a reference was given; give one")
+        if emotion is not None and emotion not in EMOTIONS:
+            raise UserError(f"unknown emotion {emotion!r}; choose one of {', '.join(EMOTIONS)}")
+        for name, value, high in (
+            ("intensity", intensity, 2.0),
+            ("temperature", temperature, 2.0),
+            ("pose_temperature", pose_temperature, 2.0),
+            ("manifold", manifold, 1.0),
+        ):
+            if not 0 <= value <= high:
+                raise UserError(f"{name} must be between 0 and {high:g}, got {value:g}")
+        self.device = torch.device(device)
+        self.expflow, self.poseflow = expflow.to(self.device).eval(), poseflow.to(self.device).eval()
+        self.temperature, self.pose_temperature = temperature, pose_temperature
+        self.manifold, self.neighbours, self.seed = manifold, neighbours, seed
+        self.source = beta0.to(self.device, torch.float32).reshape(1, -1)
+        self.pose0 = pose0.to(self.device, torch.float32).reshape(1, -1)
+        self._set_emotion(emotion, reference, intensity, bank)
+        self._reset()
+
+    @property
+    def lookahead(self) -> int:
+        """Frames by which the output comes later than the windows."""
+        return max(self.expflow.config.audio.lookahead, self.poseflow.config.audio.lookahead)
+
+    def _set_emotion(
+        self, emotion: str | None, reference: Tensor | None, intensity: float, bank: LatentBank | None
+    ) -> None:
+        with torch.inference_mode():
+            means = self.expflow.latent.mean
+            if reference is None:
+                label = EMOTIONS.index(emotion or "neutral")
+                centre = means[label]
+            else:
+                given = None if emotion is None else EMOTIONS.index(emotion)
+                label, centre = reference_latent(self.expflow, reference.to(self.device, torch.float32), given)
+            self.emotion = EMOTIONS[label]
+            neutral = torch.zeros(1, self.expflow.config.classes, device=self.device)
+            neutral[0, _NEUTRAL] = 1
+            expressive = torch.zeros_like(neutral)
+            expressive[0, label] = 1
+            self.weights = (1 - intensity) * neutral + intensity * expressive
+            self.centre = (1 - intensity) * means[_NEUTRAL : _NEUTRAL + 1] + intensity * centre[None]
+            self.bank: Tensor | None = None
+            if bank is not None and self.manifold > 0:
+                self.bank = bank.offsets(label, means.cpu()).to(self.device)  # around the centre, wherever that is
+            self._inverse = FusedInverse(self.expflow, self.weights)
+            single = torch.ones(1, self.poseflow.config.classes, device=self.device)
+            self._pose_weights = single / self.poseflow.config.classes
+            self._pose_inverse = FusedInverse(self.poseflow, self._pose_weights)
+
+    def _reset(self) -> None:
+        self._finished, self._frame = False, 0
+        self._audio = _AudioStream(self.expflow.audio), _AudioStream(self.poseflow.audio)
+        self._waiting: tuple[deque[Tensor], deque[Tensor]] = deque(), deque()
+        self._generators = tuple(torch.Generator().manual_seed(2 * self.seed + which) for which in (0, 1))
+        exp, pose = self.expflow.config, self.poseflow.config
+        self._history = torch.zeros(1, exp.history, exp.dim, device=self.device)
+        self._pose_history = torch.zeros(1, pose.history, pose.dim, device=self.device)
+        self._pose_start: Tensor | None = None
+
+    @torch.inference_mode()
+    def __call__(self, windows: Tensor, last: bool = False) -> tuple[Tensor, Tensor]:
+        """Motion for the next windows.
+
+        Arguments:
+            windows: (T, 80, 16) log-mel windows of consecutive frames, T >= 0.
+            last: whether they are the last ones.
+
+        Returns:
+            expression (t, 64) and pose (t, 6), float32 on the CPU. Without ``last``, t lags behind by
+            :attr:`lookahead` frames over all calls; with it, all frames that are left come.
+        """
+        if self._finished:
+            raise RuntimeError("the last windows were given already; make a new MotionGenerator")
+        expected = (self.expflow.config.audio.mels, self.expflow.config.audio.columns)
+        if windows.ndim != 3 or tuple(windows.shape[1:]) != expected:
+            raise ValueError(f"windows must be (T, {expected[0]}, {expected[1]}), got {tuple(windows.shape)}")
+        frames: list[tuple[Tensor, Tensor]] = []
+        for window in windows.to(self.device, torch.float32):
+            window = window.clone()  # the same memory alignment for every cut of the stream
+            for stream, waiting in zip(self._audio, self._waiting, strict=True):
+                waiting.extend(stream.push(window))
+            frames += self._drain()
+        if last:
+            self._finished = True
+            for stream, waiting in zip(self._audio, self._waiting, strict=True):
+                waiting.extend(stream.finish())
+            frames += self._drain()
+        if not frames:
+            return torch.zeros(0, self.expflow.config.dim), torch.zeros(0, self.poseflow.config.dim)
+        beta, pose = (torch.cat(parts).cpu() for parts in zip(*frames, strict=True))
+        return beta.clone(), pose.clone()
+
+    def _drain(self) -> list[tuple[Tensor, Tensor]]:
+        """Draw every frame whose audio features of both flows are there."""
+        frames = []
+        while all(self._waiting):
+            audio, pose_audio = (waiting.popleft() for waiting in self._waiting)
+            frames.append((self._expression(audio), self._pose(pose_audio)))
+            self._frame += 1
+        return frames
+
+    def _expression(self, audio: Tensor) -> Tensor:
+        context = self.expflow.encode(audio, self._history, self.weights, source=self.source)
+        offset = self.temperature * self.expflow.latent.noise(1, self._generators[0]).to(self.device)
+        if self.bank is not None:
+            offset = project(offset, self.bank, self.neighbours, self.manifold)
+        beta = self._inverse(self.centre + offset, context.tokens)
+        self._history = torch.cat([self._history[:, 1:], beta[None]], dim=1)
+        return beta
+
+    def _pose(self, audio: Tensor) -> Tensor:
+        context = self.poseflow.encode(audio, self._pose_history, self._pose_weights)
+        noise = self.poseflow.latent.noise(1, self._generators[1]).to(self.device)
+        z = self.poseflow.latent.place(noise, self._pose_weights, self.pose_temperature)
+        motion = self._pose_inverse(z, context.tokens)
+        self._pose_history = torch.cat([self._pose_history[:, 1:], motion[None]], dim=1)
+        if self._pose_start is None:
+            self._pose_start = motion
+        return self.pose0 + motion - math.exp(-self._frame / (SETTLE * _FPS)) * self._pose_start
+
+
+@torch.inference_mode()
+def reference_latent(flow: ExpFlow, reference: Tensor, emotion: int | None = None) -> tuple[int, Tensor]:
+    """Class and mean latent z_ref = f⁻¹(β_ref) of a reference (section 3.2).
+
+    The reference is encoded without sound and without a source, each frame given those before it. Its own latents also
+    hold its speech and blinks, which are not wanted, so their mean over the frames is taken; noise is added in
+    generation.
+
+    Arguments:
+        flow: a trained ExpFlow.
+        reference: (R, 64) expression at 25 fps, R >= 1.
+        emotion: class, or None for the one under which the reference is most likely.
+
+    Returns:
+        class number, and (64,) latent.
+    """
+    if reference.ndim != 2 or reference.shape[1] != flow.config.dim or len(reference) == 0:
+        raise UserError(f"the reference must hold (R, {flow.config.dim}) coefficients, got {tuple(reference.shape)}")
+    count, size = len(reference), flow.config.history
+    padded = torch.cat([reference.new_zeros(size, reference.shape[1]), reference])
+    history = history_of(padded[None], size)[0]
+    silent = torch.zeros(count, dtype=torch.bool, device=reference.device)
+    audio = reference.new_zeros(count, flow.config.audio.width)
+    results = []
+    for label in range(flow.config.classes) if emotion is None else [emotion]:
+        labels = torch.full((count,), label, dtype=torch.long, device=reference.device)
+        context = flow.encode(audio, history, labels, speech=silent, source=torch.zeros_like(reference))
+        z, logdet = flow.forward_and_logdet(reference, context)
+        likelihood = (flow.latent.log_prob(z, context.emotion) + logdet).mean()
+        results.append((float(likelihood), label, z.mean(0)))
+    _, label, centre = max(results, key=lambda result: result[0])
+    return label, centre

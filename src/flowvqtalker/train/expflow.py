@@ -1,0 +1,171 @@
+"""Stage ``expflow``: the expression flow (section 3.2): L = L_exp + λ L_con (eq. 10, 11), and the bank of latents."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric import Fabric
+from torch import Tensor, nn
+from torch.utils.data import default_collate
+
+from flowvqtalker import EMOTIONS
+from flowvqtalker.data.order import item_generator
+from flowvqtalker.face.model import FaceModel
+from flowvqtalker.face.topology import LIPS
+from flowvqtalker.motion.flow import ExpFlow, ExpFlowConfig
+from flowvqtalker.motion.manifold import LatentBank
+from flowvqtalker.train.config import LoopConfig, check, to_dict
+from flowvqtalker.train.flow_stage import FlowStage, Losses, correlation, evaluating, whole_clips
+from flowvqtalker.train.loop import Stage
+from flowvqtalker.train.sequences import Corpus, SequenceConfig, SequenceDataset, collate, load_corpus
+
+__all__ = ["Config", "ExpFlowStage", "build"]
+
+logger = logging.getLogger(__name__)
+
+#: Middle of the upper and of the lower lip, inner side.
+_UPPER, _LOWER = 13, 14
+
+
+@dataclass(frozen=True)
+class Config:
+    """Configuration of the expression flow's stage."""
+
+    shards: tuple[Path, ...] = (Path("data/shard"),)
+    """Folders of `python -m flowvqtalker.data.prepare`."""
+    face_model: Path | None = None
+    """Face model of the coefficients, which says what the lips do; None takes the package's own."""
+    flow: ExpFlowConfig = field(default_factory=ExpFlowConfig)
+    sequences: SequenceConfig = field(default_factory=SequenceConfig)
+    losses: Losses = field(default_factory=Losses)
+    loop: LoopConfig = field(
+        default_factory=lambda: LoopConfig(lr=1e-3, batch_size=16, warmup=200, decay="cosine", ema=0.998)
+    )
+    bank: int = 1000
+    """Latents kept of each emotion for the manifold projection."""
+
+    def __post_init__(self) -> None:
+        check(
+            (self.bank > 0, f"bank must be positive, got {self.bank}"),
+            (len(self.shards) > 0, "no shards were given"),
+        )
+
+
+class ExpFlowStage(FlowStage):
+    """See the module.
+
+    Arguments:
+        config: the configuration.
+        train, val: clips of the two splits.
+        expression: (64, 478, 3) basis of the face model, for the lips.
+    """
+
+    name = "expflow"
+
+    def __init__(self, config: Config, train: Corpus, val: Corpus | None, expression: Tensor) -> None:
+        torch.manual_seed(config.loop.seed)
+        super().__init__(config, ExpFlow(config.flow), train, val)
+        lips = expression[:, list(LIPS)].flatten(1)
+        # The directions in which lips move, each as strong as it moves them: 16 hold all but a thousandth.
+        u, s, _ = torch.linalg.svd(lips, full_matrices=False)
+        self.lips: Tensor = (u * s)[:, :16] / s.square().sum().sqrt()
+        self.gap = expression[:, _LOWER, 1] - expression[:, _UPPER, 1]
+        self.regression = nn.Linear(config.flow.audio.width, self.lips.shape[1])
+        self.module = nn.ModuleDict({"flow": self.flow, "lips": self.regression})
+
+    def auxiliary(self, batch: Any, audio: Tensor) -> tuple[Tensor | None, dict[str, Tensor]]:
+        """Regression of the lips from the audio features, on frames with speech: their shape relative to the clip's
+        mean, as a share of its variance."""
+        if self.losses.lips == 0:
+            return None, {}
+        heard = batch["mask"] & batch["heard"][:, None]
+        lips = self.lips.to(audio)
+        target = (batch["frames"][:, self.flow.config.history :] - batch["mean"][:, None]) @ lips
+        error = (self.regression(audio) - target).square().sum(-1)
+        weight = heard.to(error.dtype)
+        count = weight.sum().clamp_min(1)
+        share = (error * weight).sum() / count / ((target.square().sum(-1) * weight).sum() / count).clamp_min(1e-6)
+        # In nats per frame, so that the weight is about one: the likelihood of as many dimensions.
+        return self.losses.lips * len(lips.T) * share, {"lips": share.detach()}
+
+    def validate(self, fabric: Fabric) -> dict[str, float]:
+        results = self.held_out()
+        numbers = self.longest(self.val_corpus, 16)
+        if numbers:
+            results.update(self._lip_scores(numbers, fabric.device))
+        return results
+
+    def _lip_scores(self, numbers: list[int], device: torch.device) -> dict[str, float]:
+        """Correlation of lip opening with the real clips', of one draw for each person and of the regression; range
+        and speed of the drawn opening as shares of the real one's."""
+        batch = whole_clips(self.val_corpus, numbers, self.val_data, 75)
+        generator = torch.Generator().manual_seed(0)
+        windows, emotion = batch.windows.to(device), batch.emotion.to(device)
+        source = None if batch.source is None else batch.source.to(device)
+        drawn = self.flow.rollout(windows, emotion, generator, source=source, temperature=0.7).cpu()
+        true = batch.frames[:, self.flow.config.history :]
+        score = correlation(drawn @ self.gap, true @ self.gap, batch.mask)
+        guess = self.regression(self.flow.audio(windows)).cpu() @ torch.linalg.pinv(self.lips) @ self.gap
+        regression = correlation(guess, true @ self.gap, batch.mask)
+        moves = [(x @ self.gap)[batch.mask].std() for x in (drawn, true)]
+        speed = [(x[:, 1:] - x[:, :-1]).abs()[batch.mask[:, 1:]].mean() for x in (drawn, true)]
+        return {
+            "lips": float(score.mean()),
+            "lips_regression": float(regression.mean()),
+            "lips_range": float(moves[0] / moves[1]),
+            "speed": float(speed[0] / speed[1]),
+        }
+
+    def bank(self) -> LatentBank:
+        """Latents of training frames, up to ``config.bank`` of each emotion, given their true past and speech."""
+        generator = torch.Generator().manual_seed(0)
+        device = next(self.flow.parameters()).device
+        plain = SequenceDataset(
+            self.train_corpus, self.config.sequences, self.flow.config.audio, self.flow.config.history, plain=True
+        )
+        latents, labels = [], []
+        with evaluating(self.flow):
+            for label in range(len(EMOTIONS)):
+                numbers = [n for n, clip in enumerate(self.train_corpus.clips) if clip.emotion == label]
+                starts = [
+                    (n, start)
+                    for n in numbers
+                    for start in range(0, len(self.train_corpus.clips[n].frames), self.config.sequences.frames)
+                ]
+                wanted = 2 * self.config.bank // self.config.sequences.frames + 2
+                order = torch.randperm(len(starts), generator=generator)[:wanted]
+                found: list[Tensor] = []
+                chosen = [starts[i] for i in order.tolist()]
+                for part in (chosen[i : i + 16] for i in range(0, len(chosen), 16)):
+                    items = [plain.item(n, start, item_generator(0, n)) for n, start in part]
+                    tensors = {key: value.to(device) for key, value in default_collate(items).items()}
+                    batch = collate(tensors, self.flow.config.source)
+                    targets = batch.frames[:, self.flow.config.history :][batch.mask]
+                    found.append(self.flow.forward_and_logdet(targets, self.flow.contexts(batch))[0].cpu())
+                if found:
+                    every = torch.cat(found)
+                    latents.append(every[torch.randperm(len(every), generator=generator)[: self.config.bank]])
+                    labels.append(torch.full((len(latents[-1]),), label))
+        return LatentBank(torch.cat(latents), torch.cat(labels))
+
+    def export(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The flow and its latent bank; the auxiliary regression stays behind."""
+        return {**self.flow.state_dict(), **self.bank().tensors()}, to_dict(self.flow.config)
+
+
+def build(config: Config) -> Stage:
+    """The stage for a configuration; reads the shards."""
+    corpora = [load_corpus(config.shards, split, config.sequences) for split in ("train", "val")]
+    return ExpFlowStage(config, corpora[0], corpora[1], _face_model(config.face_model).expression)
+
+
+def _face_model(path: Path | None) -> FaceModel:
+    if path is not None:
+        return FaceModel.load(path)
+    from flowvqtalker import weights
+
+    return FaceModel.load(weights.folder() / "face_model.safetensors")

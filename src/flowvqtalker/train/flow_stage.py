@@ -1,0 +1,151 @@
+"""What the stages ``expflow`` and ``poseflow`` have in common."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset, default_collate
+
+from flowvqtalker.data.order import item_generator
+from flowvqtalker.motion.flow import Flow, Sequences
+from flowvqtalker.train.config import LoopConfig, to_dict
+from flowvqtalker.train.loop import Stage
+from flowvqtalker.train.sequences import Corpus, SequenceConfig, SequenceDataset, collate
+
+__all__ = ["FlowStage", "Losses", "correlation", "evaluating", "whole_clips"]
+
+logger = logging.getLogger(__name__)
+
+#: Items from which the multi-actnorms take their start: half of them are drawn class by class, so every emotion is
+#: there.
+_START_ITEMS = 64
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Weights of the losses beside the likelihood."""
+
+    consistency: float = 0.1
+    """λ of L_con (eq. 11); the paper gives none."""
+    pairs: int = 64
+    """Pairs of frames of a batch on which L_con is taken; drawing frames costs about as much as their likelihood."""
+    lips: float = 1.0
+    """Weight of an auxiliary regression of the lips from the audio encoder's features (ours): likelihood alone teaches
+    the encoder slowly, because the previous frames already tell most of the next one. 0: none."""
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Within the block the module is in eval mode and no gradients are kept."""
+    training = module.training
+    module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        module.train(training)
+
+
+def whole_clips(corpus: Corpus, numbers: list[int], dataset: SequenceDataset, frames: int) -> Sequences:
+    """The first ``frames`` frames of some clips as one batch (shorter clips are masked at the end)."""
+    config = SequenceConfig(**{**to_dict(dataset.config), "frames": frames})
+    plain = SequenceDataset(corpus, config, dataset.audio, dataset.history, plain=True)
+    return collate(default_collate([plain.item(n, 0, item_generator(0, n)) for n in numbers]))
+
+
+class FlowStage(Stage):
+    """Maximum likelihood of a flow on sequences with teacher forcing, L_con, and an auxiliary loss.
+
+    Arguments:
+        config: the stage's configuration; has ``loop``, ``losses`` and ``sequences``.
+        flow: what is trained.
+        train, val: clips of the two splits; without ``val`` the likelihood is measured on the training clips.
+    """
+
+    monitor = "nll"
+
+    def __init__(self, config: Any, flow: Flow, train: Corpus, val: Corpus | None) -> None:
+        self.config = config
+        self.flow = flow
+        self.module = nn.ModuleDict({"flow": flow})
+        self.losses: Losses = config.losses
+        self.train_corpus, self.val_corpus = train, val or train
+        loop: LoopConfig = config.loop
+        settings = config.sequences, flow.config.audio, flow.config.history
+        self.train_data = SequenceDataset(train, *settings, loop.seed)
+        self.val_data = SequenceDataset(self.val_corpus, *settings, 1, plain=True)
+        counts = len(train.clips), train.frames, len(self.val_corpus.clips)
+        logger.info("%d clips to train on (%d frames), %d to validate", *counts)
+
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        return {"flow": list(self.module.parameters())}
+
+    def dataset(self, split: str) -> Dataset[Any]:
+        return self.train_data if split == "train" else self.val_data
+
+    def on_start(self, batch: Any) -> None:
+        """Start of the multi-actnorms from a batch that mixes the emotions."""
+        device = batch["frames"].device
+        items = default_collate([self.train_data[i] for i in range(_START_ITEMS)])
+        first = collate({key: value.to(device) for key, value in items.items()}, self.flow.config.source)
+        self.prepare(first)
+        with torch.no_grad():
+            self.flow.negative_log_likelihood(first)
+
+    def prepare(self, first: Sequences) -> None:
+        """Called before the multi-actnorms start."""
+
+    def loss(self, group: str, batch: Any, step: int) -> tuple[Tensor, dict[str, float | Tensor]]:
+        sequences = collate(batch, self.flow.config.source)
+        audio = self.flow.audio(sequences.windows)
+        nll = self.flow.negative_log_likelihood(sequences, audio).mean()
+        total, logs = nll, {"nll": nll.detach()}
+        if self.losses.consistency > 0:
+            consistency = self.flow.consistency(sequences, self.losses.pairs, audio)
+            total = total + self.losses.consistency * consistency
+            logs["consistency"] = consistency.detach()
+        extra, extra_logs = self.auxiliary(batch, audio)
+        if extra is not None:
+            total = total + extra
+        return total, {**logs, **extra_logs}
+
+    def auxiliary(self, batch: Any, audio: Tensor) -> tuple[Tensor | None, dict[str, Tensor]]:
+        """A further loss, and what to log."""
+        return None, {}
+
+    def held_out(self, items: int = 96, size: int = 24) -> dict[str, float]:
+        """Mean negative log-likelihood in nats per frame on fixed items of the held-out people, half of them drawn
+        class by class, with their speech."""
+        device = next(self.flow.parameters()).device
+        total, count = 0.0, 0
+        for start in range(0, items, size):
+            batch = default_collate([self.val_data[i] for i in range(start, start + size)])
+            nll = self.flow.negative_log_likelihood(
+                collate({key: value.to(device) for key, value in batch.items()}, self.flow.config.source)
+            )
+            total, count = total + float(nll.sum()), count + len(nll)
+        return {"nll": total / count}
+
+    def longest(self, corpus: Corpus, count: int, speech: bool = True) -> list[int]:
+        """Numbers of the longest clip of up to ``count`` people, most frames first."""
+        best: dict[str, int] = {}
+        for number, clip in enumerate(corpus.clips):
+            if speech and not clip.speech:
+                continue
+            if clip.identity not in best or len(clip.frames) > len(corpus.clips[best[clip.identity]].frames):
+                best[clip.identity] = number
+        return sorted(best.values(), key=lambda n: (-len(corpus.clips[n].frames), n))[:count]
+
+
+def correlation(a: Tensor, b: Tensor, mask: Tensor) -> Tensor:
+    """Pearson correlation over the masked time of each row, (B,)."""
+    weight = mask.to(a.dtype)
+    count = weight.sum(1, keepdim=True).clamp_min(1)
+    a, b = ((x - (x * weight).sum(1, keepdim=True) / count) * weight for x in (a, b))
+    return (a * b).sum(1) / (a.square().sum(1) * b.square().sum(1)).sqrt().clamp_min(1e-9)

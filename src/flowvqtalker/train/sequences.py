@@ -1,0 +1,257 @@
+"""Sequences of consecutive frames with their speech, for the flows.
+
+Most speech at hand is neutral or natural, and most emotional clips are short and silent. So a part of the items is
+drawn class by class, all classes alike (they teach the emotions), and the rest from the clips with speech (they teach
+the lips), where the people share the items by the square root of how much there is of each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from flowvqtalker import EMOTIONS
+from flowvqtalker.audio.features import COLUMNS, MELS, log_mel
+from flowvqtalker.data.order import item_generator
+from flowvqtalker.data.shards import Shard
+from flowvqtalker.errors import UserError
+from flowvqtalker.motion.context import AudioConfig
+from flowvqtalker.motion.flow import Sequences
+
+__all__ = ["Corpus", "MotionClip", "SequenceConfig", "SequenceDataset", "collate", "load_corpus", "perturb"]
+
+Floats = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class SequenceConfig:
+    """What an item of the training data is."""
+
+    frames: int = 32
+    """T: consecutive frames of an item, each with its true past."""
+    balanced: float = 0.5
+    """Share of the items that is drawn class by class, all emotions alike."""
+    mute: float = 0.15
+    """Share of the items with speech whose speech is hidden, so that the "no audio" token knows every face."""
+    no_source: float = 0.2
+    """Share of the items whose source is hidden (zeros, the mean face), so that the emotion is not only read off it."""
+    other_source: float = 0.7
+    """Share of the items whose source is a frame of another clip of the same person, where there is one."""
+    perturb: bool = True
+    """Vary loudness, spectral tilt, vocal tract length and noise floor of the speech."""
+    shortest: int = 12
+    """Clips with fewer frames are left out."""
+
+
+@dataclass(frozen=True)
+class MotionClip:
+    """One clip in memory.
+
+    Attributes:
+        frames: (L, D) coefficients.
+        mel: (m, 80) log-mel at 80 columns a second, or None without sound.
+        emotion: class number.
+        speech: whether the sound is this face's speech.
+        identity: who it is.
+    """
+
+    frames: Floats
+    mel: npt.NDArray[np.float16] | None
+    emotion: int
+    speech: bool
+    identity: str
+
+    def windows(self, index: npt.NDArray[np.int64]) -> Floats:
+        """Windows (n, 80, 16) of some frames, the same as :func:`flowvqtalker.audio.features.windows` gives."""
+        if self.mel is None:
+            return np.full((len(index), MELS, COLUMNS), -4, np.float32)
+        first = np.trunc((index - 2) * 16 / 5).astype(np.int64)
+        columns = np.clip(first[:, None] + np.arange(COLUMNS), 0, len(self.mel) - 1)
+        return np.ascontiguousarray(self.mel[columns].transpose(0, 2, 1), dtype=np.float32)
+
+
+class Corpus:
+    """Clips with the orders in which they are drawn.
+
+    Arguments:
+        clips: at least one.
+    """
+
+    def __init__(self, clips: Sequence[MotionClip]) -> None:
+        if not clips:
+            raise UserError("no clips to train on; check the split and the shards")
+        self.clips = list(clips)
+        lengths = np.array([len(clip.frames) for clip in clips], np.float64)
+        emotions = np.array([clip.emotion for clip in clips])
+        self.classes = [
+            (chosen, _shares(lengths[chosen]))
+            for label in range(len(EMOTIONS))
+            if len(chosen := np.flatnonzero(emotions == label))
+        ]
+        speech = [number for number, clip in enumerate(clips) if clip.speech] or list(range(len(clips)))
+        people: dict[str, list[int]] = {}
+        for number, clip in enumerate(clips):
+            people.setdefault(clip.identity, []).append(number)
+        self.people = {identity: np.array(numbers) for identity, numbers in people.items()}
+        total: dict[str, float] = {}
+        for number in speech:
+            total[clips[number].identity] = total.get(clips[number].identity, 0.0) + lengths[number]
+        weights = np.array([lengths[n] / total[clips[n].identity] ** 0.5 for n in speech])
+        self.speech = (np.array(speech), _shares(weights))
+
+    @property
+    def frames(self) -> int:
+        """Frames of all clips."""
+        return sum(len(clip.frames) for clip in self.clips)
+
+    def pick(self, random: np.random.Generator, balanced: float) -> int:
+        """Number of a clip."""
+        if random.random() < balanced:
+            numbers, shares = self.classes[random.integers(len(self.classes))]
+        else:
+            numbers, shares = self.speech
+        return int(numbers[np.searchsorted(shares, random.random(), side="right")])
+
+    def source(self, number: int, random: np.random.Generator, config: SequenceConfig) -> Floats:
+        """Expression (D,) of a source picture for a clip: a frame of the same person, or zeros."""
+        clip = self.clips[number]
+        if random.random() < config.no_source:
+            return np.zeros_like(clip.frames[0])
+        others = self.people[clip.identity]
+        others = others[others != number]
+        if len(others) and random.random() < config.other_source:
+            clip = self.clips[int(random.choice(others))]
+        frame: Floats = clip.frames[random.integers(len(clip.frames))]
+        return frame
+
+
+def _shares(weights: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Cumulative shares; the last is above one, whatever the rounding."""
+    shares: npt.NDArray[np.float64] = np.cumsum(weights / weights.sum())
+    shares[-1] = 2
+    return shares
+
+
+def load_corpus(shards: Sequence[str | Path], split: str, config: SequenceConfig, *, pose: bool = False) -> Corpus:
+    """Read the clips of a split into memory (a hundred minutes take about 150 MB).
+
+    Arguments:
+        shards: folders.
+        split: "train" or "val".
+        config: what clips are wanted.
+        pose: head pose relative to the clip's mean instead of expression; then clips without a known emotion count too.
+    """
+    clips = []
+    for folder in shards:
+        shard = Shard(folder)
+        for number in shard.select(split, picture=False, min_length=config.shortest):
+            emotion = int(shard.emotion[number])
+            if emotion < 0 and not pose:
+                continue
+            rows = shard.rows(int(number))
+            frames = np.array(shard.pose[rows] if pose else shard.expression[rows], np.float32)
+            speech = bool(shard.speech[number] and shard.sound[number])
+            mel = log_mel(shard.wave(int(number))).astype(np.float16) if speech else None
+            identity = str(shard.identity[number])
+            clips.append(
+                MotionClip(frames - frames.mean(0) if pose else frames, mel, max(emotion, 0), speech, identity)
+            )
+    return Corpus(clips)
+
+
+def perturb(windows: Floats, random: np.random.Generator) -> Floats:
+    """The same speech by another voice in another room: one change for all windows of an item.
+
+    Arguments:
+        windows: (n, 80, 16) in [-4, 4], where 0.08 is a decibel.
+        random: of the change.
+    """
+    bands = np.arange(MELS, dtype=np.float32)
+    where = np.clip(bands * random.uniform(0.9, 1.1) + random.uniform(-1, 1), 0, MELS - 1)  # vocal tract length
+    low = np.minimum(where.astype(np.int64), MELS - 2)
+    part = (where - low).astype(np.float32)[:, None]
+    changed = windows[:, low] * (1 - part) + windows[:, low + 1] * part
+    tilt = (bands / (MELS - 1) - 0.5) * random.uniform(-1, 1)
+    changed += np.float32(random.uniform(-0.8, 0.5)) + tilt.astype(np.float32)[:, None]
+    floor = random.uniform(-5, -1.5)  # noise fills what lies below it
+    if floor > -4:
+        noise = floor + random.normal(0, 0.2, changed.shape).astype(np.float32)
+        changed = np.logaddexp(changed * 3, noise * 3) / 3
+    limited: Floats = np.clip(changed, -4, 4).astype(np.float32)
+    return limited
+
+
+class SequenceDataset(Dataset[dict[str, Any]]):
+    """Item ``i`` is a pure function of the seed and ``i``.
+
+    Arguments:
+        corpus: the clips.
+        config: what an item is.
+        audio: reach of the audio encoder.
+        history: τ.
+        seed: of the draws.
+        plain: validation: no perturbation, no hidden speech, sources from the clip itself.
+    """
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        config: SequenceConfig,
+        audio: AudioConfig,
+        history: int,
+        seed: int = 0,
+        plain: bool = False,
+    ) -> None:
+        self.corpus, self.config, self.audio, self.history = corpus, config, audio, history
+        self.seed, self.plain = seed, plain
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        random = item_generator(self.seed, i)
+        number = self.corpus.pick(random, self.config.balanced)
+        length = len(self.corpus.clips[number].frames)
+        start = int(random.integers(max(1, length - self.config.frames + 1)))
+        return self.item(number, start, random)
+
+    def item(self, number: int, start: int, random: np.random.Generator) -> dict[str, Any]:
+        """The frames of clip ``number`` from ``start`` on, and their context."""
+        clip, config = self.corpus.clips[number], self.config
+        total = self.history + config.frames
+        frames = np.zeros((total, clip.frames.shape[1]), np.float32)
+        before = min(start, self.history)
+        part = clip.frames[start - before : start + config.frames]
+        frames[self.history - before : self.history - before + len(part)] = part
+        reach = np.arange(-self.audio.lookback, config.frames + self.audio.lookahead)
+        windows = clip.windows(np.clip(start + reach, 0, len(clip.frames) - 1))
+        if config.perturb and clip.speech and not self.plain:
+            windows = perturb(windows, random)
+        source = clip.frames[0] if self.plain else self.corpus.source(number, random, config)
+        return {
+            "frames": torch.from_numpy(frames),
+            "windows": torch.from_numpy(windows),
+            "emotion": clip.emotion,
+            "heard": clip.speech,
+            "speech": clip.speech and (self.plain or random.random() >= config.mute),
+            "mean": torch.from_numpy(clip.frames.mean(0)),
+            "source": torch.from_numpy(np.ascontiguousarray(source)),
+            "mask": torch.arange(config.frames) < len(clip.frames) - start,
+        }
+
+
+def collate(batch: dict[str, Tensor], source: bool = True) -> Sequences:
+    """The part of a default-collated batch that a flow reads."""
+    return Sequences(
+        frames=batch["frames"],
+        windows=batch["windows"],
+        emotion=batch["emotion"],
+        speech=batch["speech"],
+        mask=batch["mask"],
+        source=batch["source"] if source else None,
+    )
