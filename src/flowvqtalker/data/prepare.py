@@ -1,0 +1,346 @@
+"""Clips and pictures -> a shard: track, fit, crop, align the sound, tell unknown people apart.
+
+``python -m flowvqtalker.data.prepare --data FOLDER --out SHARD --model face_model.safetensors [--workers N]``
+
+Every source is worked on by itself and leaves a file in ``SHARD.parts``, so an interrupted run goes on where it was and
+one broken clip ends nothing: the errors are listed at the end and in ``errors.csv``.
+"""
+
+from __future__ import annotations
+
+import csv
+import functools
+import hashlib
+import json
+import logging
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+from tqdm import tqdm
+
+from flowvqtalker import EMOTIONS
+from flowvqtalker.data import clips as material
+from flowvqtalker.data import sync
+from flowvqtalker.data.clips import Source
+from flowvqtalker.data.identity import Describer, cluster, merge_known
+from flowvqtalker.data.shards import Clip, ShardWriter
+from flowvqtalker.data.source import (
+    MakeTracker,
+    PrepareConfig,
+    Tools,
+    cut_pictures,
+    describe_source,
+    fit_source,
+    split_jpegs,
+)
+from flowvqtalker.data.splits import split_of
+from flowvqtalker.errors import UserError
+
+__all__ = ["PrepareConfig", "Report", "main", "prepare"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a preparation did.
+
+    Attributes:
+        clips, pictures, rows, images: how many went into the shard.
+        errors: name and reason of what did not.
+        people: how many identities were told apart among the unknown.
+        lags: collection -> (lag of lips after sound in frames, correlation there, clips, frames moved).
+        lookalikes: differently named people who look like one.
+    """
+
+    clips: int
+    pictures: int
+    rows: int
+    images: int
+    errors: dict[str, str]
+    people: int
+    lags: dict[str, tuple[int, float, int, int]]
+    lookalikes: list[tuple[str, str, float]]
+
+
+_Job = tuple[Source, Path]
+
+
+@functools.cache
+def _process_tools(config: PrepareConfig) -> Tools:
+    """The tools of a worker process."""
+    import torch
+
+    torch.set_num_threads(1)
+    cv2.setNumThreads(1)
+    return Tools(config)
+
+
+def _work(kind: str, job: _Job, tools: Tools | PrepareConfig) -> tuple[str, str]:
+    """Do one job; returns the source's key and what went wrong ("" if nothing)."""
+    source, folder = job
+    if isinstance(tools, PrepareConfig):
+        tools = _process_tools(tools)
+    try:
+        if kind == "fit":
+            content = fit_source(source, tools)
+        elif kind == "who":
+            content = describe_source(source, tools)
+        else:
+            content = cut_pictures(source, _read_part(folder / f"{source.key}.fit.npz"), tools.config)
+    except Exception as error:
+        reason = str(error).strip().splitlines()
+        detail = reason[0] if reason else ""
+        return source.key, detail if isinstance(error, UserError) else f"{type(error).__name__}: {detail}"
+    path = folder / f"{source.key}.{kind}.npz"
+    beside = path.with_name(path.name + ".tmp.npz")
+    np.savez(beside, **content)
+    os.replace(beside, path)
+    return source.key, ""
+
+
+def _read_part(path: Path) -> dict[str, Any]:
+    with np.load(path) as file:
+        return {key: file[key] for key in file.files}
+
+
+def _run(kind: str, jobs: Sequence[_Job], tools: Tools, alone: bool) -> dict[str, str]:
+    """Do the jobs that are not done yet; returns what went wrong."""
+    todo = [job for job in jobs if not (job[1] / f"{job[0].key}.{kind}.npz").exists()]
+    label = {"who": "describe faces", "fit": "track and fit", "cut": "cut pictures"}[kind]
+    errors: dict[str, str] = {}
+
+    def results() -> Iterator[tuple[str, str]]:
+        if alone or tools.config.workers <= 1:
+            yield from (_work(kind, job, tools) for job in todo)
+            return
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(tools.config.workers, context) as pool:
+            for done in as_completed([pool.submit(_work, kind, job, tools.config) for job in todo]):
+                yield done.result()
+
+    for key, problem in tqdm(results(), total=len(todo), desc=label, dynamic_ncols=True):
+        if problem:
+            errors[key] = problem
+    return errors
+
+
+def prepare(
+    config: PrepareConfig, *, make_tracker: MakeTracker | None = None, fit: Callable[..., Any] | None = None
+) -> Report:
+    """Make a shard.
+
+    Arguments:
+        config: what to read and what to keep.
+        make_tracker: another tracker than :class:`flowvqtalker.face.tracker.FaceTracker`; then one process does it all.
+        fit: (landmarks (T, 478, 3), smooth) -> :class:`flowvqtalker.face.fit.Fit`, instead of fitting ``config.model``.
+
+    Raises:
+        UserError: if there is nothing to read or nothing could be used.
+    """
+    sources = material.catalogue(config.data)
+    sources = sources[: config.limit] if config.limit else sources
+    if fit is None and not config.model.is_file():
+        raise UserError(f"no face model at {config.model}; learn one with `flowvqtalker train face-model`")
+    parts = _parts_folder(config)
+    tools = Tools(config, make_tracker, fit)
+    alone = make_tracker is not None or fit is not None
+
+    errors = _run("fit", [(s, parts) for s in sources], tools, alone)
+    fitted = [s for s in sources if (parts / f"{s.key}.fit.npz").exists()]
+    if not fitted:
+        first = next(iter(errors.items()), ("", "nothing"))
+        raise UserError(f"none of {len(sources)} sources could be used; the first: {first[0]}: {first[1]}")
+    errors |= _run("who", [(s, parts) for s in _to_describe(fitted)], tools, alone)
+    people, lookalikes, count = _identities(fitted, parts, tools.describer)
+    lags = _lags(fitted, parts, config)
+    errors |= _run("cut", [(s, parts) for s in _with_pictures(fitted, people, parts, config)], tools, alone)
+    report = _write(fitted, people, lags, parts, config)
+    with open(config.out / "identities.csv", "w", newline="", encoding="utf-8") as stream:
+        rows = [(s.name, s.collection, people[s.key], split_of(people[s.key])) for s in fitted]
+        csv.writer(stream).writerows([("file", "source", "identity", "split"), *rows])
+    with open(config.out / "errors.csv", "w", newline="", encoding="utf-8") as stream:
+        csv.writer(stream).writerows([("file", "error"), *sorted(errors.items())])
+    for key, problem in sorted(errors.items()):
+        logger.warning("%s: %s", key, problem)
+    return replace(report, errors=errors, people=count, lookalikes=lookalikes)
+
+
+def _parts_folder(config: PrepareConfig) -> Path:
+    """Folder of the parts; fits and pictures made with other settings are thrown away."""
+    keep = ("min_length", "max_missing", "max_residual", "smooth", "frames", "quality")
+    digest = hashlib.sha256(config.model.read_bytes()).hexdigest() if config.model.is_file() else ""
+    settings = json.dumps({**{key: getattr(config, key) for key in keep}, "model": digest}, sort_keys=True)
+    folder = config.out.with_name(config.out.name + ".parts")
+    folder.mkdir(parents=True, exist_ok=True)
+    stamp = folder / "settings.json"
+    if not stamp.exists() or stamp.read_text(encoding="utf-8") != settings:
+        old = [*folder.glob("*.fit.npz"), *folder.glob("*.cut.npz")]
+        if old:
+            logger.warning("%d parts were made with another face model or other settings and are made again", len(old))
+        for path in old:
+            path.unlink()
+    stamp.write_text(settings, encoding="utf-8")
+    return folder
+
+
+def _to_describe(sources: Sequence[Source]) -> list[Source]:
+    """Whose face is described: every unknown clip, and two of each known person in a collection."""
+    count: dict[tuple[str, str], int] = {}
+    wanted = []
+    for source in sources:
+        key = (source.collection, source.identity or "")
+        count[key] = count.get(key, 0) + 1
+        if not source.picture and (source.identity is None or count[key] <= 2):
+            wanted.append(source)
+    return wanted
+
+
+def _identities(
+    sources: Sequence[Source], parts: Path, describer: Describer
+) -> tuple[dict[str, str], list[tuple[str, str, float]], int]:
+    """Identity of each source's key; pairs of names that look like one person; number of people told apart."""
+    people = {source.key: source.identity or source.name for source in sources}
+    described: dict[str, npt.NDArray[np.float32]] = {}
+    for source in sources:
+        path = parts / f"{source.key}.who.npz"
+        if path.exists():
+            who = _read_part(path)
+            described[source.key] = who["descriptor"]
+            if str(who["kind"]) == "colour":  # alone it tells lights apart rather than people
+                shape = _read_part(parts / f"{source.key}.fit.npz")["identity_shape"]
+                described[source.key] = np.concatenate([who["descriptor"], 0.05 * shape[:40]]).astype(np.float32)
+    count = 0
+    for collection in sorted({s.collection for s in sources}):
+        unknown = [s.key for s in sources if s.identity is None and s.collection == collection and s.key in described]
+        if unknown:
+            labels = cluster(np.stack([described[key] for key in unknown]), describer.threshold)
+            count += int(labels.max()) + 1
+            stem = "".join(c for c in collection.lower() if c.isalnum())
+            people.update({key: f"{stem}_{label:03d}" for key, label in zip(unknown, labels, strict=True)})
+    if not described or describer.name != "dlib":
+        return people, [], count
+    keys = list(described)
+    alike = merge_known([people[key] for key in keys], np.stack([described[key] for key in keys]), describer.threshold)
+    for first, second, distance in alike:
+        logger.warning("%s and %s look like one person (distance %.2f)", first, second, distance)
+    return people, alike, count
+
+
+def _lags(sources: Sequence[Source], parts: Path, config: PrepareConfig) -> dict[str, tuple[int, float, int, int]]:
+    """Lag, correlation, number of clips and shift of each collection, from the mean of its clips' curves."""
+    curves: dict[str, list[npt.NDArray[np.float64]]] = {}
+    for source in sources:
+        if source.speech:
+            with np.load(parts / f"{source.key}.fit.npz") as file:
+                if "curve" in file.files and np.isfinite(file["curve"]).any():
+                    curves.setdefault(source.collection, []).append(file["curve"])
+    lags = {}
+    for collection, stack in sorted(curves.items()):
+        lag, height = sync.peak(stack)
+        gain = height - float(np.nanmean(np.stack(stack)[:, sync.REACH]))
+        clear = 0 < config.min_shift <= abs(lag) and height > 0.2 and gain > 0.05 and len(stack) >= 3
+        lags[collection] = (lag, height, len(stack), lag if clear else 0)
+    return lags
+
+
+def _with_pictures(
+    sources: Sequence[Source], people: dict[str, str], parts: Path, config: PrepareConfig
+) -> list[Source]:
+    """Sources of which pictures are kept: sharp enough, and not too many of one person."""
+    groups: dict[str, list[Source]] = {}
+    for source in sources:
+        with np.load(parts / f"{source.key}.fit.npz") as file:
+            if float(file["native"]) >= config.min_native:
+                groups.setdefault(people[source.key], []).append(source)
+    chosen: list[Source] = []
+    for group in groups.values():
+        count = min(len(group), config.frame_clips)
+        chosen += [group[i] for i in np.linspace(0, len(group) - 1, count).round().astype(int)]
+    return chosen
+
+
+def _write(
+    sources: Sequence[Source],
+    people: dict[str, str],
+    lags: dict[str, tuple[int, float, int, int]],
+    parts: Path,
+    config: PrepareConfig,
+) -> Report:
+    """Put the parts together."""
+    about = json.dumps({"settings": {k: str(v) for k, v in vars(config).items()}, "lags": lags})
+    natural = {EMOTIONS.index("neutral"): EMOTIONS.index("natural")}
+    rows = images = pictures = 0
+    with ShardWriter(config.out, about) as writer:
+        for source in tqdm(sources, desc="write shard", dynamic_ncols=True):
+            part = _read_part(parts / f"{source.key}.fit.npz")
+            cut = parts / f"{source.key}.cut.npz"
+            stored = split_jpegs(_read_part(cut)) if cut.exists() else []
+            shift = lags[source.collection][3] if source.speech and source.collection in lags else 0
+            audio = sync.shift_audio(part["audio"], shift) if "audio" in part else None
+            lag, height = sync.peak(part["curve"]) if "curve" in part else (0, float("nan"))
+            identity = people[source.key]
+            columns = ("identity_shape", "expression", "pose", "blendshapes", "landmarks", "residual", "crop", "valid")
+            writer.add(
+                Clip(
+                    name=source.name,
+                    source=source.collection,
+                    identity=identity,
+                    split=split_of(identity),
+                    emotion=natural.get(source.emotion, source.emotion)
+                    if source.collection in config.natural
+                    else source.emotion,
+                    speech=source.speech and audio is not None,
+                    picture=source.picture,
+                    **{key: part[key] for key in columns},
+                    audio=audio,
+                    native=float(part["native"]),
+                    lag=lag - shift if np.isfinite(height) else float("nan"),
+                    correlation=height,
+                    shifted=shift,
+                    images=stored,
+                )
+            )
+            rows += len(part["expression"])
+            images += len(stored)
+            pictures += source.picture
+    return Report(len(sources) - pictures, pictures, rows, images, {}, 0, lags, [])
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line; see the module."""
+    import sys
+
+    import tyro
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        report = prepare(tyro.cli(PrepareConfig, prog="python -m flowvqtalker.data.prepare", args=arguments))
+    except UserError as error:
+        logger.error("error: %s", error)
+        sys.exit(2)
+    logger.info(
+        "%d clips, %d pictures, %d frames, %d stored crops, %d people told apart, %d errors",
+        *(report.clips, report.pictures, report.rows, report.images, report.people, len(report.errors)),
+    )
+    for collection, (lag, height, count, shift) in report.lags.items():
+        logger.info(
+            "%-18s lips %+d frames after the sound (r = %.2f, %d clips), moved %d",
+            collection,
+            lag,
+            height,
+            count,
+            shift,
+        )
+
+
+if __name__ == "__main__":
+    main()

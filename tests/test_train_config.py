@@ -1,0 +1,121 @@
+"""Configurations: all problems at once, YAML round trip, command line."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+
+import pytest
+import yaml
+
+import flowvqtalker.train as training
+from flowvqtalker.errors import UserError
+from flowvqtalker.train.config import ConfigError, LoopConfig, check, from_dict, load_yaml, parse, save_yaml, to_dict
+from flowvqtalker.train.log import CsvLog
+
+
+@dataclass(frozen=True)
+class Model:
+    kind: Literal["paper", "lite"] = "lite"
+    channels: tuple[int, ...] = (4, 8)
+    window: tuple[int, int] = (1, 2)
+    path: Path | None = None
+
+    def __post_init__(self) -> None:
+        check((len(self.channels) > 0, "channels must not be empty"))
+
+
+@dataclass(frozen=True)
+class Config:
+    model: Model = field(default_factory=Model)
+    loop: LoopConfig = field(default_factory=LoopConfig)
+    name: str = "x"
+    scale: float = 1.0
+    tags: dict[str, int] = field(default_factory=dict)
+
+
+def test_yaml_round_trip(tmp_path: Path) -> None:
+    config = Config(
+        Model("paper", (1, 2, 3), (5, 6), Path("a/b")), LoopConfig(lr=3e-5, betas=(0.5, 0.9)), "y", 2.5, {"a": 1}
+    )
+    save_yaml(config, tmp_path / "c.yaml")
+    assert load_yaml(Config, tmp_path / "c.yaml") == config
+    assert from_dict(Config, to_dict(config)) == config
+    assert from_dict(Config, {}) == Config()
+    (tmp_path / "empty.yaml").write_text("")
+    assert load_yaml(Config, tmp_path / "empty.yaml") == Config()
+
+
+def test_numbers_that_yaml_reads_as_text() -> None:
+    assert from_dict(Config, yaml.safe_load("{loop: {lr: 1e-4}, scale: 2}")) == Config(
+        loop=LoopConfig(lr=1e-4), scale=2.0
+    )
+
+
+def test_every_problem_is_listed() -> None:
+    bad = {
+        "loop": {"steps": 0, "lr": -1, "precision": "fp8", "batch": 3, "seed": True},
+        "model": {"kind": "huge", "channels": "abc", "window": [1]},
+        "nane": 1,
+        "tags": {"a": "b"},
+    }
+    with pytest.raises(ConfigError) as caught:
+        from_dict(Config, bad)
+    named = sorted(problem.split(":")[0].split(" ")[0] for problem in caught.value.problems)
+    own = ["loop.steps", "loop.lr", "loop.precision", "loop.batch", "loop.seed", "nane", "tags.a"]
+    assert named == sorted([*own, "model.kind", "model.channels", "model.window"])
+    assert "\n" not in str(caught.value)
+    assert "paper, lite" in str(caught.value)
+
+
+def test_missing_and_broken_files(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot be read"):
+        load_yaml(Config, tmp_path / "none.yaml")
+    (tmp_path / "bad.yaml").write_text("{a: [")
+    with pytest.raises(UserError, match="no valid YAML"):
+        load_yaml(Config, tmp_path / "bad.yaml")
+    (tmp_path / "list.yaml").write_text("[1]")
+    with pytest.raises(ConfigError, match="mapping"):
+        load_yaml(Config, tmp_path / "list.yaml")
+
+
+def test_flags_go_over_the_file(tmp_path: Path) -> None:
+    save_yaml(Config(name="file", scale=3.0), tmp_path / "c.yaml")
+    config = parse(Config, ["--loop.steps", "7", "--model.kind", "paper"], prog="test", config=tmp_path / "c.yaml")
+    assert (config.name, config.scale, config.loop.steps, config.model.kind) == ("file", 3.0, 7, "paper")
+
+
+def test_bad_flag_is_one_clear_error(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises((ConfigError, SystemExit)) as caught:
+        parse(Config, ["--loop.steps", "0"], prog="test")
+    told = str(caught.value) + "".join(capsys.readouterr())
+    assert "steps must be positive, got 0" in told
+
+
+def test_main_runs_a_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+    module = ModuleType("toy_stage")
+    module.Config = Config  # type: ignore[attr-defined]
+    module.run = lambda config, out, resume: calls.append((config, out, resume))  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "toy_stage", module)
+    monkeypatch.setitem(training.STAGES, "toy", "toy_stage")
+    out = tmp_path / "run"
+    training.main("toy", ["--out", str(out), "--name", "n"])
+    training.main("toy", ["--resume", "--out", str(out), "--loop.steps", "3"])
+    assert [(c.name, c.loop.steps, r) for c, _, r in calls] == [("n", 10_000, False), ("n", 3, True)]
+    assert load_yaml(Config, out / "config.yaml").name == "n"
+    with pytest.raises(UserError, match="face-model, codebook, vqig, expflow, poseflow"):
+        training.main("sing", [])
+
+
+def test_csv_log_widens_and_drops_rows_of_the_future(tmp_path: Path) -> None:
+    log = CsvLog(tmp_path / "log.csv")
+    log.write({"step": 1, "a": 1.0})
+    log.write({"step": 2, "a": 2.0, "b": 0.5})
+    log.write({"step": 3, "b": 1 / 3})
+    assert (tmp_path / "log.csv").read_text().splitlines() == ["step,a,b", "1,1,", "2,2,0.5", "3,,0.333333"]
+    CsvLog(tmp_path / "log.csv", keep_below=3)
+    assert (tmp_path / "log.csv").read_text().splitlines() == ["step,a,b", "1,1,", "2,2,0.5"]
