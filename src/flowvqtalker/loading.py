@@ -1,0 +1,98 @@
+"""From weights on disk to the parts of a :class:`~flowvqtalker.talker.Talker`, on the right device."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from flowvqtalker import weights
+from flowvqtalker.errors import UserError
+from flowvqtalker.face.model import FaceModel
+from flowvqtalker.motion.flow import Flow
+from flowvqtalker.motion.manifold import LatentBank
+from flowvqtalker.render.codebook import CodebookConfig
+from flowvqtalker.render.generator import VQIG, VQIGConfig
+
+__all__ = ["choose_device", "choose_dtype", "fast_dtype", "load_face_model", "load_flow", "load_generator"]
+
+F = TypeVar("F", bound=Flow)
+
+
+def choose_device(device: str = "auto") -> torch.device:
+    """The device for a name.
+
+    Arguments:
+        device: ``auto`` (a GPU if there is one), ``cpu``, ``cuda`` (or ``cuda:1``) or ``mps``.
+
+    Raises:
+        UserError: if the name is unknown or there is no such device.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    kind, _, index = device.partition(":")
+    there = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if kind not in there or not (index or "0").isdigit():
+        raise UserError(f"unknown device {device!r}; choose one of auto, cpu, cuda, mps")
+    if int(index or 0) >= there[kind]:
+        raise UserError(f"device {device!r} is not there; choose auto or cpu (`flowvqtalker doctor` lists the devices)")
+    return torch.device(device)
+
+
+def fast_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the processor computes with it, else float32."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    if device.type == "cpu":
+        # Emulated on other CPUs, where it is many times slower than float32.
+        checks = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+        return torch.bfloat16 if any(getattr(torch.cpu, name, bool)() for name in checks) else torch.float32
+    return torch.float32
+
+
+def choose_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """A floating point type by name; None stays None."""
+    if dtype is None or isinstance(dtype, torch.dtype):
+        return dtype
+    kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    if dtype not in kinds:
+        raise UserError(f"unknown dtype {dtype!r}; choose one of {', '.join(kinds)}")
+    return kinds[dtype]
+
+
+def load_face_model(path: str | Path | None = None) -> FaceModel:
+    """The face model of a folder of weights."""
+    tensors, _ = weights.load("face_model", path)
+    try:
+        return FaceModel.from_tensors(tensors, "the file")
+    except UserError as error:
+        raise weights.mismatch("face_model", str(error), path) from error
+
+
+def load_flow(kind: type[F], name: str, path: str | Path | None = None) -> tuple[F, LatentBank | None]:
+    """A flow and, if the file holds one, its bank of latents."""
+    tensors, config = weights.load(name, path)
+    try:
+        flow = kind.load(tensors, config)
+        bank = LatentBank.load(tensors)
+    except (ValueError, TypeError, KeyError, RuntimeError) as error:
+        raise weights.mismatch(name, str(error).splitlines()[-1].strip(), path) from error
+    return flow, bank
+
+
+def load_generator(path: str | Path | None = None) -> VQIG:
+    """VQIG; its frozen E_h, C and D_h are in the file of the codebook."""
+    codebook, codebook_config = weights.load("codebook", path)
+    tensors, config = weights.load("vqig", path)
+    try:
+        generator = VQIG(VQIGConfig.from_dict(config))
+        trained = CodebookConfig.from_dict(codebook_config)
+    except (ValueError, TypeError, KeyError) as error:
+        raise weights.mismatch("vqig", str(error), path) from error
+    if trained != generator.config.codebook:
+        raise weights.mismatch("vqig", "it was trained on a codebook of another configuration", path)
+    weights.restore(generator.autoencoder, codebook, "codebook", path)
+    frozen = {f"autoencoder.{key}": value for key, value in generator.autoencoder.state_dict().items()}
+    weights.restore(generator, {**frozen, **tensors}, "vqig", path)
+    return generator.eval()

@@ -1,0 +1,176 @@
+"""From files to faces: a portrait to animate, a clip to follow."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from flowvqtalker.coefficients import Coefficients
+from flowvqtalker.errors import UserError
+from flowvqtalker.face.crop import Crop, crop_box
+from flowvqtalker.face.fit import fit
+from flowvqtalker.face.model import FaceModel
+from flowvqtalker.face.tracker import Face, FaceTracker, largest_face
+from flowvqtalker.media import FPS, Picture, probe, read_image, read_video
+
+__all__ = ["MAX_YAW", "MIN_FACE", "Portrait", "Progress", "find_portrait", "track", "track_landmarks"]
+
+logger = logging.getLogger(__name__)
+
+#: Called with the frames done and the frames in all (0: unknown).
+Progress = Callable[[int, int], None]
+
+#: Narrowest face, in pixels of the picture.
+MIN_FACE = 64
+#: Largest turn of the head, in degrees.
+MAX_YAW = 50.0
+
+_MAX_FACES = 10
+
+Floats = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Portrait:
+    """A portrait, ready to be animated.
+
+    Attributes:
+        picture: (H, W, 3) uint8, the whole picture.
+        image: (512, 512, 3) uint8, the crop.
+        crop: the transform between them.
+        landmarks: (478, 3) in pixels of the picture.
+        identity: (80,) α.
+        expression: (64,) β0.
+        pose: (6,) ρ0.
+    """
+
+    picture: Picture
+    image: Picture
+    crop: Crop
+    landmarks: Floats
+    identity: Tensor
+    expression: Tensor
+    pose: Tensor
+
+
+def find_portrait(model: FaceModel, source: str | Path | Picture, face: int | None = None) -> Portrait:
+    """Find the face of a picture and fit the model to it.
+
+    Arguments:
+        model: the face model.
+        source: file, or (H, W, 3) uint8 RGB.
+        face: which face, 0 is the largest; None takes the largest and says so if there are several.
+
+    Raises:
+        UserError: if there is no picture or no such face, or the face is too small or turned too far.
+    """
+    name = "the picture" if isinstance(source, np.ndarray) else str(source)
+    picture = source if isinstance(source, np.ndarray) else read_image(source)
+    with FaceTracker(max_faces=_MAX_FACES) as tracker:
+        faces = tracker.detect(picture)
+    if not faces:
+        raise UserError(
+            f"no face found in {name}; give a picture in which a face of {MIN_FACE} pixels or more is clearly visible"
+        )
+    chosen = largest_face(faces, face)
+    if len(faces) > 1 and face is None:
+        others = (
+            "--face 1 takes the other" if len(faces) == 2 else f"--face 1 to --face {len(faces) - 1} take the others"
+        )
+        logger.warning("%s shows %d faces; the largest is taken, %s", name, len(faces), others)
+    left, _, right, _ = chosen.box
+    if right - left < MIN_FACE:
+        raise UserError(
+            f"the face in {name} is {right - left:.0f} pixels wide, {MIN_FACE} are needed; give a larger picture"
+        )
+    crop = crop_box(chosen.landmarks)
+    fitted = fit(model, crop.points(chosen.landmarks))
+    yaw = abs(math.degrees(float(fitted.pose[0, 1])))
+    if yaw > MAX_YAW:
+        raise UserError(
+            f"the head in {name} is turned by {yaw:.0f} degrees, at most {MAX_YAW:.0f} can be animated; "
+            "give a picture that shows both eyes"
+        )
+    return Portrait(
+        picture=picture,
+        image=crop.apply(picture),
+        crop=crop,
+        landmarks=chosen.landmarks,
+        identity=torch.from_numpy(fitted.identity),
+        expression=torch.from_numpy(fitted.expression[0]),
+        pose=torch.from_numpy(fitted.pose[0]),
+    )
+
+
+def track_landmarks(
+    source: str | Path, limit: int | None = None, progress: Progress | None = None
+) -> tuple[Floats, Floats]:
+    """Follow the largest face of a picture or video.
+
+    Arguments:
+        source: picture, or video (read at 25 fps).
+        limit: number of frames to read at most.
+        progress: called after each frame.
+
+    Returns:
+        landmarks (T, 478, 3) in pixels and blendshapes (T, 52), float32; NaN where no face was found.
+
+    Raises:
+        UserError: if the file is neither, or shows no face in any frame.
+    """
+    info = probe(source)
+    faces: list[Face | None] = []
+    with FaceTracker() as tracker:
+        if info.kind == "picture":
+            faces = [next(iter(tracker.detect(read_image(source))), None)]
+        else:
+            expected = round(info.seconds * FPS)
+            expected = min(expected, limit) if limit is not None else expected
+            for face in tracker.track(islice(read_video(source), limit)):
+                faces.append(face)
+                if progress is not None:
+                    progress(len(faces), max(expected, len(faces)))
+    if not any(faces):
+        raise UserError(f"no face found in {source}; give a picture or clip in which a face is clearly visible")
+    missing = sum(face is None for face in faces)
+    if missing:
+        logger.warning("%s: no face in %d of %d frames; their motion is interpolated", source, missing, len(faces))
+    nothing = np.full((478, 3), np.nan, np.float32), np.full(52, np.nan, np.float32)
+    pairs = [nothing if face is None else (face.landmarks, face.blendshapes) for face in faces]
+    return np.stack([pair[0] for pair in pairs]), np.stack([pair[1] for pair in pairs])
+
+
+def track(
+    model: FaceModel | None, source: str | Path, *, smooth: bool = True, progress: Progress | None = None
+) -> Coefficients:
+    """Landmarks and coefficients of a picture or of every frame of a video (at 25 fps).
+
+    Arguments:
+        model: the face model; None leaves the coefficients at zero (landmarks only).
+        source: picture or video.
+        smooth: smooth the coefficients of a clip over time, lips and lids excepted.
+        progress: called after each frame.
+
+    Raises:
+        UserError: if the file is neither, or shows no face in any frame.
+    """
+    landmarks, blendshapes = track_landmarks(source, progress=progress)
+    crop = crop_box(landmarks)
+    count = len(landmarks)
+    if model is None:
+        expression, pose = np.zeros((count, 64), np.float32), np.zeros((count, 6), np.float32)
+        identity = np.zeros(80, np.float32)
+    else:
+        fitted = fit(model, crop.points(landmarks), smooth=smooth)
+        expression, pose, identity = fitted.expression, fitted.pose, fitted.identity
+    matrix = crop.matrix.astype(np.float32)
+    return Coefficients(expression, pose, identity, landmarks=landmarks, blendshapes=blendshapes, crop=matrix)

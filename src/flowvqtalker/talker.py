@@ -1,0 +1,367 @@
+"""The whole path behind one class: portrait + speech + emotion -> frames -> video."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flowvqtalker import EMOTIONS
+from flowvqtalker.audio import decode, features
+from flowvqtalker.coefficients import Coefficients
+from flowvqtalker.errors import UserError
+from flowvqtalker.face.crop import crop_box
+from flowvqtalker.face.fit import fit
+from flowvqtalker.face.model import CENTRE, EXPRESSION, FOCAL, IDENTITY, FaceModel
+from flowvqtalker.loading import choose_device, choose_dtype, fast_dtype, load_face_model, load_flow, load_generator
+from flowvqtalker.media import FPS, Picture, VideoWriter, check_output
+from flowvqtalker.motion.flow import ExpFlow, PoseFlow
+from flowvqtalker.motion.manifold import LatentBank
+from flowvqtalker.motion.sampler import TEMPERATURE, MotionGenerator
+from flowvqtalker.portrait import Portrait, Progress, find_portrait, track, track_landmarks
+from flowvqtalker.render.generator import VQIG
+from flowvqtalker.render.renderer import Renderer
+
+__all__ = ["Block", "Result", "Talker", "check_emotion", "write_video"]
+
+#: Consecutive frames of motion: expression (t, 64) and pose (t, 6).
+Block = tuple[Tensor, Tensor]
+
+_REFERENCE_SECONDS = 30
+_BLOCK_SECONDS = 1.0
+_FRONT_DEPTH = 13.0
+
+P = TypeVar("P")
+
+
+@dataclass(frozen=True)
+class Result:
+    """What was written.
+
+    Attributes:
+        path: the video.
+        frames: number of frames, 25 a second.
+        width: pixels.
+        height: pixels.
+    """
+
+    path: Path
+    frames: int
+    width: int
+    height: int
+
+
+def check_emotion(emotion: str | None) -> None:
+    """Raise a :class:`UserError` that lists the nine if the emotion is none of them."""
+    if emotion is not None and emotion not in EMOTIONS:
+        raise UserError(f"unknown emotion {emotion!r}; choose one of {', '.join(EMOTIONS)}")
+
+
+class Talker:
+    """Animates portraits. Load it once, use it often; everything streams, in memory that does not grow with the speech.
+
+    ::
+
+        talker = Talker.load()
+        talker.animate("portrait.jpg", "speech.wav", "out.mp4", emotion="happy")
+
+    Arguments:
+        face_model, expflow, poseflow, bank, generator: the parts; None where a part is not needed.
+        device: where the generator runs.
+        dtype: of the generator; None chooses what is fastest on the device.
+    """
+
+    def __init__(
+        self,
+        face_model: FaceModel | None = None,
+        expflow: ExpFlow | None = None,
+        poseflow: PoseFlow | None = None,
+        bank: LatentBank | None = None,
+        generator: VQIG | None = None,
+        *,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self._face_model, self._expflow, self._poseflow = face_model, expflow, poseflow
+        self._bank, self._generator = bank, generator
+        self.device, self.dtype = torch.device(device), dtype
+
+    @classmethod
+    def load(
+        cls,
+        weights: str | Path | None = None,
+        device: str = "auto",
+        dtype: str | torch.dtype | None = None,
+        parts: Iterable[str] = ("face", "motion", "render"),
+    ) -> Talker:
+        """Load the weights.
+
+        Arguments:
+            weights: folder with a manifest; None takes those of the package.
+            device: ``auto``, ``cpu``, ``cuda`` or ``mps``.
+            dtype: of the generator, ``float32`` or ``bfloat16``; None chooses what is fastest on the device.
+            parts: ``face`` alone can track, with ``motion`` it can make motion, with ``render`` pictures.
+
+        Raises:
+            UserError: if weights are missing, damaged (named by their sha256) or do not fit.
+        """
+        wanted = set(parts)
+        chosen, kind = choose_device(device), choose_dtype(dtype)
+        face_model = expflow = poseflow = bank = generator = None
+        if "face" in wanted:
+            face_model = load_face_model(weights)
+        if "motion" in wanted:
+            expflow, bank = load_flow(ExpFlow, "expflow", weights)
+            poseflow, _ = load_flow(PoseFlow, "poseflow", weights)
+        if "render" in wanted:
+            generator = load_generator(weights)
+        return cls(face_model, expflow, poseflow, bank, generator, device=chosen, dtype=kind)
+
+    @property
+    def face_model(self) -> FaceModel:
+        """The 3D morphable model."""
+        return _part(self._face_model, "face")
+
+    # ---------------------------------------------------------------------------------------------------- inputs
+
+    def portrait(self, source: str | Path | Picture, face: int | None = None) -> Portrait:
+        """A picture made ready, once for many speeches; see :func:`flowvqtalker.portrait.find_portrait`."""
+        return find_portrait(self.face_model, source, face)
+
+    def track(self, source: str | Path, *, smooth: bool = True, progress: Progress | None = None) -> Coefficients:
+        """Landmarks and coefficients of a picture or video; see :func:`flowvqtalker.portrait.track`."""
+        return track(self.face_model, source, smooth=smooth, progress=progress)
+
+    def reference(self, source: str | Path) -> Tensor:
+        """Expression (R, 64) of a picture or clip, to take the emotion from; of a clip the first 30 seconds."""
+        landmarks, _ = track_landmarks(source, limit=_REFERENCE_SECONDS * FPS)
+        fitted = fit(self.face_model, crop_box(landmarks).points(landmarks), smooth=True)
+        return torch.from_numpy(fitted.expression)
+
+    def front_pose(self) -> Tensor:
+        """Pose (6,) of a face seen from the front, as large as the crop makes every face."""
+        model = self.face_model
+        zeros = model.mean.new_zeros(IDENTITY), model.mean.new_zeros(EXPRESSION)
+        seen = (
+            model.project(*zeros, model.mean.new_tensor([0.0, 0.0, 0.0, 0.0, 0.0, _FRONT_DEPTH]))[:, :2].cpu().numpy()
+        )
+        crop = crop_box(seen)
+        depth = _FRONT_DEPTH / crop.scale  # to scale the picture by s is to come s times nearer
+        across, down = (crop.points(np.full(2, CENTRE, seen.dtype)) - CENTRE) * depth / FOCAL
+        return torch.tensor([0.0, 0.0, 0.0, float(across), float(down), depth])
+
+    # ---------------------------------------------------------------------------------------------------- motion
+
+    def motion(
+        self,
+        speech: str | Path | decode.Speech,
+        portrait: Portrait | None = None,
+        *,
+        emotion: str | None = None,
+        emotion_reference: str | Path | Tensor | None = None,
+        intensity: float = 1.0,
+        temperature: float | None = None,
+        seed: int = 0,
+        pose_scale: float = 1.0,
+    ) -> Iterator[Block]:
+        """Motion for speech, block by block.
+
+        Arguments:
+            speech: any file with sound, or what :func:`flowvqtalker.audio.decode.scan` found in it.
+            portrait: whose face starts the motion; None is the mean face seen from the front.
+            emotion: one of the nine; None is neutral, or what the reference shows.
+            emotion_reference: picture, clip, or expression (R, 64) to take the emotion from.
+            intensity: 0 (neutral) to 2; 1 is the emotion as it was learnt.
+            temperature: 0 (the most likely motion) to 2, how much the motion varies; None takes the sampler's default.
+            seed: of the noise; the same seed gives the same motion to the last bit.
+            pose_scale: factor on the movement of the head, 0 to 2; 0 holds it still.
+
+        Yields:
+            expression (t, 64) and pose (t, 6), float32 on the CPU; together one row for each of the speech's frames
+            (:attr:`flowvqtalker.audio.decode.Speech.frames`).
+
+        Raises:
+            UserError: at once, if the speech or an option cannot be used.
+        """
+        check_emotion(emotion)
+        if not 0 <= seed < 2**62:
+            raise UserError(f"seed must be a number from 0 to 2**62 - 1, got {seed}")
+        if not 0 <= pose_scale <= 2:
+            raise UserError(f"pose_scale must be between 0 and 2, got {pose_scale:g}")
+        found = speech if isinstance(speech, decode.Speech) else decode.scan(speech)
+        reference = emotion_reference
+        if reference is not None and not isinstance(reference, Tensor):
+            reference = self.reference(reference)
+        pose0 = self.front_pose() if portrait is None else portrait.pose
+        generator = MotionGenerator(
+            _part(self._expflow, "motion"),
+            _part(self._poseflow, "motion"),
+            self._bank,
+            beta0=torch.zeros(EXPRESSION) if portrait is None else portrait.expression,
+            pose0=pose0,
+            emotion="neutral" if emotion is None and reference is None else emotion,
+            reference=reference,
+            intensity=intensity,
+            temperature=TEMPERATURE if temperature is None else temperature,
+            seed=seed,
+            device="cpu",  # small matrices: a GPU would not be faster, and one seed is the same everywhere
+        )
+        return _blocks(generator, found, pose0, pose_scale)
+
+    # -------------------------------------------------------------------------------------------------- pictures
+
+    def render(self, portrait: Portrait, motion: Iterable[Block], *, full: bool = False) -> Iterator[Picture]:
+        """Pictures for motion, one for each frame of it.
+
+        Arguments:
+            portrait: see :meth:`portrait`.
+            motion: blocks of expression (t, 64) and pose (t, 6), for instance from :meth:`motion`.
+            full: paste each face back into the whole picture instead of giving the 512x512 crop.
+
+        Yields:
+            (512, 512, 3), or the size of the picture, uint8 RGB.
+        """
+        renderer = Renderer(
+            _part(self._generator, "render"),
+            self.face_model,
+            portrait.image,
+            portrait.identity,
+            portrait.expression,
+            portrait.pose,
+            device=self.device,
+            dtype=self.dtype or fast_dtype(self.device),
+        )
+        frames = renderer.render(motion)
+        return (portrait.crop.paste(portrait.picture, frame) for frame in frames) if full else frames
+
+    def animate(
+        self,
+        portrait: str | Path | Picture | Portrait,
+        speech: str | Path,
+        output: str | Path,
+        *,
+        emotion: str | None = None,
+        emotion_reference: str | Path | Tensor | None = None,
+        intensity: float = 1.0,
+        temperature: float | None = None,
+        seed: int = 0,
+        pose_scale: float = 1.0,
+        face: int | None = None,
+        full: bool = False,
+        progress: Progress | None = None,
+    ) -> Result:
+        """Animate a portrait with speech into a video as long as the speech.
+
+        Arguments:
+            portrait: picture file, (H, W, 3) uint8 RGB, or what :meth:`portrait` returned.
+            speech: any file with sound; it becomes the sound of the video.
+            output: ``.mp4``, ``.mov`` or ``.mkv``; appears when it is complete.
+            emotion, emotion_reference, intensity, temperature, seed, pose_scale: see :meth:`motion`.
+            face: which face of the picture, 0 is the largest; None takes the largest.
+            full: the whole picture instead of the 512x512 crop.
+            progress: called after each frame.
+
+        Raises:
+            UserError: if an input cannot be used or the output cannot be written; then there is no output.
+        """
+        path = check_output(output)
+        _check_not_input(path, portrait, speech, emotion_reference)
+        check_emotion(emotion)
+        found = decode.scan(speech)
+        ready = portrait if isinstance(portrait, Portrait) else self.portrait(portrait, face)
+        motion = self.motion(
+            found,
+            ready,
+            emotion=emotion,
+            emotion_reference=emotion_reference,
+            intensity=intensity,
+            temperature=temperature,
+            seed=seed,
+            pose_scale=pose_scale,
+        )
+        return write_video(self.render(ready, motion, full=full), path, speech, found.frames, progress)
+
+    def reenact(
+        self,
+        portrait: str | Path | Picture | Portrait,
+        motion: Coefficients,
+        output: str | Path,
+        *,
+        speech: str | Path | None = None,
+        absolute: bool = False,
+        face: int | None = None,
+        full: bool = False,
+        progress: Progress | None = None,
+    ) -> Result:
+        """Animate a portrait with stored motion.
+
+        Arguments:
+            portrait: picture file, (H, W, 3) uint8 RGB, or what :meth:`portrait` returned.
+            motion: for instance of :meth:`track`, or from a file.
+            output: ``.mp4``, ``.mov`` or ``.mkv``.
+            speech: sound for the video; None is silent.
+            absolute: take the poses as they are; else their difference to the first one moves the portrait's own pose.
+            face, full, progress: see :meth:`animate`.
+
+        Raises:
+            UserError: if an input cannot be used or the output cannot be written; then there is no output.
+        """
+        path = check_output(output)
+        _check_not_input(path, portrait, speech)
+        if speech is not None:
+            decode.scan(speech)
+        ready = portrait if isinstance(portrait, Portrait) else self.portrait(portrait, face)
+        moved = motion.at(FPS)
+        expression, pose = torch.from_numpy(moved.expression), torch.from_numpy(moved.pose)
+        if not absolute:
+            pose = ready.pose + pose - pose[:1]
+        blocks = ((expression[i : i + FPS], pose[i : i + FPS]) for i in range(0, len(expression), FPS))
+        return write_video(self.render(ready, blocks, full=full), path, speech, len(expression), progress)
+
+
+def write_video(
+    frames: Iterable[Picture], path: Path, speech: str | Path | None, total: int, progress: Progress | None = None
+) -> Result:
+    """Stream frames into a file; see :class:`flowvqtalker.media.VideoWriter`."""
+    height = width = 0
+    with VideoWriter(path, speech) as writer:
+        for frame in frames:
+            height, width = frame.shape[:2]
+            writer.write(frame)
+            if progress is not None:
+                progress(writer.frames, total)
+    return Result(path, writer.frames, width, height)
+
+
+def _blocks(generator: MotionGenerator, speech: decode.Speech, pose0: Tensor, pose_scale: float) -> Iterator[Block]:
+    """Motion of a speech file, decoded as it is needed."""
+
+    def scaled(block: Block) -> Block:
+        expression, pose = block
+        return (expression, pose) if pose_scale == 1 else (expression, pose0 + pose_scale * (pose - pose0))
+
+    for windows in features.stream_windows(decode.stream(speech.path, _BLOCK_SECONDS)):
+        block = generator(windows)
+        if len(block[0]):
+            yield scaled(block)
+    block = generator(torch.zeros(0, features.MELS, features.COLUMNS), last=True)
+    if len(block[0]):
+        yield scaled(block)
+
+
+def _check_not_input(path: Path, *inputs: object) -> None:
+    for given in inputs:
+        if isinstance(given, str | Path) and path.exists() and Path(given).exists() and os.path.samefile(path, given):
+            raise UserError(f"output {path} is also an input; choose another name")
+
+
+def _part(part: P | None, name: str) -> P:
+    if part is None:
+        raise UserError(f"this Talker was loaded without {name!r}; add it to parts in Talker.load")
+    return part
