@@ -145,6 +145,8 @@ class MotionGenerator:
                 given = None if emotion is None else EMOTIONS.index(emotion)
                 label, centre = reference_latent(self.expflow, reference.to(self.device, torch.float32), given)
             self.emotion = EMOTIONS[label]
+            if reference is None and label == _NEUTRAL:
+                intensity = 1.0
             neutral = torch.zeros(1, self.expflow.config.classes, device=self.device)
             neutral[0, _NEUTRAL] = 1
             expressive = torch.zeros_like(neutral)
@@ -153,7 +155,8 @@ class MotionGenerator:
             self.centre = (1 - intensity) * means[_NEUTRAL : _NEUTRAL + 1] + intensity * centre[None]
             self.bank: Tensor | None = None
             if bank is not None and self.manifold > 0:
-                self.bank = bank.offsets(label, means.cpu()).to(self.device)  # around the centre, wherever that is
+                nearer = label if intensity >= 0.5 else _NEUTRAL
+                self.bank = bank.offsets(nearer, means.cpu()).to(self.device)  # around the centre, wherever that is
             self._inverse = FusedInverse(self.expflow, self.weights)
             single = torch.ones(1, self.poseflow.config.classes, device=self.device)
             self._pose_weights = single / self.poseflow.config.classes

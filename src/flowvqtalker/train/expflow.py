@@ -75,6 +75,7 @@ class ExpFlowStage(FlowStage):
         self.lips: Tensor = (u * s)[:, :16] / s.square().sum().sqrt()
         self.gap = expression[:, _LOWER, 1] - expression[:, _UPPER, 1]
         self.regression = nn.Linear(config.flow.audio.width, self.lips.shape[1])
+        nn.init.zeros_(self.regression.weight)
         self.module = nn.ModuleDict({"flow": self.flow, "lips": self.regression})
 
     def auxiliary(self, batch: Any, audio: Tensor) -> tuple[Tensor | None, dict[str, Tensor]]:

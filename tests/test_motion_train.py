@@ -1,0 +1,225 @@
+"""The flows' data and training stages on clips made up here."""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from flowvqtalker import EMOTIONS
+from flowvqtalker.audio.features import log_mel
+from flowvqtalker.audio.features import windows as all_windows
+from flowvqtalker.errors import UserError
+from flowvqtalker.motion.context import AudioConfig
+from flowvqtalker.motion.flow import ExpFlow, ExpFlowConfig, PoseFlow, PoseFlowConfig
+from flowvqtalker.motion.manifold import LatentBank
+from flowvqtalker.train import expflow, poseflow
+from flowvqtalker.train.config import LoopConfig, from_dict, to_dict
+from flowvqtalker.train.flow_stage import Losses, correlation
+from flowvqtalker.train.loop import fit
+from flowvqtalker.train.sequences import Corpus, MotionClip, SequenceConfig, SequenceDataset, perturb
+
+AUDIO = AudioConfig(width=8, layers=2, lookahead=1)
+LOOP = LoopConfig(steps=6, batch_size=4, lr=1e-2, log_every=2, validate_every=3, save_every=3, device="cpu", ema=0.5)
+
+
+def clip(number: int, length: int = 40, dim: int = 64, speech: bool = True, who: str | None = None) -> MotionClip:
+    random = np.random.default_rng(number)
+    frames = np.cumsum(0.1 * random.normal(size=(length, dim)), axis=0).astype(np.float32)
+    mel = random.normal(size=(1 + length * 640 // 200, 80)).clip(-4, 4).astype(np.float16) if speech else None
+    return MotionClip(frames, mel, number % 9, speech, who or f"person {number % 5}")
+
+
+@pytest.fixture(scope="module")
+def corpus() -> Corpus:
+    return Corpus([clip(n, 20 + 3 * n, speech=n % 3 > 0) for n in range(18)])
+
+
+def dataset(corpus: Corpus, plain: bool = False, **settings) -> SequenceDataset:
+    return SequenceDataset(corpus, SequenceConfig(**{"frames": 16, **settings}), AUDIO, 10, seed=5, plain=plain)
+
+
+def test_windows_equal_those_of_the_front_end():
+    wave = np.random.default_rng(0).normal(size=40 * 640).astype(np.float32) * 0.1
+    one = MotionClip(np.zeros((40, 64), np.float32), log_mel(wave).astype(np.float16), 0, True, "a")
+    assert np.allclose(one.windows(np.arange(40)), all_windows(wave).numpy(), atol=3e-3)  # float16
+
+
+def test_item_is_a_pure_function_of_seed_and_number(corpus):
+    first, second = dataset(corpus), dataset(corpus)
+    for i in (0, 7, 123456):
+        a, b = first[i], second[i]
+        assert all(torch.equal(torch.as_tensor(a[key]), torch.as_tensor(b[key])) for key in a)
+    assert not torch.equal(first[1]["frames"], first[2]["frames"])
+
+
+def test_item_holds_the_true_past(corpus):
+    data = dataset(corpus, plain=True)
+    one = corpus.clips[9]
+    random = np.random.default_rng(0)
+    start = data.item(9, 0, random)
+    assert float(start["frames"][:10].abs().max()) == 0
+    assert np.array_equal(start["frames"][10:].numpy(), one.frames[:16])
+    middle = data.item(9, 20, random)
+    assert np.array_equal(middle["frames"].numpy(), one.frames[10:36])
+    assert middle["windows"].shape == (16 + 4, 80, 16)
+    assert np.array_equal(middle["windows"].numpy(), one.windows(np.arange(17, 37)))
+    end = data.item(9, len(one.frames) - 5, random)
+    assert end["mask"].tolist() == [True] * 5 + [False] * 11
+    assert np.array_equal(end["windows"][-1].numpy(), one.windows(np.array([len(one.frames) - 1]))[0])
+
+
+def test_every_class_is_seen_often(corpus):
+    clips = [replace(c, emotion=5) for c in corpus.clips] + [clip(n, 15, speech=False) for n in range(9)]
+    rare = Corpus(clips)  # eight of nine classes have 15 of 800 frames each
+    random = np.random.default_rng(0)
+    counts = np.bincount([rare.clips[rare.pick(random, 0.5)].emotion for _ in range(4000)], minlength=9)
+    assert (counts[[0, 1, 2, 3, 4, 6, 7, 8]] > 0.5 / 9 * 4000 * 0.75).all()
+    spoken = [rare.clips[rare.pick(random, 0.0)] for _ in range(200)]
+    assert all(c.speech for c in spoken)
+
+
+def test_people_share_the_speech_by_square_root():
+    clips = [clip(0, 400, who="much"), clip(1, 100, who="little")]
+    random = np.random.default_rng(1)
+    both = Corpus(clips)
+    share = np.mean([both.clips[both.pick(random, 0.0)].identity == "much" for _ in range(4000)])
+    assert share == pytest.approx(2 / 3, abs=0.03)
+
+
+def test_source_is_the_same_person_or_hidden(corpus):
+    random, settings = np.random.default_rng(0), SequenceConfig()
+    hidden, own = 0, 0
+    for _ in range(400):
+        source = corpus.source(4, random, settings)
+        if not source.any():
+            hidden += 1
+            continue
+        holders = [n for n, c in enumerate(corpus.clips) if (c.frames == source).all(1).any()]
+        assert all(corpus.clips[n].identity == corpus.clips[4].identity for n in holders)
+        own += holders == [4]
+    assert 50 < hidden < 115
+    assert 60 < own < 140  # 0.8 * 0.3 of 400 = 96
+
+
+def test_speech_is_hidden_for_some_items(corpus):
+    items = [dataset(corpus)[i] for i in range(300)]
+    spoken = [item for item in items if item["heard"]]
+    muted = sum(not item["speech"] for item in spoken)
+    assert 0.07 < muted / len(spoken) < 0.25
+    assert not any(item["speech"] for item in items if not item["heard"])
+    plain = dataset(corpus, plain=True)
+    assert all(plain[i]["speech"] == plain[i]["heard"] for i in range(50))
+
+
+def test_perturbation_is_one_change_for_the_whole_item():
+    flat = np.zeros((5, 80, 16), np.float32)
+    changed = [perturb(flat, np.random.default_rng(s)) for s in range(30)]
+    assert all(np.abs(x).max() <= 4 for x in changed)
+    clean = [x for x in changed if np.ptp(x, axis=(0, 2)).max() == 0]
+    assert clean, "without noise, all windows change alike"
+    assert len({float(x.mean()) for x in changed}) == 30
+
+
+def test_empty_corpus_is_named():
+    with pytest.raises(UserError, match="no clips to train on"):
+        Corpus([])
+
+
+def test_correlation_counts_masked_frames_only():
+    a = torch.randn(2, 9)
+    b = a.clone()
+    b[0, 5:] = 7
+    mask = torch.ones(2, 9, dtype=torch.bool)
+    mask[0, 5:] = False
+    assert torch.allclose(correlation(a, b, mask), torch.ones(2), atol=1e-5)
+    assert torch.allclose(correlation(a, -b, mask), -torch.ones(2), atol=1e-5)
+
+
+def exp_config(**settings) -> expflow.Config:
+    flow = ExpFlowConfig(steps=2, width=8, heads=2, history=10, audio=AUDIO)
+    given = {"flow": flow, "loop": LOOP, "sequences": SequenceConfig(frames=12), "bank": 20, **settings}
+    return expflow.Config(**given)
+
+
+def exp_stage(corpus: Corpus, **settings) -> expflow.ExpFlowStage:
+    basis = torch.randn(64, 478, 3, generator=torch.Generator().manual_seed(0)) * 0.01
+    return expflow.ExpFlowStage(exp_config(**settings), corpus, corpus, basis)
+
+
+def test_expflow_stage_trains_exports_and_loads(corpus, tmp_path):
+    stage = exp_stage(corpus)
+    scores = fit(stage, LOOP, tmp_path / "run")
+    rows = list(csv.DictReader((tmp_path / "run" / "validation.csv").read_text().splitlines()))
+    assert float(rows[-1]["nll"]) < float(rows[0]["nll"])
+    assert {"lips", "lips_regression", "lips_range", "speed"} <= set(scores)
+    assert all(bool(step.norm.initialised) for step in stage.flow.each_step())
+
+    state = load_file(str(tmp_path / "run" / "weights.safetensors"))
+    config = json.loads((tmp_path / "run" / "config.json").read_text())["config"]
+    flow = ExpFlow.load(state, config)
+    assert flow.config == stage.config.flow
+    bank = LatentBank.load(state)
+    assert bank is not None
+    assert sorted(set(bank.emotion.tolist())) == list(range(len(EMOTIONS)))
+    assert torch.bincount(bank.emotion).max() <= 20
+    assert bank.latents.shape[1] == 64
+
+
+def test_expflow_resume_is_exact(corpus, tmp_path):
+    fit(exp_stage(corpus), LOOP, tmp_path / "whole")
+    fit(exp_stage(corpus), replace(LOOP, steps=3), tmp_path / "parts")
+    fit(exp_stage(corpus), LOOP, tmp_path / "parts", resume=True)
+    a, b = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["model"] for name in ("whole", "parts"))
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_lip_regression_learns_lips_from_sound(corpus):
+    """Speech that is the lips: the auxiliary loss falls below what the mean gives."""
+    clips = []
+    for n in range(6):
+        one = clip(n, 40)
+        one.frames[:, 0] = np.sin(np.arange(40) / 3 + n)
+        mel = np.repeat(one.frames[:, :1] * 3, 4, axis=0)[:129].astype(np.float16)
+        clips.append(replace(one, mel=np.broadcast_to(mel, (len(mel), 80))))
+    stage = exp_stage(
+        Corpus(clips), losses=Losses(consistency=0, lips=1.0), sequences=SequenceConfig(12, perturb=False)
+    )
+    stage.lips = torch.zeros_like(stage.lips)
+    stage.lips[0, 0] = 1
+    optimizer = torch.optim.Adam(stage.module.parameters(), lr=1e-2)
+    data = stage.dataset("train")
+    batch = torch.utils.data.default_collate([data[i] for i in range(8)])
+    for _ in range(40):
+        extra, logs = stage.auxiliary(batch, stage.flow.audio(batch["windows"]))
+        assert extra is not None
+        extra.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert float(logs["lips"]) < 0.3
+
+
+def test_poseflow_stage_trains_exports_and_loads(tmp_path):
+    poses = Corpus([clip(n, 50, dim=6, speech=n % 3 > 0) for n in range(8)])
+    flow = PoseFlowConfig(steps=2, width=8, heads=2, audio=AUDIO)
+    stage = poseflow.PoseFlowStage(poseflow.Config(flow=flow, loop=LOOP), poses, poses)
+    scores = fit(stage, LOOP, tmp_path / "run")
+    assert {"nll", "range", "speed"} <= set(scores)
+    assert (stage.flow.unit != 1).all(), "poses are scaled to numbers near one"
+    state = load_file(str(tmp_path / "run" / "weights.safetensors"))
+    again = PoseFlow.load(state, json.loads((tmp_path / "run" / "config.json").read_text())["config"])
+    assert again.config == flow
+
+
+def test_configurations_round_trip_and_name_problems():
+    for config in (exp_config(), poseflow.Config()):
+        assert from_dict(type(config), json.loads(json.dumps(to_dict(config)))) == config
+    with pytest.raises(UserError, match="no lips"):
+        poseflow.Config(losses=Losses(lips=1))
+    with pytest.raises(UserError, match=r"bank must be positive.*no shards"):
+        expflow.Config(bank=0, shards=())
