@@ -25,7 +25,7 @@ def window(frames: np.ndarray[Any, Any], centre: int, reach: int = 13) -> np.nda
 
 def clamp_pose(pose: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """Keep a made-up pose within what the crop shows: angles in radians, shifts in eye distances, depth change 15 %."""
-    limits = np.float32([0.35, 0.5, 0.35, 0.35, 0.35])
+    limits = np.array([0.35, 0.5, 0.35, 0.35, 0.35], np.float32)
     out = pose.copy()
     out[..., :5] = np.clip(pose[..., :5], -limits, limits)
     return out
@@ -35,15 +35,15 @@ class PairDataset(Dataset[dict[str, Tensor]]):
     """Pairs of pictures.
 
     A pair from a clip is two of its stored frames. A pair from a still has the picture as *target*; its *source* is the
-    same picture moved to another pose and expression by the face mesh (design: what is learnt from pictures alone), which the
-    training stage does on its device: ``still`` is 1 and ``source_*`` hold the coefficients to move it to. The change is that
-    between two frames of some clip, so it is one that faces make.
+    same picture moved to another pose and expression by the face mesh (design: what is learnt from pictures alone),
+    which the training stage does on its device: ``still`` is 1 and ``source_*`` hold the coefficients to move it to.
+    The change is that between two frames of some clip, so it is one that faces make.
 
-    In training, item ``i`` depends on the seed and ``i`` alone. Identities are drawn evenly, whatever the number of their clips.
-    In validation, items pair the first stored frame of a held-out clip with each of its others.
+    In training, item ``i`` depends on the seed and ``i`` alone. Identities are drawn evenly, whatever the number of
+    their clips. In validation, items pair the first stored frame of a held-out clip with each of its others.
 
-    Items: ``source``, ``target`` (3, 512, 512) in [-1, 1]; ``identity`` (80,); ``source_expression`` (64,), ``source_pose`` (6,) and
-    the same of the target; ``motion`` (27, 70); ``valid`` (64, 64); ``still`` scalar.
+    Items: ``source``, ``target`` (3, 512, 512) in [-1, 1]; ``identity`` (80,); ``source_expression`` (64,),
+    ``source_pose`` (6,) and the same of the target; ``motion`` (27, 70); ``valid`` (64, 64); ``still`` scalar.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class PairDataset(Dataset[dict[str, Tensor]]):
         self.people = list(people.values())
         if split == "train" and (not self.people or (stills > 0 and not len(self.pictures))):
             raise UserError(
-                f"shard {shard.path} holds {len(self.people)} people with clips and {len(self.pictures)} stills to train on"
+                f"shard {shard.path} has {len(self.people)} people with clips, {len(self.pictures)} stills: too few"
             )
         pairs = [(numbers[0], other) for numbers in self.clips for other in numbers[1:]]
         step = max(1, len(pairs) // limit) if limit else 1

@@ -1,4 +1,5 @@
-"""Still pictures as training data: a folder of face crops, split by identity, with augmentation (numpy and OpenCV only)."""
+"""Still pictures as training data: a folder of face crops, split by identity, with augmentation (numpy and OpenCV
+only)."""
 
 from __future__ import annotations
 
@@ -99,8 +100,8 @@ def augment(image: npt.NDArray[np.uint8], how: Augmentation, rng: np.random.Gene
 class PictureDataset(Dataset[Tensor]):
     """Pictures of one split as (3, H, W) tensors in [-1, 1].
 
-    In training, item ``i`` is a random view of a random picture and depends on the seed and ``i`` alone; in validation it is
-    the i-th picture, unchanged.
+    In training, item ``i`` is a random view of a random picture and depends on the seed and ``i`` alone; in validation
+    it is the i-th picture, unchanged.
     """
 
     def __init__(

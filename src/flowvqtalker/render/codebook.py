@@ -71,7 +71,8 @@ class CodebookConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> CodebookConfig:
         """Inverse of :meth:`to_dict` (lists become tuples)."""
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return cls(**fields)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for a checkpoint."""
@@ -194,8 +195,9 @@ class Quantized(NamedTuple):
 class Codebook(nn.Module):
     """C: N codes of length d, looked up by the nearest Euclidean distance (eq. 13).
 
-    The two losses are returned apart so that each gets its own weight (1 and lambda_feat = 0.25, eq. 17); several public
-    VQGAN codes put 0.25 on the wrong one. A code that no position has used for a while is revived at a random latent.
+    The two losses are returned apart so that each gets its own weight (1 and lambda_feat = 0.25, eq. 17); several
+    public VQGAN codes put 0.25 on the wrong one. A code that no position has used for a while is revived at a random
+    latent.
     """
 
     usage: Tensor

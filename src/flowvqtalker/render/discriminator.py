@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -37,7 +36,8 @@ class PatchDiscriminator(nn.Module):
 
 
 def discriminator_loss(real: Tensor, fake: Tensor, kind: str = "hinge") -> Tensor:
-    """Loss of the discriminator: ``hinge`` (VQGAN, CodeFormer) or ``log`` (eq. 15 as written, negated to be minimised)."""
+    """Loss of the discriminator: ``hinge`` (VQGAN, CodeFormer) or ``log`` (eq. 15 as written, negated to be
+    minimised)."""
     if kind == "hinge":
         return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
     return 0.5 * (F.softplus(-real).mean() + F.softplus(fake).mean())

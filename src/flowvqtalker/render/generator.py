@@ -40,8 +40,8 @@ class VQIGConfig:
     adain_width: int = 64
     """Hidden channels of the image-level AdaIN."""
     blend: bool = False
-    """Mix the decoded picture with the warped one by a mask learned with them (ours): what the warp already shows sharply is
-    kept to the pixel, the decoder fills in the rest. The paper's generator has no such mask."""
+    """Mix the decoded picture with the warped one by a mask learned with them (ours): what the warp already shows
+    sharply is kept to the pixel, the decoder fills in the rest. The paper's generator has no such mask."""
 
     @classmethod
     def paper(cls) -> VQIGConfig:
@@ -105,7 +105,8 @@ class Generated(NamedTuple):
 
 
 class CodeTransformer(nn.Module):
-    """T: latent map (B, d, h, w) to code logits (B, h * w, N). CodeFormer's: learned positions, pre-norm layers, GELU."""
+    """T: latent map (B, d, h, w) to code logits (B, h * w, N). CodeFormer's: learned positions, pre-norm layers,
+    GELU."""
 
     def __init__(self, dim_in: int, dim: int, layers: int, heads: int, mlp: int, codes: int, positions: int) -> None:
         super().__init__()
@@ -132,7 +133,8 @@ class CodeTransformer(nn.Module):
 
 
 class SpatialAdaIN(nn.Module):
-    """Image-level AdaIN: E_w's feature map at one scale sets scale and shift of D_h's features there, position by position.
+    """Image-level AdaIN: E_w's feature map at one scale sets scale and shift of D_h's features there, position by
+    position.
 
     x + gamma(w) * IN(x) + beta(w); the last layer starts at zero, so the frozen decoder starts unchanged.
     """
@@ -146,7 +148,8 @@ class SpatialAdaIN(nn.Module):
 
     def forward(self, x: Tensor, guide: Tensor) -> Tensor:
         gamma, beta = self.out(F.silu(self.hidden(guide))).chunk(2, dim=1)
-        return x + gamma * F.instance_norm(x) + beta
+        out: Tensor = x + gamma * F.instance_norm(x) + beta
+        return out
 
 
 class _Modulation(nn.Module):
@@ -236,7 +239,8 @@ class VQIG(nn.Module):
         return Source(image, self.autoencoder.codebook.lookup(indices).to(image.dtype))
 
     def predict(self, source: Source, motion: Tensor, prior: Tensor | None = None) -> tuple[Generated, list[Tensor]]:
-        """Everything up to the code predictions (the code-level stage needs no more); ``image`` is I_w. Also E_w's maps.
+        """Everything up to the code predictions (the code-level stage needs no more); ``image`` is I_w. Also E_w's
+        maps.
 
         Arguments:
             source: from :meth:`prepare`.
@@ -263,7 +267,7 @@ class VQIG(nn.Module):
         z = found.latent
         if found.logits is not None:
             side = z.shape[-1]
-            codes = self.autoencoder.codebook.lookup(found.logits.argmax(-1).unflatten(1, (-1, side)))
+            codes = self.autoencoder.codebook.lookup(found.logits.argmax(-1).view(len(z), side, side))
             # As in CodeFormer the looked-up codes carry no gradient; z_f reaches the picture through the AdaIN.
             z = adain(codes.to(z.dtype), z)
         decoder = self.autoencoder.decoder

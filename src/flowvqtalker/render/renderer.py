@@ -70,8 +70,8 @@ class Renderer:
         """One (512, 512, 3) uint8 RGB frame for every frame of coefficients.
 
         Arguments:
-            blocks: consecutive blocks of (beta (t, 64), rho (t, 6)), of any lengths. 13 frames are held back for the window of
-                the mapping network, and up to ``batch_size`` for batching.
+            blocks: consecutive blocks of (beta (t, 64), rho (t, 6)), of any lengths. 13 frames are held back for
+                the window of the mapping network, and up to ``batch_size`` for batching.
         """
         windows: list[Tensor] = []
         for window in _windows(blocks):
@@ -94,7 +94,8 @@ class Renderer:
         with self._autocast():
             image = self.generator(self.source.expand(len(motion)), motion, prior).image
         frames = image.float().add_(1).mul_(127.5).round_().clamp_(0, 255).to(torch.uint8)
-        return frames.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+        pictures: npt.NDArray[np.uint8] = frames.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+        return pictures
 
 
 def _windows(blocks: Iterable[tuple[Tensor, Tensor]]) -> Iterator[Tensor]:

@@ -39,15 +39,15 @@ class WarpConfig:
     def __post_init__(self) -> None:
         if self.input_size < self.flow_size or self.flow_size % 8 or self.input_size % self.flow_size:
             raise ValueError(
-                f"warp: input_size {self.input_size} must be a multiple of flow_size {self.flow_size}, and that one of 8"
+                f"warp: input_size {self.input_size} must be a multiple of flow_size {self.flow_size}, that one of 8"
             )
 
 
 class MappingNetwork(nn.Module):
     """psi: a window of coefficients to the motion descriptor sigma, (B, 27, 70) -> (B, 256).
 
-    PIRender's mapping net: a convolution of kernel 7, three dilated ones with cropped residuals (27 -> 21 -> 15 -> 9 -> 3
-    frames), and the mean.
+    PIRender's mapping net: a convolution of kernel 7, three dilated ones with cropped residuals (27 -> 21 -> 15 -> 9 ->
+    3 frames), and the mean.
     """
 
     def __init__(self, descriptor: int = 256) -> None:
@@ -61,11 +61,12 @@ class MappingNetwork(nn.Module):
         x = self.first(motion.transpose(1, 2))
         for layer in self.layers:
             x = layer(F.leaky_relu(x, 0.1)) + x[:, :, 3:-3]
-        return x.mean(2)
+        sigma: Tensor = x.mean(2)
+        return sigma
 
 
 class _AdaINBlock(nn.Module):
-    """Convolution of an input whose channel statistics the motion descriptor sets: InstanceNorm, (1 + gamma) x + beta."""
+    """Convolution of an input whose channel statistics sigma sets: InstanceNorm, (1 + gamma) x + beta."""
 
     def __init__(self, channels: int, out_channels: int, descriptor: int, stride: int = 1) -> None:
         super().__init__()
@@ -90,8 +91,8 @@ class WarpingNetwork(nn.Module):
         prior: (B, 2, flow_size, flow_size) flow of the face mesh, for ``prior="mesh"``.
 
     Returns:
-        flow (B, 2, flow_size, flow_size) in units of half the picture's side. The last layer starts at zero, so an untrained
-        network returns the prior (or no motion).
+        flow (B, 2, flow_size, flow_size) in units of half the picture's side. The last layer starts at zero, so an
+        untrained network returns the prior (or no motion).
     """
 
     def __init__(self, config: WarpConfig) -> None:

@@ -1,4 +1,4 @@
-"""Stage ``codebook``: E_h, C and D_h by self-reconstruction with L1, perceptual and adversarial losses (paper eq. 13-17)."""
+"""Stage ``codebook``: E_h, C and D_h by self-reconstruction with L1, perceptual and adversarial losses (eq. 13-17)."""
 
 from __future__ import annotations
 
@@ -53,7 +53,8 @@ class Config:
     adversarial_weight: float = 0.8
     """lambda_adv."""
     adaptive: bool = True
-    """Scale lambda_adv by the ratio of the gradients at the last layer, clamped to [0, 1] (CodeFormer); off: fixed (paper)."""
+    """Scale lambda_adv by the ratio of the gradients at the last layer, clamped to [0, 1] (CodeFormer); off: fixed
+    (paper)."""
     adversarial_start: int = 5000
     """Step at which the discriminator and its loss set in."""
     commitment_weight: float = 0.25
@@ -168,7 +169,7 @@ class CodebookStage(Stage):
             self._latents = None
 
     def validate(self, fabric: Fabric) -> dict[str, float]:
-        """PSNR (dB), SSIM (skimage, 7x7), L1, perceptual distance and the share of codes in use on held-out pictures."""
+        """PSNR (dB), SSIM (skimage, 7x7), L1, perceptual distance and the share of codes in use on held-out pictures.
         from skimage.metrics import structural_similarity
 
         data = self.dataset("val")

@@ -1,4 +1,5 @@
-"""Stage ``vqig``: the image generator on a frozen codebook, code-level supervision first, then image-level (paper section 3.3)."""
+"""Stage ``vqig``: the image generator on a frozen codebook, code-level supervision first, then image-level (paper
+section 3.3)."""
 
 from __future__ import annotations
 
@@ -88,7 +89,14 @@ class Config:
     """Strided layers of the discriminator."""
 
     def __post_init__(self) -> None:
-        weights = ("code_weight", "feature_weight", "warp_weight", "l1_weight", "region_weight", "perceptual_weight")
+        weights: tuple[str, ...] = (
+            "code_weight",
+            "feature_weight",
+            "warp_weight",
+            "l1_weight",
+            "region_weight",
+            "perceptual_weight",
+        )
         weights += ("adversarial_weight", "code_steps", "adversarial_start")
         check(
             *(
@@ -101,7 +109,8 @@ class Config:
 
 
 class VQIGStage(Stage):
-    """Trains psi, W, E_w, phi, MHCA, T and the image-level AdaIN; E_h, C and D_h stay as the codebook stage left them."""
+    """Trains psi, W, E_w, phi, MHCA, T and the image-level AdaIN; E_h, C and D_h stay as the codebook stage left
+    them."""
 
     name = "vqig"
     monitor = "perceptual"
@@ -111,7 +120,7 @@ class VQIGStage(Stage):
         for file in (config.data.codebook, config.data.face_model):
             if not file.is_file():
                 raise UserError(
-                    f"{file} not found; train the stages face-model and codebook first, or set data.codebook, data.face_model"
+                    f"{file} not found; train face-model and codebook first, or set data.codebook, data.face_model"
                 )
         self.generator = VQIG(config.model)
         codebook = load_file(config.data.codebook)
@@ -143,9 +152,9 @@ class VQIGStage(Stage):
                 for s, n in zip(self.shard.start[clips], self.shard.length[clips], strict=True)
             ]
         )
-        rows = rows[:: max(1, len(rows) // 20_000)].numpy()
+        picked = rows[:: max(1, len(rows) // 20_000)].numpy()
         values = torch.cat(
-            [torch.from_numpy(self.shard.expression[rows]), torch.from_numpy(self.shard.pose[rows])], dim=1
+            [torch.from_numpy(self.shard.expression[picked]), torch.from_numpy(self.shard.pose[picked])], dim=1
         )
         self.generator.motion_mean.copy_(values.mean(0))
         self.generator.motion_std.copy_(values.std(0).clamp(min=1e-3))
@@ -170,7 +179,7 @@ class VQIGStage(Stage):
 
     @torch.no_grad()
     def views(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Source picture (stills moved by the mesh), mesh flow from the target back to the source, target's vertices."""
+        """Source picture (stills moved by the mesh), mesh flow from target back to source, target's vertices."""
         device = batch["target"].device
         face, mesh = self.face.to(device), self.mesh.to(device)
         with torch.autocast(device.type, enabled=False):
@@ -208,7 +217,7 @@ class VQIGStage(Stage):
         valid = F.interpolate(batch["valid"][:, None], target.shape[-2:])
         region = self._region(vertices, target.shape[-1])
         with torch.no_grad():
-            z, indices = self.generator.autoencoder.encode(target)
+            _, indices = self.generator.autoencoder.encode(target)
             codes = self.generator.autoencoder.codebook.lookup(indices)
         feature = F.mse_loss(found.latent.float(), codes.float())
         loss = config.feature_weight * feature
@@ -266,8 +275,8 @@ class VQIGStage(Stage):
         return torch.stack(cut[0]), torch.stack(cut[1])
 
     def validate(self, fabric: Fabric) -> dict[str, float]:
-        """L1, PSNR (dB), SSIM (skimage, 7x7) and perceptual distance of held-out pairs, beside the copied source (``copy_``) and the
-        warped source alone (``warp_``)."""
+        """L1, PSNR (dB), SSIM (skimage, 7x7) and perceptual distance of held-out pairs, beside the copied source
+        (``copy_``) and the warped source alone (``warp_``)."""
         from skimage.metrics import structural_similarity
 
         data = self.dataset("val")
