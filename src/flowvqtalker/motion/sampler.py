@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -25,6 +27,18 @@ MANIFOLD = 0.5
 SETTLE = 0.6
 _FPS = 25
 _NEUTRAL = EMOTIONS.index("neutral")
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Compute on one thread: for products this small a second one costs more than it gives (ten times as much when its
+    core is busy), and sums do not depend on how many cores there are."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 class _AudioStream:
@@ -136,7 +150,7 @@ class MotionGenerator:
     def _set_emotion(
         self, emotion: str | None, reference: Tensor | None, intensity: float, bank: LatentBank | None
     ) -> None:
-        with torch.inference_mode():
+        with torch.inference_mode(), _one_thread():
             means = self.expflow.latent.mean
             if reference is None:
                 label = EMOTIONS.index(emotion or "neutral")
@@ -189,6 +203,10 @@ class MotionGenerator:
         expected = (self.expflow.config.audio.mels, self.expflow.config.audio.columns)
         if windows.ndim != 3 or tuple(windows.shape[1:]) != expected:
             raise ValueError(f"windows must be (T, {expected[0]}, {expected[1]}), got {tuple(windows.shape)}")
+        with _one_thread():
+            return self._run(windows, last)
+
+    def _run(self, windows: Tensor, last: bool) -> tuple[Tensor, Tensor]:
         frames: list[tuple[Tensor, Tensor]] = []
         for window in windows.to(self.device, torch.float32):
             window = window.clone()  # the same memory alignment for every cut of the stream
