@@ -12,7 +12,7 @@ import pytest
 
 from flowvqtalker.data.order import item_generator, shuffled
 from flowvqtalker.data.shards import SAMPLES, Clip, Shard, ShardWriter
-from flowvqtalker.data.splits import mead_split, split_of
+from flowvqtalker.data.splits import HDTF_TEST, hdtf_split, mead_split, split_of
 from flowvqtalker.errors import UserError
 
 
@@ -115,6 +115,8 @@ def test_splits_are_by_identity() -> None:
     assert counts["val"] + counts["train"] == 2000
     assert split_of("person 1") == split_of("person 1")
     assert [mead_split(s) for s in ("M003", "M030", "W009", "W015", "M005")] == ["test"] * 4 + ["train"]
+    assert len(HDTF_TEST) == 77
+    assert [hdtf_split(v) for v in ("RD_Radio1_000#3", "RD_Radio1_000", "RD_Radio10_000")] == ["test", "test", "train"]
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 10, 1000, 1025])

@@ -42,6 +42,7 @@ from flowvqtalker.data.source import (
     split_jpegs,
 )
 from flowvqtalker.data.splits import split_of
+from flowvqtalker.data.sync import Alignment
 from flowvqtalker.errors import UserError
 
 __all__ = ["PrepareConfig", "Report", "main", "prepare"]
@@ -57,7 +58,7 @@ class Report:
         clips, pictures, rows, images: how many went into the shard.
         errors: name and reason of what did not.
         people: how many identities were told apart among the unknown.
-        lags: collection -> (lag of lips after sound in frames, correlation there, clips, frames moved).
+        lags: collection -> (median lag of lips after sound in frames, median correlation there, clips, clips moved).
         lookalikes: differently named people who look like one.
     """
 
@@ -67,7 +68,7 @@ class Report:
     images: int
     errors: dict[str, str]
     people: int
-    lags: dict[str, tuple[int, float, int, int]]
+    lags: dict[str, tuple[float, float, int, int]]
     lookalikes: list[tuple[str, str, float]]
 
 
@@ -161,9 +162,10 @@ def prepare(
         raise UserError(f"none of {len(sources)} sources could be used; the first: {first[0]}: {first[1]}")
     errors |= _run("who", [(s, parts) for s in _to_describe(fitted)], tools, alone)
     people, lookalikes, count = _identities(fitted, parts, tools.describer)
-    lags = _lags(fitted, parts, config)
+    found = _align(fitted, parts)
+    lags = _lags(fitted, found, config)
     errors |= _run("cut", [(s, parts) for s in _with_pictures(fitted, people, parts, config)], tools, alone)
-    report = _write(fitted, people, lags, parts, config)
+    report = _write(fitted, people, found, lags, parts, config)
     with open(config.out / "identities.csv", "w", newline="", encoding="utf-8") as stream:
         rows = [(s.name, s.collection, people[s.key], split_of(people[s.key])) for s in fitted]
         csv.writer(stream).writerows([("file", "source", "identity", "split"), *rows])
@@ -235,21 +237,39 @@ def _identities(
     return people, alike, count
 
 
-def _lags(sources: Sequence[Source], parts: Path, config: PrepareConfig) -> dict[str, tuple[int, float, int, int]]:
-    """Lag, correlation, number of clips and shift of each collection, from the mean of its clips' curves."""
-    curves: dict[str, list[npt.NDArray[np.float64]]] = {}
+def _align(sources: Sequence[Source], parts: Path) -> dict[str, Alignment]:
+    """Lag of the lips of each source with speech, by key."""
+    speaking: dict[str, sync.Speaking] = {}
     for source in sources:
         if source.speech:
             with np.load(parts / f"{source.key}.fit.npz") as file:
-                if "curve" in file.files and np.isfinite(file["curve"]).any():
-                    curves.setdefault(source.collection, []).append(file["curve"])
-    lags = {}
-    for collection, stack in sorted(curves.items()):
-        lag, height = sync.peak(stack)
-        gain = height - float(np.nanmean(np.stack(stack)[:, sync.REACH]))
-        clear = 0 < config.min_shift <= abs(lag) and height > 0.2 and gain > 0.05 and len(stack) >= 3
-        lags[collection] = (lag, height, len(stack), lag if clear else 0)
-    return lags
+                if "sound" in file.files:
+                    speaking[source.key] = sync.Speaking(source.collection, file["lips"], file["sound"])
+    return dict(zip(speaking, sync.align(list(speaking.values())), strict=True))
+
+
+def _lags(
+    sources: Sequence[Source], found: dict[str, Alignment], config: PrepareConfig
+) -> dict[str, tuple[float, float, int, int]]:
+    """Summary by collection."""
+    groups: dict[str, list[Alignment]] = {}
+    for source in sources:
+        if source.key in found:
+            groups.setdefault(source.collection, []).append(found[source.key])
+    return {
+        name: (
+            float(np.median([a.lag for a in group])),
+            float(np.median([a.correlation for a in group if np.isfinite(a.correlation)] or [np.nan])),
+            len(group),
+            sum(_shift(a, config) != 0 for a in group),
+        )
+        for name, group in sorted(groups.items())
+    }
+
+
+def _shift(found: Alignment | None, config: PrepareConfig) -> float:
+    """Frames by which a clip's sound is moved."""
+    return found.lag if found is not None and found.known and abs(found.lag) >= config.min_shift else 0.0
 
 
 def _with_pictures(
@@ -271,7 +291,8 @@ def _with_pictures(
 def _write(
     sources: Sequence[Source],
     people: dict[str, str],
-    lags: dict[str, tuple[int, float, int, int]],
+    found: dict[str, Alignment],
+    lags: dict[str, tuple[float, float, int, int]],
     parts: Path,
     config: PrepareConfig,
 ) -> Report:
@@ -284,9 +305,9 @@ def _write(
             part = _read_part(parts / f"{source.key}.fit.npz")
             cut = parts / f"{source.key}.cut.npz"
             stored = split_jpegs(_read_part(cut)) if cut.exists() else []
-            shift = lags[source.collection][3] if source.speech and source.collection in lags else 0
+            alignment = found.get(source.key)
+            shift = _shift(alignment, config)
             audio = sync.shift_audio(part["audio"], shift) if "audio" in part else None
-            lag, height = sync.peak(part["curve"]) if "curve" in part else (0, float("nan"))
             identity = people[source.key]
             columns = ("identity_shape", "expression", "pose", "blendshapes", "landmarks", "residual", "crop", "valid")
             writer.add(
@@ -303,8 +324,8 @@ def _write(
                     **{key: part[key] for key in columns},
                     audio=audio,
                     native=float(part["native"]),
-                    lag=lag - shift if np.isfinite(height) else float("nan"),
-                    correlation=height,
+                    lag=alignment.lag - shift if alignment is not None and alignment.known else float("nan"),
+                    correlation=alignment.correlation if alignment is not None else float("nan"),
                     shifted=shift,
                     images=stored,
                 )
@@ -331,15 +352,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "%d clips, %d pictures, %d frames, %d stored crops, %d people told apart, %d errors",
         *(report.clips, report.pictures, report.rows, report.images, report.people, len(report.errors)),
     )
-    for collection, (lag, height, count, shift) in report.lags.items():
-        logger.info(
-            "%-18s lips %+d frames after the sound (r = %.2f, %d clips), moved %d",
-            collection,
-            lag,
-            height,
-            count,
-            shift,
-        )
+    for collection, (lag, height, count, moved) in report.lags.items():
+        text = "%-18s lips %+.1f frames after the sound (r = %.2f, %d clips), sound of %d moved"
+        logger.info(text, collection, lag, height, count, moved)
 
 
 if __name__ == "__main__":

@@ -70,9 +70,9 @@ class Clip:
         crop: (2, 3) input pixels -> crop pixels.
         valid: (4, 2) corners of the input in the crop.
         native: side of the crop in pixels of the input: what the 512 pixels of the crop were made from.
-        lag: frames that the lips come after the sound (already corrected if ``shifted``), NaN where unknown.
-        correlation: of lip opening and loudness at that lag, NaN where unknown.
-        shifted: frames that the audio was moved.
+        lag: frames that the lips come after the sound, after the sound was moved by ``shifted``; NaN where unknown.
+        correlation: of the lips' opening with what the sound predicts, NaN where unknown.
+        shifted: frames that the sound was moved.
         images: (frame, JPEG) pairs.
     """
 
@@ -95,7 +95,7 @@ class Clip:
     native: float
     lag: float = float("nan")
     correlation: float = float("nan")
-    shifted: int = 0
+    shifted: float = 0.0
     images: Sequence[tuple[int, bytes]] = field(default_factory=tuple)
 
 
@@ -232,7 +232,7 @@ class Shard:
         emotion: (C,) int, -1 where unknown.
         speech, sound, picture: (C,) bool; ``sound``: has an audio track, ``speech``: it is the speech of this face.
         identity_shape: (C, 80) α.
-        crop: (C, 2, 3); valid: (C, 4, 2); native, lag, correlation: (C,); shifted: (C,) int. See :class:`Clip`.
+        crop: (C, 2, 3); valid: (C, 4, 2); native, lag, correlation, shifted: (C,). See :class:`Clip`.
         start, length: (C,) int, rows of each clip in the per-frame arrays.
         expression, pose, blendshapes, residual: per-frame arrays, see the module.
         image_clip, image_row: (M,) int, clip and row of each stored picture.
@@ -255,7 +255,7 @@ class Shard:
     native: npt.NDArray[np.float64]
     lag: npt.NDArray[np.float64]
     correlation: npt.NDArray[np.float64]
-    shifted: npt.NDArray[np.int64]
+    shifted: npt.NDArray[np.float64]
     start: npt.NDArray[np.int64]
     length: npt.NDArray[np.int64]
 

@@ -60,8 +60,8 @@ class PrepareConfig:
     """Smooth the coefficients of clips over time."""
     natural: tuple[str, ...] = ("HDTF", "HDTF-like")
     """Collections whose `neutral` clips are natural speech, the ninth class."""
-    min_shift: int = 2
-    """Sound of a whole collection is moved if its lips are at least so many frames away from it; 0 moves nothing."""
+    min_shift: float = 0.5
+    """The sound is moved where the lips are at least so many frames away from it."""
     limit: int = 0
     """Only the first so many sources; 0: all."""
 
@@ -150,7 +150,8 @@ def fit_source(source: Source, tools: Tools) -> dict[str, Any]:
     if audio is not None:
         part["audio"] = audio
         if source.speech:
-            part["curve"] = sync.lag_curve(sync.lip_opening(landmarks), sync.loudness(audio))
+            part["lips"] = sync.lip_opening(landmarks)
+            part["sound"] = sync.sound_features(audio)
     return part
 
 
@@ -179,7 +180,7 @@ def choose_frames(part: dict[str, Any], count: int) -> npt.NDArray[np.int64]:
     """
     residual = np.asarray(part["residual"], np.float32)
     away = np.abs(part["away"])
-    good = np.isfinite(residual) & (away <= max(0.002, float(np.quantile(away, 0.25))))
+    good = np.isfinite(residual) & (away <= max(0.002, float(np.quantile(away, 0.15))))
     if good.sum() > 2 * count:
         good &= residual <= np.quantile(residual[good], 0.9)
     candidates = np.flatnonzero(good)
