@@ -169,7 +169,7 @@ class CodebookStage(Stage):
             self._latents = None
 
     def validate(self, fabric: Fabric) -> dict[str, float]:
-        """PSNR (dB), SSIM (skimage, 7x7), L1, perceptual distance and the share of codes in use on held-out pictures.
+        """PSNR (dB), SSIM (skimage, 7x7), L1, perceptual distance and the share of codes used on held-out pictures."""
         from skimage.metrics import structural_similarity
 
         data = self.dataset("val")
