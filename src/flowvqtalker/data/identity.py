@@ -16,7 +16,9 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Describer", "cluster", "merge_known"]
+from flowvqtalker.data.clips import Source
+
+__all__ = ["Describer", "cluster", "merge_known", "to_describe"]
 
 # dlib's aligned face: eye corners (outer, inner of the eye on the right of the picture; outer, inner of the other) and
 # the base of the nose, for the tight square; the chip has a border of a quarter on each side.
@@ -127,3 +129,15 @@ def merge_known(identities: Sequence[str], descriptors: Floats, threshold: float
         distance = np.linalg.norm(centres[i + 1 :] - centres[i], axis=1)
         pairs += [(names[i], names[i + 1 + j], float(distance[j])) for j in np.flatnonzero(distance < threshold)]
     return sorted(pairs, key=lambda pair: pair[2])
+
+
+def to_describe(sources: Sequence[Source]) -> list[Source]:
+    """Whose face is described: every unknown clip, and two of each known person in a collection."""
+    count: dict[tuple[str, str], int] = {}
+    wanted = []
+    for source in sources:
+        key = (source.collection, source.identity or "")
+        count[key] = count.get(key, 0) + 1
+        if not source.picture and (source.identity is None or count[key] <= 2):
+            wanted.append(source)
+    return wanted

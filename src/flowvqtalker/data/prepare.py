@@ -30,7 +30,7 @@ from flowvqtalker import EMOTIONS
 from flowvqtalker.data import clips as material
 from flowvqtalker.data import sync
 from flowvqtalker.data.clips import Source
-from flowvqtalker.data.identity import Describer, cluster, merge_known
+from flowvqtalker.data.identity import Describer, cluster, merge_known, to_describe
 from flowvqtalker.data.shards import Clip, ShardWriter
 from flowvqtalker.data.source import (
     MakeTracker,
@@ -160,7 +160,7 @@ def prepare(
     if not fitted:
         first = next(iter(errors.items()), ("", "nothing"))
         raise UserError(f"none of {len(sources)} sources could be used; the first: {first[0]}: {first[1]}")
-    errors |= _run("who", [(s, parts) for s in _to_describe(fitted)], tools, alone)
+    errors |= _run("who", [(s, parts) for s in to_describe(fitted)], tools, alone)
     people, lookalikes, count = _identities(fitted, parts, tools.describer)
     found = _align(fitted, parts)
     lags = _lags(fitted, found, config)
@@ -192,18 +192,6 @@ def _parts_folder(config: PrepareConfig) -> Path:
             path.unlink()
     stamp.write_text(settings, encoding="utf-8")
     return folder
-
-
-def _to_describe(sources: Sequence[Source]) -> list[Source]:
-    """Whose face is described: every unknown clip, and two of each known person in a collection."""
-    count: dict[tuple[str, str], int] = {}
-    wanted = []
-    for source in sources:
-        key = (source.collection, source.identity or "")
-        count[key] = count.get(key, 0) + 1
-        if not source.picture and (source.identity is None or count[key] <= 2):
-            wanted.append(source)
-    return wanted
 
 
 def _identities(

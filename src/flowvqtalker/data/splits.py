@@ -28,7 +28,7 @@ HDTF_TEST = frozenset(
     WRA_JebHensarling1_001 WRA_JimRisch_000 WRA_JohnBarrasso0_000 WRA_JohnBoehner0_000 WRA_JohnBoozman_000
     WRA_JoniErnst0_000 WRA_KellyAyotte_000 WRA_KristiNoem0_000 WRA_KristiNoem2_001 WRA_MitchDaniels1_000
     WRA_PaulRyan1_001 WRA_PeterRoskam1_000 WRA_RogerWicker1_001 WRA_ShelleyMooreCapito1_001
-    """.split()
+    """.split()  # noqa: SIM905
 )
 
 
