@@ -106,8 +106,9 @@ def fit(stage: Stage, config: LoopConfig, out: str | Path, resume: bool = False)
         load_checkpoint(checkpoint, stage, config, module, ema, optimizers, state)
         logger.info("resumed %s at step %d", checkpoint, state["step"])
 
-    log = CsvLog(out / "log.csv", keep_below=state["step"] + 1)
-    scores = CsvLog(out / "validation.csv", keep_below=state["step"] + 1)
+    kept = 0 if fresh else state["step"] + 1
+    log = CsvLog(out / "log.csv", keep_below=kept)
+    scores = CsvLog(out / "validation.csv", keep_below=kept)
     results: dict[str, float] = {}
 
     def validate() -> None:

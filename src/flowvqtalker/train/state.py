@@ -120,22 +120,26 @@ def load_checkpoint(
     for key, mine in (("version", CHECKPOINT_VERSION), ("stage", stage.name)):
         if content.get(key) != mine:
             problems.append(f"{key} is {content.get(key)!r}, not {mine!r}")
-    theirs, mine = (_without_loop(c) for c in (content.get("config"), to_dict(stage.config)))
-    if theirs != mine:
-        keys = sorted(k for k in {*(theirs or {}), *(mine or {})} if (theirs or {}).get(k) != (mine or {}).get(k))
-        problems.append(f"its configuration differs in {', '.join(keys)}")
+    theirs, ours = (_without_loop(c) or {} for c in (content.get("config"), to_dict(stage.config)))
+    changed = ", ".join(sorted(k for k in {*theirs, *ours} if theirs.get(k) != ours.get(k)))
     if problems:
-        raise UserError(
-            f"checkpoint {path}: {'; '.join(problems)}; resume with its own configuration or choose another --out"
-        )
+        raise UserError(f"checkpoint {path}: {'; '.join(problems)}; choose another --out")
+    if changed:
+        logger.warning("the configuration differs from the checkpoint's in %s", changed)
     for key in ("batch_size", "accumulate", "seed", "devices", "nodes"):
         old, new = content["loop"].get(key), getattr(config, key)
         if old != new:
             logger.warning("loop.%s was %s and is %s: the order of the data changes here", key, old, new)
-    module.load_state_dict(content["model"])
-    ema.load_state_dict(content["ema"])
-    for name, optimizer in optimizers.items():
-        optimizer.load_state_dict(content["optimizers"][name])
+    try:
+        module.load_state_dict(content["model"])
+        ema.load_state_dict(content["ema"])
+        for name, optimizer in optimizers.items():
+            optimizer.load_state_dict(content["optimizers"][name])
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise UserError(
+            f"checkpoint {path} does not fit the model, the configuration differs in {changed or 'nothing'}; "
+            "resume with its own configuration or choose another --out"
+        ) from error
     state.update(step=int(content["step"]), best=float(content["best"]))
 
 
