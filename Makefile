@@ -28,7 +28,7 @@ setup: $(STAMPS)/system $(STAMPS)/package $(STAMPS)/models
 
 # Without Debian's python3-venv there is no ensurepip; pip then comes from outside.
 $(BIN)/python:
-	$(PYTHON) -m venv $(VENV) 2>/dev/null || { rm -rf $(VENV); \
+	$(PYTHON) -m venv $(VENV) >/dev/null 2>&1 || { rm -rf $(VENV); \
 	  $(PYTHON) -m venv --without-pip $(VENV) && \
 	  $(PYTHON) -m pip --python $(BIN)/python install --disable-pip-version-check --no-input pip; }
 

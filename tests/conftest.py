@@ -42,3 +42,95 @@ def sample_speech() -> Path:
 def speech(tmp_path: Path) -> Path:
     """One second of babble."""
     return write_wav(tmp_path / "speech.wav", babble(1.0))
+
+
+@pytest.fixture(scope="session")
+def astronaut() -> np.ndarray:
+    """A real portrait in the public domain, (512, 512, 3) uint8."""
+    import skimage.data
+
+    return np.asarray(skimage.data.astronaut())
+
+
+@pytest.fixture(scope="session")
+def portrait_file(astronaut: np.ndarray, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The real portrait as a file."""
+    from PIL import Image
+
+    path = tmp_path_factory.mktemp("portrait") / "astronaut.png"
+    Image.fromarray(astronaut).save(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_weights(astronaut: np.ndarray, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A complete folder of weights: tiny untrained networks, and a face model of the astronaut's own shape."""
+    from safetensors.torch import save_file
+
+    from flowvqtalker import weights
+    from flowvqtalker.face.model import FaceModel
+    from flowvqtalker.face.topology import EYE_CORNERS, surface_triangles
+    from flowvqtalker.face.tracker import FaceTracker
+    from flowvqtalker.motion.context import AudioConfig
+    from flowvqtalker.motion.flow import ExpFlow, ExpFlowConfig, PoseFlow, PoseFlowConfig
+    from flowvqtalker.motion.manifold import LatentBank
+    from flowvqtalker.render.codebook import CodebookConfig
+    from flowvqtalker.render.generator import VQIG, VQIGConfig
+    from flowvqtalker.render.warp import WarpConfig
+    from flowvqtalker.train.config import to_dict
+
+    folder = tmp_path_factory.mktemp("tiny_weights")
+    generator = torch.Generator().manual_seed(0)
+
+    def store(name: str, state: dict[str, torch.Tensor], config: dict[str, object]) -> None:
+        file = folder / f"{name}.raw"
+        save_file({key: value.contiguous() for key, value in state.items()}, file)
+        weights.add(file, name, path=folder, config=config, data="nothing", steps=0)
+        file.unlink()
+
+    with FaceTracker() as tracker:
+        points = torch.from_numpy(tracker.detect(astronaut)[0].landmarks)
+    mean = points - points.mean(0)
+    mean = mean / (mean[EYE_CORNERS[0], :2] - mean[EYE_CORNERS[1], :2]).norm()
+    triangles = torch.from_numpy(surface_triangles())
+    face = FaceModel(
+        mean=mean,
+        identity=torch.randn(80, 478, 3, generator=generator) * 0.005,
+        expression=torch.randn(64, 478, 3, generator=generator) * 0.005,
+        arkit=torch.randn(52, 65, generator=generator) * 0.1,
+        triangles=triangles,
+        mouth_triangles=triangles[:18],
+        eye_triangles=triangles[:28],
+    )
+    store("face_model", face.state_dict(), {})
+
+    torch.manual_seed(0)
+    audio = AudioConfig(width=16, layers=2, lookahead=1)
+    expflow = ExpFlow(ExpFlowConfig(steps=2, width=16, heads=2, audio=audio))
+    # Untrained, a flow is near the identity: draws from the latent are wide. Trained ones give coefficients near one.
+    bank = LatentBank(torch.randn(400, 64, generator=generator), torch.arange(400) % 9)
+    store("expflow", {**expflow.state_dict(), **bank.tensors()}, to_dict(expflow.config))
+    poseflow = PoseFlow(PoseFlowConfig(steps=2, width=16, heads=2, audio=audio))
+    poseflow.unit.fill_(0.02)
+    store("poseflow", poseflow.state_dict(), to_dict(poseflow.config))
+
+    channels = (8, 8, 8, 8, 8, 16)
+    book = CodebookConfig(
+        channels, channels, blocks=1, decoder_blocks=1, codes=32, dim=8, attention=False, full_resolution=False,
+        upsample_kernel=1,
+    )  # fmt: skip
+    config = VQIGConfig(
+        codebook=book,
+        warp=WarpConfig(input_size=64, flow_size=32, width=4, max_width=8),
+        transformer_dim=16,
+        transformer_layers=1,
+        transformer_heads=2,
+        transformer_mlp=16,
+        adain_width=8,
+        blend=True,
+    )
+    vqig = VQIG(config)
+    store("codebook", vqig.autoencoder.state_dict(), book.to_dict())
+    own = {key: value for key, value in vqig.state_dict().items() if not key.startswith("autoencoder.")}
+    store("vqig", own, config.to_dict())
+    return folder

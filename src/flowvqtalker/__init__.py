@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
-__all__ = ["EMOTIONS", "__version__"]
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from flowvqtalker.talker import Talker
+
+__all__ = ["EMOTIONS", "Talker", "__version__"]
 
 __version__ = "0.1.0"
 
 #: The nine classes, in the order that every model, table and label uses: the eight emotions of MEAD and ``natural``
 #: (speech without a marked emotion, as in HDTF; paper section 4.1).
 EMOTIONS = ("angry", "contempt", "disgusted", "fear", "happy", "neutral", "sad", "surprised", "natural")
+
+
+def __getattr__(name: str) -> Any:
+    # Talker pulls in torch and mediapipe; whoever needs only a name of this package does not wait for them.
+    if name == "Talker":
+        from flowvqtalker.talker import Talker
+
+        return Talker
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -76,7 +76,7 @@ def find_portrait(model: FaceModel, source: str | Path | Picture, face: int | No
     name = "the picture" if isinstance(source, np.ndarray) else str(source)
     picture = source if isinstance(source, np.ndarray) else read_image(source)
     with FaceTracker(max_faces=_MAX_FACES) as tracker:
-        faces = tracker.detect(picture)
+        faces = tracker.detect(picture) or _small_faces(tracker, picture)
     if not faces:
         raise UserError(
             f"no face found in {name}; give a picture in which a face of {MIN_FACE} pixels or more is clearly visible"
@@ -109,6 +109,39 @@ def find_portrait(model: FaceModel, source: str | Path | Picture, face: int | No
         expression=torch.from_numpy(fitted.expression[0]),
         pose=torch.from_numpy(fitted.pose[0]),
     )
+
+
+def _small_faces(tracker: FaceTracker, picture: Picture) -> list[Face]:
+    """Faces that are small beside the picture, largest first.
+
+    MediaPipe's detector sees the whole picture at 128 pixels; here it sees overlapping squares, half and then a quarter
+    of the shorter side wide (of a picture that is much longer than wide, first its whole shorter side).
+    """
+    height, width = picture.shape[:2]
+    for parts in (1, 2, 4):
+        side = min(height, width) // parts
+        if side < 2 * MIN_FACE or (parts == 1 and max(height, width) == side):
+            continue
+        found: list[Face] = []
+        for top in _starts(height, side):
+            for left in _starts(width, side):
+                shift = np.array([left, top, 0], np.float32)
+                tile = np.ascontiguousarray(picture[top : top + side, left : left + side])
+                found += [Face(face.landmarks + shift, face.blendshapes) for face in tracker.detect(tile)]
+        kept: list[Face] = []
+        for face in sorted(found, key=lambda face: -face.area):
+            centre, reach = face.landmarks[:, :2].mean(0), (face.box[2] - face.box[0]) / 2
+            if all(np.linalg.norm(centre - other.landmarks[:, :2].mean(0)) > reach for other in kept):
+                kept.append(face)
+        if kept:
+            return kept
+    return []
+
+
+def _starts(length: int, side: int) -> list[int]:
+    """Starts of overlapping pieces, a half of ``side`` apart, that cover ``length``."""
+    count = max(1, -(-2 * (length - side) // side) + 1)
+    return [round(k * (length - side) / max(1, count - 1)) for k in range(count)]
 
 
 def track_landmarks(

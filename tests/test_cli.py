@@ -1,0 +1,235 @@
+"""The commands as a user meets them: exit codes, one line for each error, nothing left behind."""
+
+from __future__ import annotations
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from flowvqtalker import EMOTIONS, __version__
+from flowvqtalker.cli import main
+from flowvqtalker.face.arkit import ARKIT_NAMES
+from flowvqtalker.media import probe
+
+from .conftest import babble, write_wav
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+
+
+def command(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run the real program."""
+    line = [sys.executable, "-m", "flowvqtalker", *map(str, arguments)]
+    return subprocess.run(line, capture_output=True, text=True, env=environment(), stdin=subprocess.DEVNULL)
+
+
+@pytest.fixture
+def animate(portrait_file, tiny_weights, tmp_path):
+    """``animate`` with tiny weights, in this process: (exit code, files beside the speech)."""
+
+    def run(portrait: Path = portrait_file, speech: Path | None = None, output: str = "out.mp4", options=()):
+        source = speech or write_wav(tmp_path / "speech.wav", babble(0.4))
+        line = ["animate", str(portrait), str(source), "-o", str(tmp_path / output)]
+        usual = {"--weights": str(tiny_weights), "--device": "cpu"}
+        usual.update(zip(options[::2], options[1::2], strict=True))
+        return main([*line, *(part for pair in usual.items() for part in pair)])
+
+    return run
+
+
+def test_help_is_quick_and_complete():
+    started = time.process_time()
+    shown = command("--help")
+    assert shown.returncode == 0
+    for name in ("animate", "track", "motion", "render", "train", "prepare", "doctor"):
+        assert name in shown.stdout
+    assert all(emotion in shown.stdout for emotion in EMOTIONS)
+    assert time.process_time() - started < 5
+
+
+def test_help_imports_nothing_heavy():
+    code = "import sys; from flowvqtalker.cli import main; main(['animate', '--help']); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    loaded = set(done.stdout.splitlines()[-1].split())
+    assert "tyro" in loaded
+    assert not loaded & {"torch", "mediapipe", "av", "cv2", "lightning", "scipy", "matplotlib"}
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.strip() == f"flowvqtalker {__version__}"
+
+
+def test_animate_writes_a_video(animate, tmp_path, capsys):
+    assert animate() == 0
+    assert "10 frames, 512x512" in capsys.readouterr().out
+    found = probe(tmp_path / "out.mp4")
+    assert (found.kind, found.width, found.height, found.fps, found.sound) == ("video", 512, 512, 25, True)
+
+
+def test_motion_then_render(tmp_path, tiny_weights, portrait_file, speech, capsys):
+    shared = ["--weights", str(tiny_weights)]
+    assert main(["motion", str(speech), "-o", str(tmp_path / "a.npz"), "--emotion", "happy", *shared]) == 0
+    with np.load(tmp_path / "a.npz") as content:
+        assert content["expression"].shape == (25, 64)
+        assert content["pose"].shape == (25, 6)
+        assert content["identity"].shape == (80,)
+        assert float(content["fps"]) == 25
+    line = ["render", str(portrait_file), str(tmp_path / "a.npz"), "-o", str(tmp_path / "b.mp4")]
+    assert main([*line, "--speech", str(speech), "--device", "cpu", *shared]) == 0
+    assert probe(tmp_path / "b.mp4").sound
+    assert main([*line, "--full", "--absolute-pose", "--device", "cpu", *shared]) == 0
+    assert not probe(tmp_path / "b.mp4").sound
+    assert capsys.readouterr().err == ""
+
+
+def test_motion_as_blendshapes(tmp_path, tiny_weights, speech):
+    assert main(["motion", str(speech), "-o", str(tmp_path / "a.csv"), "--weights", str(tiny_weights)]) == 0
+    with open(tmp_path / "a.csv", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 25
+    assert set(ARKIT_NAMES) < set(rows[0])
+    assert all(0 <= float(row["jawOpen"]) <= 1 for row in rows)
+
+
+def test_track_writes_what_design_says(tmp_path, tiny_weights, portrait_file):
+    line = ["track", str(portrait_file), "-o", str(tmp_path / "a.npz")]
+    assert main([*line, "--weights", str(tiny_weights)]) == 0
+    with np.load(tmp_path / "a.npz") as content:
+        shapes = {name: content[name].shape for name in content.files}
+    expected = {"expression": (1, 64), "pose": (1, 6), "identity": (80,), "landmarks": (1, 478, 3), "fps": ()}
+    assert shapes == {**expected, "crop": (2, 3), "blendshapes": (1, 52)}
+    assert main([*line, "--landmarks-only", "--weights", str(tmp_path)]) == 0
+    assert main(["track", str(portrait_file), "-o", str(tmp_path / "a.csv"), "--landmarks-only"]) == 0
+    assert (tmp_path / "a.csv").read_text(encoding="utf-8").count("\n") == 2
+
+
+def wall(path: Path, size: int = 300) -> Path:
+    Image.fromarray(np.full((size, size, 3), 90, np.uint8)).save(path)
+    return path
+
+
+BAD = {
+    "no face": (lambda at: {"portrait": wall(at / "wall.png")}, "no face found in"),
+    "no image": (lambda at: {"portrait": write_wav(at / "a.jpg", babble(0.2))}, "is not a picture"),
+    "no such portrait": (lambda at: {"portrait": at / "none.jpg"}, "does not exist"),
+    "portrait is a folder": (lambda at: {"portrait": at}, "is a folder"),
+    "no audio": (lambda at: {"speech": wall(at / "wall.png")}, "has no audio track"),
+    "no such speech": (lambda at: {"speech": at / "none.wav"}, "does not exist"),
+    "empty file": (lambda at: {"speech": (at / "a.wav").touch() or at / "a.wav"}, "cannot be read as audio"),
+    "zero seconds": (lambda at: {"speech": write_wav(at / "a.wav", np.zeros(0))}, "0 seconds"),
+    "silent": (lambda at: {"speech": write_wav(at / "a.wav", np.zeros(8000))}, "is silent"),
+    "unknown emotion": (lambda at: {"options": ["--emotion", "jolly"]}, ", ".join(EMOTIONS)),
+    "intensity": (lambda at: {"options": ["--intensity", "9"]}, "intensity must be between"),
+    "face number": (lambda at: {"options": ["--face", "3"]}, "--face 3: the picture has 1 face"),
+    "no folder": (lambda at: {"output": "none/out.mp4"}, "there is no folder"),
+    "no video name": (lambda at: {"output": "out.txt"}, "must end in one of .mp4"),
+    "output is a folder": (lambda at: {"output": "folder.mp4"}, "is a folder"),
+    "no weights": (lambda at: {"options": ["--weights", str(at)]}, "are missing"),
+    "no weights folder": (lambda at: {"options": ["--weights", str(at / "none")]}, "does not exist"),
+    "device": (lambda at: {"options": ["--device", "tpu"]}, "unknown device"),
+    "reference without a face": (
+        lambda at: {"options": ["--emotion-reference", str(wall(at / "wall.png"))]},
+        "no face found in",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_code_2(case, animate, tmp_path, capsys):
+    if case == "output is a folder":
+        (tmp_path / "folder.mp4").mkdir()
+    make, message = BAD[case]
+    given = make(tmp_path)
+    write_wav(tmp_path / "speech.wav", babble(0.4))
+    before = sorted(tmp_path.iterdir())
+    code = animate(**given)
+    assert code == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 1, errors
+    assert errors[0].startswith("flowvqtalker: error: ")
+    assert message in errors[0]
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_damaged_weights_are_named(animate, tiny_weights, tmp_path, capsys):
+    import shutil
+
+    from flowvqtalker import weights
+
+    shutil.copytree(tiny_weights, tmp_path / "weights")
+    file = tmp_path / "weights" / "vqig.safetensors"
+    good = weights.sha256(file)
+    file.write_bytes(file.read_bytes()[:-1])
+    assert animate(options=["--weights", str(tmp_path / "weights")]) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert good in error
+    assert weights.sha256(file) in error
+    assert not (tmp_path / "out.mp4").exists()
+
+
+def test_the_real_program_writes_one_line_and_no_noise(tmp_path, tiny_weights, speech):
+    """Native libraries write to the terminal by themselves; the user sees the error alone."""
+    done = command("animate", wall(tmp_path / "w.png"), speech, "-o", tmp_path / "o.mp4", "--weights", tiny_weights)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith("flowvqtalker: error: no face found in")
+    assert not (tmp_path / "o.mp4").exists()
+
+
+def test_interrupt_is_clean(tmp_path, tiny_weights, portrait_file):
+    speech = write_wav(tmp_path / "speech.wav", babble(60.0))
+    line = [sys.executable, "-m", "flowvqtalker", "animate", str(portrait_file), str(speech)]
+    line += ["-o", str(tmp_path / "out.mp4"), "--weights", str(tiny_weights), "--device", "cpu"]
+    running = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
+    while running.poll() is None and not list(tmp_path.glob(".out.*.part")):
+        time.sleep(0.05)
+    running.send_signal(signal.SIGINT)
+    _, errors = running.communicate()
+    assert running.returncode == 130
+    assert errors.strip() == "flowvqtalker: interrupted"
+    assert [p.name for p in tmp_path.iterdir()] == ["speech.wav"]
+
+
+def test_a_closed_pipe_is_no_error():
+    line = f"{sys.executable} -m flowvqtalker doctor | head -c 1 >/dev/null; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, env=environment())
+    assert "Traceback" not in done.stderr
+    assert "BrokenPipe" not in done.stderr
+
+
+def test_training_options_reach_the_stage(capsys):
+    assert main(["train", "juggling"]) == 2
+    assert "choose one of face-model, codebook" in capsys.readouterr().err
+    assert main(["train"]) == 2
+    assert main(["prepare"]) == 2
+    assert main(["train", "codebook", "--help"]) == 0
+    assert "--loop.steps" in capsys.readouterr().out
+
+
+def test_doctor_tells_what_is_missing(tiny_weights, tmp_path, capsys):
+    assert main(["doctor", "--weights", str(tiny_weights)]) == 0
+    shown = capsys.readouterr().out
+    for name in ("python", "torch", "mediapipe", "landmark model", "encoder libx264", "encoder aac", "weights vqig"):
+        assert f"ok       {name}" in shown
+    assert main(["doctor", "--weights", str(tmp_path)]) == 1
+    shown = capsys.readouterr().out
+    assert "MISSING  weights expflow" in shown
+    assert "flowvqtalker train expflow" in shown
+
+
+def test_missing_package_is_named(monkeypatch, animate, capsys):
+    monkeypatch.setitem(sys.modules, "mediapipe", None)
+    assert animate() == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert "pip install 'mediapipe>=1.2'" in error
