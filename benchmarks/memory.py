@@ -58,9 +58,8 @@ def measure(minutes: float, video: bool, weights: str | None) -> None:
             frames = sum(len(beta) for beta, _ in talker.motion(speech))
         seconds = time.monotonic() - started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-    print(
-        f"{minutes:6.1f} min: peak {peak:7.0f} MiB, {frames} frames in {seconds:.1f} s ({frames / seconds:.1f} a second)"
-    )
+    speed = f"{frames} frames in {seconds:.1f} s, {frames / seconds:.1f} a second"
+    print(f"{minutes:6.1f} min: peak {peak:7.0f} MiB, {speed}")
 
 
 def main() -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -283,15 +285,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: command line; None takes that of the process.
 
     Returns:
-        the exit code: 0, 1 (something needed is missing), 2 (user error), 130 (interrupted).
+        the exit code: 0, 1 (something needed is missing), 2 (user error), 130 or 143 (interrupted, terminated).
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
-    logging.basicConfig(level=logging.WARNING, format="flowvqtalker: %(levelname)s: %(message)s")
+    # `prepare` says itself whether a line is an error.
+    style = "%(message)s" if given[:1] == ["prepare"] else "%(levelname)s: %(message)s"
+    logging.basicConfig(level=logging.WARNING, format=f"flowvqtalker: {style}")
     logging.getLogger("flowvqtalker").setLevel(logging.INFO)
     for level, name in ((logging.WARNING, "warning"), (logging.INFO, "info"), (logging.ERROR, "error")):
         logging.addLevelName(level, name)
     try:
-        with _quiet_libraries():
+        with _quiet_libraries(), _terminable():
             _dispatch(given)
             sys.stdout.flush()
         return 0
@@ -352,6 +356,23 @@ def _progress(name: str) -> Iterator[Callable[[int, int], None]]:
             bar.update(done - bar.n)
 
         yield advance
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM unwinds the program as an exit with code 143, so that no half-written file stays."""
+
+    def stop(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    former = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, former)
 
 
 @contextlib.contextmanager
