@@ -1,0 +1,236 @@
+"""The 512x512 crop that every model sees: found from landmarks, sampled without aliasing, pasted back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+
+from flowvqtalker.errors import UserError
+from flowvqtalker.face.topology import EYES, MOUTH_CORNERS, VERTICES
+
+__all__ = ["SIZE", "Crop", "Paster", "crop_box"]
+
+SIZE = 512
+
+Floats = npt.NDArray[np.floating]
+Picture = npt.NDArray[np.uint8]
+
+# Width of the soft edge of a pasted crop, and radius of its corners, in pixels of the crop.
+_FEATHER, _CORNER = 40.0, 64.0
+# Largest correction of a pasted crop's colour, in levels of 255: a drift of the generator, not a change of light.
+_COLOUR = 12.0
+
+
+@dataclass(frozen=True)
+class Crop:
+    """A similarity transform (rotation, uniform scale, shift) between a picture and its crop.
+
+    Attributes:
+        matrix: (2, 3) float64, input pixels -> crop pixels. Both are continuous: the first pixel reaches from 0 to 1
+            and has its centre at 0.5, as in MediaPipe's landmarks (OpenCV counts from the centre; the sampling corrects
+            for it).
+    """
+
+    matrix: npt.NDArray[np.float64]
+
+    @property
+    def scale(self) -> float:
+        """Crop pixels per input pixel."""
+        return float(np.hypot(self.matrix[0, 0], self.matrix[1, 0]))
+
+    @property
+    def inverse(self) -> npt.NDArray[np.float64]:
+        """(2, 3): crop pixels -> input pixels."""
+        linear = np.linalg.inv(self.matrix[:, :2])
+        return np.concatenate([linear, -linear @ self.matrix[:, 2:]], axis=1)
+
+    def points(self, points: Floats) -> Floats:
+        """Move points (..., 2 or 3) of the input into the crop; z, which is in pixels too, takes the scale."""
+        return _move(self.matrix, points)
+
+    def points_back(self, points: Floats) -> Floats:
+        """Move points (..., 2 or 3) of the crop into the input."""
+        return _move(self.inverse, points)
+
+    def apply(self, image: Picture) -> Picture:
+        """Cut the crop out of a picture (H, W, 3) uint8: (512, 512, 3) uint8.
+
+        Large pictures are averaged down first, so nothing aliases. What lies outside of the picture is its mirror image,
+        blurred the more the farther out, as in FFHQ.
+        """
+        _check_picture(image, "picture")
+        result = _sample(image, self.matrix, (SIZE, SIZE), cv2.BORDER_REFLECT_101)
+        height, width = image.shape[:2]
+        y, x = np.mgrid[:SIZE, :SIZE].astype(np.float32) + 0.5
+        source = _move(self.inverse, np.stack([x, y], axis=-1))
+        outside = np.maximum(-source, source - np.array([width, height], dtype=np.float32)).max(-1) * self.scale
+        if outside.max() <= 0:
+            return result
+        for sigma, reach in ((6.0, 24.0), (24.0, 96.0)):
+            blurred = cv2.GaussianBlur(result, (0, 0), sigma, borderType=cv2.BORDER_REFLECT_101)
+            share = np.clip(outside / reach, 0, 1)[..., None]
+            result = np.round(result + (blurred.astype(np.float32) - result) * share).astype(np.uint8)
+        return result
+
+    def paste(self, picture: Picture, face: Picture, mask: Floats | None = None) -> Picture:
+        """Put a crop back into its picture; for many frames make one :class:`Paster`.
+
+        Arguments:
+            picture: (H, W, 3) uint8 from which the crop was cut.
+            face: (512, 512, 3) uint8.
+            mask: (512, 512) in [0, 1], how much of the face is seen; None is the whole crop with soft edges.
+
+        Returns:
+            (H, W, 3) uint8, equal to ``picture`` bit for bit where the mask is zero.
+        """
+        return Paster(self, picture, mask)(face)
+
+
+class Paster:
+    """Puts frame after frame of one crop back into one picture.
+
+    The colour of each frame is corrected by the median difference between it and the picture in the soft edge of the
+    mask, so that a drift of the generator's colours does not draw a box around the head.
+    """
+
+    def __init__(self, crop: Crop, picture: Picture, mask: Floats | None = None) -> None:
+        _check_picture(picture, "picture")
+        if mask is None:
+            mask = _soft_box()
+        if mask.shape != (SIZE, SIZE):
+            raise UserError(f"the mask of a crop must have shape ({SIZE}, {SIZE}), got {mask.shape}")
+        self._picture = picture
+        height, width = picture.shape[:2]
+        used = np.argwhere(mask > 0)
+        if not len(used):
+            used = np.zeros((2, 2), dtype=np.int64)
+        low, high = used.min(0)[::-1], used.max(0)[::-1] + 1
+        corners = _move(
+            crop.inverse, np.array([[x, y] for x in (low[0], high[0]) for y in (low[1], high[1])], dtype=float)
+        )
+        left, top = np.clip(np.floor(corners.min(0)).astype(int) - 1, 0, [width, height])
+        right, bottom = np.clip(np.ceil(corners.max(0)).astype(int) + 1, 0, [width, height])
+        self._area = slice(int(top), int(bottom)), slice(int(left), int(right))
+        self._size = int(right - left), int(bottom - top)
+        self._empty = min(self._size) <= 0
+        if self._empty:
+            return
+        self._matrix = crop.inverse
+        self._matrix[:, 2] -= (left, top)
+        weights = _sample(mask.astype(np.float32), self._matrix, self._size, cv2.BORDER_CONSTANT)
+        # Interpolation rings below zero, and the least weight still changes no level.
+        self._weights = np.where(weights < 1 / 512, 0, np.minimum(weights, 1)).astype(np.float32)[..., None]
+        self._under = picture[self._area].astype(np.float32)
+        edge = (self._weights[..., 0] > 0.1) & (self._weights[..., 0] < 0.9)
+        self._edge = np.nonzero(edge) if edge.sum() >= 64 else None
+
+    def __call__(self, face: Picture) -> Picture:
+        """The picture (H, W, 3) with ``face`` (512, 512, 3) in it."""
+        _check_picture(face, "face")
+        if face.shape[:2] != (SIZE, SIZE):
+            raise UserError(f"a crop must have shape ({SIZE}, {SIZE}, 3), got {face.shape}")
+        result = self._picture.copy()
+        if self._empty:
+            return result
+        over = _sample(face, self._matrix, self._size, cv2.BORDER_REPLICATE).astype(np.float32)
+        if self._edge is not None:
+            difference = np.median(self._under[self._edge] - over[self._edge], axis=0)
+            over += np.clip(difference, -_COLOUR, _COLOUR)
+        over -= self._under
+        over *= self._weights
+        over += self._under
+        np.clip(over, 0, 255, out=over)
+        # Where the weight is zero this is the picture's own level, unchanged by the rounding.
+        result[self._area] = np.rint(over, out=over).astype(np.uint8)
+        return result
+
+
+def _check_picture(image: Picture, name: str) -> None:
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+        raise UserError(f"the {name} must have shape (H, W, 3) and type uint8, got {image.shape} {image.dtype}")
+
+
+def _soft_box() -> npt.NDArray[np.float32]:
+    """Mask (512, 512) of the crop: one inside, falling to zero at its rounded edge."""
+    y, x = np.abs(np.mgrid[:SIZE, :SIZE].astype(np.float32) + 0.5 - SIZE / 2)
+    inner = SIZE / 2 - _CORNER
+    outside = np.hypot(np.maximum(x - inner, 0), np.maximum(y - inner, 0))
+    depth = np.clip((_CORNER - outside) / _FEATHER, 0, 1)
+    return (depth * depth * (3 - 2 * depth)).astype(np.float32)
+
+
+def _sample(
+    image: npt.NDArray[Any], matrix: npt.NDArray[np.float64], size: tuple[int, int], border: int
+) -> npt.NDArray[Any]:
+    """Resample a picture by an affine map (pixels of the input -> pixels of the output, both continuous).
+
+    Arguments:
+        size: width and height of the output.
+        border: OpenCV's border mode.
+    """
+    matrix = matrix.copy()
+    scale = float(np.hypot(matrix[0, 0], matrix[1, 0]))
+    height, width = image.shape[:2]
+    if scale < 1:
+        # Only the part that is seen, with a margin, is averaged down to the output's resolution.
+        linear = np.linalg.inv(matrix[:, :2])
+        corners = (np.array([[0, 0], [0, size[1]], [size[0], 0], size], dtype=float) - matrix[:, 2]) @ linear.T
+        margin = 8 / scale
+        left, top = np.clip(np.floor(corners.min(0) - margin).astype(int), 0, [width - 1, height - 1])
+        right, bottom = np.clip(np.ceil(corners.max(0) + margin).astype(int), [left + 1, top + 1], [width, height])
+        image = image[top:bottom, left:right]
+        small = tuple(max(1, round(extent * scale)) for extent in (right - left, bottom - top))
+        matrix[:, 2] += matrix[:, :2] @ [left, top]
+        matrix[:, :2] *= [(right - left) / small[0], (bottom - top) / small[1]]
+        image = cv2.resize(image, small, interpolation=cv2.INTER_AREA)
+    # OpenCV counts from the centre of the first pixel.
+    matrix[:, 2] += matrix[:, :2] @ [0.5, 0.5] - 0.5
+    return cv2.warpAffine(image, matrix, size, flags=cv2.INTER_LANCZOS4, borderMode=border)
+
+
+def _move(matrix: npt.NDArray[np.float64], points: Floats) -> Floats:
+    kind = points.dtype
+    moved = points[..., :2] @ matrix[:, :2].T.astype(kind) + matrix[:, 2].astype(kind)
+    if points.shape[-1] == 2:
+        return moved
+    scale = kind.type(np.hypot(matrix[0, 0], matrix[1, 0]))
+    return np.concatenate([moved, points[..., 2:] * scale], axis=-1)
+
+
+def crop_box(landmarks: Floats) -> Crop:
+    """The FFHQ-style crop of a face (Karras et al. 2019, appendix A): an upright square from eyes and mouth.
+
+    Its horizontal axis follows the line between the eyes, corrected by the perpendicular of the line from eyes to
+    mouth; its half side is the larger of 2.0 eye distances and 1.8 eye-mouth distances; its centre lies a tenth of the
+    eye-mouth line below the eyes.
+
+    Arguments:
+        landmarks: (478, 2 or 3) of a picture or (T, 478, 2 or 3) of a clip, in pixels; a clip gets one fixed crop from
+            the medians over its frames. Frames with NaN are ignored.
+
+    Raises:
+        UserError: if no frame has landmarks.
+    """
+    if landmarks.ndim not in (2, 3) or landmarks.shape[-2] != VERTICES or landmarks.shape[-1] not in (2, 3):
+        raise UserError(f"landmarks of shape (478, 3) or (T, 478, 3) are needed, got {landmarks.shape}")
+    clip = landmarks.reshape(-1, VERTICES, landmarks.shape[-1])[..., :2].astype(np.float64)
+    clip = clip[np.isfinite(clip).all((1, 2))]
+    if not len(clip):
+        raise UserError("no face found in any frame; give a picture or clip in which a face is clearly visible")
+    near, far = (np.median(clip[:, EYES[i]].mean(1), axis=0) for i in range(2))
+    mouth = np.median(clip[:, MOUTH_CORNERS].mean(1), axis=0)
+    across, down = far - near, mouth - (near + far) / 2
+    axis = across + np.array([down[1], -down[0]])
+    side = 2 * max(2.0 * float(np.hypot(*across)), 1.8 * float(np.hypot(*down)))
+    length = float(np.hypot(*axis))
+    if length < 1e-6 or side < 1e-6:
+        raise UserError("eyes and mouth coincide in the landmarks; the face is too small or the landmarks are broken")
+    cosine, sine = axis / length * (SIZE / side)
+    linear = np.array([[cosine, sine], [-sine, cosine]])
+    centre = (near + far) / 2 + 0.1 * down
+    shift = np.full(2, SIZE / 2) - linear @ centre
+    return Crop(np.concatenate([linear, shift[:, None]], axis=1))

@@ -1,0 +1,229 @@
+"""Fitting the face model to landmarks: one identity, an expression and a pose a frame, all frames at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import scipy.linalg
+import torch
+
+from flowvqtalker.errors import UserError
+from flowvqtalker.face.geometry import Floats, align, angles_of, rodrigues, tangents, unproject
+from flowvqtalker.face.model import CENTRE, EXPRESSION, FOCAL, IDENTITY, FaceModel
+from flowvqtalker.face.topology import EYE_CORNERS, RIGID, VERTICES
+
+__all__ = ["Fit", "Fitter", "State", "fit", "reprojection_error"]
+
+# Weight of a residual in depth beside one in the picture plane: MediaPipe's depth is a guess, its x and y are seen.
+_DEPTH_WEIGHT = 0.25
+_ROUNDS = 7
+# Frames fitted together; bounds the memory for long clips.
+_BLOCK = 2048
+
+Array = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Coefficients of one clip (T frames) or picture (T = 1).
+
+    Attributes:
+        identity: (80,) α in standard deviations.
+        expression: (T, 64) β in standard deviations.
+        pose: (T, 6) ρ = (pitch, yaw, roll [rad], tx, ty, tz), see :meth:`FaceModel.project`.
+        residual: (T,) mean distance between landmarks and projected vertices, in distances between the outer eye
+            corners; NaN where the frame had no landmarks and was interpolated.
+    """
+
+    identity: Array
+    expression: Array
+    pose: Array
+    residual: Array
+
+
+@dataclass
+class State:
+    """Similarities from the model's unit to points in space (see geometry.unproject), and the expression."""
+
+    scale: Floats  # (T,)
+    rotation: Floats  # (T, 3, 3)
+    shift: Floats  # (T, 3)
+    beta: Floats  # (T, 64)
+
+
+class Fitter:
+    """Gauss-Newton on the reprojection error in the frame of the object.
+
+    There the derivatives of the expression do not depend on the frame and those of the pose hardly do, so one Cholesky
+    factor serves all frames and a round is two matrix products.
+    """
+
+    def __init__(self, model: FaceModel) -> None:
+        self.mean: Floats = model.mean.cpu().numpy()
+        self.identity: Floats = model.identity.cpu().numpy().reshape(IDENTITY, -1)
+        self.expression: Floats = model.expression.cpu().numpy().reshape(EXPRESSION, -1)
+        self.precision = 1.0 / float(model.noise) ** 2
+        self.rigid = np.zeros(VERTICES, dtype=np.float32)
+        self.rigid[list(RIGID)] = 1
+        self.weights = np.tile(np.array([1, 1, _DEPTH_WEIGHT], dtype=np.float32), VERTICES)
+        # The mean face's derivatives serve for everybody: they only steer the steps, the residual is exact.
+        self._first = self.solver(np.concatenate([self.identity, self.expression]), self.mean)
+        self._frame = self.solver(self.expression, self.mean)
+
+    def shape(self, alpha: Floats, beta: Floats) -> Floats:
+        """Vertices (T, V, 3) of one α (80,) and β (T, 64)."""
+        person = self.mean.ravel() + alpha @ self.identity
+        return (person + beta @ self.expression).reshape(-1, VERTICES, 3)
+
+    def solver(self, basis: Floats, shape: Floats) -> tuple[Floats, Floats]:
+        """Gain (V * 3, K + 7) and shrinkage (K, K + 7) of the regularised least squares over basis and pose.
+
+        The step from residuals r (T, V * 3) at coefficients c (T, K) is r @ gain - c @ shrinkage.
+        """
+        jacobian = np.concatenate([basis, tangents(shape)]).astype(np.float64)
+        weighted = jacobian * (self.weights * self.precision)
+        gram = weighted @ jacobian.T
+        count = len(basis)
+        gram[np.arange(count), np.arange(count)] += 1.0
+        inverse = scipy.linalg.inv(gram, check_finite=False)
+        return (weighted.T @ inverse).astype(np.float32), inverse[:count].astype(np.float32)
+
+    def start(self, landmarks: Floats) -> State:
+        """The pose that fits the mean face's rigid vertices."""
+        scale, rotation, shift = align(unproject(landmarks), self.mean, self.rigid)
+        return State(scale, rotation, shift, np.zeros((len(landmarks), EXPRESSION), dtype=np.float32))
+
+    def objects(self, landmarks: Floats, state: State, shape: Floats) -> Floats:
+        """Landmarks (T, V * 3) in the object's frame: x and y on their rays at the depth of ``shape`` (T, V, 3)."""
+        z = state.shift[:, 2:] + state.scale[:, None] * np.einsum("tvc,tc->tv", shape, state.rotation[:, 2])
+        points = np.empty_like(landmarks)
+        np.multiply(landmarks[..., :2] - np.float32(CENTRE), z[..., None] / np.float32(FOCAL), out=points[..., :2])
+        points[..., 2] = landmarks[..., 2] + np.float32(FOCAL)
+        points -= state.shift[:, None]
+        return ((points @ state.rotation) / state.scale[:, None, None]).reshape(len(landmarks), -1)
+
+    def move(self, state: State, step: Floats) -> None:
+        """Apply pose steps (T or 1, 7) in the object's frame."""
+        turn = rodrigues(np.broadcast_to(step[:, :3], state.shift.shape))
+        state.shift = state.shift + state.scale[:, None] * np.einsum(
+            "tij,tj->ti", state.rotation, step[:, 3:6] + 0 * state.shift
+        )
+        state.rotation = state.rotation @ turn
+        state.scale = state.scale * np.exp(step[:, 6])
+
+    def run(self, landmarks: Floats, identity: Floats | None) -> tuple[State, Floats]:
+        """Fit clean landmarks (T, 478, 3); returns the state and α (80,)."""
+        state = self.start(landmarks)
+        alpha = np.zeros(IDENTITY, dtype=np.float32) if identity is None else identity.astype(np.float32)
+        first, first_shrink = self._first
+        gain, shrink = self._frame
+        for round_ in range(_ROUNDS):
+            if identity is None and round_ < _ROUNDS - 2:
+                # The clip's mean face, as if it were one picture: α and the mean expression under their priors.
+                shape = self.shape(alpha, state.beta)
+                residual = (self.objects(landmarks, state, shape) - shape.reshape(len(shape), -1)).mean(0)
+                now = np.concatenate([alpha, state.beta.mean(0)])
+                step = residual @ first - now @ first_shrink
+                alpha = alpha + step[:IDENTITY]
+                state.beta = state.beta + step[IDENTITY:-7]
+                self.move(state, step[None, -7:])
+            shape = self.shape(alpha, state.beta)
+            residual = self.objects(landmarks, state, shape) - shape.reshape(len(shape), -1)
+            steps = residual @ gain - state.beta @ shrink
+            state.beta = state.beta + steps[:, :-7]
+            self.move(state, steps[:, -7:])
+        return state, alpha
+
+    def pose(self, state: State) -> Floats:
+        """ρ (T, 6): the unit of the shift becomes the model's."""
+        return np.concatenate([angles_of(state.rotation), state.shift / state.scale[:, None]], axis=1)
+
+
+def fit(model: FaceModel, landmarks: Floats, *, identity: Floats | None = None, smooth: bool = False) -> Fit:
+    """Fit identity, expression and pose to the landmarks of one person.
+
+    The posterior mode under unit Gaussian priors on α and β, where the prior on β holds for every frame and for the
+    mean expression of the clip: a smile that lasts goes to β because the identity basis explains it at a higher price.
+
+    Arguments:
+        model: the face model.
+        landmarks: (T, 478, 3) or (478, 3), pixels of the crop (see :class:`flowvqtalker.face.crop.Crop`), z too. Frames
+            that hold NaN are skipped; their coefficients are interpolated in time.
+        identity: (80,) α when it is known; otherwise it is fitted, one for all frames.
+        smooth: smooth over time, see :func:`flowvqtalker.face.smooth.smooth_clip`.
+
+    Raises:
+        UserError: if the shape is wrong or no frame has landmarks.
+    """
+    clip = _checked(landmarks)
+    seen = np.isfinite(clip).all((1, 2))
+    if not seen.any():
+        raise UserError("no frame has landmarks; give a clip in which a face is clearly visible")
+    fitter = Fitter(model)
+    clean = clip[seen]
+    if identity is None:
+        chosen = clean[np.linspace(0, len(clean) - 1, min(len(clean), _BLOCK)).round().astype(int)]
+        state, alpha = fitter.run(chosen, None)
+    else:
+        alpha = np.asarray(identity, dtype=np.float32)
+        if alpha.shape != (IDENTITY,):
+            raise UserError(f"identity must have shape ({IDENTITY},), got {alpha.shape}")
+    if identity is not None or len(clean) > _BLOCK:
+        states = [fitter.run(clean[i : i + _BLOCK], alpha) for i in range(0, len(clean), _BLOCK)]
+        beta = np.concatenate([part.beta for part, _ in states])
+        pose = np.concatenate([fitter.pose(part) for part, _ in states])
+    else:
+        beta, pose = state.beta, fitter.pose(state)
+    residual = np.full(len(clip), np.nan, dtype=np.float32)
+    residual[seen] = reprojection_error(model, clean, alpha, beta, pose)
+    result = Fit(alpha, _filled(beta, seen), _filled(pose, seen), residual)
+    if smooth and len(clip) > 2:
+        from flowvqtalker.face.smooth import smooth_clip
+
+        result = smooth_clip(model, result)
+    return result
+
+
+def _checked(landmarks: Floats) -> Array:
+    clip = np.asarray(landmarks, dtype=np.float32)
+    if clip.ndim == 2:
+        clip = clip[None]
+    if clip.ndim != 3 or clip.shape[1:] != (VERTICES, 3):
+        raise UserError(f"landmarks of shape (T, {VERTICES}, 3) are needed, got {np.shape(landmarks)}")
+    return clip
+
+
+def _filled(values: Floats, seen: npt.NDArray[np.bool_]) -> Array:
+    """Values (N, D) of the seen frames -> (T, D); gaps are interpolated linearly, ends held."""
+    filled = np.empty((len(seen), values.shape[1]), dtype=np.float32)
+    times, known = np.arange(len(seen)), np.flatnonzero(seen)
+    for i in range(values.shape[1]):
+        filled[:, i] = np.interp(times, known, values[:, i])
+    return filled
+
+
+def reprojection_error(
+    model: FaceModel,
+    landmarks: Floats,
+    alpha: Floats,
+    beta: Floats,
+    pose: Floats,
+    vertices: Sequence[int] | None = None,
+) -> Array:
+    """Mean distance (T,) between landmarks (T, 478, 3) and projected vertices, over the distance of the outer eye
+    corners that is seen in the same frame.
+
+    Arguments:
+        vertices: which of them; all if None.
+    """
+    device = model.mean.device
+    with torch.no_grad():
+        points = model.project(*(torch.as_tensor(a, device=device) for a in (alpha, beta, pose))).cpu().numpy()
+    distance = np.linalg.norm(points[..., :2] - landmarks[..., :2], axis=-1)
+    if vertices is not None:
+        distance = distance[:, list(vertices)]
+    eyes = np.linalg.norm(landmarks[:, EYE_CORNERS[0], :2] - landmarks[:, EYE_CORNERS[1], :2], axis=-1)
+    return (distance.mean(-1) / np.maximum(eyes, 1e-6)).astype(np.float32)
