@@ -16,7 +16,7 @@ from flowvqtalker import EMOTIONS
 from flowvqtalker.audio import decode, features
 from flowvqtalker.coefficients import Coefficients
 from flowvqtalker.errors import UserError
-from flowvqtalker.face.crop import crop_box
+from flowvqtalker.face.crop import Paster, crop_box
 from flowvqtalker.face.fit import fit
 from flowvqtalker.face.model import CENTRE, EXPRESSION, FOCAL, IDENTITY, FaceModel
 from flowvqtalker.loading import choose_device, choose_dtype, fast_dtype, load_face_model, load_flow, load_generator
@@ -238,7 +238,7 @@ class Talker:
             dtype=self.dtype or fast_dtype(self.device),
         )
         frames = renderer.render(motion)
-        return (portrait.crop.paste(portrait.picture, frame) for frame in frames) if full else frames
+        return map(Paster(portrait.crop, portrait.picture), frames) if full else frames
 
     def animate(
         self,
