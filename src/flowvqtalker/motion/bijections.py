@@ -62,10 +62,13 @@ class Context:
     Attributes:
         tokens: (N, M, width) encoded context tokens.
         emotion: (N, C) weights of the classes.
+        centre, log_scale: (N, D) where the frame is expected and how far from there, if the encoder says so.
     """
 
     tokens: Tensor
     emotion: Tensor
+    centre: Tensor | None = None
+    log_scale: Tensor | None = None
 
     @property
     def spread(self) -> Tensor:
@@ -74,12 +77,9 @@ class Context:
         inside = self.emotion.clamp(0, 1)
         return inside / inside.sum(-1, keepdim=True)
 
-    def repeat(self, times: int) -> Context:
-        """The context of ``times`` batches one after the other."""
-        return Context(self.tokens.repeat(times, 1, 1), self.emotion.repeat(times, 1))
-
     def __getitem__(self, index: Tensor | slice) -> Context:
-        return Context(self.tokens[index], self.emotion[index])
+        given = (self.tokens, self.emotion, self.centre, self.log_scale)
+        return Context(*(None if part is None else part[index] for part in given))  # type: ignore[arg-type]
 
 
 class Bijection(nn.Module, ABC):

@@ -15,7 +15,7 @@ from torch.nn import functional
 from flowvqtalker.errors import UserError
 from flowvqtalker.motion.bijections import Context, CrossBlock
 
-__all__ = ["AudioConfig", "AudioEncoder", "ContextEncoder", "history_of"]
+__all__ = ["AudioConfig", "AudioEncoder", "ContextEncoder", "Forecast", "history_of"]
 
 #: One video frame lasts this long.
 FRAME_MS = 40
@@ -101,6 +101,49 @@ class AudioEncoder(nn.Module):
         return self.mix(self.embed(windows.flatten(0, 1)).view(batch, count, -1))
 
 
+class Forecast(nn.Module):
+    """Where the next frame is expected, and how far from there it may be: what the flow's steps start from (ours).
+
+    A frame is mostly the one before it. Learning that through sixteen near-identity steps takes thousands of
+    iterations, so the flow works on (x - centre) / scale, a bijection of x given the context with log-determinant -Σ
+    log scale. Both come from the latest previous frame that is there (data dropout hides some), with gains and scales
+    that depend on its age and start as those of a slowly varying process, and from the tokens, whose part starts at
+    zero.
+
+    Arguments:
+        dim: D.
+        width: size of a token.
+        tokens: number of tokens.
+        history: τ.
+    """
+
+    #: Correlation of a coefficient with itself one frame later, at the start.
+    MEMORY = 0.95
+
+    def __init__(self, dim: int, width: int, tokens: int, history: int) -> None:
+        super().__init__()
+        gain = self.MEMORY ** torch.arange(history, 0, -1.0)  # oldest first, like the history
+        gain = torch.cat([gain, torch.zeros(1)])  # and last, no frame at all
+        self.gain = nn.Parameter(gain[:, None].repeat(1, dim))
+        self.log_scale = nn.Parameter(0.5 * torch.log1p(-gain.square())[:, None].repeat(1, dim))
+        self.expand = nn.Linear(tokens * width, 2 * width)
+        self.contract = nn.Linear(2 * width, 2 * dim)
+        nn.init.zeros_(self.contract.weight)
+        nn.init.zeros_(self.contract.bias)
+
+    def forward(self, history: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """(N, τ, D) with zeros where there is no frame, and (N, M, width), to centre and log-scale, both (N, D)."""
+        count, size, _ = history.shape
+        there = history.abs().amax(-1) > 0
+        age = torch.arange(1, size + 1, device=history.device) * there
+        latest = age.amax(1) - 1  # -1: none
+        recent = history[torch.arange(count, device=history.device), latest]
+        picked = functional.one_hot(latest % (size + 1), size + 1).to(history)
+        hidden = functional.gelu(self.expand(tokens.flatten(1)), approximate="tanh")
+        shift, change = self.contract(hidden).chunk(2, dim=-1)
+        return recent * (picked @ self.gain) + shift, picked @ self.log_scale + 3 * torch.tanh(change / 3)
+
+
 def history_of(sequence: Tensor, frames: int) -> Tensor:
     """The previous frames of every frame.
 
@@ -130,6 +173,7 @@ class ContextEncoder(nn.Module):
         classes: number of emotions; 1: no emotion token.
         source: whether there is a source token (β0).
         dropout: probability that a previous frame is dropped.
+        forecast: see :class:`Forecast`.
     """
 
     def __init__(
@@ -143,6 +187,7 @@ class ContextEncoder(nn.Module):
         classes: int = 1,
         source: bool = False,
         dropout: float = 0.0,
+        forecast: bool = False,
     ) -> None:
         super().__init__()
         self.dropout = dropout
@@ -158,6 +203,7 @@ class ContextEncoder(nn.Module):
         self.norm_memory = nn.LayerNorm(width)
         self.block = CrossBlock(width, heads, 2 * width)
         self.norm = nn.LayerNorm(width)
+        self.forecast = Forecast(dim, width, kinds, history) if forecast else None
 
     def drop(self, history: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Data dropout: (N, τ, D) with whole frames set to zero, in training only."""
@@ -186,7 +232,8 @@ class ContextEncoder(nn.Module):
         heard = self.audio(audio)
         if speech is not None:
             heard = torch.where(speech[:, None], heard, self.no_audio)
-        past = self.frame(self.drop(history)) + self.age
+        history = self.drop(history)
+        past = self.frame(history) + self.age
         given = [heard]
         if self.emotion is not None:
             given.append(emotion @ self.emotion)
@@ -197,4 +244,7 @@ class ContextEncoder(nn.Module):
         given += [past[:, -1], self.summary.expand(len(heard), -1)]
         queries = torch.stack(given, dim=1) + self.kind
         memory = torch.cat([queries[:, :-2], past], dim=1)
-        return Context(self.norm(self.block(queries, self.norm_memory(memory))), emotion)
+        tokens = self.norm(self.block(queries, self.norm_memory(memory)))
+        if self.forecast is None:
+            return Context(tokens, emotion)
+        return Context(tokens, emotion, *self.forecast(history, tokens))

@@ -57,6 +57,8 @@ class FlowConfig:
     """Train the means of the mixture; the paper draws them and says no more."""
     source: bool = True
     """Condition on the source's own coefficients."""
+    forecast: bool = True
+    """Let the steps work on what the context does not foretell (ours, see motion.context.Forecast); off is the paper."""
     audio: AudioConfig = field(default_factory=AudioConfig)
     """The audio encoder."""
     seed: int = 0
@@ -160,6 +162,7 @@ class Flow(Bijection):
             classes=config.classes,
             source=config.source,
             dropout=config.dropout,
+            forecast=config.forecast,
         )
         self.steps = nn.ModuleList(FlowStep(config, generator) for _ in range(config.steps))
         self.latent = build_latent(
@@ -223,6 +226,9 @@ class Flow(Bijection):
     def forward_and_logdet(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
         z = x / self.unit
         logdet = -self.unit.log().sum().expand(len(x))
+        if context.centre is not None and context.log_scale is not None:
+            z = (z - context.centre) * torch.exp(-context.log_scale)
+            logdet = logdet - context.log_scale.sum(-1)
         for step in self.each_step():
             z, one = step.forward_and_logdet(z, context)
             logdet = logdet + one
@@ -231,6 +237,8 @@ class Flow(Bijection):
     def inverse(self, z: Tensor, context: Context) -> Tensor:
         for step in reversed(self.each_step()):
             z = step.inverse(z, context)
+        if context.centre is not None and context.log_scale is not None:
+            z = z * torch.exp(context.log_scale) + context.centre
         return z * self.unit
 
     def log_prob(self, x: Tensor, context: Context) -> Tensor:

@@ -38,6 +38,7 @@ class FusedInverse:
         self.memory_weight = torch.cat([torch.cat([b.key.weight, b.value.weight]) for b in blocks]).mT.contiguous()
         self.memory_bias = torch.cat([torch.cat([b.key.bias, b.value.bias]) for b in blocks])
         self.nets = [self._prepare(step) for step in steps]
+        self.unit = flow.unit
         self.affine: list[tuple[Tensor, Tensor]] = []
         self.set_emotion(flow, emotion)
 
@@ -46,11 +47,9 @@ class FusedInverse:
         """Take another emotion, (1, C) weights."""
         context = Context(emotion[:, None], emotion)
         self.affine = []
-        for number, step in enumerate(flow.each_step()):
+        for step in flow.each_step():
             mean, log_scale = step.norm.statistics(context)
             matrix, offset = log_scale.exp().mT * step.linear.inverse_matrix(), mean
-            if number == 0:
-                matrix, offset = flow.unit[:, None] * matrix, flow.unit * offset
             self.affine.append((offset.contiguous(), matrix.mT.contiguous()))
 
     def _prepare(self, step: FlowStep) -> tuple[list[Tensor], list[list[Tensor]], list[Tensor]]:
@@ -74,17 +73,17 @@ class FusedInverse:
         return start, blocks, [net.norm.weight, net.norm.bias, net.out.weight.mT.contiguous(), bias]
 
     @torch.inference_mode()
-    def __call__(self, z: Tensor, tokens: Tensor) -> Tensor:
+    def __call__(self, z: Tensor, context: Context) -> Tensor:
         """
         Arguments:
             z: (1, D) latent.
-            tokens: (1, M, width) of the context.
+            context: of one frame; its emotion is the one given before.
 
         Returns:
             (1, D) frame.
         """
         addmm, layer_norm, shape = torch.addmm, torch.layer_norm, (self.width,)
-        memory = addmm(self.memory_bias, tokens[0], self.memory_weight)
+        memory = addmm(self.memory_bias, context.tokens[0], self.memory_weight)
         split = memory.view(len(memory), -1, 2, self.heads, self.head).permute(2, 1, 3, 0, 4).contiguous()
         keys, values = split[0].mT.unbind(0), split[1].unbind(0)  # each layer: H d M and H M d
         x = z
@@ -104,4 +103,6 @@ class FusedInverse:
             other = x[:, self.first :] / (torch.sigmoid(raw) + SCALE_FLOOR) - shift
             offset, matrix = self.affine[number]
             x = addmm(offset, torch.cat((half, other), 1), matrix)
-        return x
+        if context.centre is not None and context.log_scale is not None:
+            x = x * torch.exp(context.log_scale) + context.centre
+        return x * self.unit
