@@ -160,7 +160,8 @@ class CodebookStage(Stage):
         last = self.autoencoder.decoder.last_weight
         rec = torch.autograd.grad(reconstruction, last, retain_graph=True)[0].norm()
         adv = torch.autograd.grad(adversarial, last, retain_graph=True)[0].norm()
-        return (rec / (adv + 1e-4)).clamp(0, 1).detach()
+        weight: Tensor = (rec / (adv + 1e-4)).clamp(0, 1).detach()
+        return weight
 
     def on_step_end(self, step: int) -> None:
         if self._latents is not None:
