@@ -3,7 +3,8 @@
     python benchmarks/reenactment.py SHARD [--weights FOLDER] [--limit 120] [--grid out/reenactment.png]
 
 SHARD is a ``frames`` shard of ``flowvqtalker prepare``; its validation split (by identity) is used. Rows: the copied
-source, the warped source alone (I_w), the codebook's reconstruction of the target, and VQIG. Columns: L1 of [0, 1] colours,
+source, the warped source alone (I_w), the codebook's reconstruction of the target, and VQIG. Columns: L1 of [0, 1]
+colours,
 PSNR in dB, SSIM (skimage, 7x7, 512x512), MobileNet-perceptual distance of the frame and of the mouth's crop. The grid
 shows source | target | I_w | ours.
 """
