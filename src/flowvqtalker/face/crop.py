@@ -127,10 +127,12 @@ class Paster:
         self._matrix[:, 2] -= (left, top)
         weights = _sample(mask.astype(np.float32), self._matrix, self._size, cv2.BORDER_CONSTANT)
         # Interpolation rings below zero, and the least weight still changes no level.
-        self._weights = np.where(weights < 1 / 512, 0, np.minimum(weights, 1)).astype(np.float32)[..., None]
-        self._under = picture[self._area].astype(np.float32)
-        edge = (self._weights[..., 0] > 0.1) & (self._weights[..., 0] < 0.9)
-        self._edge = np.nonzero(edge) if edge.sum() >= 64 else None
+        self._over = np.where(weights < 1 / 512, 0, np.minimum(weights, 1)).astype(np.float32)
+        self._rest = 1 - self._over
+        self._under = np.ascontiguousarray(picture[self._area])
+        self._used = (self._over > 0).astype(np.uint8)
+        edge = np.argwhere((self._over > 0.1) & (self._over < 0.9))
+        self._edge = tuple(edge[:: max(1, len(edge) // 4096)].T) if len(edge) >= 64 else None
 
     def __call__(self, face: Picture) -> Picture:
         """The picture (H, W, 3) with ``face`` (512, 512, 3) in it."""
@@ -140,16 +142,12 @@ class Paster:
         result = self._picture.copy()
         if self._empty:
             return result
-        over = _sample(face, self._matrix, self._size, cv2.BORDER_REPLICATE).astype(np.float32)
+        over = _sample(face, self._matrix, self._size, cv2.BORDER_REPLICATE)
         if self._edge is not None:
-            difference = np.median(self._under[self._edge] - over[self._edge], axis=0)
-            over += np.clip(difference, -_COLOUR, _COLOUR)
-        over -= self._under
-        over *= self._weights
-        over += self._under
-        np.clip(over, 0, 255, out=over)
-        # Where the weight is zero this is the picture's own level, unchanged by the rounding.
-        result[self._area] = np.rint(over, out=over).astype(np.uint8)
+            difference = np.median(self._under[self._edge].astype(np.float32) - over[self._edge], axis=0)
+            over = cv2.add(over, (*np.clip(difference, -_COLOUR, _COLOUR).tolist(), 0.0))
+        mixed = cv2.blendLinear(over, self._under, self._over, self._rest)
+        cv2.copyTo(mixed, self._used, result[self._area])
         return result
 
 
@@ -164,7 +162,7 @@ def _soft_box() -> npt.NDArray[np.float32]:
     inner = SIZE / 2 - _CORNER
     outside = np.hypot(np.maximum(x - inner, 0), np.maximum(y - inner, 0))
     depth = np.clip((_CORNER - outside) / _FEATHER, 0, 1)
-    return (depth * depth * (3 - 2 * depth)).astype(np.float32)
+    return np.asarray(depth * depth * (3 - 2 * depth), dtype=np.float32)
 
 
 def _sample(
@@ -193,7 +191,9 @@ def _sample(
         image = cv2.resize(image, small, interpolation=cv2.INTER_AREA)
     # OpenCV counts from the centre of the first pixel.
     matrix[:, 2] += matrix[:, :2] @ [0.5, 0.5] - 0.5
-    return cv2.warpAffine(image, matrix, size, flags=cv2.INTER_LANCZOS4, borderMode=border)
+    # Enlarged, a cubic rings less than Lanczos' eight taps and takes a quarter of the time.
+    kernel = cv2.INTER_CUBIC if scale > 1 else cv2.INTER_LANCZOS4
+    return np.asarray(cv2.warpAffine(image, matrix, size, flags=kernel, borderMode=border))
 
 
 def _move(matrix: npt.NDArray[np.float64], points: Floats) -> Floats:

@@ -13,6 +13,7 @@ import torch
 from flowvqtalker.errors import UserError
 from flowvqtalker.face.geometry import Floats, align, angles_of, rodrigues, tangents, unproject
 from flowvqtalker.face.model import CENTRE, EXPRESSION, FOCAL, IDENTITY, FaceModel
+from flowvqtalker.face.smooth import smooth_clip
 from flowvqtalker.face.topology import EYE_CORNERS, RIGID, VERTICES
 
 __all__ = ["Fit", "Fitter", "State", "fit", "reprojection_error"]
@@ -34,8 +35,8 @@ class Fit:
         identity: (80,) α in standard deviations.
         expression: (T, 64) β in standard deviations.
         pose: (T, 6) ρ = (pitch, yaw, roll [rad], tx, ty, tz), see :meth:`FaceModel.project`.
-        residual: (T,) mean distance between landmarks and projected vertices, in distances between the outer eye
-            corners; NaN where the frame had no landmarks and was interpolated.
+        residual: (T,) mean distance between landmarks and projected vertices before smoothing, in distances between
+            the outer eye corners; NaN where the frame had no landmarks and was interpolated.
     """
 
     identity: Array
@@ -107,11 +108,10 @@ class Fitter:
 
     def move(self, state: State, step: Floats) -> None:
         """Apply pose steps (T or 1, 7) in the object's frame."""
-        turn = rodrigues(np.broadcast_to(step[:, :3], state.shift.shape))
-        state.shift = state.shift + state.scale[:, None] * np.einsum(
-            "tij,tj->ti", state.rotation, step[:, 3:6] + 0 * state.shift
-        )
-        state.rotation = state.rotation @ turn
+        step = np.broadcast_to(step, (len(state.shift), 7))
+        moved = (state.rotation @ step[:, 3:6, None])[..., 0]
+        state.shift = state.shift + state.scale[:, None] * moved
+        state.rotation = state.rotation @ rodrigues(step[:, :3])
         state.scale = state.scale * np.exp(step[:, 6])
 
     def run(self, landmarks: Floats, identity: Floats | None) -> tuple[State, Floats]:
@@ -159,7 +159,7 @@ def fit(model: FaceModel, landmarks: Floats, *, identity: Floats | None = None, 
         UserError: if the shape is wrong or no frame has landmarks.
     """
     clip = _checked(landmarks)
-    seen = np.isfinite(clip).all((1, 2))
+    seen = np.asarray(np.isfinite(clip).all((1, 2)))
     if not seen.any():
         raise UserError("no frame has landmarks; give a clip in which a face is clearly visible")
     fitter = Fitter(model)
@@ -181,8 +181,6 @@ def fit(model: FaceModel, landmarks: Floats, *, identity: Floats | None = None, 
     residual[seen] = reprojection_error(model, clean, alpha, beta, pose)
     result = Fit(alpha, _filled(beta, seen), _filled(pose, seen), residual)
     if smooth and len(clip) > 2:
-        from flowvqtalker.face.smooth import smooth_clip
-
         result = smooth_clip(model, result)
     return result
 
@@ -222,8 +220,8 @@ def reprojection_error(
     device = model.mean.device
     with torch.no_grad():
         points = model.project(*(torch.as_tensor(a, device=device) for a in (alpha, beta, pose))).cpu().numpy()
-    distance = np.linalg.norm(points[..., :2] - landmarks[..., :2], axis=-1)
+    distance: Floats = np.linalg.norm(points[..., :2] - landmarks[..., :2], axis=-1)
     if vertices is not None:
         distance = distance[:, list(vertices)]
     eyes = np.linalg.norm(landmarks[:, EYE_CORNERS[0], :2] - landmarks[:, EYE_CORNERS[1], :2], axis=-1)
-    return (distance.mean(-1) / np.maximum(eyes, 1e-6)).astype(np.float32)
+    return np.asarray(distance.mean(-1) / np.maximum(eyes, 1e-6), dtype=np.float32)

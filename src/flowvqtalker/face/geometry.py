@@ -64,11 +64,9 @@ def rodrigues(vectors: Floats) -> Floats:
     x, y, z = np.moveaxis(vectors, -1, 0)
     zero = np.zeros_like(x)
     cross = np.stack([zero, -z, y, z, zero, -x, -y, x, zero], axis=-1).reshape(*x.shape, 3, 3)
-    return (
-        np.eye(3, dtype=vectors.dtype)
-        + np.sin(angle) / small * cross
-        + (1 - np.cos(angle)) / small**2 * (cross @ cross)
-    )
+    turn: Floats = np.eye(3, dtype=vectors.dtype) + np.sin(angle) / small * cross
+    turn += (1 - np.cos(angle)) / small**2 * (cross @ cross)
+    return turn
 
 
 def rotation_vectors(rotation: Floats) -> Floats:
@@ -84,8 +82,10 @@ def rotation_vectors(rotation: Floats) -> Floats:
         axis=-1,
     )
     length = np.linalg.norm(axis, axis=-1, keepdims=True)
-    # sin(angle) from the antisymmetric part is exact for small angles, where the arc cosine is not.
-    return axis / np.maximum(length, 1e-12) * np.where(length < 0.1, np.arcsin(np.minimum(length / 2, 1)), angle)
+    # For small turns the sine, from the antisymmetric part, is exact where the arc cosine is not.
+    angle = np.where(length < 0.1, np.arcsin(np.minimum(length / 2, 1)), angle)
+    vectors: Floats = axis / np.maximum(length, 1e-12) * angle
+    return vectors
 
 
 def tangents(shape: Floats) -> Floats:

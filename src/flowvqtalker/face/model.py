@@ -36,15 +36,15 @@ def rotation_matrix(angles: Tensor) -> Tensor:
         *(sz * cy, sz * sy * sx + cz * cx, sz * sy * cx - cz * sx),
         *(-sy, cy * sx, cy * cx),
     )
-    return torch.stack(rows, dim=-1).unflatten(-1, (3, 3))
+    return torch.stack(rows, dim=-1).reshape(*angles.shape[:-1], 3, 3)
 
 
 class FaceModel(nn.Module):
     """S(α, β) = S̄ + B_id α + B_exp β over the 478 vertices of the MediaPipe face mesh (section 3.1 of the paper uses a
     BFM of the same form).
 
-    Axes: x to the right of the picture, y down, z away from the camera. Unit: the distance between the outer eye corners
-    of the mean face. α and β are in standard deviations of the faces that the model was learned from.
+    Axes: x to the right of the picture, y down, z away from the camera. Unit: the distance between the outer eye
+    corners of the mean face. α and β are in standard deviations of the faces that the model was learned from.
 
     Attributes:
         mean: (478, 3).
@@ -99,7 +99,8 @@ class FaceModel(nn.Module):
         """Vertices (..., 478, 3) of identity (..., 80) and expression (..., 64); leading axes broadcast."""
         person = alpha @ self.identity.flatten(1)
         face = beta @ self.expression.flatten(1)
-        return (self.mean.flatten() + person + face).unflatten(-1, (VERTICES, 3))
+        vertices = self.mean.flatten() + person + face
+        return vertices.reshape(*vertices.shape[:-1], VERTICES, 3)
 
     def project(self, alpha: Tensor, beta: Tensor, rho: Tensor) -> Tensor:
         """Vertices in the crop's camera.
@@ -124,8 +125,8 @@ class FaceModel(nn.Module):
         """Write a safetensors file, through a temporary file beside it.
 
         Arguments:
-            half: store the bases and the blendshape map as float16. Their rounding moves a vertex by less than 0.02 % of
-                the eye distance.
+            half: store the bases and the blendshape map as float16; the rounding moves a vertex by less than 0.02 %
+                of the eye distance.
         """
         path = Path(path)
         tensors: dict[str, Tensor] = {}

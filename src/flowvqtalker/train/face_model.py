@@ -85,8 +85,8 @@ class Config:
 def run(config: Config, out: Path, resume: bool = False) -> dict[str, float]:
     """Learn the model from the training split and measure it on the held-out identities.
 
-    Writes into ``out``: ``weights.safetensors`` with ``config.json`` (what ``python -m flowvqtalker.weights add`` reads),
-    the same weights as ``face_model.safetensors`` (what later stages read), and ``report.json``.
+    Writes into ``out``: ``weights.safetensors`` with ``config.json`` (what ``python -m flowvqtalker.weights add``
+    reads), the same weights as ``face_model.safetensors`` (what later stages read), and ``report.json``.
 
     Returns:
         the report, see :func:`evaluate`; it is logged as well.
@@ -117,9 +117,9 @@ def learn(tracks: Sequence[Track], config: Config) -> FaceModel:
     """Learn the model from all given tracks.
 
     Faces are unprojected and aligned by their rigid vertices, identity and expression are separated
-    (:func:`~flowvqtalker.train.face_statistics.separate`), and their leading principal components become the bases. Then
-    poses are found again with the model, which averages the noise of the rigid vertices out of the alignment, and the
-    model is learned once more. Last, :func:`_decouple` draws the border between expression and pose.
+    (:func:`~flowvqtalker.train.face_statistics.separate`), and their leading principal components become the bases.
+    Then poses are found again with the model, which averages the noise of the rigid vertices out of the alignment, and
+    the model is learned once more. Last, :func:`_decouple` draws the border between expression and pose.
 
     Raises:
         UserError: if there are too few clips to learn from.
@@ -224,10 +224,10 @@ def _decouple(model: FaceModel, tracks: Sequence[Track], weights: Floats) -> Fac
     """Give to the expression what the whole mesh does whenever the lips open.
 
     MediaPipe's mesh nods when the jaw opens: from frame to frame the change of the pitch correlated with that of the
-    lips' opening by -0.1 to -0.7, even for a pose from forehead and nose alone. A head does not nod with every vowel, so
-    what a linear regression on the change of opening and width of the mouth predicts is taken from the pose and added
-    to the basis; their common span stays what it was. (A regression on all of β would also take real nods, because
-    MediaPipe's faces change their shape a little with the pitch.)
+    lips' opening by -0.1 to -0.7, even for a pose from forehead and nose alone. A head does not nod with every vowel,
+    so what a linear regression on the change of opening and width of the mouth predicts is taken from the pose and
+    added to the basis; their common span stays what it was. (A regression on all of β would also take real nods,
+    because MediaPipe's faces change their shape a little with the pitch.)
     """
     fitter = Fitter(model)
     shape = model.expression.numpy()

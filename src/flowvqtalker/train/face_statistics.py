@@ -53,8 +53,8 @@ def rigid_objects(points: Floats, owner: npt.NDArray[np.int64], rigid: Floats, r
     """Align unprojected faces by their rigid vertices, each frame to its own person.
 
     Every person's mean is aligned to the mean of all people and every frame to its person's mean, so that the shape of
-    a forehead is not mistaken for a turn of the head. The scale is free in each frame, as it is in a pose: coming nearer
-    to the camera scales a face.
+    a forehead is not mistaken for a turn of the head. The scale is free in each frame, as it is in a pose: coming
+    nearer to the camera scales a face.
 
     Arguments:
         points: (N, V, 3), see geometry.unproject.
@@ -108,8 +108,8 @@ def separate(groups: list[Group], size: int, rounds: int = 12, ridge: float = 3e
 
     A picture shows a person once, and many who pose for one smile. What of it is the person? Two sources tell:
 
-    * the tracker's blendshapes, which hardly depend on the person: their linear effect on the shape is learned from what
-      changes within people, and taken out of every clip and picture;
+    * the tracker's blendshapes, which hardly depend on the person: their linear effect on the shape is learned from
+      what changes within people, and taken out of every clip and picture;
     * for the rest, expectation-maximisation on face = mean + person + expression with two Gaussian covariances
       (probabilistic linear discriminant analysis; Ioffe 2006, Prince and Elder 2007).
 

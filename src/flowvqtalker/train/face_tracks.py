@@ -60,11 +60,11 @@ def read_tracks(
     """Read frames of tracked clips and pictures.
 
     A folder holds one ``NAME.npz`` a clip or picture, as ``flowvqtalker track --landmarks-only`` or
-    ``flowvqtalker.data.prepare`` write it: ``landmarks`` (T, 478, 3) in pixels of the input and ``blendshapes`` (T, 52),
-    or the same under the names ``lm`` and ``bs``. NAME is the tracked file's name, with or without its ending and with or
-    without ``clip_`` or ``pic_`` before it. A table is a CSV file with the columns ``file``, ``identity`` and ``source``;
-    files in no table are not read. People whose identity ends with ``unknown`` each count as a person of their own and
-    belong to the training split, because they may be anybody.
+    ``flowvqtalker.data.prepare`` write it: ``landmarks`` (T, 478, 3) in pixels of the input and ``blendshapes``
+    (T, 52), or the same under the names ``lm`` and ``bs``. NAME is the tracked file's name, with or without its ending
+    and with or without ``clip_`` or ``pic_`` before it. A table is a CSV file with the columns ``file``, ``identity``
+    and ``source``; files in no table are not read. People whose identity ends with ``unknown`` each count as a person
+    of their own and belong to the training split, because they may be anybody.
 
     Arguments:
         folders: where the .npz files are.
