@@ -25,7 +25,7 @@ from flowvqtalker.train.loop import fit
 from flowvqtalker.train.sequences import Corpus, MotionClip, SequenceConfig, SequenceDataset, perturb
 
 AUDIO = AudioConfig(width=8, layers=2, lookahead=1)
-LOOP = LoopConfig(steps=6, batch_size=4, lr=1e-2, log_every=2, validate_every=3, save_every=3, device="cpu", ema=0.5)
+LOOP = LoopConfig(steps=6, batch_size=4, lr=3e-3, log_every=2, validate_every=3, save_every=3, device="cpu", ema=0.5)
 
 
 def clip(number: int, length: int = 40, dim: int = 64, speech: bool = True, who: str | None = None) -> MotionClip:
@@ -105,6 +105,56 @@ def test_source_is_the_same_person_or_hidden(corpus):
         own += holders == [4]
     assert 50 < hidden < 115
     assert 60 < own < 140  # 0.8 * 0.3 of 400 = 96
+
+
+def emotional_corpus(lips=None, gap=None) -> Corpus:
+    """One person: a neutral clip with speech, a silent happy clip."""
+    neutral = replace(clip(1, 60, who="a"), emotion=EMOTIONS.index("neutral"))
+    happy = replace(clip(2, 21, speech=False, who="a"), emotion=EMOTIONS.index("happy"))
+    happy.frames[:] += 3
+    return Corpus([neutral, happy], lips, gap)
+
+
+def test_strength_moves_the_mean_expression_and_the_class_weights():
+    both = emotional_corpus()
+    data = dataset(both, frames=21)
+    random = np.random.default_rng(0)
+    plain, half, none = (data.item(1, 0, random, strength=s) for s in (1.0, 0.5, 0.0))
+    happy, neutral = EMOTIONS.index("happy"), EMOTIONS.index("neutral")
+    assert [float(half["emotion"][i]) for i in (happy, neutral)] == [0.5, 0.5]
+    assert float(none["emotion"][neutral]) == 1
+    gap = torch.from_numpy(both.means[1] - both.means[0])
+    assert torch.allclose(plain["frames"][10:] - half["frames"][10:], 0.5 * gap, atol=1e-5)
+    assert torch.allclose(none["frames"][10:].mean(0), torch.from_numpy(both.means[0]), atol=1e-4)
+    assert torch.allclose(half["mean"], half["frames"][10:].mean(0), atol=1e-4)
+
+
+def test_graft_puts_spoken_lips_on_an_emotional_face():
+    lips = np.zeros((64, 64), np.float32)
+    lips[0, 0] = lips[1, 1] = 1
+    both = emotional_corpus(lips, np.eye(64, dtype=np.float32)[0])
+    data = dataset(both, frames=16, mute=0.0, perturb=False)
+    grafted = data.item(1, 0, np.random.default_rng(0), speaker=0)
+    spoken, happy = both.clips[0].frames, both.clips[1].frames
+    got = grafted["frames"][10:].numpy()
+    assert np.allclose(got[:, 1] - both.means[1, 1], spoken[:16, 1] - both.means[0, 1], atol=1e-4)
+    assert np.allclose(got[:, 0], spoken[:16, 0], atol=1e-4), "the mouth opens as much as the speaker's"
+    assert all((np.abs(happy[:, 2:] - row[2:]).max(1) < 1e-5).any() for row in got), "the rest is the happy clip's"
+    assert grafted["heard"]
+    assert grafted["speech"]
+    assert np.array_equal(grafted["windows"][3:-1].numpy(), both.clips[0].windows(np.arange(16)))
+    assert int(grafted["emotion"].argmax()) == EMOTIONS.index("happy")
+
+
+def test_augmented_items_stay_in_their_share():
+    lips = np.eye(64, dtype=np.float32)
+    data = dataset(emotional_corpus(lips), balanced=1.0, strength=0.0)
+    items = [data[i] for i in range(400)]
+    happy = [item for item in items if item["emotion"][EMOTIONS.index("happy")] == 1]
+    assert 0.4 < np.mean([item["heard"] for item in happy]) < 0.6
+    plain = dataset(emotional_corpus(lips), plain=True, balanced=1.0)
+    assert all(set(plain[i]["emotion"].tolist()) == {0.0, 1.0} for i in range(40))
+    assert not any(plain[i]["heard"] for i in range(40) if plain[i]["emotion"][EMOTIONS.index("happy")])
 
 
 def test_speech_is_hidden_for_some_items(corpus):

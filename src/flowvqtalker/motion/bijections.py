@@ -44,11 +44,11 @@ def class_weights(emotion: Tensor, classes: int) -> Tensor:
     Returns:
         (N, C) float weights.
     """
+    if classes == 1:  # a flow without emotions
+        return torch.ones(len(emotion), 1, device=emotion.device)
     if emotion.ndim == 1:
         if emotion.is_floating_point():
             raise ValueError(f"emotion must be (N,) integers or (N, {classes}) weights, got (N,) {emotion.dtype}")
-        if classes == 1:  # a flow without emotions
-            return torch.ones(len(emotion), 1, device=emotion.device)
         return functional.one_hot(emotion, classes).to(torch.get_default_dtype())
     if emotion.ndim != 2 or emotion.shape[1] != classes:
         raise ValueError(f"emotion must be (N,) integers or (N, {classes}) weights, got {tuple(emotion.shape)}")

@@ -58,7 +58,7 @@ class FlowConfig:
     source: bool = True
     """Condition on the source's own coefficients."""
     forecast: bool = True
-    """Let the steps work on what the context does not foretell (ours, see motion.context.Forecast); off is the paper."""
+    """Let the steps work on what the context does not foretell (ours: motion.context.Forecast); off is the paper."""
     audio: AudioConfig = field(default_factory=AudioConfig)
     """The audio encoder."""
     seed: int = 0
@@ -103,7 +103,7 @@ class Sequences:
     Attributes:
         frames: (B, τ + T, D); zeros before the start of a clip.
         windows: (B, lookback + T + lookahead, mels, columns); the outermost windows of a clip are repeated.
-        emotion: (B,) class numbers.
+        emotion: (B,) class numbers or (B, C) weights.
         speech: (B,) bool; false: no sound, or hidden.
         source: (B, D), or None.
         mask: (B, T) bool; false: after the end of a clip.
@@ -255,10 +255,11 @@ class Flow(Bijection):
         audio = self.audio(batch.windows) if audio is None else audio
         keep = batch.mask
         length = keep.shape[1]
+        emotion = class_weights(batch.emotion, self.config.classes).to(batch.frames)
         return self.encode(
             audio[keep],
             history_of(batch.frames, self.config.history)[keep],
-            batch.emotion[:, None].expand(-1, length)[keep],
+            emotion[:, None].expand(-1, length, -1)[keep],
             speech=batch.speech[:, None].expand(-1, length)[keep],
             source=None if batch.source is None else batch.source[:, None].expand(-1, length, -1)[keep],
         )

@@ -55,6 +55,19 @@ class Config:
         )
 
 
+def lip_directions(expression: Tensor, count: int = 16) -> Tensor:
+    """Orthogonal directions (64, count) of β in which the lips move most, each as long as it moves them, of a face
+    model's expression basis (64, 478, 3)."""
+    u, s, _ = torch.linalg.svd(expression[:, list(LIPS)].flatten(1), full_matrices=False)
+    directions: Tensor = (u * s)[:, :count] / s.square().sum().sqrt()
+    return directions
+
+
+def lip_gap(expression: Tensor) -> Tensor:
+    """What of β (64,) opens the lips: the middles of their inner rims part by the scalar product with it."""
+    return expression[:, _LOWER, 1] - expression[:, _UPPER, 1]
+
+
 class ExpFlowStage(FlowStage):
     """See the module.
 
@@ -69,11 +82,7 @@ class ExpFlowStage(FlowStage):
     def __init__(self, config: Config, train: Corpus, val: Corpus | None, expression: Tensor) -> None:
         torch.manual_seed(config.loop.seed)
         super().__init__(config, ExpFlow(config.flow), train, val)
-        lips = expression[:, list(LIPS)].flatten(1)
-        # The directions in which lips move, each as strong as it moves them: 16 hold all but a thousandth.
-        u, s, _ = torch.linalg.svd(lips, full_matrices=False)
-        self.lips: Tensor = (u * s)[:, :16] / s.square().sum().sqrt()
-        self.gap = expression[:, _LOWER, 1] - expression[:, _UPPER, 1]
+        self.lips, self.gap = lip_directions(expression), lip_gap(expression)
         self.regression = nn.Linear(config.flow.audio.width, self.lips.shape[1])
         nn.init.zeros_(self.regression.weight)
         self.module = nn.ModuleDict({"flow": self.flow, "lips": self.regression})
@@ -160,8 +169,11 @@ class ExpFlowStage(FlowStage):
 
 def build(config: Config) -> Stage:
     """The stage for a configuration; reads the shards."""
-    corpora = [load_corpus(config.shards, split, config.sequences) for split in ("train", "val")]
-    return ExpFlowStage(config, corpora[0], corpora[1], _face_model(config.face_model).expression)
+    expression = _face_model(config.face_model).expression
+    basis = torch.linalg.qr(lip_directions(expression))[0]
+    lips, gap = (basis @ basis.mT).numpy(), lip_gap(expression).numpy()
+    train, val = (load_corpus(config.shards, split, config.sequences, lips=lips, gap=gap) for split in ("train", "val"))
+    return ExpFlowStage(config, train, val, expression)
 
 
 def _face_model(path: Path | None) -> FaceModel:

@@ -27,7 +27,9 @@ class Config:
     shards: tuple[Path, ...] = (Path("data/shard"),)
     """Folders of `python -m flowvqtalker.data.prepare`."""
     flow: PoseFlowConfig = field(default_factory=PoseFlowConfig)
-    sequences: SequenceConfig = field(default_factory=lambda: SequenceConfig(frames=48, balanced=0.2, shortest=25))
+    sequences: SequenceConfig = field(
+        default_factory=lambda: SequenceConfig(frames=48, balanced=0.2, strength=0, shortest=25)
+    )
     losses: Losses = field(default_factory=lambda: Losses(lips=0))
     loop: LoopConfig = field(
         default_factory=lambda: LoopConfig(lr=1e-3, batch_size=16, warmup=200, decay="cosine", ema=0.998)

@@ -2,13 +2,15 @@
 
 Most speech at hand is neutral or natural, and most emotional clips are short and silent. So a part of the items is
 drawn class by class, all classes alike (they teach the emotions), and the rest from the clips with speech (they teach
-the lips), where the people share the items by the square root of how much there is of each.
+the lips), where the people share the items by the square root of how much there is of each. Two augmentations (ours)
+fill in what few clips show: a *graft* puts the lips of a speech clip on an emotional clip, and a changed *strength*
+moves the mean expression of an emotional clip towards the person's neutral face or away from it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,10 @@ __all__ = ["Corpus", "MotionClip", "SequenceConfig", "SequenceDataset", "collate
 
 Floats = npt.NDArray[np.float32]
 
+_NEUTRAL = EMOTIONS.index("neutral")
+#: Classes without a marked emotion.
+_CALM = (_NEUTRAL, EMOTIONS.index("natural"))
+
 
 @dataclass(frozen=True)
 class SequenceConfig:
@@ -45,6 +51,12 @@ class SequenceConfig:
     """Share of the items whose source is hidden (zeros, the mean face), so that the emotion is not only read off it."""
     other_source: float = 0.7
     """Share of the items whose source is a frame of another clip of the same person, where there is one."""
+    graft: float = 0.5
+    """Share of the emotional items that get the lips and the sound of a neutral clip with speech."""
+    strength: float = 0.4
+    """Share of the emotional items whose strength is changed; their class weights say to what (see motion.sampler)."""
+    strongest: float = 1.6
+    """Strengths are drawn evenly between 0 (neutral) and this."""
     perturb: bool = True
     """Vary loudness, spectral tilt, vocal tract length and noise floor of the speech."""
     shortest: int = 12
@@ -83,12 +95,24 @@ class Corpus:
 
     Arguments:
         clips: at least one.
+        lips: (D, D) projection on the directions in which lips move; None: no grafts.
+        gap: (D,) direction in which the lips open.
     """
 
-    def __init__(self, clips: Sequence[MotionClip]) -> None:
+    def __init__(self, clips: Sequence[MotionClip], lips: Floats | None = None, gap: Floats | None = None) -> None:
         if not clips:
             raise UserError("no clips to train on; check the split and the shards")
         self.clips = list(clips)
+        self.lips = lips
+        self.gap = None if gap is None else gap / np.linalg.norm(gap)
+        self.means = np.stack([clip.frames.mean(0) for clip in clips])
+        calm = [number for number, clip in enumerate(clips) if clip.emotion in _CALM]
+        self.speakers = any(clips[number].speech for number in calm)
+        neutral: dict[str, list[int]] = {}
+        for number in calm:
+            neutral.setdefault(clips[number].identity, []).append(number)
+        self._neutral = {who: self.means[numbers].mean(0) for who, numbers in neutral.items()}
+        self._everyone = self.means[calm].mean(0) if calm else np.zeros_like(self.means[0])
         lengths = np.array([len(clip.frames) for clip in clips], np.float64)
         emotions = np.array([clip.emotion for clip in clips])
         self.classes = [
@@ -112,6 +136,11 @@ class Corpus:
         """Frames of all clips."""
         return sum(len(clip.frames) for clip in self.clips)
 
+    def neutral(self, number: int) -> Floats:
+        """Mean neutral expression (D,) of the person of a clip; of everyone where there is none."""
+        face: Floats = self._neutral.get(self.clips[number].identity, self._everyone)
+        return face
+
     def pick(self, random: np.random.Generator, balanced: float) -> int:
         """Number of a clip."""
         if random.random() < balanced:
@@ -119,6 +148,13 @@ class Corpus:
         else:
             numbers, shares = self.speech
         return int(numbers[np.searchsorted(shares, random.random(), side="right")])
+
+    def pick_speaker(self, random: np.random.Generator) -> int:
+        """Number of a neutral clip with speech, drawn as the clips with speech are."""
+        while True:
+            number = self.pick(random, 0)
+            if self.clips[number].emotion in _CALM:
+                return number
 
     def source(self, number: int, random: np.random.Generator, config: SequenceConfig) -> Floats:
         """Expression (D,) of a source picture for a clip: a frame of the same person, or zeros."""
@@ -140,13 +176,22 @@ def _shares(weights: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     return shares
 
 
-def load_corpus(shards: Sequence[str | Path], split: str, config: SequenceConfig, *, pose: bool = False) -> Corpus:
+def load_corpus(
+    shards: Sequence[str | Path],
+    split: str,
+    config: SequenceConfig,
+    *,
+    pose: bool = False,
+    lips: Floats | None = None,
+    gap: Floats | None = None,
+) -> Corpus:
     """Read the clips of a split into memory (a hundred minutes take about 150 MB).
 
     Arguments:
         shards: folders.
         split: "train" or "val".
         config: what clips are wanted.
+        lips, gap: see :class:`Corpus`.
         pose: head pose relative to the clip's mean instead of expression; then clips without a known emotion count too.
     """
     clips = []
@@ -164,7 +209,7 @@ def load_corpus(shards: Sequence[str | Path], split: str, config: SequenceConfig
             clips.append(
                 MotionClip(frames - frames.mean(0) if pose else frames, mel, max(emotion, 0), speech, identity)
             )
-    return Corpus(clips)
+    return Corpus(clips, lips, gap)
 
 
 def perturb(windows: Floats, random: np.random.Generator) -> Floats:
@@ -216,13 +261,30 @@ class SequenceDataset(Dataset[dict[str, Any]]):
     def __getitem__(self, i: int) -> dict[str, Any]:
         random = item_generator(self.seed, i)
         number = self.corpus.pick(random, self.config.balanced)
-        length = len(self.corpus.clips[number].frames)
+        emotional = not self.plain and self.corpus.clips[number].emotion not in _CALM
+        graft = emotional and self.corpus.lips is not None and self.corpus.speakers
+        speaker = self.corpus.pick_speaker(random) if graft and random.random() < self.config.graft else None
+        strength = 1.0
+        if emotional and random.random() < self.config.strength:
+            strength = float(random.uniform(0, self.config.strongest))
+        length = len(self.corpus.clips[number if speaker is None else speaker].frames)
         start = int(random.integers(max(1, length - self.config.frames + 1)))
-        return self.item(number, start, random)
+        return self.item(number, start, random, speaker, strength)
 
-    def item(self, number: int, start: int, random: np.random.Generator) -> dict[str, Any]:
-        """The frames of clip ``number`` from ``start`` on, and their context."""
-        clip, config = self.corpus.clips[number], self.config
+    def item(
+        self, number: int, start: int, random: np.random.Generator, speaker: int | None = None, strength: float = 1.0
+    ) -> dict[str, Any]:
+        """The frames of a clip from ``start`` on, and their context.
+
+        Arguments:
+            number: the clip.
+            start: its first frame, or the speaker's.
+            random: of everything that is random.
+            speaker: the clip whose lips and sound it gets.
+            strength: of its emotion.
+        """
+        config = self.config
+        clip, weights = self._clip(number, random, speaker, strength)
         total = self.history + config.frames
         frames = np.zeros((total, clip.frames.shape[1]), np.float32)
         before = min(start, self.history)
@@ -236,13 +298,42 @@ class SequenceDataset(Dataset[dict[str, Any]]):
         return {
             "frames": torch.from_numpy(frames),
             "windows": torch.from_numpy(windows),
-            "emotion": clip.emotion,
+            "emotion": torch.from_numpy(weights),
             "heard": clip.speech,
             "speech": clip.speech and (self.plain or random.random() >= config.mute),
             "mean": torch.from_numpy(clip.frames.mean(0)),
             "source": torch.from_numpy(np.ascontiguousarray(source)),
             "mask": torch.arange(config.frames) < len(clip.frames) - start,
         }
+
+    def _clip(
+        self, number: int, random: np.random.Generator, speaker: int | None, strength: float
+    ) -> tuple[MotionClip, Floats]:
+        """The clip as it is, grafted or of another strength, and its class weights (9,)."""
+        corpus = self.corpus
+        clip, frames, mean = corpus.clips[number], corpus.clips[number].frames, corpus.means[number]
+        weights = np.zeros(len(EMOTIONS), np.float32)
+        weights[_NEUTRAL] += 1 - strength
+        weights[clip.emotion] += strength
+        if speaker is not None and corpus.lips is not None:
+            spoken = corpus.clips[speaker]
+            frames = frames[_there_and_back(len(frames), len(spoken.frames), int(random.integers(len(frames))))]
+            change = spoken.frames - corpus.means[speaker] - (frames - mean)
+            frames = frames + change @ corpus.lips
+            if corpus.gap is not None:  # a mouth that hangs open throughout would never close on a b, m or p
+                frames = frames - (mean - corpus.neutral(number)) @ corpus.gap * corpus.gap
+            clip = replace(spoken, emotion=clip.emotion, identity=clip.identity)
+        if strength != 1:
+            frames = frames + (strength - 1) * (mean - corpus.neutral(number))
+        return replace(clip, frames=frames.astype(np.float32, copy=False)), weights
+
+
+def _there_and_back(length: int, count: int, start: int) -> npt.NDArray[np.int64]:
+    """``count`` frame numbers of a clip of ``length`` frames that is played forwards and backwards in turn."""
+    if length == 1:
+        return np.zeros(count, np.int64)
+    phase = (start + np.arange(count)) % (2 * length - 2)
+    return np.minimum(phase, 2 * length - 2 - phase)
 
 
 def collate(batch: dict[str, Tensor], source: bool = True) -> Sequences:
