@@ -153,6 +153,9 @@ def read_video(path: str | Path, fps: float = FPS) -> Iterator[Picture]:
     """
     path = _existing(path, "video")
     import av
+    from av.video.reformatter import VideoReformatter
+
+    converter = VideoReformatter()
 
     try:
         with av.open(str(path), metadata_errors="ignore") as container:
@@ -176,7 +179,7 @@ def read_video(path: str | Path, fps: float = FPS) -> Iterator[Picture]:
                     yield last
                     written += 1
                 size = size or (frame.width, frame.height)
-                picture = frame.to_ndarray(format="rgb24", width=size[0], height=size[1])
+                picture = converter.reformat(frame, size[0], size[1], "rgb24").to_ndarray()
                 last = np.ascontiguousarray(np.rot90(picture, (getattr(frame, "rotation", 0) // 90) % 4))
                 stated = getattr(frame, "duration", 0)
                 length = float(stated * frame.time_base) if stated else 1.0 / source_fps
@@ -264,6 +267,7 @@ class VideoWriter:
         self._temporary = self.path.with_name(f".{self.path.stem}.{uuid.uuid4().hex[:8]}.part")
         self._container: Any = None
         self._video: Any = None
+        self._converter: Any = None
         self._audio: Any = None
         self._sound: Iterator[Any] = iter(())
         self._next_sound: Any = None
@@ -282,6 +286,7 @@ class VideoWriter:
     def _begin(self, height: int, width: int) -> None:
         """Add the tracks; the first frame gives the size."""
         import av
+        from av.video.reformatter import VideoReformatter
 
         try:
             self._video = self._container.add_stream("libx264", rate=self._fps, options=self._options)
@@ -301,6 +306,8 @@ class VideoWriter:
         context.width, context.height = width + width % 2, height + height % 2  # yuv420p needs even sides
         context.pix_fmt = "yuv420p"
         context.time_base = Fraction(1, self._fps)
+        # One for all frames: setting up a conversion takes twenty times as long as converting.
+        self._converter = VideoReformatter()
         # Tagged and converted as BT.709, so that every player shows the colours that were rendered.
         context.color_primaries = context.color_trc = context.colorspace = 1
         context.color_range = 1
@@ -322,7 +329,7 @@ class VideoWriter:
         if width % 2 or height % 2:
             frame = np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
         picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
-        picture = picture.reformat(format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG")
+        picture = self._converter.reformat(picture, format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG")
         picture.pts, picture.time_base = self.frames, Fraction(1, self._fps)
         try:
             self._container.mux(self._video.encode(picture))
