@@ -220,6 +220,8 @@ class VQIG(nn.Module):
             if config.blend
             else None
         )
+        if self.blend is not None:  # begin close to the warped picture, which is the better one at first
+            nn.init.constant_(self.blend[2].bias, -2.0)  # type: ignore[arg-type]
 
     def train(self, mode: bool = True) -> VQIG:
         """Training mode; the frozen codebook stays in evaluation mode."""

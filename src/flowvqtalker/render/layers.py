@@ -73,7 +73,8 @@ class Attention2d(nn.Module):
     def forward(self, x: Tensor, memory: Tensor | None = None) -> Tensor:
         height = x.shape[2]
         q = rearrange(self.query(self.norm_query(x)), "b (n c) h w -> b n (h w) c", n=self.heads)
-        kv = self.key_value(self.norm_memory(x if memory is None else memory))
+        # Contiguous: torch 2.13 crashes on CPUs in GroupNorm's backward for a channels-last input without gradient.
+        kv = self.key_value(self.norm_memory(x if memory is None else memory.contiguous()))
         k, v = rearrange(kv, "b (two n c) h w -> two b n (h w) c", two=2, n=self.heads)
         h = F.scaled_dot_product_attention(q, k, v)
         out: Tensor = x + self.out(rearrange(h, "b n (h w) c -> b (n c) h w", h=height))

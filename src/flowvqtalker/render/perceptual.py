@@ -133,6 +133,18 @@ class MobileNetV2Features(_Slices):
         super().__init__(nn.Sequential(*layers), (1, 3, 6, 13, 17))
 
 
+def _fold_batch_norm(module: nn.Module) -> None:
+    """Put every BatchNorm's affine map into the convolution before it: the same function in fewer memory passes."""
+    for child in module.children():
+        _fold_batch_norm(child)
+    if isinstance(module, nn.Sequential):
+        for i in range(len(module) - 1):
+            conv, norm = module[i], module[i + 1]
+            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                module[i] = nn.utils.fuse_conv_bn_eval(conv, norm)
+                module[i + 1] = nn.Identity()
+
+
 class PerceptualLoss(nn.Module):
     """L_per of eq. 14: mean squared distance of deep features, each tap scaled by the mean square of the target's.
 
@@ -152,6 +164,8 @@ class PerceptualLoss(nn.Module):
         self.net: _Slices = VGG19Features() if kind == "vgg19" else MobileNetV2Features()
         state = torch.load(find_weights(kind, weights), map_location="cpu", weights_only=True)
         self.net.load_state_dict({k: v for k, v in state.items() if k in self.net.state_dict()})
+        _fold_batch_norm(self.net.eval())
+        self.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1))
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1))
         self.requires_grad_(False).eval()

@@ -228,7 +228,9 @@ class VQIGStage(Stage):
             loss = loss + config.code_weight * entropy
             logs |= {"code": entropy.detach(), "hits": hits}
         if self.generator.warping is not None:
-            near, far = self._picture_losses(found.warped, target, valid, region)
+            # At half the size: W moves what is there, so its perceptual loss needs no fine texture.
+            halves = [F.avg_pool2d(x, 2) for x in (found.warped, target, valid, region)]
+            near, far = self._picture_losses(*halves)
             loss = loss + config.warp_weight * (near + config.perceptual_weight * far)
             logs |= {"warp_l1": near.detach(), "warp_perceptual": far.detach()}
         if decode:
