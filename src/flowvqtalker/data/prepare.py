@@ -219,7 +219,9 @@ def _identities(
     if not described or describer.name != "dlib":
         return people, [], count
     keys = list(described)
-    alike = merge_known([people[key] for key in keys], np.stack([described[key] for key in keys]), describer.threshold)
+    alike = merge_known(
+        [people[key] for key in keys], np.stack([described[key] for key in keys]), 0.85 * describer.threshold
+    )
     for first, second, distance in alike:
         logger.warning("%s and %s look like one person (distance %.2f)", first, second, distance)
     return people, alike, count
@@ -249,7 +251,7 @@ def _lags(
             float(np.median([a.lag for a in group])),
             float(np.median([a.correlation for a in group if np.isfinite(a.correlation)] or [np.nan])),
             len(group),
-            sum(_shift(a, config) != 0 for a in group),
+            sum(bool(_shift(a, config)) for a in group),
         )
         for name, group in sorted(groups.items())
     }
@@ -287,7 +289,7 @@ def _write(
     """Put the parts together."""
     about = json.dumps({"settings": {k: str(v) for k, v in vars(config).items()}, "lags": lags})
     natural = {EMOTIONS.index("neutral"): EMOTIONS.index("natural")}
-    rows = images = pictures = 0
+    rows = images = 0
     with ShardWriter(config.out, about) as writer:
         for source in tqdm(sources, desc="write shard", dynamic_ncols=True):
             part = _read_part(parts / f"{source.key}.fit.npz")
@@ -320,7 +322,7 @@ def _write(
             )
             rows += len(part["expression"])
             images += len(stored)
-            pictures += source.picture
+    pictures = sum(source.picture for source in sources)
     return Report(len(sources) - pictures, pictures, rows, images, {}, 0, lags, [])
 
 

@@ -60,7 +60,7 @@ class PrepareConfig:
     """Smooth the coefficients of clips over time."""
     natural: tuple[str, ...] = ("HDTF", "HDTF-like")
     """Collections whose `neutral` clips are natural speech, the ninth class."""
-    min_shift: float = 0.5
+    min_shift: float = 0.25
     """The sound is moved where the lips are at least so many frames away from it."""
     limit: int = 0
     """Only the first so many sources; 0: all."""

@@ -1,10 +1,10 @@
 """How many frames are the lips away from the sound, and do they belong together at all?
 
 The opening of the lips is predicted from the sound (ridge regression on log-mel around the frame) and compared with the
-opening that is seen. The prediction for a collection is learned from the other collections, in rounds with the lags
-found so far taken off, so the collections come to agree with each other. No collection is known to be exact, so zero is
-their median, weighted by length. The loudness alone would not do: it follows vowels, pauses and loud consonants
-differently from one way of speaking to another, by up to three frames.
+opening that is seen. Every large collection teaches a model, which is tried on all others: the lags between pairs of
+collections, weighted by how well the prediction correlates, give one lag for each. No collection is known to be exact,
+so zero is their median, weighted by length. The loudness alone would not do: it follows vowels, pauses and loud
+consonants differently from one way of speaking to another, by up to three frames.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ _BANDS = 20
 _TAPS = np.arange(-8, 9, 2)  # columns around the frame that the prediction sees
 _STEPS = round(REACH * _COLUMNS)
 _RIDGE = 300.0
-_ROUNDS = 4
+# Frames that a collection needs to teach, and to have a lag of its own.
+_TEACHER, _PUPIL = 2000, 150
 # A clip's own lag counts if it is long, correlates, and does so clearly better than at its collection's lag.
 _OWN_FRAMES, _OWN_CORRELATION, _OWN_GAIN = 80, 0.35, 0.1
 
@@ -106,37 +107,91 @@ def align(clips: Sequence[Speaking]) -> list[Alignment]:
         return []
     names = sorted({clip.collection for clip in clips})
     members = {name: [i for i, clip in enumerate(clips) if clip.collection == name] for name in names}
+    lengths = np.array([len(clip.lips) for clip in clips], float)
     stacked = [_stack(clip.sound) for clip in clips]
-    lags = np.zeros(len(clips))  # in columns
+    moments = [_moments(clip, x) for clip, x in zip(clips, stacked, strict=True)]
+    sums = {name: _total([moments[i] for i in members[name]]) for name in names}
+    teachers = {name: sums[name] for name in names if sums[name][2] >= _TEACHER}
+    if not teachers:
+        teachers = {"": _total(moments)}
+
+    # Curves of every clip against every teacher; a teacher has not heard the clip that it is tried on.
+    curves = np.empty((len(teachers), len(clips), 2 * _STEPS + 1))
+    for a, (teacher, (gram, cross, _)) in enumerate(teachers.items()):
+        weights = _solve(gram, cross)
+        for i, clip in enumerate(clips):
+            own = teacher in ("", clip.collection)
+            w = _solve(gram - moments[i][0], cross - moments[i][1]) if own else weights
+            curves[a, i] = _curve(clip, stacked[i] @ w)
+
+    # Lags between collections -> a lag of each.
+    lags, heights = np.zeros((len(teachers), len(names))), np.zeros((len(teachers), len(names)))
+    for b, name in enumerate(names):
+        for a in range(len(teachers)):
+            mean = _mean(curves[a, members[name]], lengths[members[name]])
+            if np.isfinite(mean).all() and sums[name][2] >= _PUPIL:
+                lags[a, b], heights[a, b] = _top(mean)
+    frames = np.array([sums[name][2] for name in names])
+    places = [names.index(teacher) if teacher else -1 for teacher in teachers]
+    shared = _offsets(lags, np.maximum(heights, 0), places, frames)
+    known = heights.max(0) > 0.1
+    shared = np.where(known, shared, 0.0)
+
     results: list[Alignment] = []
-    for _ in range(_ROUNDS):
-        sums = {name: [_moments(clips[i], stacked[i], lags[i]) for i in members[name]] for name in names}
-        own = {name: tuple(np.sum(part, axis=0) for part in zip(*sums[name], strict=True)) for name in names}
-        gram, cross, count = (np.sum([own[name][k] for name in names], axis=0) for k in range(3))
-        results = [Alignment(0.0, float("nan"), False, False)] * len(clips)
-        shared: dict[str, float] = {}
-        for name in names:
-            enough = count - own[name][2] >= 1000
-            rest = (gram - own[name][0], cross - own[name][1]) if enough else (gram, cross)
-            weights = np.linalg.solve(rest[0] + _RIDGE * np.eye(len(gram)), rest[1])
-            curves = np.stack([_curve(clips[i], stacked[i] @ weights) for i in members[name]])
-            lengths = np.array([len(clips[i].lips) for i in members[name]], float)
-            whole = _mean(curves, lengths)
-            known = bool(np.isfinite(whole).all() and whole.max() > 0.1 and lengths.sum() >= 150)
-            shared[name] = _top(whole)[0] if known else 0.0
-            for i, curve in zip(members[name], curves, strict=True):
-                results[i] = _decide(curve, shared[name], known, len(clips[i].lips))
-        zero = (
-            _median([shared[name] for name in names], [float(own[name][2]) for name in names])
-            if len(names) > 1
-            else 0.0
-        )
-        lags = np.array([result.lag * _COLUMNS - zero if result.known else 0.0 for result in results])
-        results = [
-            Alignment(lag / _COLUMNS, result.correlation, result.own, result.known)
-            for lag, result in zip(lags, results, strict=True)
-        ]
+    for i, clip in enumerate(clips):
+        b = names.index(clip.collection)
+        # All teachers' curves, each moved by the teacher's own lag.
+        moved = [_moved(curves[a, i], shared[place] if place >= 0 else 0.0) for a, place in enumerate(places)]
+        trust = np.maximum(heights[:, b], 0.01) ** 2
+        results.append(_decide(_mean(np.stack(moved), trust), float(shared[b]), bool(known[b]), len(clip.lips)))
     return results
+
+
+def _total(parts: Sequence[tuple[Floats, Floats, float]]) -> tuple[Floats, Floats, float]:
+    return np.sum([p[0] for p in parts], axis=0), np.sum([p[1] for p in parts], axis=0), float(sum(p[2] for p in parts))
+
+
+def _solve(gram: Floats, cross: Floats) -> Floats:
+    return np.asarray(np.linalg.solve(gram + _RIDGE * np.eye(len(gram)), cross))
+
+
+def _offsets(lags: Floats, heights: Floats, places: Sequence[int], frames: Floats) -> Floats:
+    """Lag of each collection from the lags (A, B) of collections against teachers: least absolute differences.
+
+    Arguments:
+        lags: of collection b against teacher a.
+        heights: how much each of them is worth.
+        places: number of each teacher among the collections, -1 for a teacher that is all of them.
+        frames: (B,) frames of each collection.
+    """
+    count = len(frames)
+    rows, values, worth = [], [], []
+    for a, place in enumerate(places):
+        for b in range(count):
+            if b != place and heights[a, b] > 0:
+                row = np.zeros(count)
+                row[b] = 1
+                if place >= 0:
+                    row[place] = -1
+                rows.append(row)
+                values.append(lags[a, b])
+                worth.append(heights[a, b] ** 2 * min(1.0, frames[b] / _TEACHER))
+    if not rows:
+        return np.zeros(count)
+    matrix, target, weights = np.array(rows), np.array(values), np.array(worth)
+    offsets = np.zeros(count)
+    scale = weights.copy()
+    for _ in range(30):
+        system = matrix.T @ (matrix * scale[:, None]) + 1e-6 * np.eye(count)
+        offsets = np.linalg.solve(system, matrix.T @ (scale * target))
+        scale = weights / np.maximum(np.abs(matrix @ offsets - target), 0.5 * _COLUMNS)
+    return np.asarray(offsets - (_median(list(offsets), list(frames)) if count > 1 else 0.0))
+
+
+def _moved(curve: Floats, lag: float) -> Floats:
+    """A curve as it were if its teacher had no lag."""
+    steps = np.arange(len(curve), dtype=float)
+    return np.asarray(np.interp(steps - lag, steps, curve, left=np.nan, right=np.nan))
 
 
 def _stack(sound: Floats) -> Floats:
@@ -152,16 +207,10 @@ def _target(lips: Floats) -> Floats:
     return np.asarray((lips - known.mean()) / max(float(known.std()), 1e-3)) if len(known) else lips
 
 
-def _columns(count: int, length: int, lag: float) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
-    """Column of the sound that belongs to each of ``count`` frames at a lag in columns, and which exist."""
-    index = np.round(np.arange(count) * _COLUMNS - lag).astype(np.int64)
-    return index.clip(0, max(0, length - 1)), (index >= 0) & (index < length)
-
-
-def _moments(clip: Speaking, stacked: Floats, lag: float) -> tuple[Floats, Floats, float]:
-    """Gram matrix, cross moments and number of frames of one clip at a lag in columns."""
-    index, inside = _columns(len(clip.lips), len(stacked), lag)
-    use = inside & np.isfinite(clip.lips)
+def _moments(clip: Speaking, stacked: Floats) -> tuple[Floats, Floats, float]:
+    """Gram matrix, cross moments and number of frames of one clip."""
+    index = np.round(np.arange(len(clip.lips)) * _COLUMNS).astype(np.int64)
+    use = (index < len(stacked)) & np.isfinite(clip.lips)
     x = stacked[index[use]].astype(np.float64)
     y = _target(clip.lips)[use]
     return x.T @ x, x.T @ y, float(use.sum())
