@@ -119,3 +119,9 @@ def test_csv_log_widens_and_drops_rows_of_the_future(tmp_path: Path) -> None:
     assert (tmp_path / "log.csv").read_text().splitlines() == ["step,a,b", "1,1,", "2,2,0.5", "3,,0.333333"]
     CsvLog(tmp_path / "log.csv", keep_below=3)
     assert (tmp_path / "log.csv").read_text().splitlines() == ["step,a,b", "1,1,", "2,2,0.5"]
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[1] / "configs").glob("*.yaml")), ids=lambda p: p.stem)
+def test_shipped_configurations_are_valid(path: Path) -> None:
+    stage = next(name for name in training.STAGES if path.stem.startswith(name))
+    load_yaml(training.stage_module(stage).Config, path)
