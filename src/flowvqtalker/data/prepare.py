@@ -1,6 +1,6 @@
 """Clips and pictures -> a shard: track, fit, crop, align the sound, tell unknown people apart.
 
-``python -m flowvqtalker.data.prepare --data FOLDER --out SHARD --model face_model.safetensors [--workers N]``
+``flowvqtalker prepare --data FOLDER --out SHARD --model face_model.safetensors [--workers N]``
 
 Every source is worked on by itself and leaves a file in ``SHARD.parts``, so an interrupted run goes on where it was and
 one broken clip ends nothing: the errors are listed at the end and in ``errors.csv``.
@@ -334,7 +334,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        report = prepare(tyro.cli(PrepareConfig, prog="python -m flowvqtalker.data.prepare", args=arguments))
+        report = prepare(tyro.cli(PrepareConfig, prog="flowvqtalker prepare", args=arguments))
     except UserError as error:
         logger.error("error: %s", error)
         sys.exit(2)

@@ -263,9 +263,7 @@ class Shard:
         self.path = Path(path)
         file = self.path / "index.npz"
         if not file.is_file():
-            raise UserError(
-                f"no shard at {path} (index.npz is missing); make one with `python -m flowvqtalker.data.prepare`"
-            )
+            raise UserError(f"no shard at {path} (index.npz is missing); make one with `flowvqtalker prepare`")
         with np.load(file) as index:
             if int(index["version"]) != _VERSION:
                 raise UserError(f"shard {path} has version {index['version']}, {_VERSION} is needed; prepare it again")
