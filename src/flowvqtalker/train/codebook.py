@@ -63,6 +63,8 @@ class Config:
     """Channels of the discriminator's first layer (64 in VQGAN)."""
     discriminator_layers: int = 3
     """Strided layers of the discriminator."""
+    discriminator_lr: float = 4.0
+    """Learning rate of the discriminator, as a factor on loop.lr."""
     revive_every: int = 25
     """Steps between two looks for dead codes; the last fifth of the steps lets the codes settle."""
 
@@ -73,6 +75,7 @@ class Config:
                 (getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}")
                 for name in weights
             ),
+            (self.loop.accumulate == 1, "loop.accumulate must be 1: the discriminator sees the last batch's pictures"),
             (self.revive_every > 0, f"revive_every must be positive, got {self.revive_every}"),
             (
                 self.data.augmentation.crop % self.model.stride == 0,
@@ -109,6 +112,10 @@ class CodebookStage(Stage):
 
     def dataset(self, split: str) -> PictureDataset:
         return PictureDataset(self.pictures, split, self.config.data.augmentation, self.config.loop.seed)
+
+    def lr_scale(self, group: str) -> float:
+        """The spectrally normalised discriminator learns slowly: at the generator's rate it stayed undecided."""
+        return self.config.discriminator_lr if group == "discriminator" else 1.0
 
     def on_start(self, batch: Tensor) -> None:
         """Begin with codes that are latents of real pictures."""

@@ -87,6 +87,8 @@ class Config:
     """Channels of the discriminator's first layer."""
     discriminator_layers: int = 3
     """Strided layers of the discriminator."""
+    discriminator_lr: float = 4.0
+    """Learning rate of the discriminator, as a factor on loop.lr."""
 
     def __post_init__(self) -> None:
         weights: tuple[str, ...] = (
@@ -103,6 +105,7 @@ class Config:
                 (getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}")
                 for name in weights
             ),
+            (self.loop.accumulate == 1, "loop.accumulate must be 1: the discriminator sees the last batch's pictures"),
             (0 < self.patch <= 512, f"patch must be in (0, 512], got {self.patch}"),
             (0 <= self.data.stills <= 1, f"data.stills must be in [0, 1], got {self.data.stills}"),
         )
@@ -163,6 +166,10 @@ class VQIGStage(Stage):
         frozen = {id(p) for p in self.generator.autoencoder.parameters()}
         learned = [p for p in self.generator.parameters() if id(p) not in frozen]
         return {"generator": learned, "discriminator": list(self.discriminator.parameters())}
+
+    def lr_scale(self, group: str) -> float:
+        """The spectrally normalised discriminator learns slowly: at the generator's rate it stayed undecided."""
+        return self.config.discriminator_lr if group == "discriminator" else 1.0
 
     def dataset(self, split: str) -> PairDataset:
         data = self.config.data
