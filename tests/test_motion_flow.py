@@ -133,7 +133,9 @@ def test_each_bijection_is_invertible_with_its_logdet(bijection: Bijection):
 @pytest.mark.parametrize("config", FLOWS)
 def test_flow_all_parameters_get_gradients(config):
     flow = make(config, torch.float32).train()
-    flow.negative_log_likelihood(sequences(config)).mean().backward()
+    batch = sequences(config)
+    loss = flow.negative_log_likelihood(batch).mean()
+    (loss + (flow.voice(flow.audio(batch.windows)) - 1).square().mean()).backward()  # voice learns by regression
     for name, p in flow.named_parameters():
         assert p.grad is not None, f"{name} got no gradient"
         assert float(p.grad.abs().sum()) > 0, f"the gradient of {name} is zero"
@@ -144,12 +146,28 @@ def test_consistency_reaches_every_parameter_but_the_latent():
     flow = make(EXP, torch.float32).train()
     flow.consistency(sequences(EXP), 16).backward()
     for name, p in flow.named_parameters():
-        assert p.grad is not None, f"{name} got no gradient"
+        if not name.startswith("voicing"):  # it learns by regression alone
+            assert p.grad is not None, f"{name} got no gradient"
+
+
+def test_voice_is_a_shift_of_the_frames_given_the_speech():
+    """log p of voiced frames is that of what is left under the same steps, and no speech foretells nothing."""
+    flow = make(EXP, torch.float32)
+    batch = sequences(EXP)
+    audio = flow.audio(batch.windows)
+    foretold = flow.voice(audio, batch.speech[:, None].expand(-1, audio.shape[1]))
+    assert foretold[batch.speech].abs().sum() > 0 and foretold[~batch.speech].abs().sum() == 0
+    left = flow.unvoiced(batch)
+    size = EXP.history
+    assert torch.allclose(left.frames[:, size:] + foretold, batch.frames[:, size:], atol=1e-6)
+    assert left.frames[:, :size].abs().sum() == 0
+    expected = -flow.log_prob(left.frames[:, size:][left.mask], flow.contexts(left))
+    assert torch.allclose(flow.negative_log_likelihood(batch), expected, atol=1e-4)
 
 
 def test_consistency_is_zero_for_true_motion():
     """A flow whose draws are the true frames has no inconsistency; one that draws a constant has that of the truth."""
-    flow = make(EXP, torch.float32)
+    flow = make(replace(EXP, voiced=False), torch.float32)
     batch = sequences(EXP)
     still = replace(batch, frames=torch.ones_like(batch.frames))
     flow.inverse = lambda z, context: torch.full_like(z, 3.0)  # type: ignore[method-assign]
@@ -323,9 +341,10 @@ def test_rollout_feeds_back_its_own_frames():
     assert not torch.equal(draws[0], draws[2])
     cold = flow.rollout(batch.windows, batch.emotion, torch.Generator(), source=batch.source, temperature=0)
     audio = flow.audio(batch.windows)
-    history = torch.cat([torch.zeros(4, 3, 8), cold[:, :1]], dim=1)
+    left = cold - flow.voice(audio)
+    history = torch.cat([torch.zeros(4, 3, 8), left[:, :1]], dim=1)
     context = flow.encode(audio[:, 1], history, batch.emotion, source=batch.source)
-    assert torch.allclose(flow.inverse(flow.latent.centre(batch.emotion), context), cold[:, 1], atol=1e-5)
+    assert torch.allclose(flow.inverse(flow.latent.centre(batch.emotion), context), left[:, 1], atol=1e-5)
 
 
 def test_save_load_gives_equal_flow_and_names_what_is_wrong():

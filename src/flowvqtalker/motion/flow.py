@@ -59,6 +59,8 @@ class FlowConfig:
     """Condition on the source's own coefficients."""
     forecast: bool = True
     """Let the steps work on what the context does not foretell (ours: motion.context.Forecast); off is the paper."""
+    voiced: bool = True
+    """Let the flow work around what the speech alone foretells (ours: Flow.voice); off is the paper."""
     audio: AudioConfig = field(default_factory=AudioConfig)
     """The audio encoder."""
     seed: int = 0
@@ -93,6 +95,7 @@ class PoseFlowConfig(FlowConfig):
     width: int = 48
     latent: Literal["student", "gaussian-mixture", "gaussian"] = "gaussian"
     source: bool = False
+    voiced: bool = False
     audio: AudioConfig = field(default_factory=lambda: AudioConfig(width=64))
 
 
@@ -153,6 +156,10 @@ class Flow(Bijection):
         generator = torch.Generator().manual_seed(config.seed + 1)
         self.register_buffer("unit", torch.ones(config.dim))
         self.audio = AudioEncoder(config.audio)
+        self.voicing = nn.Linear(config.audio.width, config.dim) if config.voiced else None
+        if self.voicing is not None:
+            nn.init.zeros_(self.voicing.weight)
+            nn.init.zeros_(self.voicing.bias)
         self.encoder = ContextEncoder(
             config.dim,
             config.width,
@@ -223,6 +230,33 @@ class Flow(Bijection):
         """The K steps, from data to latent."""
         return cast("list[FlowStep]", list(self.steps))
 
+    def voice(self, audio: Tensor, speech: Tensor | None = None) -> Tensor:
+        """What the speech alone foretells of a frame (ours); (..., audio width) to (..., D), zeros without speech.
+
+        The previous frames tell nearly all of the next one, so a flow on β itself learns to continue them and hardly
+        listens: what it then draws wanders, and its lips do not follow the speech. A linear map of the audio features,
+        taught by regression, foretells the lips; the flow models what is left, β - voice(a), and its history is what
+        was left of the frames before. That is a shift of β given the context, so log p(β) is unchanged by it.
+        """
+        if self.voicing is None:
+            return audio.new_zeros(*audio.shape[:-1], self.config.dim)
+        foretold: Tensor = self.voicing(audio)
+        return foretold if speech is None else foretold * speech[..., None].to(foretold.dtype)
+
+    def unvoiced(self, batch: Sequences, audio: Tensor | None = None) -> Sequences:
+        """The batch with :meth:`voice` taken off its frames; the flow's densities are those of such frames.
+
+        The τ frames before the first have no audio features, so they are left out (zeros, as before a clip). The
+        regression is not moved by the likelihood: it would learn to leave little rather than what is typical.
+        """
+        if self.voicing is None:
+            return batch
+        audio = self.audio(batch.windows) if audio is None else audio
+        size = self.config.history
+        foretold = self.voice(audio, batch.speech[:, None].expand(-1, audio.shape[1])).detach()
+        frames = torch.cat([torch.zeros_like(batch.frames[:, :size]), batch.frames[:, size:] - foretold], dim=1)
+        return dataclasses.replace(batch, frames=frames)
+
     def forward_and_logdet(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
         z = x / self.unit
         logdet = -self.unit.log().sum().expand(len(x))
@@ -266,6 +300,8 @@ class Flow(Bijection):
 
     def negative_log_likelihood(self, batch: Sequences, audio: Tensor | None = None) -> Tensor:
         """-log p of each frame that the mask keeps, (N,) nats: the terms of L_exp (eq. 10) and L_pose (eq. 12)."""
+        audio = self.audio(batch.windows) if audio is None else audio
+        batch = self.unvoiced(batch, audio)
         targets = batch.frames[:, self.config.history :][batch.mask]
         return -self.log_prob(targets, self.contexts(batch, audio))
 
@@ -278,6 +314,7 @@ class Flow(Bijection):
         """
         size, device = self.config.history, batch.frames.device
         audio = self.audio(batch.windows) if audio is None else audio
+        batch = self.unvoiced(batch, audio)  # what is taken off is the same for true and drawn frames
         rows, columns = torch.nonzero(batch.mask[:, 1:], as_tuple=True)  # column c: frames c and c + 1 of a pair
         chosen = torch.randperm(len(rows), device=device)[:pairs]
         rows, columns = rows[chosen], columns[chosen]
@@ -324,8 +361,9 @@ class Flow(Bijection):
         frames = []
         for t in range(audio.shape[1]):
             context = self.encode(audio[:, t], history, emotion, speech=speech, source=source)
-            frames.append(self.sample(context, generator, temperature))
-            history = torch.cat([history[:, 1:], frames[-1][:, None]], dim=1)
+            drawn = self.sample(context, generator, temperature)
+            frames.append(drawn + self.voice(audio[:, t], speech))
+            history = torch.cat([history[:, 1:], drawn[:, None]], dim=1)
         return torch.stack(frames, dim=1)
 
 

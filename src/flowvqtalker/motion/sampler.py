@@ -237,9 +237,9 @@ class MotionGenerator:
         offset = self.temperature * self.expflow.latent.noise(1, self._generators[0]).to(self.device)
         if self.bank is not None:
             offset = project(offset, self.bank, self.neighbours, self.manifold)
-        beta = self._inverse(self.centre + offset, context)
-        self._history = torch.cat([self._history[:, 1:], beta[None]], dim=1)
-        return beta
+        drawn = self._inverse(self.centre + offset, context)
+        self._history = torch.cat([self._history[:, 1:], drawn[None]], dim=1)
+        return drawn + self.expflow.voice(audio)
 
     def _pose(self, audio: Tensor) -> Tensor:
         context = self.poseflow.encode(audio, self._pose_history, self._pose_weights)

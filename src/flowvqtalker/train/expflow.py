@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from lightning.fabric import Fabric
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import default_collate
 
 from flowvqtalker import EMOTIONS
@@ -83,19 +83,16 @@ class ExpFlowStage(FlowStage):
         torch.manual_seed(config.loop.seed)
         super().__init__(config, ExpFlow(config.flow), train, val)
         self.lips, self.gap = lip_directions(expression), lip_gap(expression)
-        self.regression = nn.Linear(config.flow.audio.width, self.lips.shape[1])
-        nn.init.zeros_(self.regression.weight)
-        self.module = nn.ModuleDict({"flow": self.flow, "lips": self.regression})
 
     def auxiliary(self, batch: Any, audio: Tensor) -> tuple[Tensor | None, dict[str, Tensor]]:
         """Regression of the lips from the audio features, on frames with speech: their shape relative to the clip's
         mean, as a share of its variance."""
-        if self.losses.lips == 0:
+        if self.losses.lips == 0 or self.flow.voicing is None:
             return None, {}
         heard = batch["mask"] & batch["heard"][:, None]
         lips = self.lips.to(audio)
         target = (batch["frames"][:, self.flow.config.history :] - batch["mean"][:, None]) @ lips
-        error = (self.regression(audio) - target).square().sum(-1)
+        error = (self.flow.voice(audio) @ lips - target).square().sum(-1)
         weight = heard.to(error.dtype)
         count = weight.sum().clamp_min(1)
         share = (error * weight).sum() / count / ((target.square().sum(-1) * weight).sum() / count).clamp_min(1e-6)
@@ -119,7 +116,7 @@ class ExpFlowStage(FlowStage):
         drawn = self.flow.rollout(windows, emotion, generator, source=source, temperature=0.7).cpu()
         true = batch.frames[:, self.flow.config.history :]
         score = correlation(drawn @ self.gap, true @ self.gap, batch.mask)
-        guess = self.regression(self.flow.audio(windows)).cpu() @ torch.linalg.pinv(self.lips) @ self.gap
+        guess = self.flow.voice(self.flow.audio(windows)).cpu() @ self.gap
         regression = correlation(guess, true @ self.gap, batch.mask)
         moves = [(x @ self.gap)[batch.mask].std() for x in (drawn, true)]
         speed = [(x[:, 1:] - x[:, :-1]).abs()[batch.mask[:, 1:]].mean() for x in (drawn, true)]
@@ -153,7 +150,7 @@ class ExpFlowStage(FlowStage):
                 for part in (chosen[i : i + 16] for i in range(0, len(chosen), 16)):
                     items = [plain.item(n, start, item_generator(0, n)) for n, start in part]
                     tensors = {key: value.to(device) for key, value in default_collate(items).items()}
-                    batch = collate(tensors, self.flow.config.source)
+                    batch = self.flow.unvoiced(collate(tensors, self.flow.config.source))
                     targets = batch.frames[:, self.flow.config.history :][batch.mask]
                     found.append(self.flow.forward_and_logdet(targets, self.flow.contexts(batch))[0].cpu())
                 if found:
@@ -163,7 +160,7 @@ class ExpFlowStage(FlowStage):
         return LatentBank(torch.cat(latents), torch.cat(labels))
 
     def export(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The flow and its latent bank; the auxiliary regression stays behind."""
+        """The flow and its latent bank."""
         return {**self.flow.state_dict(), **self.bank().tensors()}, to_dict(self.flow.config)
 
 
