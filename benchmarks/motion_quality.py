@@ -114,7 +114,7 @@ def main() -> None:
     first, again = generate(longest, "happy", 0)[0], generate(longest, "happy", 0)[0]
     print(f"same seed, same motion to the last bit: {torch.equal(first, again)}")
     print(
-        "| emotion | seeds: mean distance of beta | real clips: the same | jawOpen | mouthSmile | mouthFrown | browDown | browInnerUp |"
+        "| emotion | seeds: distance | real clips: distance | jawOpen | mouthSmile | mouthFrown | browDown | browInnerUp |"
     )
     print("|---|---|---|---|---|---|---|---|")
     for label, emotion in enumerate(EMOTIONS):
@@ -134,4 +134,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()    print("| emotion | seeds: distance | real clips: distance | jawOpen | mouthSmile | mouthFrown | browDown | browInnerUp |")
+    main()
