@@ -114,7 +114,7 @@ def main() -> None:
     first, again = generate(longest, "happy", 0)[0], generate(longest, "happy", 0)[0]
     print(f"same seed, same motion to the last bit: {torch.equal(first, again)}")
     print(
-        "| emotion | seeds: distance | real clips: distance | jawOpen | mouthSmile | mouthFrown | browDown | browInnerUp |"
+        "| emotion | seeds: distance | real clips | jawOpen | mouthSmile | mouthFrown | browDown | browInnerUp |"
     )
     print("|---|---|---|---|---|---|---|---|")
     for label, emotion in enumerate(EMOTIONS):

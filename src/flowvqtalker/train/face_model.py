@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import scipy.linalg
 import torch
 
 from flowvqtalker.errors import UserError
@@ -179,12 +180,11 @@ def _model(
     ends = np.cumsum([len(track.landmarks) for track in tracks])
     slices = [slice(end - len(track.landmarks), end) for end, track in zip(ends, tracks, strict=True)]
     middle = np.mean([objects[part].mean(0) for part in slices], axis=0)
-    second = np.zeros((objects.shape[1],) * 2, dtype=np.float32)
-    for part, weight in zip(slices, weights, strict=True):
-        rest = objects[part] - middle
-        second += np.float32(weight / len(rest)) * (rest.T @ rest)
-    _, axes = np.linalg.eigh(second)
-    axes = axes[:, : -config.dimensions - 1 : -1]
+    lengths = np.array([len(track.landmarks) for track in tracks])
+    rest = (objects - middle) * np.sqrt(np.repeat(weights / lengths, lengths))[:, None].astype(objects.dtype)
+    size = objects.shape[1]
+    _, axes = scipy.linalg.eigh(rest.T @ rest, subset_by_index=(size - config.dimensions, size - 1))
+    axes = axes[:, ::-1]
     reduced = ((objects - middle) @ axes).astype(np.float64)
     groups = []
     for track, part, weight in zip(tracks, slices, weights, strict=True):
