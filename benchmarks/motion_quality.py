@@ -1,6 +1,6 @@
 """What the flows generate, measured on held-out people of a shard, beside the real clips.
 
-    python benchmarks/motion_quality.py SHARD [--weights FOLDER] [--clips 24] [--seeds 10] [--temperature X]
+    python benchmarks/motion_quality.py SHARD [--clips 24] [--seeds 10] [--temperature X] [--articulation X]
 
 Prints: whether one seed gives one motion to the last bit; mean distance of beta between seeds beside that between real
 clips of the emotion; correlation of mouth opening with loudness and with the real clip's mouth opening, generated and
@@ -23,7 +23,7 @@ from flowvqtalker.data.shards import SAMPLES, Shard
 from flowvqtalker.face.arkit import ARKIT_NAMES as NAMES
 from flowvqtalker.loading import load_face_model, load_flow
 from flowvqtalker.motion.flow import ExpFlow, PoseFlow
-from flowvqtalker.motion.sampler import TEMPERATURE, MotionGenerator
+from flowvqtalker.motion.sampler import ARTICULATION, TEMPERATURE, MotionGenerator
 
 _UPPER, _LOWER = 13, 14
 
@@ -56,6 +56,7 @@ def main() -> None:
     parser.add_argument("--clips", type=int, default=24)
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--temperature", type=float, default=TEMPERATURE)
+    parser.add_argument("--articulation", type=float, default=ARTICULATION)
     options = parser.parse_args()
     torch.set_num_threads(1)
     face = load_face_model(options.weights)
@@ -69,9 +70,16 @@ def main() -> None:
         rows = shard.rows(number)
         beta, rho = (torch.from_numpy(np.array(x[rows])) for x in (shard.expression, shard.pose))
         motion = MotionGenerator(
-            expflow, poseflow, bank,
-            beta0=beta[0], pose0=rho.mean(0), emotion=emotion, temperature=options.temperature, seed=seed,
-        )  # fmt: skip
+            expflow,
+            poseflow,
+            bank,
+            beta0=beta[0],
+            pose0=rho.mean(0),
+            emotion=emotion,
+            temperature=options.temperature,
+            articulation=options.articulation,
+            seed=seed,
+        )
         return motion(windows(shard.wave(number)), last=True)
 
     # The longest clips with speech of each held-out person, round and round, so that nobody fills the list.
@@ -106,16 +114,15 @@ def main() -> None:
         for name, value in values.items():
             scores.setdefault(name, []).append(value)
     people = len({str(shard.identity[n]) for n in chosen})
-    print(f"{len(chosen)} held-out clips of {people} people, temperature {options.temperature}")
+    settings = f"temperature {options.temperature}, articulation {options.articulation}"
+    print(f"{len(chosen)} held-out clips of {people} people, {settings}")
     for name, found in scores.items():
         print(f"  {name}: {np.mean(found):.3f} (median {np.median(found):.3f})")
 
     longest = chosen[0]
     first, again = generate(longest, "happy", 0)[0], generate(longest, "happy", 0)[0]
     print(f"same seed, same motion to the last bit: {torch.equal(first, again)}")
-    print(
-        "| emotion | seeds: distance | real clips | jawOpen | mouthSmile | mouthFrown | browDown | browInnerUp |"
-    )
+    print("| emotion | seeds: distance | real clips | jawOpen | mouthSmile | mouthFrown | browDown | browInnerUp |")
     print("|---|---|---|---|---|---|---|---|")
     for label, emotion in enumerate(EMOTIONS):
         takes = [generate(longest, emotion, seed)[0] for seed in range(options.seeds)]

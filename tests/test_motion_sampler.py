@@ -111,7 +111,7 @@ def test_later_speech_changes_nothing_before_the_lookahead(flows, windows):
 def test_streaming_encoder_equals_the_training_path(flows, windows):
     """Teacher forcing pads a clip by repeating its outermost windows; the stream must do the same."""
     exp = flows[0]
-    beta = run(flows, windows, temperature=0.0, manifold=0.0)[0]
+    beta = run(flows, windows, temperature=0.0, manifold=0.0, articulation=1.0)[0]
     padded = torch.cat([windows[:1].expand(3, -1, -1), windows, windows[-1:]])
     source = torch.linspace(-1, 1, 8)[None]
     label = torch.tensor([EMOTIONS.index("happy")])
@@ -151,6 +151,12 @@ def test_temperature_zero_is_the_same_for_every_seed(flows, windows, bank):
     a, b = (run(flows, windows, seed=s, temperature=0.0, pose_temperature=0.0) for s in (0, 1))
     assert torch.equal(a[0], b[0])
     assert torch.equal(a[1], b[1])
+
+
+def test_articulation_scales_what_the_speech_foretells_and_nothing_else(flows, windows):
+    still, once, twice = (run(flows, windows, articulation=a)[0] for a in (0.0, 1.0, 2.0))
+    assert (once - still).abs().max() > 1e-3
+    assert torch.allclose(twice - still, 2 * (once - still), atol=1e-5)
 
 
 def test_manifold_projection_changes_the_draw_towards_the_bank(flows, windows, bank):

@@ -43,6 +43,8 @@ class Animate:
     """Strength of the emotion: 0 is neutral, 1 as learnt, up to 2."""
     temperature: Annotated[float | None, tyro.conf.arg(metavar="X")] = None
     """How much the motion varies: 0 (the most likely motion) to 2. Default: what suits the weights."""
+    articulation: Annotated[float | None, tyro.conf.arg(metavar="X")] = None
+    """How far the lips move with the speech: 0 (not at all) to 3. Default: what suits the weights."""
     seed: int = 0
     """Another seed gives another take; the same seed the same video."""
     pose_scale: float = 1.0
@@ -75,6 +77,7 @@ class Animate:
                 emotion_reference=self.emotion_reference,
                 intensity=self.intensity,
                 temperature=self.temperature,
+                articulation=self.articulation,
                 seed=self.seed,
                 pose_scale=self.pose_scale,
                 face=self.face,
@@ -138,6 +141,8 @@ class Motion:
     """Strength of the emotion: 0 is neutral, 1 as learnt, up to 2."""
     temperature: Annotated[float | None, tyro.conf.arg(metavar="X")] = None
     """How much the motion varies: 0 (the most likely motion) to 2. Default: what suits the weights."""
+    articulation: Annotated[float | None, tyro.conf.arg(metavar="X")] = None
+    """How far the lips move with the speech: 0 (not at all) to 3. Default: what suits the weights."""
     seed: int = 0
     """Another seed gives another take; the same seed the same motion."""
     pose_scale: float = 1.0
@@ -165,6 +170,7 @@ class Motion:
             emotion_reference=self.emotion_reference,
             intensity=self.intensity,
             temperature=self.temperature,
+            articulation=self.articulation,
             seed=self.seed,
             pose_scale=self.pose_scale,
         )

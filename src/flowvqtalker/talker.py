@@ -23,7 +23,7 @@ from flowvqtalker.loading import choose_device, choose_dtype, fast_dtype, load_f
 from flowvqtalker.media import FPS, Picture, VideoWriter, check_output
 from flowvqtalker.motion.flow import ExpFlow, PoseFlow
 from flowvqtalker.motion.manifold import LatentBank
-from flowvqtalker.motion.sampler import TEMPERATURE, MotionGenerator
+from flowvqtalker.motion.sampler import ARTICULATION, TEMPERATURE, MotionGenerator
 from flowvqtalker.portrait import Portrait, Progress, find_portrait, track, track_landmarks
 from flowvqtalker.render.generator import VQIG
 from flowvqtalker.render.renderer import Renderer
@@ -167,6 +167,7 @@ class Talker:
         emotion_reference: str | Path | Tensor | None = None,
         intensity: float = 1.0,
         temperature: float | None = None,
+        articulation: float | None = None,
         seed: int = 0,
         pose_scale: float = 1.0,
     ) -> Iterator[Block]:
@@ -179,6 +180,7 @@ class Talker:
             emotion_reference: picture, clip, or expression (R, 64) to take the emotion from.
             intensity: 0 (neutral) to 2; 1 is the emotion as it was learnt.
             temperature: 0 (the most likely motion) to 2, how much the motion varies; None takes the sampler's default.
+            articulation: 0 (closed lips) to 3, gain on the lips' movement to speech; None takes the sampler's default.
             seed: of the noise; the same seed gives the same motion to the last bit.
             pose_scale: factor on the movement of the head, 0 to 2; 0 holds it still.
 
@@ -209,6 +211,7 @@ class Talker:
             reference=reference,
             intensity=intensity,
             temperature=TEMPERATURE if temperature is None else temperature,
+            articulation=ARTICULATION if articulation is None else articulation,
             seed=seed,
             device="cpu",  # small matrices: a GPU would not be faster, and one seed is the same everywhere
         )
@@ -250,6 +253,7 @@ class Talker:
         emotion_reference: str | Path | Tensor | None = None,
         intensity: float = 1.0,
         temperature: float | None = None,
+        articulation: float | None = None,
         seed: int = 0,
         pose_scale: float = 1.0,
         face: int | None = None,
@@ -262,7 +266,7 @@ class Talker:
             portrait: picture file, (H, W, 3) uint8 RGB, or what :meth:`portrait` returned.
             speech: any file with sound; it becomes the sound of the video.
             output: ``.mp4``, ``.mov`` or ``.mkv``; appears when it is complete.
-            emotion, emotion_reference, intensity, temperature, seed, pose_scale: see :meth:`motion`.
+            emotion, emotion_reference, intensity, temperature, articulation, seed, pose_scale: see :meth:`motion`.
             face: which face of the picture, 0 is the largest; None takes the largest.
             full: the whole picture instead of the 512x512 crop.
             progress: called after each frame.
@@ -282,6 +286,7 @@ class Talker:
             emotion_reference=emotion_reference,
             intensity=intensity,
             temperature=temperature,
+            articulation=articulation,
             seed=seed,
             pose_scale=pose_scale,
         )

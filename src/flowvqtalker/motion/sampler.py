@@ -17,10 +17,12 @@ from flowvqtalker.motion.flow import ExpFlow, PoseFlow
 from flowvqtalker.motion.fused import FusedInverse
 from flowvqtalker.motion.manifold import LatentBank, project
 
-__all__ = ["TEMPERATURE", "MotionGenerator", "reference_latent"]
+__all__ = ["ARTICULATION", "TEMPERATURE", "MotionGenerator", "reference_latent"]
 
 #: Default temperatures of expression and pose: below one, a draw keeps to what the model is sure of.
 TEMPERATURE, POSE_TEMPERATURE = 0.7, 0.8
+#: Gain on what the speech foretells: a regression halves a movement that it is not sure of, and such lips mumble.
+ARTICULATION = 1.4
 #: How far a drawn latent is moved on to the manifold of the training latents.
 MANIFOLD = 0.5
 #: Seconds in which the head leaves the source's pose for its own motion around it (time constant).
@@ -95,6 +97,7 @@ class MotionGenerator:
         temperature: of the expression, 0 (always the most likely) to 1 (as the data varies).
         seed: of the noise.
         pose_temperature: of the pose.
+        articulation: factor on what the speech foretells of the lips (ours), 0 to 3.
         manifold: 0 (no projection) to 1.
         neighbours: 𝒦 of the projection.
         device: where to compute. The noise is drawn on the CPU, so it is the same everywhere.
@@ -115,6 +118,7 @@ class MotionGenerator:
         reference: Tensor | None = None,
         intensity: float = 1.0,
         temperature: float = TEMPERATURE,
+        articulation: float = ARTICULATION,
         seed: int = 0,
         device: str | torch.device = "cpu",
         pose_temperature: float = POSE_TEMPERATURE,
@@ -128,6 +132,7 @@ class MotionGenerator:
         for name, value, high in (
             ("intensity", intensity, 2.0),
             ("temperature", temperature, 2.0),
+            ("articulation", articulation, 3.0),
             ("pose_temperature", pose_temperature, 2.0),
             ("manifold", manifold, 1.0),
         ):
@@ -136,6 +141,7 @@ class MotionGenerator:
         self.device = torch.device(device)
         self.expflow, self.poseflow = expflow.to(self.device).eval(), poseflow.to(self.device).eval()
         self.temperature, self.pose_temperature = temperature, pose_temperature
+        self.articulation = articulation
         self.manifold, self.neighbours, self.seed = manifold, neighbours, seed
         self.source = beta0.to(self.device, torch.float32).reshape(1, -1)
         self.pose0 = pose0.to(self.device, torch.float32).reshape(1, -1)
@@ -239,7 +245,7 @@ class MotionGenerator:
             offset = project(offset, self.bank, self.neighbours, self.manifold)
         drawn = self._inverse(self.centre + offset, context)
         self._history = torch.cat([self._history[:, 1:], drawn[None]], dim=1)
-        return drawn + self.expflow.voice(audio)
+        return drawn + self.articulation * self.expflow.voice(audio)
 
     def _pose(self, audio: Tensor) -> Tensor:
         context = self.poseflow.encode(audio, self._pose_history, self._pose_weights)
