@@ -83,7 +83,8 @@ def rigid_objects(points: Floats, owner: npt.NDArray[np.int64], rigid: Floats, r
 def _centred(face: Floats, rigid: Floats) -> Floats:
     weights = (rigid / rigid.sum())[:, None]
     face = face - (weights * face).sum(0)
-    return face / np.sqrt((weights * face**2).sum())
+    face = face / np.sqrt((weights * face**2).sum())
+    return face
 
 
 def remove_rigid(basis: Floats, tangents: Floats, rigid: Floats) -> Floats:
@@ -190,9 +191,9 @@ def _two_covariances(
 ) -> tuple[Floats, Floats, _Latent]:
     """Expectation-maximisation for faces (G, D) = person + expression; pictures have a mean of their own."""
     size, people = faces.shape[1], int(owner.max()) + 1
-    for kind in (still, ~still):
-        if kind.any():
-            faces = faces - np.where(kind[:, None], faces[kind].mean(0), 0.0)
+    for chosen in (still, ~still):
+        if chosen.any():
+            faces = faces - np.where(chosen[:, None], faces[chosen].mean(0), 0.0)
     within = scatter / max(weights[~still].sum(), 0.1)
     within = within + np.eye(size) * np.trace(within) / size * 1e-4
     total = faces.T @ faces / len(faces)

@@ -136,7 +136,7 @@ def _is_still(path: Path) -> bool:
 
 
 def _spread(length: int, count: int) -> list[int]:
-    return np.unique(np.linspace(0, length - 1, min(count, length)).round().astype(int)).tolist()
+    return [int(i) for i in np.unique(np.linspace(0, length - 1, min(count, length)).round())]
 
 
 def _pairs(usable: npt.NDArray[np.bool_], count: int) -> npt.NDArray[np.int64]:
