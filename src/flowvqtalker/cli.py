@@ -45,6 +45,8 @@ class Animate:
     """How much the motion varies: 0 (the most likely motion) to 2. Default: what suits the weights."""
     articulation: Annotated[float | None, tyro.conf.arg(metavar="X")] = None
     """How far the lips move with the speech: 0 (not at all) to 3. Default: what suits the weights."""
+    blink_rate: Annotated[float | None, tyro.conf.arg(metavar="X")] = None
+    """Blinks a minute, 0 to 60. Default: as in the clips that the weights were trained on."""
     seed: int = 0
     """Another seed gives another take; the same seed the same video."""
     pose_scale: float = 1.0
@@ -78,6 +80,7 @@ class Animate:
                 intensity=self.intensity,
                 temperature=self.temperature,
                 articulation=self.articulation,
+                blink_rate=self.blink_rate,
                 seed=self.seed,
                 pose_scale=self.pose_scale,
                 face=self.face,
@@ -143,6 +146,8 @@ class Motion:
     """How much the motion varies: 0 (the most likely motion) to 2. Default: what suits the weights."""
     articulation: Annotated[float | None, tyro.conf.arg(metavar="X")] = None
     """How far the lips move with the speech: 0 (not at all) to 3. Default: what suits the weights."""
+    blink_rate: Annotated[float | None, tyro.conf.arg(metavar="X")] = None
+    """Blinks a minute, 0 to 60. Default: as in the clips that the weights were trained on."""
     seed: int = 0
     """Another seed gives another take; the same seed the same motion."""
     pose_scale: float = 1.0
@@ -171,6 +176,7 @@ class Motion:
             intensity=self.intensity,
             temperature=self.temperature,
             articulation=self.articulation,
+            blink_rate=self.blink_rate,
             seed=self.seed,
             pose_scale=self.pose_scale,
         )

@@ -168,6 +168,7 @@ class Talker:
         intensity: float = 1.0,
         temperature: float | None = None,
         articulation: float | None = None,
+        blink_rate: float | None = None,
         seed: int = 0,
         pose_scale: float = 1.0,
     ) -> Iterator[Block]:
@@ -181,6 +182,7 @@ class Talker:
             intensity: 0 (neutral) to 2; 1 is the emotion as it was learnt.
             temperature: 0 (the most likely motion) to 2, how much the motion varies; None takes the sampler's default.
             articulation: 0 (closed lips) to 3, gain on the lips' movement to speech; None takes the sampler's default.
+            blink_rate: blinks a minute, 0 to 60; None is what the weights' training clips show.
             seed: of the noise; the same seed gives the same motion to the last bit.
             pose_scale: factor on the movement of the head, 0 to 2; 0 holds it still.
 
@@ -212,6 +214,7 @@ class Talker:
             intensity=intensity,
             temperature=TEMPERATURE if temperature is None else temperature,
             articulation=ARTICULATION if articulation is None else articulation,
+            blink_rate=blink_rate,
             seed=seed,
             device="cpu",  # small matrices: a GPU would not be faster, and one seed is the same everywhere
         )
@@ -254,6 +257,7 @@ class Talker:
         intensity: float = 1.0,
         temperature: float | None = None,
         articulation: float | None = None,
+        blink_rate: float | None = None,
         seed: int = 0,
         pose_scale: float = 1.0,
         face: int | None = None,
@@ -266,7 +270,8 @@ class Talker:
             portrait: picture file, (H, W, 3) uint8 RGB, or what :meth:`portrait` returned.
             speech: any file with sound; it becomes the sound of the video.
             output: ``.mp4``, ``.mov`` or ``.mkv``; appears when it is complete.
-            emotion, emotion_reference, intensity, temperature, articulation, seed, pose_scale: see :meth:`motion`.
+            emotion, emotion_reference, intensity, temperature: see :meth:`motion`.
+            articulation, blink_rate, seed, pose_scale: see :meth:`motion`.
             face: which face of the picture, 0 is the largest; None takes the largest.
             full: the whole picture instead of the 512x512 crop.
             progress: called after each frame.
@@ -287,6 +292,7 @@ class Talker:
             intensity=intensity,
             temperature=temperature,
             articulation=articulation,
+            blink_rate=blink_rate,
             seed=seed,
             pose_scale=pose_scale,
         )

@@ -19,6 +19,7 @@ from flowvqtalker.motion.bijections import (
     MultiActNorm,
     class_weights,
 )
+from flowvqtalker.motion.blink import BLINK_FRAMES
 from flowvqtalker.motion.context import AudioConfig, AudioEncoder, ContextEncoder, history_of
 from flowvqtalker.motion.latents import build_latent
 
@@ -368,10 +369,19 @@ class Flow(Bijection):
 
 
 class ExpFlow(Flow):
-    """Expression flow: β (N, 64) given β0, speech, the previous frames and the emotion."""
+    """Expression flow: β (N, 64) given β0, speech, the previous frames and the emotion.
+
+    The buffers ``blink`` (12, 64) and ``blink_rate`` (a minute) hold the typical blink of the training clips
+    (:mod:`flowvqtalker.motion.blink`).
+    """
+
+    blink: Tensor
+    blink_rate: Tensor
 
     def __init__(self, config: FlowConfig | None = None) -> None:
         super().__init__(config or ExpFlowConfig())
+        self.register_buffer("blink", torch.zeros(BLINK_FRAMES, self.config.dim))
+        self.register_buffer("blink_rate", torch.zeros(()))
 
     @classmethod
     def config_type(cls) -> type[FlowConfig]:

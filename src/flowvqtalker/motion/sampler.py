@@ -12,6 +12,7 @@ from torch import Tensor
 
 from flowvqtalker import EMOTIONS
 from flowvqtalker.errors import UserError
+from flowvqtalker.motion.blink import Blinks
 from flowvqtalker.motion.context import AudioEncoder, history_of
 from flowvqtalker.motion.flow import ExpFlow, PoseFlow
 from flowvqtalker.motion.fused import FusedInverse
@@ -98,6 +99,7 @@ class MotionGenerator:
         seed: of the noise.
         pose_temperature: of the pose.
         articulation: factor on what the speech foretells of the lips (ours), 0 to 3.
+        blink_rate: blinks a minute laid over the expression, 0 to 60; None is the training clips' rate.
         manifold: 0 (no projection) to 1.
         neighbours: 𝒦 of the projection.
         device: where to compute. The noise is drawn on the CPU, so it is the same everywhere.
@@ -119,6 +121,7 @@ class MotionGenerator:
         intensity: float = 1.0,
         temperature: float = TEMPERATURE,
         articulation: float = ARTICULATION,
+        blink_rate: float | None = None,
         seed: int = 0,
         device: str | torch.device = "cpu",
         pose_temperature: float = POSE_TEMPERATURE,
@@ -133,6 +136,7 @@ class MotionGenerator:
             ("intensity", intensity, 2.0),
             ("temperature", temperature, 2.0),
             ("articulation", articulation, 3.0),
+            ("blink_rate", 0.0 if blink_rate is None else blink_rate, 60.0),
             ("pose_temperature", pose_temperature, 2.0),
             ("manifold", manifold, 1.0),
         ):
@@ -142,6 +146,7 @@ class MotionGenerator:
         self.expflow, self.poseflow = expflow.to(self.device).eval(), poseflow.to(self.device).eval()
         self.temperature, self.pose_temperature = temperature, pose_temperature
         self.articulation = articulation
+        self.blink_rate = float(expflow.blink_rate) if blink_rate is None else blink_rate
         self.manifold, self.neighbours, self.seed = manifold, neighbours, seed
         self.source = beta0.to(self.device, torch.float32).reshape(1, -1)
         self.pose0 = pose0.to(self.device, torch.float32).reshape(1, -1)
@@ -187,6 +192,7 @@ class MotionGenerator:
         self._audio = _AudioStream(self.expflow.audio), _AudioStream(self.poseflow.audio)
         self._waiting: tuple[deque[Tensor], deque[Tensor]] = deque(), deque()
         self._generators = tuple(torch.Generator().manual_seed(2 * self.seed + which) for which in (0, 1))
+        self._blinks = Blinks(self.expflow.blink, self.blink_rate, 2 * self.seed + 1)
         exp, pose = self.expflow.config, self.poseflow.config
         self._history = torch.zeros(1, exp.history, exp.dim, device=self.device)
         self._pose_history = torch.zeros(1, pose.history, pose.dim, device=self.device)
@@ -245,7 +251,7 @@ class MotionGenerator:
             offset = project(offset, self.bank, self.neighbours, self.manifold)
         drawn = self._inverse(self.centre + offset, context)
         self._history = torch.cat([self._history[:, 1:], drawn[None]], dim=1)
-        return drawn + self.articulation * self.expflow.voice(audio)
+        return drawn + self.articulation * self.expflow.voice(audio) + self._blinks.next()
 
     def _pose(self, audio: Tensor) -> Tensor:
         context = self.poseflow.encode(audio, self._pose_history, self._pose_weights)

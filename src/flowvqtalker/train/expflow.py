@@ -14,8 +14,10 @@ from torch.utils.data import default_collate
 
 from flowvqtalker import EMOTIONS
 from flowvqtalker.data.order import item_generator
+from flowvqtalker.face.arkit import arkit_index
 from flowvqtalker.face.model import FaceModel
 from flowvqtalker.face.topology import LIPS
+from flowvqtalker.motion.blink import measure_blinks
 from flowvqtalker.motion.flow import ExpFlow, ExpFlowConfig
 from flowvqtalker.motion.manifold import LatentBank
 from flowvqtalker.train.config import LoopConfig, check, to_dict
@@ -75,14 +77,22 @@ class ExpFlowStage(FlowStage):
         config: the configuration.
         train, val: clips of the two splits.
         expression: (64, 478, 3) basis of the face model, for the lips.
+        lids: (65,) map from [β, 1] to the blendshape of shut lids; None: no blink is measured.
     """
 
     name = "expflow"
 
-    def __init__(self, config: Config, train: Corpus, val: Corpus | None, expression: Tensor) -> None:
+    def __init__(
+        self, config: Config, train: Corpus, val: Corpus | None, expression: Tensor, lids: Tensor | None = None
+    ) -> None:
         torch.manual_seed(config.loop.seed)
-        super().__init__(config, ExpFlow(config.flow), train, val)
+        flow = ExpFlow(config.flow)
+        super().__init__(config, flow, train, val)
         self.lips, self.gap = lip_directions(expression), lip_gap(expression)
+        if lids is not None:
+            template, rate = measure_blinks((clip.frames for clip in train.clips), lids.numpy())
+            flow.blink.copy_(template)
+            flow.blink_rate.fill_(rate)
 
     def auxiliary(self, batch: Any, audio: Tensor) -> tuple[Tensor | None, dict[str, Tensor]]:
         """Regression of the lips from the audio features, on frames with speech: their shape relative to the clip's
@@ -166,11 +176,13 @@ class ExpFlowStage(FlowStage):
 
 def build(config: Config) -> Stage:
     """The stage for a configuration; reads the shards."""
-    expression = _face_model(config.face_model).expression
+    face = _face_model(config.face_model)
+    expression = face.expression
+    lids = face.arkit[[arkit_index("eyeBlinkLeft"), arkit_index("eyeBlinkRight")]].mean(0)
     basis = torch.linalg.qr(lip_directions(expression))[0]
     lips, gap = (basis @ basis.mT).numpy(), lip_gap(expression).numpy()
     train, val = (load_corpus(config.shards, split, config.sequences, lips=lips, gap=gap) for split in ("train", "val"))
-    return ExpFlowStage(config, train, val, expression)
+    return ExpFlowStage(config, train, val, expression, lids)
 
 
 def _face_model(path: Path | None) -> FaceModel:
