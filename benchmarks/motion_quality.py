@@ -22,6 +22,7 @@ from flowvqtalker.audio.features import windows
 from flowvqtalker.data.shards import SAMPLES, Shard
 from flowvqtalker.face.arkit import ARKIT_NAMES as NAMES
 from flowvqtalker.loading import load_face_model, load_flow
+from flowvqtalker.motion.blink import measure_blinks
 from flowvqtalker.motion.flow import ExpFlow, PoseFlow
 from flowvqtalker.motion.sampler import ARTICULATION, TEMPERATURE, MotionGenerator
 
@@ -64,7 +65,7 @@ def main() -> None:
     poseflow, _ = load_flow(PoseFlow, "poseflow", options.weights)
     shard = Shard(options.shard)
     gap = face.expression[:, _LOWER, 1] - face.expression[:, _UPPER, 1]
-    jaw, blink = NAMES.index("jawOpen"), NAMES.index("eyeBlinkLeft")
+    jaw, lids = NAMES.index("jawOpen"), face.arkit[NAMES.index("eyeBlinkLeft")].numpy()
 
     def generate(number: int, emotion: str, seed: int) -> tuple[Tensor, Tensor]:
         rows = shard.rows(number)
@@ -109,8 +110,7 @@ def main() -> None:
             "head angle std real (deg)": float(real_pose[:, :3].std(0).mean().rad2deg()),
         }
         for name, x in (("generated", drawn), ("real", real)):
-            closed = face.blendshapes(x)[:, blink] > 0.5
-            values[f"blinks a minute {name}"] = float((closed[1:] & ~closed[:-1]).sum()) / len(x) * 25 * 60
+            values[f"blinks a minute {name}"] = measure_blinks([x.numpy()], lids)[1]
         for name, value in values.items():
             scores.setdefault(name, []).append(value)
     people = len({str(shard.identity[n]) for n in chosen})

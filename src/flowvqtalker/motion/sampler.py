@@ -21,11 +21,11 @@ from flowvqtalker.motion.manifold import LatentBank, project
 __all__ = ["ARTICULATION", "TEMPERATURE", "MotionGenerator", "reference_latent"]
 
 #: Default temperatures of expression and pose: below one, a draw keeps to what the model is sure of.
-TEMPERATURE, POSE_TEMPERATURE = 0.7, 0.8
+TEMPERATURE, POSE_TEMPERATURE = 0.9, 1.0
 #: Gain on what the speech foretells: a regression halves a movement that it is not sure of, and such lips mumble.
 ARTICULATION = 1.4
 #: How far a drawn latent is moved on to the manifold of the training latents.
-MANIFOLD = 0.5
+MANIFOLD = 0.25
 #: Seconds in which the head leaves the source's pose for its own motion around it (time constant).
 SETTLE = 0.6
 _FPS = 25
