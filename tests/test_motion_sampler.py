@@ -12,7 +12,7 @@ from flowvqtalker.errors import UserError
 from flowvqtalker.motion.context import AudioConfig
 from flowvqtalker.motion.flow import ExpFlow, ExpFlowConfig, PoseFlow, PoseFlowConfig
 from flowvqtalker.motion.manifold import LatentBank
-from flowvqtalker.motion.sampler import MotionGenerator, reference_latent
+from flowvqtalker.motion.sampler import SOURCE, MotionGenerator, reference_latent
 
 AUDIO = AudioConfig(mels=6, columns=8, width=8, layers=2, lookahead=1)
 EXP = ExpFlowConfig(dim=8, steps=3, width=8, heads=2, history=4, audio=AUDIO)
@@ -113,7 +113,7 @@ def test_streaming_encoder_equals_the_training_path(flows, windows):
     exp = flows[0]
     beta = run(flows, windows, temperature=0.0, manifold=0.0, articulation=1.0)[0]
     padded = torch.cat([windows[:1].expand(3, -1, -1), windows, windows[-1:]])
-    source = torch.linspace(-1, 1, 8)[None]
+    source = SOURCE * torch.linspace(-1, 1, 8)[None]
     label = torch.tensor([EMOTIONS.index("happy")])
     expected = exp.rollout(padded[None], label, torch.Generator(), source=source, temperature=0.0)
     assert torch.allclose(beta, expected[0], atol=1e-4)

@@ -24,6 +24,10 @@ __all__ = ["ARTICULATION", "TEMPERATURE", "MotionGenerator", "reference_latent"]
 TEMPERATURE, POSE_TEMPERATURE = 0.9, 1.0
 #: Gain on what the speech foretells: a regression halves a movement that it is not sure of, and such lips mumble.
 ARTICULATION = 1.4
+#: Share of the portrait's expression that the flow is given (ours). It holds the person's resting face, but also the
+#smile or : frown of the moment, which the emotion should replace: given whole, a smiling portrait kept smiling through
+#anger.
+SOURCE = 0.5
 #: How far a drawn latent is moved on to the manifold of the training latents.
 MANIFOLD = 0.25
 #: Seconds in which the head leaves the source's pose for its own motion around it (time constant).
@@ -148,7 +152,7 @@ class MotionGenerator:
         self.articulation = articulation
         self.blink_rate = float(expflow.blink_rate) if blink_rate is None else blink_rate
         self.manifold, self.neighbours, self.seed = manifold, neighbours, seed
-        self.source = beta0.to(self.device, torch.float32).reshape(1, -1)
+        self.source = SOURCE * beta0.to(self.device, torch.float32).reshape(1, -1)
         self.pose0 = pose0.to(self.device, torch.float32).reshape(1, -1)
         self._set_emotion(emotion, reference, intensity, bank)
         self._reset()
