@@ -159,6 +159,19 @@ def test_articulation_scales_what_the_speech_foretells_and_nothing_else(flows, w
     assert torch.allclose(twice - still, 2 * (once - still), atol=1e-5)
 
 
+def test_drawn_lips_are_quietened_and_the_rest_is_left(flows, windows):
+    exp = flows[0]
+    loud = run(flows, windows, articulation=0.0)[0]
+    with torch.no_grad():
+        exp.opening[2] = 0.5
+        quiet = run(flows, windows, articulation=0.0)[0]
+        exp.opening.zero_()
+    others = [0, 1, 3, 4, 5, 6, 7]
+    assert torch.equal(quiet[:, others], loud[:, others])
+    assert quiet[:, 2].diff().abs().mean() < 0.7 * loud[:, 2].diff().abs().mean()
+    assert torch.equal(quiet[0], loud[0])
+
+
 def test_manifold_projection_changes_the_draw_towards_the_bank(flows, windows, bank):
     free, pulled = run(flows, windows, bank, manifold=0.0), run(flows, windows, bank, manifold=1.0)
     assert not torch.equal(free[0], pulled[0])

@@ -372,16 +372,18 @@ class ExpFlow(Flow):
     """Expression flow: β (N, 64) given β0, speech, the previous frames and the emotion.
 
     The buffers ``blink`` (12, 64) and ``blink_rate`` (a minute) hold the typical blink of the training clips
-    (:mod:`flowvqtalker.motion.blink`).
+    (:mod:`flowvqtalker.motion.blink`), and ``opening`` (64,) what of β parts the lips, by a scalar product.
     """
 
     blink: Tensor
     blink_rate: Tensor
+    opening: Tensor
 
     def __init__(self, config: FlowConfig | None = None) -> None:
         super().__init__(config or ExpFlowConfig())
         self.register_buffer("blink", torch.zeros(BLINK_FRAMES, self.config.dim))
         self.register_buffer("blink_rate", torch.zeros(()))
+        self.register_buffer("opening", torch.zeros(self.config.dim))
 
     @classmethod
     def config_type(cls) -> type[FlowConfig]:

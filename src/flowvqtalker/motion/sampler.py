@@ -21,15 +21,19 @@ from flowvqtalker.motion.manifold import LatentBank, project
 __all__ = ["ARTICULATION", "TEMPERATURE", "MotionGenerator", "reference_latent"]
 
 #: Default temperatures of expression and pose: below one, a draw keeps to what the model is sure of.
-TEMPERATURE, POSE_TEMPERATURE = 0.9, 1.0
+TEMPERATURE, POSE_TEMPERATURE = 1.0, 1.0
+#: Share of the drawn lips' opening, around its mean over half a second, that is taken off (ours): what the speech does
+# not foretell : of it is noise to a viewer, who sees lips that open in silence. Smiles, brows and the mouth's slow
+# posture stay as drawn.
+QUIET, _SLOW = 0.8, 12.5
 #: Gain on what the speech foretells: a regression halves a movement that it is not sure of, and such lips mumble.
-ARTICULATION = 1.4
+ARTICULATION = 1.8
 #: Share of the portrait's expression that the flow is given (ours). It holds the person's resting face, but also the
-#smile or : frown of the moment, which the emotion should replace: given whole, a smiling portrait kept smiling through
-#anger.
+# smile or : frown of the moment, which the emotion should replace: given whole, a smiling portrait kept smiling through
+# anger.
 SOURCE = 0.5
 #: How far a drawn latent is moved on to the manifold of the training latents.
-MANIFOLD = 0.25
+MANIFOLD = 0.15
 #: Seconds in which the head leaves the source's pose for its own motion around it (time constant).
 SETTLE = 0.6
 _FPS = 25
@@ -201,6 +205,7 @@ class MotionGenerator:
         self._history = torch.zeros(1, exp.history, exp.dim, device=self.device)
         self._pose_history = torch.zeros(1, pose.history, pose.dim, device=self.device)
         self._pose_start: Tensor | None = None
+        self._level: Tensor | None = None
 
     @torch.inference_mode()
     def __call__(self, windows: Tensor, last: bool = False) -> tuple[Tensor, Tensor]:
@@ -255,7 +260,16 @@ class MotionGenerator:
             offset = project(offset, self.bank, self.neighbours, self.manifold)
         drawn = self._inverse(self.centre + offset, context)
         self._history = torch.cat([self._history[:, 1:], drawn[None]], dim=1)
-        return drawn + self.articulation * self.expflow.voice(audio) + self._blinks.next()
+        return self._quieten(drawn) + self.articulation * self.expflow.voice(audio) + self._blinks.next()
+
+    def _quieten(self, drawn: Tensor) -> Tensor:
+        """Damp the drawn opening of the lips (1, D) around its slow course."""
+        size = self.expflow.opening.square().sum()
+        if size == 0:
+            return drawn
+        level = drawn @ self.expflow.opening / size
+        self._level = level if self._level is None else self._level + (level - self._level) / _SLOW
+        return drawn - QUIET * (level - self._level)[:, None] * self.expflow.opening
 
     def _pose(self, audio: Tensor) -> Tensor:
         context = self.poseflow.encode(audio, self._pose_history, self._pose_weights)

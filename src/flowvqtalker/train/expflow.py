@@ -89,6 +89,7 @@ class ExpFlowStage(FlowStage):
         flow = ExpFlow(config.flow)
         super().__init__(config, flow, train, val)
         self.lips, self.gap = lip_directions(expression), lip_gap(expression)
+        flow.opening.copy_(self.gap)
         if lids is not None:
             template, rate = measure_blinks((clip.frames for clip in train.clips), lids.numpy())
             flow.blink.copy_(template)
