@@ -4,7 +4,8 @@
 
 Prints: whether one seed gives one motion to the last bit; mean distance of beta between seeds beside that between real
 clips of the emotion; correlation of mouth opening with loudness and with the real clip's mouth opening, generated and
-real; speed, range and blinks beside the real ones; and, for every emotion, the ARKit blendshapes that it should move.
+real; speed, range and blinks beside the real ones; and, for every emotion, means of the ARKit blendshapes that it
+should move, over held-out portraits.
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ def main() -> None:
     parser.add_argument("--weights", type=Path)
     parser.add_argument("--clips", type=int, default=24)
     parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--portraits", type=int, default=20, help="held-out pictures of the blendshapes' means")
     parser.add_argument("--temperature", type=float, default=TEMPERATURE)
     parser.add_argument("--articulation", type=float, default=ARTICULATION)
     options = parser.parse_args()
@@ -67,14 +69,14 @@ def main() -> None:
     gap = face.expression[:, _LOWER, 1] - face.expression[:, _UPPER, 1]
     jaw, lids = NAMES.index("jawOpen"), face.arkit[NAMES.index("eyeBlinkLeft")].numpy()
 
-    def generate(number: int, emotion: str, seed: int) -> tuple[Tensor, Tensor]:
+    def generate(number: int, emotion: str, seed: int, beta0: Tensor | None = None) -> tuple[Tensor, Tensor]:
         rows = shard.rows(number)
         beta, rho = (torch.from_numpy(np.array(x[rows])) for x in (shard.expression, shard.pose))
         motion = MotionGenerator(
             expflow,
             poseflow,
             bank,
-            beta0=beta[0],
+            beta0=beta[0] if beta0 is None else beta0,
             pose0=rho.mean(0),
             emotion=emotion,
             temperature=options.temperature,
@@ -124,13 +126,17 @@ def main() -> None:
     print(f"same seed, same motion to the last bit: {torch.equal(first, again)}")
     print("| emotion | seeds: distance | real clips | jawOpen | mouthSmile | mouthFrown | browDown | browInnerUp |")
     print("|---|---|---|---|---|---|---|---|")
+    pictures = shard.select("val", picture=True)
+    pictures = pictures[:: max(1, len(pictures) // options.portraits)][: options.portraits]
     for label, emotion in enumerate(EMOTIONS):
         takes = [generate(longest, emotion, seed)[0] for seed in range(options.seeds)]
         clips = np.flatnonzero((shard.emotion == label) & ~shard.picture & (shard.length >= 25))[
             :: 1 if label < 8 else 30
         ]
         real = [torch.from_numpy(np.array(shard.expression[shard.rows(int(n))])) for n in clips[:60]]
-        shapes = face.blendshapes(torch.cat(takes)).mean(0)
+        portraits = [torch.from_numpy(np.array(shard.expression[shard.start[n]])) for n in pictures]
+        drawn = [generate(longest, emotion, seed, beta0)[0] for seed, beta0 in enumerate(portraits)]
+        shapes = face.blendshapes(torch.cat(drawn)).mean(0)
 
         def both(name: str, shapes: Tensor = shapes) -> float:
             return float(np.mean([shapes[i] for i, other in enumerate(NAMES) if other.startswith(name)]))
