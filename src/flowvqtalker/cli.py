@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,16 +25,10 @@ __all__ = ["main"]
 _STAGES = "face-model, codebook, vqig, expflow or poseflow"
 
 
-@dataclass(frozen=True)
-class Animate:
-    """Animate a portrait with speech: 512x512, 25 fps, H.264 and AAC, exactly as long as the speech."""
+@dataclass(frozen=True, kw_only=True)
+class _MotionOptions:
+    """What animate and motion let the user choose of the motion."""
 
-    portrait: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="PORTRAIT")]
-    """Picture with a face (JPEG, PNG, WebP, ...)."""
-    speech: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="SPEECH")]
-    """Recording of speech: any audio or video file with sound."""
-    output: Annotated[Path, tyro.conf.arg(aliases=["-o"], metavar="FILE")]
-    """Video to write (.mp4, .mov or .mkv)."""
     emotion: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
     """One of the nine. Default: neutral, or that of the reference."""
     emotion_reference: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
@@ -48,15 +42,32 @@ class Animate:
     blink_rate: Annotated[float | None, tyro.conf.arg(metavar="X")] = None
     """Blinks a minute, 0 to 60. Default: as in the clips that the weights were trained on."""
     seed: int = 0
-    """Another seed gives another take; the same seed the same video."""
+    """Another seed gives another take; the same seed the same motion."""
     pose_scale: float = 1.0
     """Factor on the movement of the head, 0 (still) to 2."""
+    weights: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
+    """Folder of weights with a manifest. Default: those of the package."""
+
+    def motion(self) -> dict[str, Any]:
+        """The options as arguments of :meth:`flowvqtalker.talker.Talker.motion`."""
+        names = (f.name for f in fields(_MotionOptions) if f.name != "weights")
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Animate(_MotionOptions):
+    """Animate a portrait with speech: 512x512, 25 fps, H.264 and AAC, exactly as long as the speech."""
+
+    portrait: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="PORTRAIT")]
+    """Picture with a face (JPEG, PNG, WebP, ...)."""
+    speech: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="SPEECH")]
+    """Recording of speech: any audio or video file with sound."""
+    output: Annotated[Path, tyro.conf.arg(aliases=["-o"], metavar="FILE")]
+    """Video to write (.mp4, .mov or .mkv)."""
     face: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
     """Which face of the picture; 0 is the largest. Default: the largest."""
     full: bool = False
     """The whole picture with the face pasted back, instead of the 512x512 crop."""
-    weights: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
-    """Folder of weights with a manifest. Default: those of the package."""
     device: str = "auto"
     """auto, cpu, cuda or mps."""
     dtype: Annotated[str | None, tyro.conf.arg(metavar="TYPE")] = None
@@ -75,14 +86,7 @@ class Animate:
                 self.portrait,
                 self.speech,
                 self.output,
-                emotion=self.emotion,
-                emotion_reference=self.emotion_reference,
-                intensity=self.intensity,
-                temperature=self.temperature,
-                articulation=self.articulation,
-                blink_rate=self.blink_rate,
-                seed=self.seed,
-                pose_scale=self.pose_scale,
+                **self.motion(),
                 face=self.face,
                 full=self.full,
                 progress=progress,
@@ -128,32 +132,14 @@ class Track:
         print(f"{self.output}: {len(found)} frames")
 
 
-@dataclass(frozen=True)
-class Motion:
+@dataclass(frozen=True, kw_only=True)
+class Motion(_MotionOptions):
     """Make motion from speech, without pictures, at 25 fps: .npz of coefficients or .csv of 52 ARKit blendshapes."""
 
     speech: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="SPEECH")]
     """Recording of speech: any audio or video file with sound."""
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"], metavar="FILE")]
     """File to write (.npz or .csv)."""
-    emotion: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
-    """One of the nine. Default: neutral, or that of the reference."""
-    emotion_reference: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-    """Picture or clip of anyone, to take the emotion from."""
-    intensity: float = 1.0
-    """Strength of the emotion: 0 is neutral, 1 as learnt, up to 2."""
-    temperature: Annotated[float | None, tyro.conf.arg(metavar="X")] = None
-    """How much the motion varies: 0 (the most likely motion) to 2. Default: what suits the weights."""
-    articulation: Annotated[float | None, tyro.conf.arg(metavar="X")] = None
-    """How far the lips move with the speech: 0 (not at all) to 3. Default: what suits the weights."""
-    blink_rate: Annotated[float | None, tyro.conf.arg(metavar="X")] = None
-    """Blinks a minute, 0 to 60. Default: as in the clips that the weights were trained on."""
-    seed: int = 0
-    """Another seed gives another take; the same seed the same motion."""
-    pose_scale: float = 1.0
-    """Factor on the movement of the head, 0 (still) to 2."""
-    weights: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
-    """Folder of weights with a manifest. Default: those of the package."""
 
     def run(self) -> None:
         import numpy as np
@@ -171,14 +157,7 @@ class Motion:
         talker = Talker.load(self.weights, "cpu", parts=("face", "motion"))
         blocks = talker.motion(
             found,
-            emotion=self.emotion,
-            emotion_reference=self.emotion_reference,
-            intensity=self.intensity,
-            temperature=self.temperature,
-            articulation=self.articulation,
-            blink_rate=self.blink_rate,
-            seed=self.seed,
-            pose_scale=self.pose_scale,
+            **self.motion(),
         )
         expression, pose = [], []
         done = 0

@@ -258,7 +258,7 @@ class MotionGenerator:
         offset = self.temperature * self.expflow.latent.noise(1, self._generators[0]).to(self.device)
         if self.bank is not None:
             offset = project(offset, self.bank, self.neighbours, self.manifold)
-        drawn = self._inverse(self.centre + offset, context)
+        drawn = self.expflow.contain(self._inverse(self.centre + offset, context))
         self._history = torch.cat([self._history[:, 1:], drawn[None]], dim=1)
         return self._quieten(drawn) + self.articulation * self.expflow.voice(audio) + self._blinks.next()
 
@@ -275,7 +275,7 @@ class MotionGenerator:
         context = self.poseflow.encode(audio, self._pose_history, self._pose_weights)
         noise = self.poseflow.latent.noise(1, self._generators[1]).to(self.device)
         z = self.poseflow.latent.place(noise, self._pose_weights, self.pose_temperature)
-        motion = self._pose_inverse(z, context)
+        motion = self.poseflow.contain(self._pose_inverse(z, context))
         self._pose_history = torch.cat([self._pose_history[:, 1:], motion[None]], dim=1)
         if self._pose_start is None:
             self._pose_start = motion
