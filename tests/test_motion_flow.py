@@ -22,7 +22,7 @@ from flowvqtalker.motion.flow import ExpFlow, ExpFlowConfig, Flow, PoseFlow, Pos
 from flowvqtalker.motion.fused import FusedInverse
 
 AUDIO = AudioConfig(mels=6, columns=8, width=8, layers=2, lookahead=1)
-EXP = ExpFlowConfig(dim=8, classes=3, steps=3, width=8, heads=2, history=4, audio=AUDIO)
+EXP = ExpFlowConfig(dim=8, classes=3, steps=3, width=8, heads=2, history=4, limit=50.0, audio=AUDIO)
 POSE = PoseFlowConfig(dim=5, steps=3, width=8, heads=2, history=4, audio=AUDIO)
 FLOWS = [
     EXP,
@@ -329,6 +329,29 @@ def test_fused_inverse_equals_the_flow(config):
     assert torch.allclose(FusedInverse(flow, weights)(z, context), flow.inverse(z, context), atol=1e-5)
 
 
+def test_contain_bends_back_only_what_is_far_out():
+    flow = make(EXP, torch.float32)
+    flow.unit.fill_(0.5)
+    x = torch.linspace(-100, 100, 2001)[:, None].expand(-1, 8)
+    bent = flow.contain(x)
+    inside = x.abs() <= 0.6 * EXP.limit * 0.5
+    assert torch.equal(bent[inside], x[inside])
+    assert float(bent.abs().max()) <= EXP.limit * 0.5 + 1e-5
+    assert (bent[1:] >= bent[:-1]).all(), "order is kept"
+
+
+def test_a_flow_that_runs_away_is_held():
+    """A forecast that doubles the last frame leaves any bound unless draws are contained."""
+    flow = make(replace(EXP, limit=3.0), torch.float32)
+    with torch.no_grad():
+        flow.encoder.forecast.gain.fill_(2.0)
+    windows = torch.randn(2, 60 + 4, 6, 8)
+    drawn = flow.rollout(windows, torch.tensor([0, 1]), torch.Generator(), source=torch.zeros(2, 8))
+    left = drawn - flow.voice(flow.audio(windows)).detach()
+    assert torch.isfinite(drawn).all()
+    assert 2 < float(left.abs().max()) < 3.001
+
+
 def test_rollout_feeds_back_its_own_frames():
     flow = make(EXP, torch.float32)
     batch = sequences(EXP)
@@ -349,7 +372,7 @@ def test_rollout_feeds_back_its_own_frames():
 
 def test_save_load_gives_equal_flow_and_names_what_is_wrong():
     flow = make(EXP, torch.float32)
-    values = {"dim": 8, "classes": 3, "steps": 3, "width": 8, "heads": 2, "history": 4}
+    values = {"dim": 8, "limit": 50.0, "classes": 3, "steps": 3, "width": 8, "heads": 2, "history": 4}
     values["audio"] = {"mels": 6, "columns": 8, "width": 8, "layers": 2, "lookahead": 1}
     state = {**flow.state_dict(), "bank.latents": torch.zeros(1, 8)}
     again = ExpFlow.load(state, values)
