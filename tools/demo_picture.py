@@ -18,7 +18,7 @@ from flowvqtalker.media import Picture
 
 SPEECH = Path(__file__).parents[1] / "src" / "flowvqtalker" / "assets" / "sample_speech.ogg"
 EMOTIONS = ("neutral", "happy", "angry", "surprised")
-SIDE = 256
+SIDE = 180
 
 
 def labelled(picture: Picture, text: str) -> np.ndarray:
