@@ -23,14 +23,14 @@ __all__ = ["ARTICULATION", "TEMPERATURE", "MotionGenerator", "reference_latent"]
 #: Default temperatures of expression and pose: below one, a draw keeps to what the model is sure of.
 TEMPERATURE, POSE_TEMPERATURE = 1.0, 1.0
 #: Share of the drawn lips' opening, around its mean over half a second, that is taken off (ours): what the speech does
-# not foretell : of it is noise to a viewer, who sees lips that open in silence. Smiles, brows and the mouth's slow
-# posture stay as drawn.
+#: not foretell of it is noise to a viewer, who sees lips that open in silence. Smiles, brows and the mouth's slow
+#: posture stay as drawn.
 QUIET, _SLOW = 0.8, 12.5
 #: Gain on what the speech foretells: a regression halves a movement that it is not sure of, and such lips mumble.
 ARTICULATION = 1.8
 #: Share of the portrait's expression that the flow is given (ours). It holds the person's resting face, but also the
-# smile or : frown of the moment, which the emotion should replace: given whole, a smiling portrait kept smiling through
-# anger.
+#: smile or frown of the moment, which the emotion should replace: given whole, a smiling portrait kept smiling through
+#: anger.
 SOURCE = 0.5
 #: How far a drawn latent is moved on to the manifold of the training latents.
 MANIFOLD = 0.15

@@ -124,12 +124,12 @@ class CodebookStage(Stage):
         self.autoencoder.codebook.usage.zero_()
         self.autoencoder.codebook.revive(z, torch.Generator().manual_seed(self.config.loop.seed))
 
-    def loss(self, group: str, batch: Tensor, step: int) -> tuple[Tensor, dict[str, float | Tensor]]:
+    def loss(self, group: str, batch: Tensor, step: int) -> tuple[Tensor | None, dict[str, float | Tensor]]:
         config = self.config
         adversarial = step >= config.adversarial_start
         if group == "discriminator":
-            if not adversarial or self._fake is None:  # keeps its parameters in the graph, moves nothing
-                return sum((p.sum() * 0 for p in self.discriminator.parameters()), batch.new_zeros(())), {}
+            if not adversarial or self._fake is None:
+                return None, {}
             real, fake = self.discriminator(batch), self.discriminator(self._fake)
             logs: dict[str, float | Tensor] = {"real": real.detach().mean(), "fake": fake.detach().mean()}
             return discriminator_loss(real.float(), fake.float(), config.adversarial), logs
