@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -10,12 +10,17 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from flowvqtalker.errors import UserError
 from flowvqtalker.render.codebook import CodebookConfig, Encoder, VQAutoencoder
 from flowvqtalker.render.layers import Attention2d, ResBlock, adain
 from flowvqtalker.render.mesh import warp
 from flowvqtalker.render.warp import MOTION, MappingNetwork, WarpConfig, WarpingNetwork
 
-__all__ = ["VQIG", "Generated", "Source", "VQIGConfig"]
+__all__ = ["ABLATION", "VQIG", "Generated", "Source", "VQIGConfig"]
+
+#: Variants of the paper's ablation (fig. 7) and their labels there. B keeps E_w, AdaIN and D_h alone; each of the
+#: others adds one part to the variant before it, and the last is the whole generator.
+ABLATION = {"B": "B", "W": "+W", "phi": "+φ", "M": "+M", "C": "+C"}
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,7 @@ class VQIGConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> VQIGConfig:
-        """Inverse of :meth:`to_dict`."""
+        """Inverse of :meth:`to_dict`; a switch that is left out keeps its default."""
         values = dict(values)
         return cls(
             codebook=CodebookConfig.from_dict(values.pop("codebook")), warp=WarpConfig(**values.pop("warp")), **values
@@ -72,6 +77,17 @@ class VQIGConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain values for a checkpoint."""
         return asdict(self)
+
+    def ablated(self, variant: str) -> VQIGConfig:
+        """This configuration with the parts of one variant of fig. 7, a key of :data:`ABLATION`; sizes stay.
+
+        Raises:
+            UserError: if there is no such variant.
+        """
+        if variant not in ABLATION:
+            raise UserError(f"unknown variant {variant!r} of the image generator; choose one of {', '.join(ABLATION)}")
+        parts = list(ABLATION).index(variant)
+        return replace(self, use_warp=parts >= 1, use_fuse=parts >= 2, use_attention=parts >= 3, use_codes=parts >= 4)
 
 
 class Source(NamedTuple):

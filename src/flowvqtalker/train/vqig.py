@@ -3,6 +3,7 @@ section 3.3)."""
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +30,8 @@ __all__ = ["Config", "VQIGStage", "build"]
 
 Batch = dict[str, Tensor]
 
+logger = logging.getLogger(__name__)
+
 #: Side of the mouth's crop in pixels of the picture.
 _MOUTH = 128
 
@@ -43,6 +46,8 @@ class Data:
     """Trained codebook."""
     face_model: Path = Path("runs/face_model/face_model.safetensors")
     """Face model with which the shard was made."""
+    start: Path | None = None
+    """Weights of an image generator to begin with, as far as this one has the same parts (ablation, fine-tuning)."""
     stills: float = 0.5
     """Share of pairs made from a still picture moved by the face mesh."""
     colour: float = 0.1
@@ -149,6 +154,8 @@ class VQIGStage(Stage):
         if self.perceptual is None:
             self.monitor = "l1"
         self._standardise()
+        if config.data.start is not None:
+            self._begin_with(config.data.start)
         self._patches: tuple[Tensor, Tensor] | None = None
 
     def _standardise(self) -> None:
@@ -166,6 +173,22 @@ class VQIGStage(Stage):
         )
         self.generator.motion_mean.copy_(values.mean(0))
         self.generator.motion_std.copy_(values.std(0).clamp(min=1e-3))
+
+    def _begin_with(self, file: Path) -> None:
+        """Take over what fits of another image generator's weights: its parts, and the means and deviations that its
+        psi knows."""
+        if not file.is_file():
+            raise UserError(f"{file} not found; set data.start to the weights of an image generator, or leave it out")
+        own = self.generator.state_dict()
+        given = load_file(file)
+        taken = {key: value.float() for key, value in given.items() if key in own and own[key].shape == value.shape}
+        new = sorted({key.split(".")[0] for key in own if key not in taken} - {"autoencoder"})
+        if not any(key.startswith("encoder.") for key in taken):
+            raise UserError(f"{file} (data.start) holds no image generator of this size; give one, or leave it out")
+        self.generator.load_state_dict(taken, strict=False)
+        logger.info(
+            "%d of %d tensors come from %s; new parts: %s", len(taken), len(given), file, ", ".join(new) or "none"
+        )
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         frozen = {id(p) for p in self.generator.autoencoder.parameters()}
