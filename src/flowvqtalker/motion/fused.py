@@ -1,8 +1,8 @@
 """The inverse of a flow for one frame at a time, with everything prepared that does not change between frames.
 
-Generation runs frame by frame, so its cost is the number of operations, not of multiplications. For a fixed emotion the
+Generation runs frame by frame, so its cost is the number of operations, not of multiplications. For a given emotion the
 inverse linear map and the inverse multi-actnorm of a step are one matrix; the keys and values of all steps are one
-product.
+product. Another emotion takes four operations for all steps together, so it may change with every frame.
 """
 
 from __future__ import annotations
@@ -39,18 +39,19 @@ class FusedInverse:
         self.memory_bias = torch.cat([torch.cat([b.key.bias, b.value.bias]) for b in blocks])
         self.nets = [self._prepare(step) for step in steps]
         self.unit = flow.unit
+        self._linear = torch.stack([step.linear.inverse_matrix().mT for step in steps])  # K D D, transposed
+        self._means = torch.stack([step.norm.mean for step in steps])  # K C D
+        self._log_scales = torch.stack([step.norm.log_scale for step in steps])
         self.affine: list[tuple[Tensor, Tensor]] = []
-        self.set_emotion(flow, emotion)
+        self.set_emotion(emotion)
 
     @torch.no_grad()
-    def set_emotion(self, flow: Flow, emotion: Tensor) -> None:
+    def set_emotion(self, emotion: Tensor) -> None:
         """Take another emotion, (1, C) weights."""
-        context = Context(emotion[:, None], emotion)
-        self.affine = []
-        for step in flow.each_step():
-            mean, log_scale = step.norm.statistics(context)
-            matrix, offset = log_scale.exp().mT * step.linear.inverse_matrix(), mean
-            self.affine.append((offset.contiguous(), matrix.mT.contiguous()))
+        spread = Context(emotion[:, None], emotion).spread
+        offsets = emotion @ self._means  # K 1 D
+        matrices = self._linear * torch.exp(spread @ self._log_scales)
+        self.affine = list(zip(offsets.unbind(), matrices.unbind(), strict=True))
 
     def _prepare(self, step: FlowStep) -> tuple[list[Tensor], list[list[Tensor]], list[Tensor]]:
         net = step.coupling.net

@@ -6,6 +6,7 @@ import math
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,10 +14,13 @@ from torch import Tensor
 from flowvqtalker import EMOTIONS
 from flowvqtalker.errors import UserError
 from flowvqtalker.motion.blink import Blinks
-from flowvqtalker.motion.context import AudioEncoder, history_of
+from flowvqtalker.motion.context import AudioStream, history_of
+from flowvqtalker.motion.emotion_track import EmotionTrack, heaviest, parse_emotion
 from flowvqtalker.motion.flow import ExpFlow, PoseFlow
 from flowvqtalker.motion.fused import FusedInverse
 from flowvqtalker.motion.manifold import LatentBank, project
+from flowvqtalker.motion.pose_track import PoseTrack
+from flowvqtalker.options import check_limits
 
 __all__ = ["ARTICULATION", "TEMPERATURE", "MotionGenerator", "reference_latent"]
 
@@ -52,32 +56,30 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-class _AudioStream:
-    """An audio encoder fed window by window: features come late by its look-ahead."""
+class _Mood:
+    """What an emotion is to the flow.
 
-    def __init__(self, encoder: AudioEncoder) -> None:
-        self.encoder = encoder
-        self.size = encoder.config.lookback + 1 + encoder.config.lookahead
-        self.features: deque[Tensor] = deque(maxlen=self.size)
+    Attributes:
+        weights: (1, C) of the classes, which also set the multi-actnorms and the emotion token.
+        centre: (1, D) of the latents.
+        near: class whose training latents the draws are moved on to.
+        label: class that it mostly is.
+    """
 
-    def _push(self, feature: Tensor) -> list[Tensor]:
-        if not self.features:
-            self.features.extend([feature] * self.encoder.config.lookback)
-        self.features.append(feature)
-        if len(self.features) < self.size:
-            return []
-        return [self.encoder.mix(torch.stack(list(self.features), dim=1))[0]]
+    weights: Tensor
+    centre: Tensor
+    near: int
+    label: int
 
-    def push(self, window: Tensor) -> list[Tensor]:
-        """Take a window (mels, columns); returns no or one feature (1, width)."""
-        return self._push(self.encoder.embed(window[None]))
-
-    def finish(self) -> list[Tensor]:
-        """The features still held back, with the last window repeated after the end."""
-        if not self.features:
-            return []
-        last = self.features[-1]
-        return [feature for _ in range(self.encoder.config.lookahead) for feature in self._push(last)]
+    def towards(self, other: _Mood, part: float) -> _Mood:
+        """A part of the way, 0 to 1, to another."""
+        if part >= 1:
+            return other
+        nearer = self if part < 0.5 else other
+        weights, centre = (
+            torch.lerp(a, b, part) for a, b in ((self.weights, other.weights), (self.centre, other.centre))
+        )
+        return _Mood(weights, centre, nearer.near, nearer.label)
 
 
 class MotionGenerator:
@@ -88,21 +90,27 @@ class MotionGenerator:
     much later; ``last=True`` says that no window follows, and returns the rest.
 
     * Emotion label: z_t = μ_e + temperature · noise, then moved on to the manifold of training latents of that emotion.
+    * Mixture: latent centre, multi-actnorm and emotion token are the weighted means of those of its emotions; the
+      manifold is that of the heaviest.
+    * Emotion over time: a change moves all of these along a smooth step from one emotion to the next; the frames before
+      are part of each frame's context, so the face follows them without a jump.
     * Reference: the class is the one under which the reference is most likely (or the given label), and its latents'
       mean takes the place of μ_e (see :func:`reference_latent`).
     * Intensity s: latent centre, multi-actnorm and emotion token at (1 - s) · neutral + s · emotion: 0 is neutral, 1
       the emotion, above 1 extrapolates.
     * Pose: PoseFlow draws motion around a clip's mean pose; here around the source's pose. It starts exactly there and
-      settles within about a second.
+      settles within about a second. Motion from elsewhere takes the place of what PoseFlow draws.
 
     Arguments:
         expflow, poseflow: trained flows.
         bank: latents of the training data for the manifold projection; None: no projection.
         beta0: (64,) expression of the source.
         pose0: (6,) pose of the source.
-        emotion: one of :data:`flowvqtalker.EMOTIONS`; may be None with a reference.
+        emotion: one of :data:`flowvqtalker.EMOTIONS` or, without a reference, a mixture (see
+            :func:`flowvqtalker.motion.emotion_track.parse_emotion`); may be None with a reference.
         reference: (R, 64) expression of a clip (25 fps) or picture to take the emotion from.
-        intensity: 0 to 2.
+        track: emotion over time, instead of both.
+        intensity: 0 to 2; of a track, where it says nothing itself.
         temperature: of the expression, 0 (always the most likely) to 1 (as the data varies).
         seed: of the noise.
         pose_temperature: of the pose.
@@ -110,6 +118,7 @@ class MotionGenerator:
         blink_rate: blinks a minute laid over the expression, 0 to 60; None is the training clips' rate.
         manifold: 0 (no projection) to 1.
         neighbours: 𝒦 of the projection.
+        poses: head motion instead of PoseFlow's.
         device: where to compute. The noise is drawn on the CPU, so it is the same everywhere.
 
     Raises:
@@ -126,6 +135,7 @@ class MotionGenerator:
         pose0: Tensor,
         emotion: str | None = "neutral",
         reference: Tensor | None = None,
+        track: EmotionTrack | None = None,
         intensity: float = 1.0,
         temperature: float = TEMPERATURE,
         articulation: float = ARTICULATION,
@@ -135,21 +145,18 @@ class MotionGenerator:
         pose_temperature: float = POSE_TEMPERATURE,
         manifold: float = MANIFOLD,
         neighbours: int = 10,
+        poses: PoseTrack | None = None,
     ) -> None:
-        if emotion is None and reference is None:
+        if emotion is None and reference is None and track is None:
             raise UserError("neither an emotion nor a reference was given; give one")
-        if emotion is not None and emotion not in EMOTIONS:
-            raise UserError(f"unknown emotion {emotion!r}; choose one of {', '.join(EMOTIONS)}")
-        for name, value, high in (
-            ("intensity", intensity, 2.0),
-            ("temperature", temperature, 2.0),
-            ("articulation", articulation, 3.0),
-            ("blink_rate", 0.0 if blink_rate is None else blink_rate, 60.0),
-            ("pose_temperature", pose_temperature, 2.0),
-            ("manifold", manifold, 1.0),
-        ):
-            if not 0 <= value <= high:
-                raise UserError(f"{name} must be between 0 and {high:g}, got {value:g}")
+        check_limits(
+            intensity=intensity,
+            temperature=temperature,
+            articulation=articulation,
+            blink_rate=blink_rate,
+            pose_temperature=pose_temperature,
+            manifold=manifold,
+        )
         self.device = torch.device(device)
         self.expflow, self.poseflow = expflow.to(self.device).eval(), poseflow.to(self.device).eval()
         self.temperature, self.pose_temperature = temperature, pose_temperature
@@ -158,47 +165,81 @@ class MotionGenerator:
         self.manifold, self.neighbours, self.seed = manifold, neighbours, seed
         self.source = SOURCE * beta0.to(self.device, torch.float32).reshape(1, -1)
         self.pose0 = pose0.to(self.device, torch.float32).reshape(1, -1)
-        self._set_emotion(emotion, reference, intensity, bank)
+        self.poses, self._track = poses, track
+        self._bank = bank if manifold > 0 else None
+        self._banks: dict[int, Tensor] = {}
+        with torch.inference_mode(), _one_thread():
+            if track is not None:
+                pairs = [(key.emotion, intensity if key.intensity is None else key.intensity) for key in track.keys]
+                known = {pair: self._mood(*pair) for pair in dict.fromkeys(pairs)}
+                self._moods = [known[pair] for pair in pairs]
+            else:
+                self._moods = [self._mood(emotion, intensity, reference)]
+            self._inverse = FusedInverse(self.expflow, self._moods[0].weights)
+            single = torch.ones(1, self.poseflow.config.classes, device=self.device)
+            self._pose_weights = single / self.poseflow.config.classes
+            self._pose_inverse = FusedInverse(self.poseflow, self._pose_weights)
+            self._set_mood(self._moods[0])
         self._reset()
 
     @property
     def lookahead(self) -> int:
         """Frames by which the output comes later than the windows."""
-        return max(self.expflow.config.audio.lookahead, self.poseflow.config.audio.lookahead)
+        return max(stream.encoder.config.lookahead for stream in self._audio)
 
-    def _set_emotion(
-        self, emotion: str | None, reference: Tensor | None, intensity: float, bank: LatentBank | None
-    ) -> None:
-        with torch.inference_mode(), _one_thread():
-            means = self.expflow.latent.mean
-            if reference is None:
-                label = EMOTIONS.index(emotion or "neutral")
-                centre = means[label]
-            else:
-                given = None if emotion is None else EMOTIONS.index(emotion)
-                label, centre = reference_latent(self.expflow, reference.to(self.device, torch.float32), given)
-            self.emotion = EMOTIONS[label]
-            if reference is None and label == _NEUTRAL:
-                intensity = 1.0
-            neutral = torch.zeros(1, self.expflow.config.classes, device=self.device)
-            neutral[0, _NEUTRAL] = 1
+    @property
+    def emotion(self) -> str:
+        """The emotion at present; of a mixture the heaviest."""
+        return EMOTIONS[self._present.label]
+
+    def _mood(self, emotion: str | None, intensity: float, reference: Tensor | None = None) -> _Mood:
+        weights = None if emotion is None else parse_emotion(emotion)
+        label = _NEUTRAL if weights is None else heaviest(weights)
+        means = self.expflow.latent.mean
+        neutral = torch.zeros(1, self.expflow.config.classes, device=self.device)
+        neutral[0, _NEUTRAL] = 1
+        if reference is None:
+            expressive = neutral.new_tensor([weights or parse_emotion(EMOTIONS[label])])
+            centre = expressive @ means
+            intensity = 1.0 if torch.equal(expressive, neutral) else intensity
+        else:
+            if weights is not None and max(weights) < 1:
+                raise UserError(f"a reference goes with one emotion or with none, not with the mixture {emotion!r}")
+            given = None if emotion is None else label
+            label, centre = reference_latent(self.expflow, reference.to(self.device, torch.float32), given)
             expressive = torch.zeros_like(neutral)
             expressive[0, label] = 1
-            self.weights = (1 - intensity) * neutral + intensity * expressive
-            self.centre = (1 - intensity) * means[_NEUTRAL : _NEUTRAL + 1] + intensity * centre[None]
-            self.bank: Tensor | None = None
-            if bank is not None and self.manifold > 0:
-                nearer = label if intensity >= 0.5 else _NEUTRAL
-                self.bank = bank.offsets(nearer, means.cpu()).to(self.device)  # around the centre, wherever that is
-            self._inverse = FusedInverse(self.expflow, self.weights)
-            single = torch.ones(1, self.poseflow.config.classes, device=self.device)
-            self._pose_weights = single / self.poseflow.config.classes
-            self._pose_inverse = FusedInverse(self.poseflow, self._pose_weights)
+            centre = centre[None]
+        return _Mood(
+            weights=torch.lerp(neutral, expressive, intensity),
+            centre=torch.lerp(means[_NEUTRAL : _NEUTRAL + 1], centre, intensity),
+            near=label if intensity >= 0.5 else _NEUTRAL,
+            label=label,
+        )
+
+    def _set_mood(self, mood: _Mood) -> None:
+        self._present = mood
+        self._inverse.set_emotion(mood.weights)
+        if self._bank is not None and mood.near not in self._banks:
+            offsets = self._bank.offsets(mood.near, self.expflow.latent.mean.cpu())  # around the centre, wherever it is
+            self._banks[mood.near] = offsets.to(self.device)
+
+    def _follow_track(self) -> None:
+        """Take the emotion of the next frame, if it is another one."""
+        if self._track is None:
+            return
+        moment = self._track.at(self._frame / _FPS)
+        if moment != self._moment:
+            former, latest, part = moment
+            self._moment = moment
+            self._set_mood(self._moods[former].towards(self._moods[latest], part))
 
     def _reset(self) -> None:
         self._finished, self._frame = False, 0
-        self._audio = _AudioStream(self.expflow.audio), _AudioStream(self.poseflow.audio)
-        self._waiting: tuple[deque[Tensor], deque[Tensor]] = deque(), deque()
+        flows = [self.expflow] if self.poses is not None else [self.expflow, self.poseflow]
+        self._audio = [AudioStream(flow.audio) for flow in flows]
+        self._waiting: list[deque[Tensor]] = [deque() for _ in flows]
+        self._moment: tuple[int, int, float] | None = None
         self._generators = tuple(torch.Generator().manual_seed(2 * self.seed + which) for which in (0, 1))
         self._blinks = Blinks(self.expflow.blink, self.blink_rate, 2 * self.seed + 1)
         exp, pose = self.expflow.config, self.poseflow.config
@@ -248,17 +289,19 @@ class MotionGenerator:
         """Draw every frame whose audio features of both flows are there."""
         frames = []
         while all(self._waiting):
-            audio, pose_audio = (waiting.popleft() for waiting in self._waiting)
-            frames.append((self._expression(audio), self._pose(pose_audio)))
+            audio = [waiting.popleft() for waiting in self._waiting]
+            self._follow_track()
+            frames.append((self._expression(audio[0]), self._pose(audio[-1])))
             self._frame += 1
         return frames
 
     def _expression(self, audio: Tensor) -> Tensor:
-        context = self.expflow.encode(audio, self._history, self.weights, source=self.source)
+        mood = self._present
+        context = self.expflow.encode(audio, self._history, mood.weights, source=self.source)
         offset = self.temperature * self.expflow.latent.noise(1, self._generators[0]).to(self.device)
-        if self.bank is not None:
-            offset = project(offset, self.bank, self.neighbours, self.manifold)
-        drawn = self.expflow.contain(self._inverse(self.centre + offset, context))
+        if self._bank is not None:
+            offset = project(offset, self._banks[mood.near], self.neighbours, self.manifold)
+        drawn = self.expflow.contain(self._inverse(mood.centre + offset, context))
         self._history = torch.cat([self._history[:, 1:], drawn[None]], dim=1)
         return self._quieten(drawn) + self.articulation * self.expflow.voice(audio) + self._blinks.next()
 
@@ -272,14 +315,18 @@ class MotionGenerator:
         return drawn - QUIET * (level - self._level)[:, None] * self.expflow.opening
 
     def _pose(self, audio: Tensor) -> Tensor:
+        motion = self._draw_pose(audio) if self.poses is None else self.poses.at(self._frame).to(self.device)
+        if self._pose_start is None:
+            self._pose_start = motion
+        return self.pose0 + motion - math.exp(-self._frame / (SETTLE * _FPS)) * self._pose_start
+
+    def _draw_pose(self, audio: Tensor) -> Tensor:
         context = self.poseflow.encode(audio, self._pose_history, self._pose_weights)
         noise = self.poseflow.latent.noise(1, self._generators[1]).to(self.device)
         z = self.poseflow.latent.place(noise, self._pose_weights, self.pose_temperature)
         motion = self.poseflow.contain(self._pose_inverse(z, context))
         self._pose_history = torch.cat([self._pose_history[:, 1:], motion[None]], dim=1)
-        if self._pose_start is None:
-            self._pose_start = motion
-        return self.pose0 + motion - math.exp(-self._frame / (SETTLE * _FPS)) * self._pose_start
+        return motion
 
 
 @torch.inference_mode()

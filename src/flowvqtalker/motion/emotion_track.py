@@ -1,0 +1,169 @@
+"""Emotions as users write them: a label, a mixture of labels, or a course over time from a file."""
+
+from __future__ import annotations
+
+import csv
+import math
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from flowvqtalker import EMOTIONS
+from flowvqtalker.errors import UserError
+
+__all__ = ["BLEND", "EmotionKey", "EmotionTrack", "heaviest", "parse_emotion", "smoothstep"]
+
+#: Seconds that a change of emotion takes. Shorter ones look like a cut: a face moves from rest to the height of an
+#: expression in 0.3 to 0.7 s.
+BLEND = 0.4
+
+_NEEDED = "a file with the columns time (seconds), emotion and, if wanted, intensity"
+
+
+def parse_emotion(spec: str) -> tuple[float, ...]:
+    """Weights of the nine emotions from a label or a mixture.
+
+    Arguments:
+        spec: ``happy``, or ``happy:0.7,surprised:0.3``. Weights are divided by their sum; one that is left out is 1;
+            ``+`` may take the place of the comma (in a csv a comma needs quotes).
+
+    Returns:
+        nine weights in the order of :data:`flowvqtalker.EMOTIONS`; they sum to one.
+
+    Raises:
+        UserError: if a name is none of the nine, is given twice, or a weight is no positive number.
+    """
+    weights = [0.0] * len(EMOTIONS)
+    for part in spec.replace("+", ",").split(","):
+        name, colon, number = (piece.strip() for piece in part.partition(":"))
+        if name not in EMOTIONS:
+            raise UserError(f"unknown emotion {name!r}; choose one of {', '.join(EMOTIONS)}")
+        if weights[EMOTIONS.index(name)]:
+            raise UserError(
+                f"emotion {spec!r} names {name} twice; give each once, for instance happy:0.7,surprised:0.3"
+            )
+        weight = _number(number) if colon else 1.0
+        if weight is None or weight <= 0:
+            raise UserError(
+                f"emotion {spec!r}: the weight of {name} must be a number above 0, got {number!r}; "
+                "write for instance happy:0.7,surprised:0.3"
+            )
+        weights[EMOTIONS.index(name)] = weight
+    total = sum(weights)
+    return tuple(weight / total for weight in weights)
+
+
+def smoothstep(x: float) -> float:
+    """3x² - 2x³ between 0 and 1, flat at both ends and outside."""
+    x = min(max(x, 0.0), 1.0)
+    return x * x * (3 - 2 * x)
+
+
+@dataclass(frozen=True)
+class EmotionKey:
+    """From ``time`` on, in seconds: an emotion (see :func:`parse_emotion`) with an intensity, 0 to 2, or None for the
+    one that is asked for elsewhere."""
+
+    time: float
+    emotion: str
+    intensity: float | None = None
+
+
+@dataclass(frozen=True)
+class EmotionTrack:
+    """Emotion over time: each key holds until the next; a change begins at the key's time and takes :attr:`blend`.
+
+    A function of the time alone, so motion made from it does not depend on how a stream is cut.
+
+    Attributes:
+        keys: in the order of time. What the first one says holds from the beginning.
+        blend: seconds of a change; less where the next key comes sooner.
+    """
+
+    keys: tuple[EmotionKey, ...]
+    blend: float = BLEND
+
+    def __post_init__(self) -> None:
+        if not self.keys:
+            raise UserError(f"the emotion track holds no row; give {_NEEDED}")
+        if not 0 <= self.blend <= 60:
+            raise UserError(f"blend must be between 0 and 60 seconds, got {self.blend:g}")
+        before = -math.inf
+        for key in self.keys:
+            parse_emotion(key.emotion)
+            if not 0 <= key.time < math.inf:
+                raise UserError(f"the times of an emotion track are seconds from 0, got {key.time:g}")
+            if key.time <= before:
+                raise UserError(f"the times of an emotion track must rise, got {key.time:g} after {before:g}")
+            if key.intensity is not None and not 0 <= key.intensity <= 2:
+                raise UserError(f"intensity must be between 0 and 2, got {key.intensity:g} at {key.time:g} s")
+            before = key.time
+
+    def at(self, time: float) -> tuple[int, int, float]:
+        """What holds at a time: the number of the former key, that of the latest, and how far the change between them
+        is, 0 to 1."""
+        now = max(bisect_right(self.keys, time, key=lambda key: key.time) - 1, 0)
+        if now == 0:
+            return 0, 0, 1.0
+        start = self.keys[now].time
+        span = self.blend if now + 1 == len(self.keys) else min(self.blend, self.keys[now + 1].time - start)
+        return now - 1, now, smoothstep((time - start) / span) if span > 0 else 1.0
+
+    @classmethod
+    def load(cls, path: str | Path, blend: float = BLEND) -> EmotionTrack:
+        """Read a csv file: time in seconds, emotion and, if wanted, intensity, with or without a line of names.
+
+        Raises:
+            UserError: if it is missing or a line cannot be understood; the line is named.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise UserError(f"emotion track {path} does not exist; give {_NEEDED}")
+        try:
+            with open(path, newline="", encoding="utf-8-sig") as file:
+                lines = csv.reader(file, skipinitialspace=True)
+                rows = [(lines.line_num, [cell.strip() for cell in row]) for row in lines if any(map(str.strip, row))]
+        except (OSError, UnicodeDecodeError, csv.Error) as error:
+            raise UserError(f"emotion track {path} cannot be read ({error}); give {_NEEDED}") from error
+        names = ["time", "emotion", "intensity"]
+        if rows and _number(rows[0][1][0]) is None:
+            names = [cell.lower() for cell in rows.pop(0)[1]]
+            if not {"time", "emotion"} <= set(names):
+                raise UserError(f"emotion track {path} has the columns {', '.join(names)}; give {_NEEDED}")
+        keys = []
+        for line, row in rows:
+            try:
+                keys.append(_key(dict(zip(names, row, strict=False)), len(row) > len(names)))
+            except UserError as error:
+                raise UserError(f"{path}, line {line}: {error}") from error
+        try:
+            return cls(tuple(keys), blend)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
+
+
+def _key(row: dict[str, str], surplus: bool) -> EmotionKey:
+    time, intensity = _number(row.get("time", "")), row.get("intensity", "")
+    if time is None:
+        raise UserError(f"{row.get('time', '')!r} is no time in seconds")
+    if surplus:
+        raise UserError("too many columns; put a mixture in quotes or join it with +, as in happy:0.7+surprised:0.3")
+    strength = _number(intensity) if intensity else None
+    if intensity and strength is None:
+        raise UserError(f"{intensity!r} is no intensity; give a number from 0 to 2")
+    parse_emotion(row.get("emotion", ""))
+    return EmotionKey(time, row["emotion"], strength)
+
+
+def _number(text: str) -> float | None:
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None
+
+
+def heaviest(weights: Sequence[float]) -> int:
+    """Number of the emotion with the largest weight, of equal ones the first."""
+    return max(range(len(weights)), key=lambda number: weights[number])

@@ -1,0 +1,49 @@
+"""Head motion taken from elsewhere: a tracked clip's course of poses, as long as it is needed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flowvqtalker.errors import UserError
+from flowvqtalker.motion.emotion_track import smoothstep
+
+__all__ = ["CROSSFADE", "PoseTrack"]
+
+#: Frames at 25 fps over which the end of a course that is too short is led back into its beginning.
+CROSSFADE = 25
+
+
+class PoseTrack:
+    """Head motion around a course's mean pose, frame by frame, without end.
+
+    A course that is shorter than the speech is repeated: its last second is faded into its first, so neither place nor
+    speed jumps. (Played to and fro instead, the head would bounce off each end, and movements run backwards look odd.)
+    One pose alone, as from a picture, holds still.
+
+    Arguments:
+        poses: (T, 6) at 25 fps.
+        crossfade: frames of the fade, at most half the course.
+    """
+
+    def __init__(self, poses: Tensor, crossfade: int = CROSSFADE) -> None:
+        if poses.ndim != 2 or poses.shape[1] != 6 or len(poses) == 0 or not bool(torch.isfinite(poses).all()):
+            raise UserError(f"head motion must be (T, 6) finite numbers, T at least 1, got {tuple(poses.shape)}")
+        poses = poses.detach().to("cpu", torch.float32)
+        self.motion = poses - poses.mean(0)
+        self.fade = min(crossfade, len(poses) // 2)
+        self.period = len(poses) - self.fade
+
+    @classmethod
+    def still(cls) -> PoseTrack:
+        """A head that does not move."""
+        return cls(torch.zeros(1, 6))
+
+    def at(self, frame: int) -> Tensor:
+        """Difference (1, 6) to the mean pose at a frame."""
+        lap, place = divmod(frame, self.period)
+        motion = self.motion[place : place + 1]
+        if lap and place < self.fade:
+            former = self.motion[self.period + place]
+            motion = torch.lerp(former, motion, smoothstep((place + 1) / (self.fade + 1)))
+        return motion
