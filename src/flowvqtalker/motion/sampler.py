@@ -56,6 +56,7 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+@dataclass(frozen=True)
 class _Mood:
     """What an emotion is to the flow.
 
