@@ -1,7 +1,8 @@
 """Measures of motion: of coefficients (β, ρ), of the face model's vertices, and of tracked landmarks.
 
 Arrays are NumPy's, one row a frame at 25 fps. A pair of clips must have the same number of frames; whoever compares
-clips of different lengths pairs their frames first. Lengths are shares of the distance between the outer eye corners,
+clips of different lengths pairs their frames first. Frames without a face are rows of NaN; they are left out, and a
+measure of nothing is NaN. Lengths are shares of the distance between the outer eye corners,
 so no measure depends on how large a face is in its picture.
 """
 
@@ -52,12 +53,19 @@ _LIPS, _RIGID = list(LIPS), list(RIGID)
 
 
 def _pair(real: Array, made: Array, width: int | None = None) -> tuple[Array, Array]:
-    """Both as float64, after checking that they fit together."""
+    """The frames that both have, as float64, after checking that the arrays fit together."""
     real, made = np.asarray(real, np.float64), np.asarray(made, np.float64)
     if real.shape != made.shape or len(real) == 0 or (width is not None and real.shape[1:] != (width,)):
         wanted = "the same shape" if width is None else f"the same shape (T, {width})"
         raise UserError(f"motion of {wanted} is compared, got {real.shape} and {made.shape}; pair the frames first")
-    return real, made
+    both = np.isfinite(real).reshape(len(real), -1).all(1) & np.isfinite(made).reshape(len(made), -1).all(1)
+    return real[both], made[both]
+
+
+def _mean(values: Array) -> float:
+    """Mean of what is finite; NaN if nothing is."""
+    values = values[np.isfinite(values)]
+    return float(values.mean()) if values.size else float("nan")
 
 
 # ------------------------------------------------------------------------------------------------------ coefficients
@@ -88,7 +96,7 @@ def expression_distance(real: Array, made: Array, norm: int = 1) -> float:
     if norm not in (1, 2):
         raise ValueError(f"norm must be 1 or 2, got {norm}")
     difference = made - real
-    return float(np.abs(difference).mean() if norm == 1 else np.linalg.norm(difference, axis=1).mean())
+    return _mean(np.abs(difference) if norm == 1 else np.linalg.norm(difference, axis=1))
 
 
 def pose_distance(real: Array, made: Array) -> PoseDistance:
@@ -96,20 +104,20 @@ def pose_distance(real: Array, made: Array) -> PoseDistance:
     real, made = _pair(real, made, 6)
     difference = made - real
     angles = np.abs((difference[:, :3] + np.pi) % (2 * np.pi) - np.pi)  # the short way round
-    return PoseDistance(float(np.degrees(angles).mean()), float(np.abs(difference[:, 3:]).mean()))
+    return PoseDistance(_mean(np.degrees(angles)), _mean(np.abs(difference[:, 3:])))
 
 
 def head_deviation(rho: Array) -> Array:
     """(3,) standard deviation of pitch, yaw and roll within a clip (T, 6), degrees."""
-    deviation: Array = np.degrees(np.asarray(rho, np.float64)[:, :3].std(0))
+    angles = np.asarray(rho, np.float64)[:, :3]
+    angles = angles[np.isfinite(angles).all(1)]
+    deviation: Array = np.degrees(angles.std(0)) if len(angles) else np.full(3, np.nan)
     return deviation
 
 
 def speed(values: Array, fps: float = FPS) -> float:
     """Mean over frames of the Euclidean distance that (T, D) moves, a second; NaN for a single frame."""
-    if len(values) < 2:
-        return float("nan")
-    return float(np.linalg.norm(np.diff(np.asarray(values, np.float64), axis=0), axis=1).mean() * fps)
+    return _mean(np.linalg.norm(np.diff(np.asarray(values, np.float64), axis=0), axis=1)) * fps
 
 
 def diversity(takes: Sequence[Array]) -> float:
@@ -126,8 +134,8 @@ def diversity(takes: Sequence[Array]) -> float:
     found = []
     for a, b in combinations(rows, 2):
         length = min(len(a), len(b))
-        found.append(float(np.linalg.norm(a[:length] - b[:length], axis=1).mean()))
-    return float(np.mean(found)) if found else float("nan")
+        found.append(_mean(np.linalg.norm(a[:length] - b[:length], axis=1)))
+    return _mean(np.array(found))
 
 
 def correlation(a: Array, b: Array) -> float:
@@ -168,7 +176,7 @@ def lip_vertex_error(real: Array, made: Array) -> float:
     if real.ndim != 3 or real.shape[1] <= max(_LIPS):
         raise UserError(f"vertices (T, 478, 3) are compared, got {real.shape}")
     worst = np.linalg.norm(made[:, _LIPS] - real[:, _LIPS], axis=-1).max(axis=1)
-    return float(100 * worst.mean() / _eye_distance(real).mean())
+    return 100 * _mean(worst) / _mean(_eye_distance(real))
 
 
 def _eye_distance(points: Array) -> Array:
@@ -201,9 +209,7 @@ def jitter(points: Array, fps: float = FPS, scale: float = 1.0) -> Jitter:
     points = np.asarray(points, np.float64)
 
     def mean(order: int) -> float:
-        length = np.linalg.norm(np.diff(points, n=order, axis=0), axis=-1)
-        length = length[np.isfinite(length)]
-        return float(length.mean() * fps**order / scale) if length.size else float("nan")
+        return _mean(np.linalg.norm(np.diff(points, n=order, axis=0), axis=-1)) * fps**order / scale
 
     return Jitter(mean(2), mean(3))
 
