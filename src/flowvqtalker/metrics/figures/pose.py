@@ -4,10 +4,10 @@ No definition of either map is published, so these are ours:
 
 * Trace map: the face's outline and the ridge of the nose are projected with the clip's camera and drawn as points; the
   map is, at each pixel of one canvas, the brightest that any frame has there. A head that moves leaves wide traces.
-* Correlation map: Pearson's correlation between what is heard (level in dB, or fundamental frequency F0 in
-  semitones where there is a voice) and how fast the head moves about an axis, |ρ_t - ρ_{t-1}|, in windows of two seconds that overlap by half,
-  averaged over the windows. Rows are the axes (pitch, yaw, roll), columns the lag: at +5 the head moves five frames
-  after the sound.
+* Correlation map: Pearson's correlation between what is heard (level in dB, or fundamental frequency F0 in semitones
+  where there is a voice) and how fast the head moves about an axis, |ρ_t - ρ_{t-1}|, in windows of two seconds that
+  overlap by half, averaged over the windows. Rows are the axes (pitch, yaw, roll), columns the lag: at +5 the head
+  moves five frames after the sound.
 """
 
 from __future__ import annotations
