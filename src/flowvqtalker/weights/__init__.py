@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from flowvqtalker.errors import UserError
 
-__all__ = ["NAMES", "TERMS", "Entry", "add", "folder", "load", "manifest", "restore", "sha256"]
+__all__ = ["JUDGES", "NAMES", "TERMS", "Entry", "add", "folder", "load", "manifest", "restore", "sha256"]
 
 #: What a complete set holds, and the training stage that makes each.
 NAMES = {
@@ -29,6 +29,15 @@ NAMES = {
     "expflow": "expflow",
     "poseflow": "poseflow",
 }
+
+#: Networks that only `evaluate` needs, and the training stage that makes each.
+JUDGES = {
+    "sync": "sync",
+    "emotion": "emotion",
+    "motion_emotion": "motion-emotion",
+}
+
+_STAGES = {**NAMES, **JUDGES}
 
 #: Terms of weights that were trained on the project's data.
 TERMS = "research and non-commercial use only; see docs/model_card.md"
@@ -86,7 +95,7 @@ def load(name: str, path: str | Path | None = None) -> tuple[dict[str, Tensor], 
     """Read one file of weights.
 
     Arguments:
-        name: one of :data:`NAMES`.
+        name: one of :data:`NAMES` or :data:`JUDGES`.
         path: folder; None is the package's own.
 
     Returns:
@@ -95,12 +104,12 @@ def load(name: str, path: str | Path | None = None) -> tuple[dict[str, Tensor], 
     Raises:
         UserError: if the file is missing, not in the manifest, of another stage, or its sha256 is not the manifest's.
     """
-    if name not in NAMES:
-        raise UserError(f"unknown weights {name!r}; choose one of {', '.join(NAMES)}")
+    if name not in _STAGES:
+        raise UserError(f"unknown weights {name!r}; choose one of {', '.join(_STAGES)}")
     place = folder(path)
     entries = manifest(place)
     file = place / f"{name}.safetensors"
-    how = f"train them with `flowvqtalker train {NAMES[name]}` and add them with `python -m flowvqtalker.weights`"
+    how = f"train them with `flowvqtalker train {_STAGES[name]}` and add them with `python -m flowvqtalker.weights`"
     if not file.is_file():
         raise UserError(f"weights {file} are missing; install the package again, or {how}")
     entry = entries.get(file.name)
@@ -111,9 +120,9 @@ def load(name: str, path: str | Path | None = None) -> tuple[dict[str, Tensor], 
         raise UserError(
             f"weights {file} are damaged: sha256 {digest}, expected {entry.sha256}; install the package again"
         )
-    if entry.stage != NAMES[name]:
+    if entry.stage != _STAGES[name]:
         raise UserError(
-            f"weights {file} (sha256 {digest}) are of stage {entry.stage!r}, not {NAMES[name]!r}; check the manifest"
+            f"weights {file} (sha256 {digest}) are of stage {entry.stage!r}, not {_STAGES[name]!r}; check the manifest"
         )
     return _read(file), entry.config
 
@@ -143,7 +152,7 @@ def mismatch(name: str, problem: str, path: str | Path | None = None) -> UserErr
     digest = sha256(file) if file.is_file() else "unknown"
     return UserError(
         f"weights {file} (sha256 {digest}) do not fit their configuration: {problem}; "
-        f"use weights of this version or train them with `flowvqtalker train {NAMES.get(name, name)}`"
+        f"use weights of this version or train them with `flowvqtalker train {_STAGES.get(name, name)}`"
     )
 
 
@@ -162,7 +171,7 @@ def add(
     Arguments:
         source: a run's folder (``weights.safetensors`` and ``config.json``), or a safetensors file. A tensor that
             float16 cannot hold stays float32.
-        name: one of :data:`NAMES`.
+        name: one of :data:`NAMES` or :data:`JUDGES`.
         path: folder of weights, made if it does not exist; None is the package's own.
         data: what they were trained on, in a sentence.
         terms: terms of use.
@@ -174,8 +183,8 @@ def add(
     """
     from safetensors.torch import save_file
 
-    if name not in NAMES:
-        raise UserError(f"unknown weights {name!r}; choose one of {', '.join(NAMES)}")
+    if name not in _STAGES:
+        raise UserError(f"unknown weights {name!r}; choose one of {', '.join(_STAGES)}")
     file = Path(source)
     if file.is_dir():
         file = file / "weights.safetensors"
@@ -186,9 +195,9 @@ def add(
         if beside.is_file():
             about = json.loads(beside.read_text(encoding="utf-8"))
             break
-    stage = str(about.get("stage", NAMES[name]))
-    if stage != NAMES[name]:
-        raise UserError(f"{file} is of stage {stage!r}, but {name} needs {NAMES[name]!r}")
+    stage = str(about.get("stage", _STAGES[name]))
+    if stage != _STAGES[name]:
+        raise UserError(f"{file} is of stage {stage!r}, but {name} needs {_STAGES[name]!r}")
 
     tensors = _read(file)
     halves: dict[str, Tensor] = {}
