@@ -21,8 +21,10 @@ STAGES = {
     "face-model": "flowvqtalker.train.face_model",
     "codebook": "flowvqtalker.train.codebook",
     "vqig": "flowvqtalker.train.vqig",
+    "speech": "flowvqtalker.train.speech",
     "expflow": "flowvqtalker.train.expflow",
     "poseflow": "flowvqtalker.train.poseflow",
+    "sync": "flowvqtalker.train.sync",
 }
 
 

@@ -1,0 +1,344 @@
+"""Stage ``sync``: the sync expert learns to tell which sound belongs to which lips.
+
+A batch holds stretches of clips; every window of five frames is to find its own 0.2 s of sound among those of its own
+stretch (mostly: who is speaking says nothing there) and among those of all stretches, and the other way round. A
+second loss does what the judge is used for: the mean similarity of a stretch must be highest where the sound is not
+shifted. Windows one frame apart share four of five frames and are no negatives of each other.
+
+Validation shifts the sound of clips of unseen people by known offsets and counts how often the smallest distance lies
+within a frame of it, as SyncNet's authors do.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+import torch
+from lightning.fabric import Fabric
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from flowvqtalker.data.mouths import HEIGHT, WIDTH, mouths_of
+from flowvqtalker.data.order import item_generator
+from flowvqtalker.data.shards import SAMPLES, Shard
+from flowvqtalker.errors import UserError
+from flowvqtalker.metrics.sync import REACH, SyncScore, pooled_score
+from flowvqtalker.metrics.sync_expert import (
+    BANDS,
+    COLUMNS,
+    SPAN,
+    SyncExpert,
+    SyncExpertConfig,
+    band_energies,
+    sync_expert_score,
+)
+from flowvqtalker.train.config import LoopConfig, check, to_dict
+from flowvqtalker.train.loop import Stage
+
+__all__ = ["Config", "Spoken", "StretchConfig", "StretchDataset", "SyncStage", "build", "load_spoken", "offset_scores"]
+
+logger = logging.getLogger(__name__)
+
+Floats = npt.NDArray[np.float32]
+Pixels = npt.NDArray[np.uint8]
+
+# Clips of one person that validation also judges together, with one offset for all of them.
+_POOL = 4
+_OFFSETS = 10
+# Frames that a clip keeps at least when its sound is moved.
+_LEFT = 20
+
+
+@dataclass(frozen=True)
+class StretchConfig:
+    """What an item of the training data is."""
+
+    frames: int = 26
+    """Frames of a stretch; clips with fewer are left out."""
+    augment: bool = True
+    """Vary light, size, place, mirror and sharpness of the mouth, and voice, loudness and noise of the sound."""
+
+    def __post_init__(self) -> None:
+        check((self.frames >= 2 * SPAN + 2, f"frames must be at least {2 * SPAN + 2}, got {self.frames}"))
+
+
+@dataclass(frozen=True)
+class SyncLosses:
+    """Weights of the losses beside the contrast within a stretch."""
+
+    across: float = 0.25
+    """Contrast among all windows of the batch."""
+    offset: float = 1.0
+    """Finding the shift of a stretch."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Configuration of the sync expert's stage."""
+
+    shards: tuple[Path, ...] = (Path("data/shard"),)
+    """Shards with mouths (`python -m flowvqtalker.data.mouths`)."""
+    expert: SyncExpertConfig = field(default_factory=SyncExpertConfig)
+    stretch: StretchConfig = field(default_factory=StretchConfig)
+    losses: SyncLosses = field(default_factory=SyncLosses)
+    loop: LoopConfig = field(
+        default_factory=lambda: LoopConfig(lr=2e-3, batch_size=20, warmup=200, decay="cosine", ema=0.995)
+    )
+
+    def __post_init__(self) -> None:
+        check((len(self.shards) > 0, "no shards were given"))
+
+
+@dataclass(frozen=True)
+class Spoken:
+    """One clip with speech.
+
+    Attributes:
+        mouths: (T, 48, 96) uint8.
+        wave: (T * 640,) int16, sample 640 t at frame t.
+        energies: (4 T, 40) float16, see :func:`flowvqtalker.metrics.sync_expert.band_energies`.
+        identity: who it is.
+    """
+
+    mouths: Pixels
+    wave: npt.NDArray[np.int16]
+    energies: npt.NDArray[np.float16]
+    identity: str
+
+    def sound(self, start: int = 0, end: int | None = None) -> Floats:
+        """Samples of the frames start ... end in [-1, 1)."""
+        part = self.wave[start * SAMPLES : len(self.wave) if end is None else end * SAMPLES]
+        return part.astype(np.float32) / np.float32(32768)
+
+
+def load_spoken(paths: Sequence[Path], split: str, shortest: int) -> list[Spoken]:
+    """Clips of a split whose sound is known to be in step with the lips (the shard's ``lag`` is a number).
+
+    Their ends are cut off: where the sound was moved there is silence that the lips know nothing of, and encoders treat
+    the first frame of picture and sound unlike the others, which would give away where both begin.
+
+    Arguments:
+        paths: the shards.
+        split: ``train`` or ``val``.
+        shortest: clips with fewer frames after the cut are left out.
+    """
+    clips: list[Spoken] = []
+    for path in paths:
+        shard = Shard(path)
+        mouths = mouths_of(shard)
+        chosen = set(shard.select(split, speech=True, picture=False, min_length=shortest).tolist())
+        for number in sorted(chosen & set(mouths)):
+            if np.isfinite(shard.lag[number]):
+                moved = float(shard.shifted[number])
+                first = max(1, math.ceil(moved))
+                end = len(mouths[number]) - max(1, math.ceil(-moved))
+                if end - first < shortest:
+                    continue
+                wave = shard.wave(number)[first * SAMPLES : end * SAMPLES]
+                energies = band_energies(wave).astype(np.float16)
+                whole = np.round(wave * 32768).astype(np.int16)
+                clips.append(Spoken(mouths[number][first:end], whole, energies, str(shard.identity[number])))
+    return clips
+
+
+class StretchDataset(Dataset[dict[str, Tensor]]):
+    """Stretches of clips: ``mouths`` (frames, 48, 96) uint8 and ``sound`` (4 frames, 40) float32.
+
+    People share the items by the square root of how much there is of each. Item ``i`` is a pure function of the seed
+    and ``i``.
+    """
+
+    def __init__(self, clips: Sequence[Spoken], config: StretchConfig, seed: int = 0) -> None:
+        if not clips:
+            raise UserError(f"no clips with mouths and {config.frames} frames; check the shards and stretch.frames")
+        self.clips, self.config, self.seed = list(clips), config, seed
+        total: dict[str, float] = {}
+        for clip in clips:
+            total[clip.identity] = total.get(clip.identity, 0.0) + len(clip.mouths)
+        shares = np.cumsum([len(clip.mouths) / total[clip.identity] ** 0.5 for clip in clips])
+        self._shares = shares / shares[-1]
+
+    def __getitem__(self, i: int) -> dict[str, Tensor]:
+        random = item_generator(self.seed, i)
+        clip = self.clips[min(int(np.searchsorted(self._shares, random.random(), side="right")), len(self.clips) - 1)]
+        frames = self.config.frames
+        start = int(random.integers(len(clip.mouths) - frames + 1))
+        mouths: Pixels = np.array(clip.mouths[start : start + frames])
+        sound = clip.energies[start * COLUMNS : (start + frames) * COLUMNS].astype(np.float32)
+        if self.config.augment:
+            mouths, sound = vary_mouths(mouths, random), vary_sound(sound, random)
+        return {"mouths": torch.from_numpy(mouths), "sound": torch.from_numpy(sound)}
+
+
+def vary_mouths(mouths: Pixels, random: np.random.Generator) -> Pixels:
+    """The same movement (T, 48, 96) of another mouth: one change for all frames, and a tremble of the crop."""
+    angle, scale = math.radians(random.uniform(-6, 6)), random.uniform(0.88, 1.12)
+    turn = scale * np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
+    turn[:, 1] *= random.uniform(0.92, 1.08)
+    if random.random() < 0.5:
+        turn[:, 0] *= -1
+    centre = np.array([WIDTH / 2 - 0.5, HEIGHT / 2 - 0.5])
+    shift = centre - turn @ centre + random.uniform(-1, 1, 2) * [5, 4]
+    tremble = random.normal(0, random.uniform(0, 0.5), (len(mouths), 2))
+    coarse = random.uniform(0.3, 1.0) if random.random() < 0.3 else 1.0
+    gain, lift, gamma = random.uniform(0.65, 1.3), random.uniform(-25, 20), random.uniform(0.75, 1.33)
+    table = np.clip((np.linspace(0, 1, 256) ** gamma * 255 - 128) * gain + 128 + lift, 0, 255).astype(np.uint8)
+    noise = random.uniform(0, 6) if random.random() < 0.5 else 0.0
+    varied = np.empty_like(mouths)
+    for t, mouth in enumerate(mouths):
+        matrix = np.concatenate([turn, (shift + tremble[t])[:, None]], axis=1)
+        moved = cv2.warpAffine(
+            mouth, matrix, (WIDTH, HEIGHT), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT_101
+        )
+        if coarse < 1:
+            small = cv2.resize(moved, (round(WIDTH * coarse), round(HEIGHT * coarse)), interpolation=cv2.INTER_AREA)
+            moved = cv2.resize(small, (WIDTH, HEIGHT), interpolation=cv2.INTER_LINEAR)
+        varied[t] = cv2.LUT(moved, table)
+    if noise > 0:
+        grain = random.normal(0, noise, varied.shape).astype(np.float32)
+        varied = np.clip(varied + grain, 0, 255).astype(np.uint8)
+    return varied
+
+
+def vary_sound(sound: Floats, random: np.random.Generator) -> Floats:
+    """The same speech (m, 40) by another voice in another room: one change for all columns."""
+    bands = np.arange(BANDS, dtype=np.float32)
+    where = np.clip(bands * random.uniform(0.88, 1.12) + random.uniform(-1, 1), 0, BANDS - 1)
+    low = np.minimum(where.astype(np.int64), BANDS - 2)
+    part = (where - low).astype(np.float32)
+    varied = sound[:, low] * (1 - part) + sound[:, low + 1] * part
+    tilt = (bands / (BANDS - 1) - 0.5) * random.uniform(-1, 1)
+    varied = varied + np.float32(random.uniform(-0.6, 0.6)) + tilt.astype(np.float32)
+    floor = random.uniform(-9, -2)  # noise fills what lies below it
+    if floor > -7:
+        grain = floor + random.normal(0, 0.25, varied.shape)
+        varied = np.logaddexp(2 * varied, 2 * grain) / 2
+    return np.maximum(varied, -7).astype(np.float32)
+
+
+def offset_scores(expert: SyncExpert, clip: Spoken, late: int) -> SyncScore:
+    """Score of a clip whose sound was delayed by ``late`` frames (negative: advanced), both cut to what overlaps."""
+    count = len(clip.mouths) - abs(late)
+    lips, sound = max(late, 0), max(-late, 0)
+    return sync_expert_score(*expert.embed(clip.mouths[lips : lips + count], clip.sound(sound, sound + count)))
+
+
+class SyncStage(Stage):
+    """See the module.
+
+    Arguments:
+        config: the configuration.
+        train, val: clips of the two splits; without ``val`` the training clips are validated on.
+    """
+
+    name = "sync"
+    monitor = "miss"
+
+    def __init__(self, config: Config, train: Sequence[Spoken], val: Sequence[Spoken]) -> None:
+        torch.manual_seed(config.loop.seed)
+        self.config = config
+        self.expert = SyncExpert(config.expert)
+        self.sharpness = nn.ParameterList([nn.Parameter(torch.tensor(math.log(s))) for s in (10.0, 40.0)])
+        self.module = nn.ModuleDict({"expert": self.expert, "sharpness": self.sharpness})
+        self.data = StretchDataset(train, config.stretch, config.loop.seed)
+        self.val = list(val or train)
+        frames = sum(len(clip.mouths) for clip in train)
+        logger.info("%d clips to train on (%d frames), %d to validate", len(train), frames, len(self.val))
+
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        return {"expert": list(self.module.parameters())}
+
+    def dataset(self, split: str) -> Dataset[Any]:
+        return self.data if split == "train" else StretchDataset(self.val, StretchConfig(augment=False))
+
+    def loss(self, group: str, batch: Any, step: int) -> tuple[Tensor, dict[str, float | Tensor]]:
+        video = self.expert.video(batch["mouths"].float())
+        audio = self.expert.audio(batch["sound"])
+        with torch.autocast(video.device.type, enabled=False):
+            return self._contrast(video, audio)
+
+    def _contrast(self, video: Tensor, audio: Tensor) -> tuple[Tensor, dict[str, float | Tensor]]:
+        """Losses of embeddings (B, n, dim)."""
+        sharp, sharp_offset = (s.exp().clamp(1, 200) for s in self.sharpness)
+        stretches, count = video.shape[:2]
+        index = torch.arange(count, device=video.device)
+        near = (index[:, None] - index).abs() == 1
+        alike = video @ audio.mT  # (B, n, n)
+        inside = (sharp * alike).masked_fill(near, -math.inf)
+        every = sharp * video.flatten(0, 1) @ audio.flatten(0, 1).mT
+        every = every.masked_fill(torch.block_diag(*[near] * stretches), -math.inf)
+        within = _both_ways(inside.flatten(0, 1), inside.mT.flatten(0, 1), index.repeat(stretches))
+        across = _both_ways(every, every.mT, torch.arange(len(every), device=video.device))
+        reach = min(REACH, count - SPAN)
+        curve = torch.stack([alike.diagonal(k, 1, 2).mean(1) for k in range(-reach, reach + 1)], dim=1)
+        wanted = curve.new_zeros(2 * reach + 1)
+        wanted[reach - 1 : reach + 2] = curve.new_tensor([0.1, 0.8, 0.1])  # lags are known to about a frame
+        offset = nn.functional.cross_entropy(sharp_offset * curve, wanted.expand_as(curve))
+        found = ((curve.argmax(1) - reach).abs() <= 1).float().mean()
+        total = within + self.config.losses.across * across + self.config.losses.offset * offset
+        logs: dict[str, float | Tensor] = {"within": within.detach(), "across": across.detach()}
+        return total, {**logs, "offset": offset.detach(), "found": found}
+
+    def validate(self, fabric: Fabric) -> dict[str, float]:
+        """Shares of known offsets that are found, and the mean scores of real and of exchanged sound."""
+        found: list[bool] = []
+        long: list[bool] = []
+        pools: dict[int, list[bool]] = {2: [], _POOL: []}
+        for group, late in self._groups():
+            scores = [offset_scores(self.expert, clip, late) for clip in group]
+            hits = [abs(score.offset + late) <= 1 for score in scores]
+            found += hits
+            long += [hit for hit, clip in zip(hits, group, strict=True) if len(clip.mouths) >= 50]
+            for size, results in pools.items():
+                parts = [scores[i : i + size] for i in range(0, len(scores) - size + 1, size)]
+                results += [abs(pooled_score(part).offset + late) <= 1 for part in parts]
+        numbers = {"found": _share(found), "miss": 1 - _share(found), "found_2s": _share(long)}
+        numbers |= {f"found_pool{size}": _share(results) for size, results in pools.items()}
+        numbers |= {"clips": float(len(found)), "clips_2s": float(len(long)), "chance": 3 / (2 * REACH + 1)}
+        embedded = [self.expert.embed(clip.mouths, clip.sound()) for clip in self.val]
+        for name, turn in (("", 0), ("_exchanged", len(self.val) // 2)):
+            pairs = ((embedded[i][0], embedded[(i + turn) % len(embedded)][1]) for i in range(len(embedded)))
+            cut = ((v[: min(len(v), len(a))], a[: min(len(v), len(a))]) for v, a in pairs)
+            both = [sync_expert_score(v, a) for v, a in cut]
+            numbers["confidence" + name] = float(np.mean([score.confidence for score in both]))
+            numbers["distance" + name] = float(np.mean([score.distance for score in both]))
+        return numbers
+
+    def _groups(self) -> list[tuple[list[Spoken], int]]:
+        """Up to four clips of one person, and by how many frames their sound is to be delayed."""
+        people: dict[str, list[Spoken]] = {}
+        for clip in self.val:
+            people.setdefault(clip.identity, []).append(clip)
+        groups = [clips[i : i + _POOL] for clips in people.values() for i in range(0, len(clips), _POOL)]
+        result = []
+        for number, group in enumerate(groups):
+            most = max(0, min(_OFFSETS, min(len(clip.mouths) for clip in group) - _LEFT))
+            result.append((group, int(item_generator(1, number).integers(-most, most + 1))))
+        return result
+
+    def export(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The expert without the counters of its batch norms."""
+        state = {k: v for k, v in self.expert.state_dict().items() if not k.endswith("num_batches_tracked")}
+        return state, cast("dict[str, Any]", to_dict(self.config.expert))
+
+
+def _both_ways(rows: Tensor, columns: Tensor, target: Tensor) -> Tensor:
+    return 0.5 * (nn.functional.cross_entropy(rows, target) + nn.functional.cross_entropy(columns, target))
+
+
+def _share(hits: Sequence[bool]) -> float:
+    return float(np.mean(hits)) if hits else float("nan")
+
+
+def build(config: Config) -> Stage:
+    """The stage for a configuration; reads the shards."""
+    train = load_spoken(config.shards, "train", config.stretch.frames)
+    return SyncStage(config, train, load_spoken(config.shards, "val", _LEFT + SPAN))
