@@ -9,14 +9,18 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 from flowvqtalker import EMOTIONS, __version__
 from flowvqtalker.errors import UserError
+from flowvqtalker.options import MotionOptions
+
+if TYPE_CHECKING:
+    from flowvqtalker.talker import Talker
 
 # What is slow to import (torch, mediapipe, PyAV) is imported inside the commands, so that --help is quick.
 
@@ -25,33 +29,40 @@ __all__ = ["main"]
 _STAGES = "face-model, codebook, vqig, expflow or poseflow"
 
 
+_File = Annotated[Path | None, tyro.conf.arg(metavar="FILE")]
+_Number = Annotated[float | None, tyro.conf.arg(metavar="X")]
+
+
 @dataclass(frozen=True, kw_only=True)
-class _MotionOptions:
-    """What animate and motion let the user choose of the motion."""
+class _MotionOptions(MotionOptions):
+    """What animate and motion let the user choose of the motion; the base class describes it."""
 
     emotion: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
-    """One of the nine. Default: neutral, or that of the reference."""
-    emotion_reference: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-    """Picture or clip of anyone, to take the emotion from."""
-    intensity: float = 1.0
-    """Strength of the emotion: 0 is neutral, 1 as learnt, up to 2."""
-    temperature: Annotated[float | None, tyro.conf.arg(metavar="X")] = None
-    """How much the motion varies: 0 (the most likely motion) to 2. Default: what suits the weights."""
-    articulation: Annotated[float | None, tyro.conf.arg(metavar="X")] = None
-    """How far the lips move with the speech: 0 (not at all) to 3. Default: what suits the weights."""
-    blink_rate: Annotated[float | None, tyro.conf.arg(metavar="X")] = None
-    """Blinks a minute, 0 to 60. Default: as in the clips that the weights were trained on."""
-    seed: int = 0
-    """Another seed gives another take; the same seed the same motion."""
-    pose_scale: float = 1.0
-    """Factor on the movement of the head, 0 (still) to 2."""
+    emotion_reference: _File = None
+    emotion_track: _File = None
+    pose_from: _File = None
+    temperature: _Number = None
+    articulation: _Number = None
+    blink_rate: _Number = None
+    takes: Annotated[int, tyro.conf.arg(metavar="N")] = 1
+    """Takes in one call, with the seeds SEED to SEED+N-1; they go to OUT_1 to OUT_N."""
     weights: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
     """Folder of weights with a manifest. Default: those of the package."""
 
-    def motion(self) -> dict[str, Any]:
-        """The options as arguments of :meth:`flowvqtalker.talker.Talker.motion`."""
-        names = (f.name for f in fields(_MotionOptions) if f.name != "weights")
-        return {name: getattr(self, name) for name in names}
+    def __post_init__(self) -> None:
+        """Checks nothing: an error in here would be the parser's. :meth:`motion` checks."""
+
+    def motion(self) -> MotionOptions:
+        """The options as :meth:`flowvqtalker.talker.Talker.motion` takes them."""
+        _check_inputs(self.emotion_reference, self.emotion_track, self.pose_from)
+        return MotionOptions(**{f.name: getattr(self, f.name) for f in fields(MotionOptions)})
+
+    def prepare(self, talker: Talker, options: MotionOptions) -> MotionOptions:
+        """The options with clips tracked, which takes a while."""
+        if self.pose_from is None or self.pose_from.suffix.lower() == ".npz":
+            return talker.resolve(options)
+        with _progress("pose") as progress:
+            return talker.resolve(replace(options, pose_from=talker.track(self.pose_from, progress=progress)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,23 +86,28 @@ class Animate(_MotionOptions):
 
     def run(self) -> None:
         from flowvqtalker.media import check_output
-        from flowvqtalker.talker import Talker, check_emotion
+        from flowvqtalker.talker import Talker, take_paths
 
-        check_output(self.output)
-        check_emotion(self.emotion)
-        _check_inputs(self.portrait, self.speech, self.emotion_reference)
+        for path in take_paths(self.output, self.takes):
+            check_output(path)
+        options = self.motion()
+        _check_inputs(self.portrait, self.speech)
         talker = Talker.load(self.weights, self.device, self.dtype)
+        options = self.prepare(talker, options)
         with _progress("animate") as progress:
-            result = talker.animate(
+            results = talker.animate_takes(
                 self.portrait,
                 self.speech,
                 self.output,
-                **self.motion(),
+                self.takes,
+                options,
                 face=self.face,
                 full=self.full,
                 progress=progress,
             )
-        print(f"{result.path}: {result.frames} frames, {result.width}x{result.height}")
+            written = list(results)
+        for result in written:
+            print(f"{result.path}: {result.frames} frames, {result.width}x{result.height}")
 
 
 @dataclass(frozen=True)
@@ -148,17 +164,14 @@ class Motion(_MotionOptions):
         from flowvqtalker.audio.decode import scan
         from flowvqtalker.coefficients import Coefficients
         from flowvqtalker.media import check_output
-        from flowvqtalker.talker import Talker, check_emotion
+        from flowvqtalker.talker import Talker
 
         check_output(self.output, (".npz", ".csv"))
-        check_emotion(self.emotion)
-        _check_inputs(self.speech, self.emotion_reference)
+        options = self.motion()
+        _check_inputs(self.speech)
         found = scan(self.speech)
         talker = Talker.load(self.weights, "cpu", parts=("face", "motion"))
-        blocks = talker.motion(
-            found,
-            **self.motion(),
-        )
+        blocks = talker.motion(found, options=self.prepare(talker, options))
         expression, pose = [], []
         done = 0
         with _progress("motion") as progress:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from flowvqtalker import EMOTIONS
-from flowvqtalker.audio import decode, features
+from flowvqtalker.audio import decode
 from flowvqtalker.coefficients import Coefficients
 from flowvqtalker.errors import UserError
 from flowvqtalker.face.crop import Paster, crop_box
@@ -21,17 +20,18 @@ from flowvqtalker.face.fit import fit
 from flowvqtalker.face.model import CENTRE, EXPRESSION, FOCAL, IDENTITY, FaceModel
 from flowvqtalker.loading import choose_device, choose_dtype, fast_dtype, load_face_model, load_flow, load_generator
 from flowvqtalker.media import FPS, Picture, VideoWriter, check_output
+from flowvqtalker.motion.emotion_track import EmotionTrack, parse_emotion
 from flowvqtalker.motion.flow import ExpFlow, PoseFlow
 from flowvqtalker.motion.manifold import LatentBank
+from flowvqtalker.motion.pose_track import PoseTrack
 from flowvqtalker.motion.sampler import ARTICULATION, TEMPERATURE, MotionGenerator
+from flowvqtalker.motion.stream import Block, MotionStream
+from flowvqtalker.options import MotionOptions
 from flowvqtalker.portrait import Portrait, Progress, find_portrait, track, track_landmarks
 from flowvqtalker.render.generator import VQIG
 from flowvqtalker.render.renderer import Renderer
 
-__all__ = ["Block", "Result", "Talker", "check_emotion", "write_video"]
-
-#: Consecutive frames of motion: expression (t, 64) and pose (t, 6).
-Block = tuple[Tensor, Tensor]
+__all__ = ["Block", "Result", "Talker", "check_emotion", "take_paths", "write_video"]
 
 _REFERENCE_SECONDS = 30
 _BLOCK_SECONDS = 1.0
@@ -58,9 +58,21 @@ class Result:
 
 
 def check_emotion(emotion: str | None) -> None:
-    """Raise a :class:`UserError` that lists the nine if the emotion is none of them."""
-    if emotion is not None and emotion not in EMOTIONS:
-        raise UserError(f"unknown emotion {emotion!r}; choose one of {', '.join(EMOTIONS)}")
+    """Raise a :class:`UserError` that lists the nine if the emotion is none of them and no mixture of them."""
+    if emotion is not None:
+        parse_emotion(emotion)
+
+
+def take_paths(path: str | Path, takes: int) -> list[Path]:
+    """Names of several takes: ``OUT_1.mp4`` to ``OUT_N.mp4``; of a single one, the name itself.
+
+    Raises:
+        UserError: for less than one take, or more than a thousand.
+    """
+    if not 1 <= takes <= 1000:
+        raise UserError(f"takes must be a number from 1 to 1000, got {takes}")
+    path = Path(path)
+    return [path] if takes == 1 else [path.with_stem(f"{path.stem}_{take}") for take in range(1, takes + 1)]
 
 
 class Talker:
@@ -158,33 +170,72 @@ class Talker:
 
     # ---------------------------------------------------------------------------------------------------- motion
 
+    def stream(
+        self, portrait: Portrait | None = None, options: MotionOptions | None = None, **choices: Any
+    ) -> MotionStream:
+        """Motion for speech that arrives in blocks; see :class:`flowvqtalker.motion.stream.MotionStream`.
+
+        Arguments:
+            portrait: whose face starts the motion; None is the mean face seen from the front.
+            options: see :class:`flowvqtalker.options.MotionOptions`.
+            choices: fields of the options by name, for instance ``emotion="happy"``; they go before ``options``.
+
+        Raises:
+            UserError: if an option cannot be used.
+        """
+        chosen = self.resolve(MotionOptions.of(options, choices))
+        pose0 = self.front_pose() if portrait is None else portrait.pose
+        given = chosen.emotion_reference is not None or chosen.emotion_track is not None
+        generator = MotionGenerator(
+            _part(self._expflow, "motion"),
+            _part(self._poseflow, "motion"),
+            self._bank,
+            beta0=torch.zeros(EXPRESSION) if portrait is None else portrait.expression,
+            pose0=pose0,
+            emotion="neutral" if chosen.emotion is None and not given else chosen.emotion,
+            reference=chosen.emotion_reference,  # type: ignore[arg-type]  # resolved
+            track=chosen.emotion_track,  # type: ignore[arg-type]
+            intensity=chosen.intensity,
+            temperature=TEMPERATURE if chosen.temperature is None else chosen.temperature,
+            articulation=ARTICULATION if chosen.articulation is None else chosen.articulation,
+            blink_rate=chosen.blink_rate,
+            seed=chosen.seed,
+            poses=_pose_track(chosen),
+            device="cpu",  # small matrices: a GPU would not be faster, and one seed is the same everywhere
+        )
+        return MotionStream(generator, pose0, chosen.pose_scale)
+
+    def resolve(self, options: MotionOptions) -> MotionOptions:
+        """The options with files read and clips tracked, so that several takes need it once.
+
+        Raises:
+            UserError: if a file cannot be used.
+        """
+        reference, track, poses = options.emotion_reference, options.emotion_track, options.pose_from
+        if track is not None and not isinstance(track, EmotionTrack):
+            options = replace(options, emotion_track=EmotionTrack.load(track))
+        if reference is not None and not isinstance(reference, Tensor):
+            options = replace(options, emotion_reference=self.reference(reference))
+        if poses is not None and not isinstance(poses, Coefficients):
+            stored = Path(poses).suffix.lower() == ".npz"
+            options = replace(options, pose_from=Coefficients.load(poses) if stored else self.track(poses))
+        return options
+
     def motion(
         self,
         speech: str | Path | decode.Speech,
         portrait: Portrait | None = None,
-        *,
-        emotion: str | None = None,
-        emotion_reference: str | Path | Tensor | None = None,
-        intensity: float = 1.0,
-        temperature: float | None = None,
-        articulation: float | None = None,
-        blink_rate: float | None = None,
-        seed: int = 0,
-        pose_scale: float = 1.0,
+        options: MotionOptions | None = None,
+        **choices: Any,
     ) -> Iterator[Block]:
         """Motion for speech, block by block.
 
         Arguments:
-            speech: any file with sound, or what :func:`flowvqtalker.audio.decode.scan` found in it.
+            speech: any file with sound, or what :func:`flowvqtalker.audio.decode.scan` found in it. (For speech that is
+                still being spoken, see :meth:`stream`.)
             portrait: whose face starts the motion; None is the mean face seen from the front.
-            emotion: one of the nine; None is neutral, or what the reference shows.
-            emotion_reference: picture, clip, or expression (R, 64) to take the emotion from.
-            intensity: 0 (neutral) to 2; 1 is the emotion as it was learnt.
-            temperature: 0 (the most likely motion) to 2, how much the motion varies; None takes the sampler's default.
-            articulation: 0 (closed lips) to 3, gain on the lips' movement to speech; None takes the sampler's default.
-            blink_rate: blinks a minute, 0 to 60; None is what the weights' training clips show.
-            seed: of the noise; the same seed gives the same motion to the last bit.
-            pose_scale: factor on the movement of the head, 0 to 2; 0 holds it still.
+            options: see :class:`flowvqtalker.options.MotionOptions`.
+            choices: fields of the options by name, for instance ``emotion="happy"``; they go before ``options``.
 
         Yields:
             expression (t, 64) and pose (t, 6), float32 on the CPU; together one row for each of the speech's frames
@@ -193,32 +244,9 @@ class Talker:
         Raises:
             UserError: at once, if the speech or an option cannot be used.
         """
-        check_emotion(emotion)
-        if not 0 <= seed < 2**62:
-            raise UserError(f"seed must be a number from 0 to 2**62 - 1, got {seed}")
-        if not 0 <= pose_scale <= 2:
-            raise UserError(f"pose_scale must be between 0 and 2, got {pose_scale:g}")
+        chosen = MotionOptions.of(options, choices)
         found = speech if isinstance(speech, decode.Speech) else decode.scan(speech)
-        reference = emotion_reference
-        if reference is not None and not isinstance(reference, Tensor):
-            reference = self.reference(reference)
-        pose0 = self.front_pose() if portrait is None else portrait.pose
-        generator = MotionGenerator(
-            _part(self._expflow, "motion"),
-            _part(self._poseflow, "motion"),
-            self._bank,
-            beta0=torch.zeros(EXPRESSION) if portrait is None else portrait.expression,
-            pose0=pose0,
-            emotion="neutral" if emotion is None and reference is None else emotion,
-            reference=reference,
-            intensity=intensity,
-            temperature=TEMPERATURE if temperature is None else temperature,
-            articulation=ARTICULATION if articulation is None else articulation,
-            blink_rate=blink_rate,
-            seed=seed,
-            device="cpu",  # small matrices: a GPU would not be faster, and one seed is the same everywhere
-        )
-        return _blocks(generator, found, pose0, pose_scale)
+        return self.stream(portrait, chosen).run(decode.stream(found.path, _BLOCK_SECONDS))
 
     # -------------------------------------------------------------------------------------------------- pictures
 
@@ -251,18 +279,12 @@ class Talker:
         portrait: str | Path | Picture | Portrait,
         speech: str | Path,
         output: str | Path,
+        options: MotionOptions | None = None,
         *,
-        emotion: str | None = None,
-        emotion_reference: str | Path | Tensor | None = None,
-        intensity: float = 1.0,
-        temperature: float | None = None,
-        articulation: float | None = None,
-        blink_rate: float | None = None,
-        seed: int = 0,
-        pose_scale: float = 1.0,
         face: int | None = None,
         full: bool = False,
         progress: Progress | None = None,
+        **choices: Any,
     ) -> Result:
         """Animate a portrait with speech into a video as long as the speech.
 
@@ -270,33 +292,69 @@ class Talker:
             portrait: picture file, (H, W, 3) uint8 RGB, or what :meth:`portrait` returned.
             speech: any file with sound; it becomes the sound of the video.
             output: ``.mp4``, ``.mov`` or ``.mkv``; appears when it is complete.
-            emotion, emotion_reference, intensity, temperature: see :meth:`motion`.
-            articulation, blink_rate, seed, pose_scale: see :meth:`motion`.
+            options: see :class:`flowvqtalker.options.MotionOptions`.
             face: which face of the picture, 0 is the largest; None takes the largest.
             full: the whole picture instead of the 512x512 crop.
             progress: called after each frame.
+            choices: fields of the options by name, for instance ``emotion="happy"``; they go before ``options``.
 
         Raises:
             UserError: if an input cannot be used or the output cannot be written; then there is no output.
         """
-        path = check_output(output)
-        _check_not_input(path, portrait, speech, emotion_reference)
-        check_emotion(emotion)
+        chosen = MotionOptions.of(options, choices)
+        (result,) = self.animate_takes(portrait, speech, output, 1, chosen, face=face, full=full, progress=progress)
+        return result
+
+    def animate_takes(
+        self,
+        portrait: str | Path | Picture | Portrait,
+        speech: str | Path,
+        output: str | Path,
+        takes: int,
+        options: MotionOptions | None = None,
+        *,
+        face: int | None = None,
+        full: bool = False,
+        progress: Progress | None = None,
+        **choices: Any,
+    ) -> Iterator[Result]:
+        """Several takes of :meth:`animate`, with the seeds ``seed``, ``seed + 1``, ...; the portrait, a reference and a
+        clip with head motion are prepared once.
+
+        Arguments:
+            output: the takes go to ``OUT_1.mp4`` to ``OUT_N.mp4`` (see :func:`take_paths`), each when it is complete.
+            takes: N.
+            progress: called after each frame, with the frames of all takes.
+
+        Yields:
+            a result after each take.
+
+        Raises:
+            UserError: at once, if an input cannot be used or an output cannot be written.
+        """
+        chosen = MotionOptions.of(options, choices)
+        paths = [check_output(path) for path in take_paths(output, takes)]
+        inputs = (portrait, speech, chosen.emotion_reference, chosen.emotion_track, chosen.pose_from)
+        for path in paths:
+            _check_not_input(path, *inputs)
         found = decode.scan(speech)
         ready = portrait if isinstance(portrait, Portrait) else self.portrait(portrait, face)
-        motion = self.motion(
-            found,
-            ready,
-            emotion=emotion,
-            emotion_reference=emotion_reference,
-            intensity=intensity,
-            temperature=temperature,
-            articulation=articulation,
-            blink_rate=blink_rate,
-            seed=seed,
-            pose_scale=pose_scale,
-        )
-        return write_video(self.render(ready, motion, full=full), path, speech, found.frames, progress)
+        chosen = self.resolve(chosen)
+        every = [replace(chosen, seed=chosen.seed + take) for take in range(takes)]  # a seed too large is said at once
+        first = self.motion(found, ready, every[0])
+
+        def write() -> Iterator[Result]:
+            total = found.frames * takes
+            for take, path in enumerate(paths):
+                motion, before = self.motion(found, ready, every[take]) if take else first, take * found.frames
+
+                def advance(done: int, of: int, before: int = before) -> None:
+                    if progress is not None:
+                        progress(before + done, total)
+
+                yield write_video(self.render(ready, motion, full=full), path, speech, found.frames, advance)
+
+        return write()
 
     def reenact(
         self,
@@ -350,20 +408,12 @@ def write_video(
     return Result(path, writer.frames, width, height)
 
 
-def _blocks(generator: MotionGenerator, speech: decode.Speech, pose0: Tensor, pose_scale: float) -> Iterator[Block]:
-    """Motion of a speech file, decoded as it is needed."""
-
-    def scaled(block: Block) -> Block:
-        expression, pose = block
-        return (expression, pose) if pose_scale == 1 else (expression, pose0 + pose_scale * (pose - pose0))
-
-    for windows in features.stream_windows(decode.stream(speech.path, _BLOCK_SECONDS)):
-        block = generator(windows)
-        if len(block[0]):
-            yield scaled(block)
-    block = generator(torch.zeros(0, features.MELS, features.COLUMNS), last=True)
-    if len(block[0]):
-        yield scaled(block)
+def _pose_track(options: MotionOptions) -> PoseTrack | None:
+    if options.still or options.pose_scale == 0:
+        return PoseTrack.still()
+    if options.pose_from is None:
+        return None
+    return PoseTrack(torch.from_numpy(options.pose_from.at(FPS).pose))  # type: ignore[union-attr]  # resolved
 
 
 def _check_not_input(path: Path, *inputs: object) -> None:

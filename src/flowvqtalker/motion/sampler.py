@@ -167,6 +167,7 @@ class MotionGenerator:
         self.source = SOURCE * beta0.to(self.device, torch.float32).reshape(1, -1)
         self.pose0 = pose0.to(self.device, torch.float32).reshape(1, -1)
         self.poses, self._track = poses, track
+        self._moment: tuple[int, int, float] | None = None  # of the track, what the flow is set to
         self._bank = bank if manifold > 0 else None
         self._banks: dict[int, Tensor] = {}
         with torch.inference_mode(), _one_thread():
@@ -240,7 +241,6 @@ class MotionGenerator:
         flows = [self.expflow] if self.poses is not None else [self.expflow, self.poseflow]
         self._audio = [AudioStream(flow.audio) for flow in flows]
         self._waiting: list[deque[Tensor]] = [deque() for _ in flows]
-        self._moment: tuple[int, int, float] | None = None
         self._generators = tuple(torch.Generator().manual_seed(2 * self.seed + which) for which in (0, 1))
         self._blinks = Blinks(self.expflow.blink, self.blink_rate, 2 * self.seed + 1)
         exp, pose = self.expflow.config, self.poseflow.config

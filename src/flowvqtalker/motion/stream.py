@@ -1,0 +1,105 @@
+"""Motion for speech that is still being spoken: samples in, frames out, bit for bit what the whole recording gives."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from flowvqtalker.audio import features
+from flowvqtalker.audio.decode import SAMPLE_RATE
+from flowvqtalker.motion.sampler import MotionGenerator
+
+__all__ = ["Block", "MotionStream", "front_end_ms"]
+
+#: Consecutive frames of motion: expression (t, 64) and pose (t, 6).
+Block = tuple[Tensor, Tensor]
+
+_FRAME = SAMPLE_RATE // 25
+
+
+@lru_cache(maxsize=1)
+def front_end_ms() -> float:
+    """Speech after the start of a frame, in milliseconds, that the features of the frame need; found by trying, so that
+    it holds for whatever :class:`flowvqtalker.audio.features.FeatureStream` does."""
+    step, stream, needed, ready = 40, features.FeatureStream(), 0, 0
+    for heard in range(step, 16 * _FRAME, step):
+        for _ in stream.push(np.zeros(step, np.float32)):
+            needed, ready = max(needed, heard - ready * _FRAME), ready + 1
+    return 1e3 * needed / SAMPLE_RATE
+
+
+class MotionStream:
+    """Expression and pose for speech in blocks of any size, from a microphone or a file.
+
+    ::
+
+        stream = talker.stream(portrait, emotion="happy")
+        for samples in microphone:  # (n,) float32 or int16 at 16 kHz, one channel
+            expression, pose = stream.push(samples)
+        expression, pose = stream.finish()
+
+    All state is carried from block to block and nothing is computed from a block as such, so the frames are the same to
+    the last bit however the speech is cut. Memory does not grow with its length.
+
+    Arguments:
+        generator: fresh, for this speech alone.
+        pose0: (6,) pose that the head moves around.
+        pose_scale: factor on that movement.
+    """
+
+    def __init__(self, generator: MotionGenerator, pose0: Tensor, pose_scale: float = 1.0) -> None:
+        self._generator, self._features = generator, features.FeatureStream()
+        self._pose0, self._scale = pose0, pose_scale
+        #: Frames given out so far; the next one is ``frames / 25`` seconds into the speech.
+        self.frames = 0
+
+    @property
+    def latency_ms(self) -> float:
+        """How much speech after the start of a frame must have come before the frame is given out, in milliseconds.
+
+        The length of the blocks comes on top where they are longer than a frame, and computing takes its time.
+        """
+        return front_end_ms() + self._generator.lookahead * 1e3 * _FRAME / SAMPLE_RATE
+
+    def push(self, samples: npt.NDArray[Any] | Tensor) -> Block:
+        """Take the next samples, (n,) float in [-1, 1] or int16 at 16 kHz; returns the frames that they complete."""
+        return self._give(self._generator(self._features.push(_as_float(samples))))
+
+    def finish(self) -> Block:
+        """End the speech; returns the frames that are left."""
+        return self._give(self._generator(self._features.finish(), last=True))
+
+    def run(self, blocks: Iterable[npt.NDArray[Any] | Tensor]) -> Iterator[Block]:
+        """Motion for all blocks, as they come; blocks without a frame are left out."""
+        for samples in blocks:
+            block = self.push(samples)
+            if len(block[0]):
+                yield block
+        block = self.finish()
+        if len(block[0]):
+            yield block
+
+    def _give(self, block: Block) -> Block:
+        expression, pose = block
+        self.frames += len(expression)
+        if self._scale != 1 and len(pose):
+            pose = self._pose0 + self._scale * (pose - self._pose0)
+        return expression, pose
+
+
+def _as_float(samples: npt.NDArray[Any] | Tensor) -> npt.NDArray[np.float32]:
+    wave = samples.numpy(force=True) if isinstance(samples, torch.Tensor) else np.asarray(samples)
+    if wave.ndim != 1:
+        raise ValueError(f"samples of one channel are needed, (n,), got {wave.shape}")
+    if wave.dtype == np.int16:
+        return wave.astype(np.float32) / np.float32(32768)
+    if not np.issubdtype(wave.dtype, np.floating):
+        raise ValueError(f"samples must be float in [-1, 1] or int16, got {wave.dtype}")
+    clean: npt.NDArray[np.float32] = np.nan_to_num(wave, nan=0.0, posinf=1.0, neginf=-1.0).astype(np.float32)
+    return clean
