@@ -233,16 +233,16 @@ def face_frame(mesh: Array) -> Array:
     found = np.isfinite(plane).all(axis=(1, 2))
     if not found.any():
         raise UserError("no frame has a face; landmarks of a face are needed")
-    points = plane[..., 0] + 1j * plane[..., 1]  # a similarity of the plane is a product and a sum
+    points = plane[found, :, 0] + 1j * plane[found, :, 1]  # a similarity of the plane is a product and a sum
     points = points - points[:, _RIGID].mean(1, keepdims=True)
-    target = points[found][0, _RIGID]
+    target = points[0, _RIGID]
     for _ in range(2):
         rigid = points[:, _RIGID]
-        turn = (rigid @ target.conj())[:, None] / (np.abs(rigid) ** 2).sum(1, keepdims=True)
-        aligned = points * turn
-        target = aligned[found][:, _RIGID].mean(0)
-    flat = np.stack([aligned.real, aligned.imag], axis=-1)
-    frame: Array = flat / _eye_distance(flat[found]).mean()
+        aligned = points * ((rigid.conj() @ target) / (np.abs(rigid) ** 2).sum(1))[:, None]
+        target = aligned[:, _RIGID].mean(0)
+    flat = np.full(plane.shape, np.nan)
+    flat[found] = np.stack([aligned.real, aligned.imag], axis=-1)
+    frame: Array = flat / _mean(_eye_distance(flat))
     return frame
 
 

@@ -153,7 +153,7 @@ def make(panels: Sequence[Panel], methods: Sequence[Method] = ("tsne", "pca")) -
             [handles[name] for name in shown],
             shown,
             loc="outside lower center",
-            ncols=min(len(shown), 5),
+            ncols=min(len(shown), (3, 5, 9)[min(len(panels), 3) - 1]),
             markerscale=2,
         )
     return figure
