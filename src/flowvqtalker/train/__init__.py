@@ -25,6 +25,7 @@ STAGES = {
     "expflow": "flowvqtalker.train.expflow",
     "poseflow": "flowvqtalker.train.poseflow",
     "sync": "flowvqtalker.train.sync",
+    "motion-emotion": "flowvqtalker.train.motion_emotion",
 }
 
 
