@@ -17,7 +17,7 @@ from flowvqtalker.motion.bijections import (
     MultiActNorm,
     class_weights,
 )
-from flowvqtalker.motion.context import AudioConfig, AudioEncoder, ContextEncoder, history_of
+from flowvqtalker.motion.context import AudioConfig, AudioEncoder, AudioStream, ContextEncoder, history_of
 from flowvqtalker.motion.flow import ExpFlow, ExpFlowConfig, Flow, PoseFlow, PoseFlowConfig, Sequences
 from flowvqtalker.motion.fused import FusedInverse
 
@@ -312,6 +312,37 @@ def test_audio_encoder_sees_its_neighbourhood_only():
     assert changed.tolist() == [False, False, True, True, True, True, True, False]  # frame t reads windows t .. t + 4
     with pytest.raises(UserError, match="lookahead"):
         AudioConfig(layers=2, lookahead=5)
+
+
+DEEP = AudioConfig(mels=6, columns=8, width=5, reach=((1, 1), (2, 1), (4, 0)), lookahead=2, hidden=8)
+
+
+def test_deep_encoder_sees_its_reach_only():
+    torch.manual_seed(0)
+    encoder = AudioEncoder(DEEP).eval()
+    assert (DEEP.lookback, DEEP.lookahead, DEEP.lookahead_ms) == (7, 2, 200)
+    windows = torch.randn(1, 7 + 12 + 2, 6, 8)
+    before = encoder(windows)
+    assert before.shape == (1, 12, 5)
+    windows[:, 10] += 1  # of frame 3
+    changed = (encoder(windows) - before).abs().amax(-1)[0] > 1e-6
+    assert changed.nonzero()[:, 0].tolist() == list(range(1, 11))
+    with pytest.raises(UserError, match="looks 2 frames ahead"):
+        replace(DEEP, lookahead=1)
+
+
+@pytest.mark.parametrize("config", [AUDIO, DEEP])
+@pytest.mark.parametrize("frames", [1, 3, 30])
+def test_streamed_encoder_equals_the_whole_clip(config, frames):
+    torch.manual_seed(0)
+    encoder = AudioEncoder(config).eval()
+    windows = torch.randn(frames, 6, 8)
+    stream = AudioStream(encoder)
+    with torch.no_grad():
+        parts = [stream.push(window) for window in windows]
+        assert [len(part) for part in parts] == [int(i >= config.lookahead) for i in range(frames)]
+        found = [one for part in [*parts, stream.finish()] for one in part]
+    assert torch.allclose(torch.cat(found), encoder.of_clip(windows), atol=1e-5)
 
 
 def test_default_lookahead_is_documented():

@@ -15,14 +15,15 @@ from flowvqtalker import EMOTIONS
 from flowvqtalker.audio.features import log_mel
 from flowvqtalker.audio.features import windows as all_windows
 from flowvqtalker.errors import UserError
-from flowvqtalker.motion.context import AudioConfig
+from flowvqtalker.motion.context import AudioConfig, AudioEncoder
 from flowvqtalker.motion.flow import ExpFlow, ExpFlowConfig, PoseFlow, PoseFlowConfig
 from flowvqtalker.motion.manifold import LatentBank
 from flowvqtalker.train import expflow, poseflow
 from flowvqtalker.train.config import LoopConfig, from_dict, to_dict
 from flowvqtalker.train.flow_stage import Losses, correlation
 from flowvqtalker.train.loop import fit
-from flowvqtalker.train.sequences import Corpus, MotionClip, SequenceConfig, SequenceDataset, perturb
+from flowvqtalker.train.sequences import Corpus, MotionClip, SequenceConfig, SequenceDataset, hear
+from flowvqtalker.train.voices import perturb, reverberate, vary
 
 AUDIO = AudioConfig(width=8, layers=2, lookahead=1)
 LOOP = LoopConfig(steps=6, batch_size=4, lr=3e-3, log_every=2, validate_every=3, save_every=3, device="cpu", ema=0.5)
@@ -167,13 +168,46 @@ def test_speech_is_hidden_for_some_items(corpus):
     assert all(plain[i]["speech"] == plain[i]["heard"] for i in range(50))
 
 
-def test_perturbation_is_one_change_for_the_whole_item():
-    flat = np.zeros((5, 80, 16), np.float32)
+def test_perturbation_is_one_change_for_all_columns():
+    flat = np.zeros((50, 80), np.float32)
     changed = [perturb(flat, np.random.default_rng(s)) for s in range(30)]
     assert all(np.abs(x).max() <= 4 for x in changed)
-    clean = [x for x in changed if np.ptp(x, axis=(0, 2)).max() == 0]
-    assert clean, "without noise, all windows change alike"
+    clean = [x for x in changed if np.ptp(x, axis=0).max() == 0]
+    assert clean, "without noise, all columns change alike"
     assert len({float(x.mean()) for x in changed}) == 30
+
+
+def test_reverberation_decays_by_sixty_decibels_in_its_time():
+    burst = np.full((120, 80), -4, np.float32)
+    burst[10] = 2
+    tail = reverberate(burst, seconds=0.5, level=0.5)
+    assert np.allclose(tail[:10], burst[:10], atol=0.15), "nothing comes before the sound"
+    assert np.allclose(tail[12:40] - tail[11:39], -60 / 40 / 12.5, atol=2e-3)  # 40 columns are half a second
+
+
+def test_varied_voices_differ_and_stay_in_range():
+    mel = np.random.default_rng(0).normal(size=(60, 80)).clip(-4, 4).astype(np.float32)
+    found = [vary(mel, np.random.default_rng(s)) for s in range(20)]
+    assert all(x.shape == mel.shape and x.dtype == np.float32 and np.abs(x).max() <= 4 for x in found)
+    assert len({float(x.mean()) for x in found}) == 20
+
+
+def test_a_frozen_encoder_runs_once_for_every_clip():
+    clips = Corpus([clip(n, 30 + n, speech=n != 2) for n in range(4)])
+    plain = dataset(clips, plain=True)
+    torch.manual_seed(0)
+    encoder = AudioEncoder(AUDIO).eval()
+    windows = [plain.item(n, 9, np.random.default_rng(0))["windows"] for n in (0, 1)]
+    hear(clips, encoder, copies=3)
+    for n in (0, 1):
+        assert clips.clips[n].features.shape == (3, 30 + n, 8)
+        ready = plain.item(n, 9, np.random.default_rng(0))["windows"]
+        assert torch.allclose(ready, encoder(windows[n][None])[0], atol=2e-3)  # float16
+    assert np.abs(clips.clips[0].features[0] - clips.clips[0].features[1]).max() > 0.01
+    assert clips.clips[2].features.shape == (1, 32, 8)
+    varied = dataset(clips)
+    shapes = {tuple(varied[i]["windows"].shape) for i in range(20)}
+    assert shapes == {(16, 8)}
 
 
 def test_empty_corpus_is_named():
@@ -252,6 +286,24 @@ def test_lip_regression_learns_lips_from_sound(corpus):
         optimizer.step()
         optimizer.zero_grad()
     assert float(logs["lips"]) < 0.3
+
+
+def test_expflow_takes_a_trained_encoder_and_leaves_it_alone(tmp_path):
+    clips = Corpus([clip(n, 20 + 3 * n, speech=n % 3 > 0) for n in range(18)])
+    torch.manual_seed(3)
+    encoder = AudioEncoder(AUDIO)
+    voicing = torch.nn.Linear(AUDIO.width, 64)
+    given = {f"audio.{key}": value for key, value in encoder.state_dict().items()}
+    given |= {f"voicing.{key}": value for key, value in voicing.state_dict().items()}
+    config = exp_config()
+    stage = expflow.ExpFlowStage(config, clips, clips, torch.randn(64, 478, 3), encoder=given)
+    fit(stage, LOOP, tmp_path / "run")
+    state = load_file(str(tmp_path / "run" / "weights.safetensors"))
+    for key, value in encoder.state_dict().items():
+        assert torch.equal(state[f"audio.{key}"], value.half())
+    assert not torch.equal(state["voicing.weight"], voicing.weight.half())
+    with pytest.raises(UserError, match="no finished run of `flowvqtalker train speech`"):
+        expflow.build(replace(config, speech=tmp_path / "none"))
 
 
 def test_poseflow_stage_trains_exports_and_loads(tmp_path):

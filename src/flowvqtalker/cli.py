@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
-_STAGES = "face-model, codebook, vqig, expflow or poseflow"
+_STAGES = "face-model, codebook, vqig, speech, expflow or poseflow"
 
 
 _File = Annotated[Path | None, tyro.conf.arg(metavar="FILE")]
@@ -256,6 +256,14 @@ class Prepare:
 
 
 @dataclass(frozen=True)
+class PrepareSpeech:
+    """Turn speech into a set for training the audio encoder; `flowvqtalker prepare-speech --help` shows its options."""
+
+    def run(self) -> None:
+        raise UserError("nothing was given; see `flowvqtalker prepare-speech --help`")
+
+
+@dataclass(frozen=True)
 class Doctor:
     """List what is installed, what is missing and how to get it; exit code 1 if something needed is missing."""
 
@@ -278,6 +286,7 @@ _COMMANDS: dict[str, Callable[..., Any]] = {
     "render": Render,
     "train": Train,
     "prepare": Prepare,
+    "prepare-speech": PrepareSpeech,
     "doctor": Doctor,
 }
 
@@ -293,7 +302,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     # `prepare` says itself whether a line is an error.
-    style = "%(message)s" if given[:1] == ["prepare"] else "%(levelname)s: %(message)s"
+    style = "%(message)s" if given[:1] in (["prepare"], ["prepare-speech"]) else "%(levelname)s: %(message)s"
     logging.basicConfig(level=logging.WARNING, format=f"flowvqtalker: {style}")
     logging.getLogger("flowvqtalker").setLevel(logging.INFO)
     for level, name in ((logging.WARNING, "warning"), (logging.INFO, "info"), (logging.ERROR, "error")):
@@ -326,10 +335,10 @@ def _dispatch(given: list[str]) -> None:
 
         train.main(given[1], given[2:])
         return
-    if len(given) > 1 and given[0] == "prepare":
-        from flowvqtalker.data import prepare
+    if len(given) > 1 and given[0] in ("prepare", "prepare-speech"):
+        from flowvqtalker.data import prepare, speech
 
-        prepare.main(given[1:])
+        (prepare if given[0] == "prepare" else speech).main(given[1:])
         return
     description = (
         "One portrait, a speech recording and an emotion in, an emotional 512x512 talking-face video out. "

@@ -6,7 +6,9 @@ handful of tokens, once per frame; the K steps of a flow share them.
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +17,7 @@ from torch.nn import functional
 from flowvqtalker.errors import UserError
 from flowvqtalker.motion.bijections import Context, CrossBlock
 
-__all__ = ["AudioConfig", "AudioEncoder", "ContextEncoder", "Forecast", "history_of"]
+__all__ = ["AudioConfig", "AudioEncoder", "AudioStream", "ContextEncoder", "Forecast", "TemporalBlock", "history_of"]
 
 #: One video frame lasts this long.
 FRAME_MS = 40
@@ -25,7 +27,8 @@ WINDOW_AHEAD_MS = 16 * 12.5 - 2 * FRAME_MS
 
 @dataclass(frozen=True)
 class AudioConfig:
-    """Size and reach of the audio encoder."""
+    """Size and reach of the audio encoder: a small one that is trained with its flow, or (with ``reach``) a deep one
+    that is trained on its own first (stage ``speech``)."""
 
     mels: int = 80
     """Mel bins of a window."""
@@ -34,19 +37,34 @@ class AudioConfig:
     width: int = 128
     """Size of an audio feature."""
     layers: int = 4
-    """Temporal convolutions over 3 frames each, so a feature sees 2 layers + 1 windows."""
+    """Temporal convolutions of the small encoder, over 3 frames each: a feature sees 2 layers + 1 windows."""
     lookahead: int = 3
-    """Windows after the frame that a feature sees (of the 2 layers); the rest lie before it."""
+    """Windows after the frame that a feature sees; the rest lie before it."""
+    reach: tuple[tuple[int, int], ...] = ()
+    """Blocks of the deep encoder: how many frames back and ahead the outer taps of each convolution lie."""
+    hidden: int = 256
+    """Width of the deep encoder."""
 
     def __post_init__(self) -> None:
-        positive = min(self.mels, self.width, self.layers) >= 1 and self.columns >= 4
-        if not positive or not 0 <= self.lookahead <= 2 * self.layers:
-            raise UserError(f"audio: sizes must be positive and 0 <= lookahead <= 2 layers, got {self}")
+        object.__setattr__(self, "reach", tuple((int(back), int(ahead)) for back, ahead in self.reach))
+        positive = min(self.mels, self.width, self.layers, self.hidden) >= 1 and self.columns >= 4
+        if not positive or not 0 <= self.lookahead <= self.span:
+            raise UserError(f"audio: sizes must be positive and 0 <= lookahead <= {self.span}, got {self}")
+        if any(min(pair) < 0 for pair in self.reach):
+            raise UserError(f"audio: reach must not be negative, got {self.reach}")
+        if self.reach and self.lookahead != sum(ahead for _, ahead in self.reach):
+            ahead = sum(ahead for _, ahead in self.reach)
+            raise UserError(f"audio: reach looks {ahead} frames ahead, but lookahead is {self.lookahead}")
+
+    @property
+    def span(self) -> int:
+        """Windows that a feature sees beside the one of its frame."""
+        return sum(back + ahead for back, ahead in self.reach) if self.reach else 2 * self.layers
 
     @property
     def lookback(self) -> int:
         """Windows before the frame that a feature sees."""
-        return 2 * self.layers - self.lookahead
+        return self.span - self.lookahead
 
     @property
     def lookahead_ms(self) -> float:
@@ -54,51 +72,127 @@ class AudioConfig:
         return self.lookahead * FRAME_MS + WINDOW_AHEAD_MS
 
 
-class AudioEncoder(nn.Module):
-    """Speech features from log-mel windows: a convolution within each window, then one over a neighbourhood of windows.
+class TemporalBlock(nn.Module):
+    """A residual convolution over time with taps ``back`` frames before a frame, at it, and ``ahead`` frames after it.
 
-    The second makes coarticulation visible (lips prepare the next sound) at a fixed look-ahead
-    (:attr:`AudioConfig.lookahead_ms`). :meth:`embed` and :meth:`mix` are the two halves, so that a stream computes each
-    window once.
+    There is no padding: T frames become T - back - ahead.
+    """
+
+    def __init__(self, width: int, back: int, ahead: int, inner: int = 0) -> None:
+        super().__init__()
+        self.back, self.ahead = back, ahead
+        self.norm = nn.LayerNorm(width)
+        self.convolution = nn.Linear(3 * width, inner or width)
+        self.out = nn.Linear(inner, width) if inner else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, width) to (B, T - back - ahead, width)."""
+        length = x.shape[1] - self.back - self.ahead
+        y = self.norm(x)
+        taps = [y[:, start : start + length] for start in (0, self.back, self.back + self.ahead)]
+        y = functional.gelu(self.convolution(torch.cat(taps, dim=-1)), approximate="tanh")
+        result: Tensor = x[:, self.back : self.back + length] + (y if self.out is None else self.out(y))
+        return result
+
+
+class AudioEncoder(nn.Module):
+    """Speech features from log-mel windows: a convolution within each window, then blocks over a neighbourhood of
+    windows.
+
+    The blocks make coarticulation visible (lips prepare the next sound) at a fixed look-ahead
+    (:attr:`AudioConfig.lookahead_ms`). :meth:`embed` and :meth:`mix` are the two halves; :class:`AudioStream` computes
+    each of their parts once for every frame of a stream.
     """
 
     def __init__(self, config: AudioConfig) -> None:
         super().__init__()
         self.config = config
-        width = config.width
+        inner = config.hidden if config.reach else config.width
         length = (config.columns + 3) // 4  # after two strides of two
+        deep = [nn.Conv1d(config.mels, inner, 3, padding=1), nn.GELU(approximate="tanh")] if config.reach else []
         self.window = nn.Sequential(
-            nn.Conv1d(config.mels, width, 3, stride=2, padding=1),
+            *deep,
+            nn.Conv1d(inner if deep else config.mels, inner, 3, stride=2, padding=1),
             nn.GELU(approximate="tanh"),
-            nn.Conv1d(width, width, 3, stride=2, padding=1),
+            nn.Conv1d(inner, inner, 3, stride=2, padding=1),
             nn.GELU(approximate="tanh"),
             nn.Flatten(),
-            nn.Linear(length * width, width),
-            nn.LayerNorm(width),
+            nn.Linear(length * inner, inner),
+            nn.LayerNorm(inner),
         )
-        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(config.layers))
-        self.convolutions = nn.ModuleList(nn.Linear(3 * width, width) for _ in range(config.layers))
-        self.final = nn.LayerNorm(width)
+        reach = config.reach or ((1, 1),) * config.layers
+        wide = 2 * inner if config.reach else 0
+        self.blocks = nn.ModuleList(TemporalBlock(inner, back, ahead, wide) for back, ahead in reach)
+        self.head = nn.Linear(inner, config.width) if config.reach else nn.Identity()
+        self.final = nn.LayerNorm(config.width)
 
     def embed(self, windows: Tensor) -> Tensor:
-        """(N, mels, columns) log-mel in [-4, 4] to (N, width)."""
+        """(N, mels, columns) log-mel in [-4, 4] to (N, inner width)."""
         features: Tensor = self.window(windows / 4)
         return features
 
-    def mix(self, features: Tensor) -> Tensor:
-        """(B, lookback + T + lookahead, width) window features to (B, T, width)."""
-        x = features
-        for norm, convolution in zip(self.norms, self.convolutions, strict=True):
-            y = norm(x)
-            y = torch.cat([y[:, :-2], y[:, 1:-1], y[:, 2:]], dim=-1)  # a convolution over 3 frames, without padding
-            x = x[:, 1:-1] + functional.gelu(convolution(y), approximate="tanh")
-        result: Tensor = self.final(x)
+    def finish(self, features: Tensor) -> Tensor:
+        """What the last block gives, (..., inner width), to audio features (..., width)."""
+        result: Tensor = self.final(self.head(features))
         return result
+
+    def mix(self, features: Tensor) -> Tensor:
+        """(B, lookback + T + lookahead, inner width) window features to (B, T, width)."""
+        for block in self.blocks:
+            features = block(features)
+        return self.finish(features)
 
     def forward(self, windows: Tensor) -> Tensor:
         """(B, lookback + T + lookahead, mels, columns) to (B, T, width)."""
         batch, count = windows.shape[:2]
         return self.mix(self.embed(windows.flatten(0, 1)).view(batch, count, -1))
+
+    @torch.no_grad()
+    def of_clip(self, windows: Tensor) -> Tensor:
+        """Features (T, width) of a whole clip's windows (T, mels, columns), the outermost repeated."""
+        if len(windows) == 0:
+            return windows.new_zeros(0, self.config.width)
+        features = self.embed(windows)
+        before = features[:1].expand(self.config.lookback, -1)
+        after = features[-1:].expand(self.config.lookahead, -1)
+        return self.mix(torch.cat([before, features, after])[None])[0]
+
+
+class AudioStream:
+    """An audio encoder fed window by window: features come late by its look-ahead, each part is computed once a frame.
+
+    The first window is repeated before the start, and the last one after the end, as training repeats them.
+    """
+
+    def __init__(self, encoder: AudioEncoder) -> None:
+        self.encoder = encoder
+        blocks = cast("list[TemporalBlock]", list(encoder.blocks))
+        self._blocks = [(block, deque[Tensor](maxlen=block.back + block.ahead + 1)) for block in blocks]
+        self._last: Tensor | None = None
+
+    def _feed(self, feature: Tensor) -> list[Tensor]:
+        for block, held in self._blocks:
+            held.append(feature)
+            if len(held) < (held.maxlen or 0):
+                return []
+            feature = block(torch.stack(list(held), dim=1))[:, 0]
+        return [self.encoder.finish(feature)]
+
+    def push(self, window: Tensor) -> list[Tensor]:
+        """Take a window (mels, columns); returns no or one feature (1, width)."""
+        feature = self.encoder.embed(window[None])
+        if self._last is None:
+            for _ in range(self.encoder.config.lookback):
+                self._feed(feature)
+        self._last = feature
+        return self._feed(feature)
+
+    def finish(self) -> list[Tensor]:
+        """The features still held back."""
+        last = self._last
+        if last is None:
+            return []
+        return [feature for _ in range(self.encoder.config.lookahead) for feature in self._feed(last)]
 
 
 class Forecast(nn.Module):

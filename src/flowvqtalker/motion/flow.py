@@ -110,7 +110,8 @@ class Sequences:
 
     Attributes:
         frames: (B, τ + T, D); zeros before the start of a clip.
-        windows: (B, lookback + T + lookahead, mels, columns); the outermost windows of a clip are repeated.
+        windows: (B, lookback + T + lookahead, mels, columns); the outermost windows of a clip are repeated. Or ready
+            audio features (B, T, width), where the encoder is not trained.
         emotion: (B,) class numbers or (B, C) weights.
         speech: (B,) bool; false: no sound, or hidden.
         source: (B, D), or None.
@@ -231,6 +232,11 @@ class Flow(Bijection):
         context: Context = self.encoder(audio, history / self.unit, weights, speech=speech, source=scaled)
         return context
 
+    def listen(self, windows: Tensor) -> Tensor:
+        """Audio features (B, T, width) of ``windows`` as :class:`Sequences` has them."""
+        features: Tensor = windows if windows.ndim == 3 else self.audio(windows)
+        return features
+
     def each_step(self) -> list[FlowStep]:
         """The K steps, from data to latent."""
         return cast("list[FlowStep]", list(self.steps))
@@ -256,7 +262,7 @@ class Flow(Bijection):
         """
         if self.voicing is None:
             return batch
-        audio = self.audio(batch.windows) if audio is None else audio
+        audio = self.listen(batch.windows) if audio is None else audio
         size = self.config.history
         foretold = self.voice(audio, batch.speech[:, None].expand(-1, audio.shape[1])).detach()
         frames = torch.cat([torch.zeros_like(batch.frames[:, :size]), batch.frames[:, size:] - foretold], dim=1)
@@ -302,7 +308,7 @@ class Flow(Bijection):
 
     def contexts(self, batch: Sequences, audio: Tensor | None = None) -> Context:
         """Contexts of the frames of ``batch`` that its mask keeps, in order: N = mask.sum()."""
-        audio = self.audio(batch.windows) if audio is None else audio
+        audio = self.listen(batch.windows) if audio is None else audio
         keep = batch.mask
         length = keep.shape[1]
         emotion = class_weights(batch.emotion, self.config.classes).to(batch.frames)
@@ -316,7 +322,7 @@ class Flow(Bijection):
 
     def negative_log_likelihood(self, batch: Sequences, audio: Tensor | None = None) -> Tensor:
         """-log p of each frame that the mask keeps, (N,) nats: the terms of L_exp (eq. 10) and L_pose (eq. 12)."""
-        audio = self.audio(batch.windows) if audio is None else audio
+        audio = self.listen(batch.windows) if audio is None else audio
         batch = self.unvoiced(batch, audio)
         targets = batch.frames[:, self.config.history :][batch.mask]
         return -self.log_prob(targets, self.contexts(batch, audio))
@@ -329,7 +335,7 @@ class Flow(Bijection):
         last, as in generation. Uses torch's global generator.
         """
         size, device = self.config.history, batch.frames.device
-        audio = self.audio(batch.windows) if audio is None else audio
+        audio = self.listen(batch.windows) if audio is None else audio
         batch = self.unvoiced(batch, audio)  # what is taken off is the same for true and drawn frames
         rows, columns = torch.nonzero(batch.mask[:, 1:], as_tuple=True)  # column c: frames c and c + 1 of a pair
         chosen = torch.randperm(len(rows), device=device)[:pairs]
@@ -362,7 +368,7 @@ class Flow(Bijection):
         :class:`~flowvqtalker.motion.sampler.MotionGenerator` for streams).
 
         Arguments:
-            windows: (B, lookback + T + lookahead, mels, columns).
+            windows: see :class:`Sequences`.
             emotion: (B,) class numbers or (B, C) weights.
             generator: of the noise.
             speech: (B,) bool.
@@ -372,7 +378,7 @@ class Flow(Bijection):
         Returns:
             (B, T, D).
         """
-        audio = self.audio(windows)
+        audio = self.listen(windows)
         history = audio.new_zeros(len(audio), self.config.history, self.config.dim)
         frames = []
         for t in range(audio.shape[1]):

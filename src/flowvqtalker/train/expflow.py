@@ -2,30 +2,35 @@
 
 from __future__ import annotations
 
+import json
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric import Fabric
-from torch import Tensor
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
 from torch.utils.data import default_collate
 
 from flowvqtalker import EMOTIONS
 from flowvqtalker.data.order import item_generator
+from flowvqtalker.errors import UserError
 from flowvqtalker.face.arkit import arkit_index
 from flowvqtalker.face.model import FaceModel
 from flowvqtalker.face.topology import LIPS
 from flowvqtalker.motion.blink import measure_blinks
+from flowvqtalker.motion.context import AudioConfig
 from flowvqtalker.motion.flow import ExpFlow, ExpFlowConfig
 from flowvqtalker.motion.manifold import LatentBank
-from flowvqtalker.train.config import LoopConfig, check, to_dict
+from flowvqtalker.train.config import LoopConfig, check, from_dict, to_dict
 from flowvqtalker.train.flow_stage import FlowStage, Losses, correlation, evaluating, whole_clips
 from flowvqtalker.train.loop import Stage
-from flowvqtalker.train.sequences import Corpus, SequenceConfig, SequenceDataset, collate, load_corpus
+from flowvqtalker.train.sequences import Corpus, SequenceConfig, SequenceDataset, collate, hear, load_corpus
 
-__all__ = ["Config", "ExpFlowStage", "build"]
+__all__ = ["Config", "ExpFlowStage", "build", "face_model", "lip_directions", "lip_gap"]
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +46,11 @@ class Config:
     """Folders of `python -m flowvqtalker.data.prepare`."""
     face_model: Path | None = None
     """Face model of the coefficients, which says what the lips do; None takes the package's own."""
+    speech: Path | None = None
+    """Run of the stage `speech`, or its weights: an audio encoder that is then not trained any further. None trains a
+    small one with the flow."""
+    voices: int = 2
+    """With `speech`: versions of each clip's sound, the first as it is and the others of varied voices."""
     flow: ExpFlowConfig = field(default_factory=ExpFlowConfig)
     sequences: SequenceConfig = field(default_factory=SequenceConfig)
     losses: Losses = field(default_factory=Losses)
@@ -53,6 +63,7 @@ class Config:
     def __post_init__(self) -> None:
         check(
             (self.bank > 0, f"bank must be positive, got {self.bank}"),
+            (self.voices > 0, f"voices must be positive, got {self.voices}"),
             (len(self.shards) > 0, "no shards were given"),
         )
 
@@ -78,15 +89,30 @@ class ExpFlowStage(FlowStage):
         train, val: clips of the two splits.
         expression: (64, 478, 3) basis of the face model, for the lips.
         lids: (65,) map from [β, 1] to the blendshape of shut lids; None: no blink is measured.
+        encoder: trained weights of the audio encoder and of its map to β, which fit ``config.flow.audio``; None: they
+            are trained with the flow.
     """
 
     name = "expflow"
 
     def __init__(
-        self, config: Config, train: Corpus, val: Corpus | None, expression: Tensor, lids: Tensor | None = None
+        self,
+        config: Config,
+        train: Corpus,
+        val: Corpus | None,
+        expression: Tensor,
+        lids: Tensor | None = None,
+        encoder: dict[str, Tensor] | None = None,
     ) -> None:
         torch.manual_seed(config.loop.seed)
         flow = ExpFlow(config.flow)
+        self.frozen = encoder is not None
+        if encoder is not None:
+            flow.load_state_dict(encoder, strict=False)
+            flow.audio.requires_grad_(False)
+            for corpus, copies in ((train, config.voices), (val, 1)):
+                if corpus is not None:
+                    hear(corpus, flow.audio, copies, config.loop.seed)
         super().__init__(config, flow, train, val)
         self.lips, self.gap = lip_directions(expression), lip_gap(expression)
         flow.opening.copy_(self.gap)
@@ -94,6 +120,10 @@ class ExpFlowStage(FlowStage):
             template, rate = measure_blinks((clip.frames for clip in train.clips), lids.numpy())
             flow.blink.copy_(template)
             flow.blink_rate.fill_(rate)
+
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        frozen = set(self.flow.audio.parameters()) if self.frozen else set()
+        return {"flow": [parameter for parameter in self.module.parameters() if parameter not in frozen]}
 
     def auxiliary(self, batch: Any, audio: Tensor) -> tuple[Tensor | None, dict[str, Tensor]]:
         """Regression of the lips from the audio features, on frames with speech: their shape relative to the clip's
@@ -127,7 +157,7 @@ class ExpFlowStage(FlowStage):
         drawn = self.flow.rollout(windows, emotion, generator, source=source, temperature=0.7).cpu()
         true = batch.frames[:, self.flow.config.history :]
         score = correlation(drawn @ self.gap, true @ self.gap, batch.mask)
-        guess = self.flow.voice(self.flow.audio(windows)).cpu() @ self.gap
+        guess = self.flow.voice(self.flow.listen(windows)).cpu() @ self.gap
         regression = correlation(guess, true @ self.gap, batch.mask)
         moves = [(x @ self.gap)[batch.mask].std() for x in (drawn, true)]
         speed = [(x[:, 1:] - x[:, :-1]).abs()[batch.mask[:, 1:]].mean() for x in (drawn, true)]
@@ -177,16 +207,35 @@ class ExpFlowStage(FlowStage):
 
 def build(config: Config) -> Stage:
     """The stage for a configuration; reads the shards."""
-    face = _face_model(config.face_model)
+    encoder = None
+    if config.speech is not None:
+        encoder, audio = _encoder(config.speech)
+        config = replace(config, flow=replace(config.flow, audio=audio))
+    face = face_model(config.face_model)
     expression = face.expression
     lids = face.arkit[[arkit_index("eyeBlinkLeft"), arkit_index("eyeBlinkRight")]].mean(0)
     basis = torch.linalg.qr(lip_directions(expression))[0]
     lips, gap = (basis @ basis.mT).numpy(), lip_gap(expression).numpy()
     train, val = (load_corpus(config.shards, split, config.sequences, lips=lips, gap=gap) for split in ("train", "val"))
-    return ExpFlowStage(config, train, val, expression, lids)
+    return ExpFlowStage(config, train, val, expression, lids, encoder)
 
 
-def _face_model(path: Path | None) -> FaceModel:
+def _encoder(path: Path) -> tuple[dict[str, Tensor], AudioConfig]:
+    """Weights and configuration that the stage ``speech`` exported."""
+    file = path / "weights.safetensors" if path.is_dir() else path
+    settings = file.with_suffix(".json") if file.with_suffix(".json").is_file() else file.with_name("config.json")
+    try:
+        state = load_file(str(file))
+        about = json.loads(settings.read_text(encoding="utf-8"))
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"{file} is no finished run of `flowvqtalker train speech` ({error})") from error
+    if about.get("stage") != "speech":
+        raise UserError(f"{file} is of stage {about.get('stage')!r}; speech must be a run of stage 'speech'")
+    return {key: value.float() for key, value in state.items()}, from_dict(AudioConfig, about["config"])
+
+
+def face_model(path: Path | None) -> FaceModel:
+    """The face model of a path; None is the package's own."""
     if path is not None:
         return FaceModel.load(path)
     from flowvqtalker import weights

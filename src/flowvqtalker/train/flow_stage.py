@@ -103,7 +103,7 @@ class FlowStage(Stage):
 
     def loss(self, group: str, batch: Any, step: int) -> tuple[Tensor, dict[str, float | Tensor]]:
         sequences = collate(batch, self.flow.config.source)
-        audio = self.flow.audio(sequences.windows)
+        audio = self.flow.listen(sequences.windows)
         nll = self.flow.negative_log_likelihood(sequences, audio).mean()
         total, logs = nll, {"nll": nll.detach()}
         if self.losses.consistency > 0:

@@ -25,10 +25,11 @@ from flowvqtalker.audio.features import COLUMNS, MELS, log_mel
 from flowvqtalker.data.order import item_generator
 from flowvqtalker.data.shards import Shard
 from flowvqtalker.errors import UserError
-from flowvqtalker.motion.context import AudioConfig
+from flowvqtalker.motion.context import AudioConfig, AudioEncoder
 from flowvqtalker.motion.flow import Sequences
+from flowvqtalker.train.voices import vary
 
-__all__ = ["Corpus", "MotionClip", "SequenceConfig", "SequenceDataset", "collate", "load_corpus", "perturb"]
+__all__ = ["Corpus", "MotionClip", "SequenceConfig", "SequenceDataset", "collate", "hear", "load_corpus"]
 
 Floats = npt.NDArray[np.float32]
 
@@ -58,7 +59,7 @@ class SequenceConfig:
     strongest: float = 1.6
     """Strengths are drawn evenly between 0 (neutral) and this."""
     perturb: bool = True
-    """Vary loudness, spectral tilt, vocal tract length and noise floor of the speech."""
+    """Vary the speech's voice and room (train.voices)."""
     shortest: int = 12
     """Clips with fewer frames are left out."""
 
@@ -73,6 +74,8 @@ class MotionClip:
         emotion: class number.
         speech: whether the sound is this face's speech.
         identity: who it is.
+        features: (copies, L, width) audio features of a frozen encoder, the first of the speech as it is and the others
+            of varied voices; None: the encoder is trained and needs windows.
     """
 
     frames: Floats
@@ -80,14 +83,19 @@ class MotionClip:
     emotion: int
     speech: bool
     identity: str
+    features: npt.NDArray[np.float16] | None = None
 
-    def windows(self, index: npt.NDArray[np.int64]) -> Floats:
-        """Windows (n, 80, 16) of some frames, the same as :func:`flowvqtalker.audio.features.windows` gives."""
+    def windows(self, index: npt.NDArray[np.int64], random: np.random.Generator | None = None) -> Floats:
+        """Windows (n, 80, 16) of some frames, the same as :func:`flowvqtalker.audio.features.windows` gives; with a
+        generator, of another voice in another room."""
         if self.mel is None:
             return np.full((len(index), MELS, COLUMNS), -4, np.float32)
         first = np.trunc((index - 2) * 16 / 5).astype(np.int64)
         columns = np.clip(first[:, None] + np.arange(COLUMNS), 0, len(self.mel) - 1)
-        return np.ascontiguousarray(self.mel[columns].transpose(0, 2, 1), dtype=np.float32)
+        begin, end = int(columns.min()), int(columns.max()) + 1
+        mel = np.asarray(self.mel[begin:end], np.float32)
+        mel = mel if random is None else vary(mel, random)
+        return np.ascontiguousarray(mel[columns - begin].transpose(0, 2, 1))
 
 
 class Corpus:
@@ -212,26 +220,24 @@ def load_corpus(
     return Corpus(clips, lips, gap)
 
 
-def perturb(windows: Floats, random: np.random.Generator) -> Floats:
-    """The same speech by another voice in another room: one change for all windows of an item.
+def hear(corpus: Corpus, encoder: AudioEncoder, copies: int = 1, seed: int = 0) -> None:
+    """Give every clip its audio features, so that an encoder that is not trained runs once and not in every step.
 
     Arguments:
-        windows: (n, 80, 16) in [-4, 4], where 0.08 is a decibel.
-        random: of the change.
+        corpus: the clips; changed in place.
+        encoder: the encoder.
+        copies: 1, or more for varied voices beside the speech as it is.
+        seed: of the voices.
     """
-    bands = np.arange(MELS, dtype=np.float32)
-    where = np.clip(bands * random.uniform(0.9, 1.1) + random.uniform(-1, 1), 0, MELS - 1)  # vocal tract length
-    low = np.minimum(where.astype(np.int64), MELS - 2)
-    part = (where - low).astype(np.float32)[:, None]
-    changed = windows[:, low] * (1 - part) + windows[:, low + 1] * part
-    tilt = (bands / (MELS - 1) - 0.5) * random.uniform(-1, 1)
-    changed += np.float32(random.uniform(-0.8, 0.5)) + tilt.astype(np.float32)[:, None]
-    floor = random.uniform(-5, -1.5)  # noise fills what lies below it
-    if floor > -4:
-        noise = floor + random.normal(0, 0.2, changed.shape).astype(np.float32)
-        changed = np.logaddexp(changed * 3, noise * 3) / 3
-    limited: Floats = np.clip(changed, -4, 4).astype(np.float32)
-    return limited
+    for number, clip in enumerate(corpus.clips):
+        if not clip.speech:
+            nothing = np.zeros((1, len(clip.frames), encoder.config.width), np.float16)
+            corpus.clips[number] = replace(clip, features=nothing)
+            continue
+        index = np.arange(len(clip.frames))
+        voices = [None, *(item_generator(seed, number * copies + copy) for copy in range(1, copies))]
+        found = [encoder.of_clip(torch.from_numpy(clip.windows(index, voice))) for voice in voices]
+        corpus.clips[number] = replace(clip, features=torch.stack(found).numpy().astype(np.float16))
 
 
 class SequenceDataset(Dataset[dict[str, Any]]):
@@ -290,10 +296,14 @@ class SequenceDataset(Dataset[dict[str, Any]]):
         before = min(start, self.history)
         part = clip.frames[start - before : start + config.frames]
         frames[self.history - before : self.history - before + len(part)] = part
-        reach = np.arange(-self.audio.lookback, config.frames + self.audio.lookahead)
-        windows = clip.windows(np.clip(start + reach, 0, len(clip.frames) - 1))
-        if config.perturb and clip.speech and not self.plain:
-            windows = perturb(windows, random)
+        changed = config.perturb and clip.speech and not self.plain
+        if clip.features is not None:
+            copy = int(random.integers(len(clip.features))) if changed else 0
+            where = np.clip(start + np.arange(config.frames), 0, clip.features.shape[1] - 1)
+            windows = clip.features[copy, where].astype(np.float32)
+        else:
+            reach = np.arange(-self.audio.lookback, config.frames + self.audio.lookahead)
+            windows = clip.windows(np.clip(start + reach, 0, len(clip.frames) - 1), random if changed else None)
         source = clip.frames[0] if self.plain else self.corpus.source(number, random, config)
         return {
             "frames": torch.from_numpy(frames),

@@ -1,0 +1,249 @@
+"""Stage ``speech``: the deep audio encoder, taught on its own what to listen for before a flow is trained on it (ours).
+
+From log-mel windows it learns to reproduce the features of a large speech encoder (distillation), to foretell the lips
+of the clips whose face was tracked, and, as further tasks, facial action units and an animator's mouth curves. Voices
+and rooms are varied: pitch and formants by the speech set itself, the rest by :func:`flowvqtalker.train.voices.vary`.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.fabric import Fabric
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from flowvqtalker.audio.features import COLUMNS
+from flowvqtalker.data.order import item_generator
+from flowvqtalker.data.speech import CURVES, TEACHER, UNITS, SpeechSet
+from flowvqtalker.errors import UserError
+from flowvqtalker.face.model import EXPRESSION
+from flowvqtalker.motion.context import AudioConfig, AudioEncoder
+from flowvqtalker.train.config import LoopConfig, check, to_dict
+from flowvqtalker.train.loop import Stage
+from flowvqtalker.train.voices import vary
+
+__all__ = ["Config", "Listener", "SpeechStage", "build"]
+
+logger = logging.getLogger(__name__)
+
+#: Taps of the default encoder: 24 frames back (1 s), 4 ahead.
+REACH = ((1, 1), (1, 1), (2, 1), (4, 1), (8, 0), (8, 0))
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Weights of the tasks; each loss is the share of the target's variance that is left unexplained."""
+
+    teacher: float = 1.0
+    lips: float = 1.0
+    units: float = 0.1
+    curves: float = 0.1
+
+
+@dataclass(frozen=True)
+class Config:
+    """Configuration of the audio encoder's stage."""
+
+    sets: tuple[Path, ...] = (Path("data/speech"),)
+    """Folders of `flowvqtalker prepare-speech`."""
+    face_model: Path | None = None
+    """Face model of the coefficients, which says what the lips do; None takes the package's own."""
+    audio: AudioConfig = field(
+        default_factory=lambda: AudioConfig(reach=REACH, lookahead=sum(ahead for _, ahead in REACH))
+    )
+    frames: int = 64
+    """Frames of an item."""
+    lips_share: float = 0.6
+    """Share of the items that are taken from recordings with tracked lips."""
+    vary: float = 0.8
+    """Probability that an item's voice and room are varied."""
+    weights: Weights = field(default_factory=Weights)
+    loop: LoopConfig = field(
+        default_factory=lambda: LoopConfig(lr=1e-3, batch_size=16, warmup=200, decay="cosine", ema=0.998)
+    )
+
+    def __post_init__(self) -> None:
+        check(
+            (len(self.sets) > 0, "no speech sets were given"),
+            (self.frames > 0, f"frames must be positive, got {self.frames}"),
+            (0 <= self.lips_share <= 1, f"lips_share must be in [0, 1], got {self.lips_share}"),
+            (0 <= self.vary <= 1, f"vary must be in [0, 1], got {self.vary}"),
+        )
+
+
+class Listener(nn.Module):
+    """The encoder with the heads of its tasks. ``voicing`` (to β) goes on to the flow."""
+
+    def __init__(self, config: AudioConfig) -> None:
+        super().__init__()
+        self.audio = AudioEncoder(config)
+        self.voicing = nn.Linear(config.width, EXPRESSION)
+        nn.init.zeros_(self.voicing.weight)
+        nn.init.zeros_(self.voicing.bias)
+        self.teacher = nn.Linear(config.width, TEACHER)
+        self.units = nn.Linear(config.width, UNITS)
+        self.curves = nn.Linear(config.width, CURVES)
+
+    def forward(self, windows: Tensor) -> dict[str, Tensor]:
+        """(B, lookback + T + lookahead, mels, columns) to (B, T, ·) for each task."""
+        features = self.audio(windows)
+        return {
+            "lips": self.voicing(features),
+            "teacher": self.teacher(features),
+            "units": self.units(features),
+            "curves": self.curves(features),
+        }
+
+
+class _Items(Dataset[dict[str, Any]]):
+    """Items of recordings; each speaker counts by the square root of what it says."""
+
+    def __init__(self, sets: list[SpeechSet], split: str, config: Config, plain: bool) -> None:
+        self.sets, self.config, self.plain = sets, config, plain
+        self.places: list[tuple[int, int]] = []
+        told = []
+        for which, one in enumerate(sets):
+            for number in np.flatnonzero((one.split == split) & (one.length > 0)):
+                self.places.append((which, int(number)))
+                told.append(bool(np.isfinite(one.lips[one.start[number], 0])))
+        if not self.places:
+            raise UserError(f"the speech sets hold no {split} recordings")
+        speakers = np.array([str(sets[which].speaker[number]) for which, number in self.places])
+        lengths = np.array([sets[which].length[number] for which, number in self.places], np.float64)
+        self.orders = []
+        for chosen in (np.flatnonzero(told), np.flatnonzero(~np.array(told))):
+            names, who = np.unique(speakers[chosen], return_inverse=True)
+            total = np.bincount(who, lengths[chosen], len(names)) if len(chosen) else np.zeros(0)
+            weights = lengths[chosen] / np.sqrt(total[who]) if len(chosen) else np.zeros(0)
+            self.orders.append((chosen, np.cumsum(weights / weights.sum()) if len(chosen) else weights))
+
+    @property
+    def spoken(self) -> list[tuple[int, int]]:
+        """(set, recording) of those with tracked lips."""
+        return [self.places[i] for i in self.orders[0][0]]
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        random = item_generator(self.config.loop.seed, i)
+        order = 0 if random.random() < self.config.lips_share else 1
+        chosen, shares = self.orders[order if len(self.orders[order][0]) else 1 - order]
+        place = min(int(np.searchsorted(shares, random.random())), len(chosen) - 1)
+        which, number = self.places[int(chosen[place])]
+        start = int(random.integers(max(1, int(self.sets[which].length[number]) - self.config.frames + 1)))
+        return self.item(which, number, start, self.config.frames, random)
+
+    def item(self, which: int, number: int, start: int, frames: int, random: np.random.Generator) -> dict[str, Any]:
+        """``frames`` frames of a recording from ``start`` on; targets are NaN where there are none."""
+        one, audio = self.sets[which], self.config.audio
+        length = int(one.length[number])
+        first, columns = int(one.mel_start[number]), int(one.mel_length[number])
+        index = np.clip(start + np.arange(-audio.lookback, frames + audio.lookahead), 0, length - 1)
+        low = np.clip(np.trunc((index - 2) * 16 / 5).astype(np.int64)[:, None] + np.arange(COLUMNS), 0, columns - 1)
+        begin, end = int(low.min()), int(low.max()) + 1
+        mel = np.asarray(one.mel[first + begin : first + end], np.float32)
+        if not self.plain and random.random() < self.config.vary:
+            mel = vary(mel, random)
+        windows = np.ascontiguousarray(mel[low - begin].transpose(0, 2, 1))
+        rows = slice(int(one.start[number]) + start, int(one.start[number]) + min(start + frames, length))
+        result: dict[str, Any] = {"windows": torch.from_numpy(windows)}
+        for key, column in (("teacher", one.teacher), ("lips", one.lips), ("units", one.units), ("curves", one.curves)):
+            values = np.full((frames, column.shape[1]), np.nan, np.float32)
+            values[: rows.stop - rows.start] = column[rows]
+            result[key] = torch.from_numpy(values)
+        return result
+
+
+class SpeechStage(Stage):
+    """See the module.
+
+    Arguments:
+        config: the configuration.
+        sets: speech sets.
+        lips: (64, count) directions of β in which lips move, each as long as it moves them.
+        gap: (64,) what of β opens the lips.
+    """
+
+    name = "speech"
+    monitor = "loss"
+
+    def __init__(self, config: Config, sets: list[SpeechSet], lips: Tensor, gap: Tensor) -> None:
+        torch.manual_seed(config.loop.seed)
+        self.config, self.sets = config, sets
+        self.module = Listener(config.audio)
+        self.lips, self.gap = lips, gap
+        self.train_data = _Items(sets, "train", config, plain=False)
+        self.val_data = _Items(sets, "val", config, plain=True)
+        logger.info("%d recordings to train on, %d to validate", len(self.train_data.places), len(self.val_data.places))
+
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        return {"encoder": list(self.module.parameters())}
+
+    def dataset(self, split: str) -> Dataset[Any]:
+        return self.train_data if split == "train" else self.val_data
+
+    def _shares(self, given: dict[str, Tensor], batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Unexplained share of each target's variance, over the frames that have it."""
+        result = {}
+        for key in ("teacher", "lips", "units", "curves"):
+            there = torch.isfinite(batch[key][..., 0])
+            if not there.any():
+                continue
+            wanted, got = batch[key][there], given[key].float()[there]
+            if key == "lips":
+                wanted, got = wanted @ self.lips.to(wanted), got @ self.lips.to(wanted)
+            result[key] = (got - wanted).square().sum() / wanted.square().sum().clamp_min(1e-6)
+        return result
+
+    def loss(self, group: str, batch: Any, step: int) -> tuple[Tensor | None, dict[str, float | Tensor]]:
+        shares = self._shares(self.module(batch["windows"]), batch)
+        weights = to_dict(self.config.weights)
+        total = torch.stack([weights[key] * share for key, share in shares.items()]).sum()
+        return total, {key: share.detach() for key, share in shares.items()}
+
+    def validate(self, fabric: Fabric) -> dict[str, float]:
+        """Unexplained shares and the correlation of lip opening on whole held-out recordings, mean over people."""
+        listener: Any = self.module
+        found: dict[str, list[float]] = {}
+        people: dict[str, list[float]] = {}
+        for which, number in self.val_data.places:
+            one = self.sets[which]
+            if "x" in str(one.index["name"][number]).rsplit(" ", 1)[-1][:1]:
+                continue  # as it is, not faster or slower
+            length = int(one.length[number])
+            item = self.val_data.item(which, number, 0, length, item_generator(0, 0))
+            batch = {key: value[None].to(fabric.device) for key, value in item.items()}
+            given = listener(batch["windows"])
+            for key, share in self._shares(given, batch).items():
+                found.setdefault(key, []).append(float(share))
+            real = batch["lips"][0] @ self.gap.to(batch["lips"])
+            if torch.isfinite(real).all() and length > 2:
+                drawn = given["lips"][0].float() @ self.gap.to(real)
+                pair = torch.stack([drawn, real])
+                score = float(torch.corrcoef(pair)[0, 1]) if float(pair.std(1).min()) > 0 else 0.0
+                people.setdefault(str(one.speaker[number]), []).append(score)
+        results = {key: float(np.mean(values)) for key, values in found.items()}
+        if people:
+            results["lips_correlation"] = float(np.mean([np.mean(values) for values in people.values()]))
+        weights = to_dict(self.config.weights)
+        results["loss"] = sum(weights[key] * results[key] for key in weights if key in results)
+        return results
+
+    def export(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The encoder and the map to β."""
+        kept = ("audio.", "voicing.")
+        state = {key: value for key, value in self.module.state_dict().items() if key.startswith(kept)}
+        return state, to_dict(self.config.audio)
+
+
+def build(config: Config) -> Stage:
+    """The stage for a configuration; reads the speech sets."""
+    from flowvqtalker.train.expflow import face_model, lip_directions, lip_gap
+
+    expression = face_model(config.face_model).expression
+    sets = [SpeechSet(path) for path in config.sets]
+    return SpeechStage(config, sets, lip_directions(expression), lip_gap(expression))
