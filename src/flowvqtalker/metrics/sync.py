@@ -84,12 +84,12 @@ def distance_curve(
 
 def score_curve(curve: Floats, frames: int) -> SyncScore:
     """Confidence, distance and offset of a curve (2 * reach + 1,); shifts that are NaN were not tried."""
-    curve = np.asarray(curve, np.float64)
-    if curve.ndim != 1 or len(curve) % 2 == 0 or not np.isfinite(curve).any():
-        raise UserError(f"a curve of odd length with known distances is needed, got shape {curve.shape}")
-    best = int(np.nanargmin(curve))
-    distance = float(curve[best])
-    return SyncScore(float(np.nanmedian(curve)) - distance, distance, len(curve) // 2 - best, curve, frames)
+    means: npt.NDArray[np.float64] = np.asarray(curve, np.float64)
+    if means.ndim != 1 or len(means) % 2 == 0 or not np.isfinite(means).any():
+        raise UserError(f"a curve of odd length with known distances is needed, got shape {means.shape}")
+    best = int(np.nanargmin(means))
+    distance = float(means[best])
+    return SyncScore(float(np.nanmedian(means)) - distance, distance, len(means) // 2 - best, means, frames)
 
 
 def sync_score(

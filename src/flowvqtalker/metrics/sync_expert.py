@@ -51,12 +51,13 @@ Pixels = npt.NDArray[np.uint8]
 @lru_cache(maxsize=1)
 def _filters() -> npt.NDArray[np.float64]:
     """Triangular filters (257, 40), evenly spaced in mel (2595 log10(1 + f / 700)) from 60 to 7600 Hz."""
-    mel = np.linspace(*(2595 * np.log10(1 + np.array([60.0, 7600.0]) / 700)), BANDS + 2)
+    low, high = (float(2595 * np.log10(1 + hertz / 700)) for hertz in (60.0, 7600.0))
+    mel = np.linspace(low, high, BANDS + 2)
     edges = 700 * (10 ** (mel / 2595) - 1)
     bins = np.linspace(0, _RATE / 2, _FFT // 2 + 1)[:, None]
     rising = (bins - edges[:-2]) / (edges[1:-1] - edges[:-2])
     falling = (edges[2:] - bins) / (edges[2:] - edges[1:-1])
-    return np.maximum(0, np.minimum(rising, falling))
+    return np.asarray(np.maximum(0, np.minimum(rising, falling)))
 
 
 def band_energies(wave: npt.NDArray[np.floating[Any]]) -> Floats:
@@ -114,6 +115,11 @@ def _block1(inp: int, out: int, stride: int) -> nn.Sequential:
     return nn.Sequential(nn.Conv1d(inp, out, 3, stride, 1, bias=False), nn.BatchNorm1d(out), nn.ReLU(inplace=True))
 
 
+def _unit(embeddings: Tensor, clips: int) -> Tensor:
+    """Embeddings (B n, dim) as (B, n, dim) float32 of unit length."""
+    return nn.functional.normalize(embeddings.float(), dim=-1).reshape(clips, -1, embeddings.shape[-1])
+
+
 class SyncExpert(nn.Module):
     """Embeddings (..., dim) of unit length of mouths and of sound.
 
@@ -153,7 +159,7 @@ class SyncExpert(nn.Module):
         small = small - small.mean((2, 3), keepdim=True)
         small = small / (small.square().mean((2, 3), keepdim=True).sqrt() + 4)
         windows = small.unfold(1, SPAN, 1).movedim(-1, 2).flatten(0, 1)  # (B (T - 4), 5, 24, 48)
-        return nn.functional.normalize(self.lips(windows).float(), dim=-1).unflatten(0, (len(mouths), -1))
+        return _unit(self.lips(windows), len(mouths))
 
     def audio(self, energies: Tensor) -> Tensor:
         """Embeddings (B, T - 4, dim) of sound (B, 4 T, 40), see :func:`band_energies`."""
@@ -161,7 +167,7 @@ class SyncExpert(nn.Module):
             raise ValueError(f"sound of shape (B, 4 T >= {SPAN * COLUMNS}, {BANDS}) is needed, got {energies.shape}")
         windows = energies.unfold(1, SPAN * COLUMNS, COLUMNS).flatten(0, 1)  # (B (T - 4), 40, 20)
         windows = windows / 3 + 1
-        return nn.functional.normalize(self.sound(windows).float(), dim=-1).unflatten(0, (len(energies), -1))
+        return _unit(self.sound(windows), len(energies))
 
     @torch.no_grad()
     def embed(self, mouths: Pixels, wave: npt.NDArray[np.floating[Any]], batch: int = 256) -> tuple[Floats, Floats]:

@@ -221,7 +221,8 @@ def vary_sound(sound: Floats, random: np.random.Generator) -> Floats:
     if floor > -7:
         grain = floor + random.normal(0, 0.25, varied.shape)
         varied = np.logaddexp(2 * varied, 2 * grain) / 2
-    return np.maximum(varied, -7).astype(np.float32)
+    limited: Floats = np.maximum(varied, -7).astype(np.float32)
+    return limited
 
 
 def offset_scores(expert: SyncExpert, clip: Spoken, late: int) -> SyncScore:
@@ -274,7 +275,8 @@ class SyncStage(Stage):
         alike = video @ audio.mT  # (B, n, n)
         inside = (sharp * alike).masked_fill(near, -math.inf)
         every = sharp * video.flatten(0, 1) @ audio.flatten(0, 1).mT
-        every = every.masked_fill(torch.block_diag(*[near] * stretches), -math.inf)
+        same = torch.eye(stretches, dtype=torch.bool, device=video.device)
+        every = every.masked_fill(torch.kron(same, near), -math.inf)
         within = _both_ways(inside.flatten(0, 1), inside.mT.flatten(0, 1), index.repeat(stretches))
         across = _both_ways(every, every.mT, torch.arange(len(every), device=video.device))
         reach = min(REACH, count - SPAN)
