@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
-_STAGES = "face-model, codebook, vqig, speech, expflow or poseflow"
+_STAGES = "face-model, codebook, vqig, speech, expflow, poseflow or sync"
 
 
 _File = Annotated[Path | None, tyro.conf.arg(metavar="FILE")]
