@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeGuard, TypeVar, cast
@@ -23,7 +23,18 @@ import numpy.typing as npt
 from flowvqtalker.errors import UserError
 from flowvqtalker.media import probe, read_video
 
-__all__ = ["Analysis", "Array", "ClipExtractor", "Extractor", "Settings", "analyse", "read_wave"]
+__all__ = [
+    "Analysis",
+    "AnyExtractor",
+    "Array",
+    "ClipExtractor",
+    "Extractor",
+    "Settings",
+    "StreamExtractor",
+    "analyse",
+    "cached",
+    "read_wave",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -64,13 +75,39 @@ class ClipExtractor(Protocol):
         ...
 
 
-AnyExtractor = Extractor | ClipExtractor
-AnyT = TypeVar("AnyT", Extractor, ClipExtractor)
+class StreamExtractor(Protocol):
+    """As :class:`ClipExtractor`, but it also sees the frames, one after the other, in a decoding of its own."""
+
+    name: str
+    needs: tuple[str, ...]
+
+    def settings(self) -> Settings:
+        """See :meth:`Extractor.settings`."""
+        ...
+
+    def __call__(
+        self, frames: Iterable[npt.NDArray[np.uint8]], known: dict[str, Array], wave: npt.NDArray[np.float32] | None
+    ) -> dict[str, Array]:
+        """Frames (H, W, 3) and what :class:`ClipExtractor` gets."""
+        ...
 
 
-def is_clip_level(extractor: AnyExtractor) -> TypeGuard[ClipExtractor]:
+AnyExtractor = Extractor | ClipExtractor | StreamExtractor
+AnyT = TypeVar("AnyT", Extractor, ClipExtractor | StreamExtractor)
+
+
+def _parameters(extractor: AnyExtractor) -> list[str]:
+    return list(inspect.signature(extractor.__call__).parameters)
+
+
+def _is_clip_level(extractor: AnyExtractor) -> TypeGuard[ClipExtractor | StreamExtractor]:
     """Whether an extractor wants whole clips: its last parameter is called ``wave``."""
-    return list(inspect.signature(extractor.__call__).parameters)[-1:] == ["wave"]
+    return _parameters(extractor)[-1] == "wave"
+
+
+def _is_stream(extractor: ClipExtractor | StreamExtractor) -> TypeGuard[StreamExtractor]:
+    """Whether it wants the frames as well: its first parameter is called ``frames``."""
+    return _parameters(extractor)[0] == "frames"
 
 
 @dataclass(frozen=True)
@@ -115,6 +152,11 @@ def analyse(
     return _Run(Path(path), extractors, cache, batch).run()
 
 
+def cached(path: str | Path, extractors: Sequence[AnyExtractor], cache: str | Path) -> Analysis | None:
+    """What :func:`analyse` would return, if the cache holds all of it; else None."""
+    return _Run(Path(path), extractors, cache, 1).look()
+
+
 @dataclass
 class _Run:
     """One call of :func:`analyse`."""
@@ -126,34 +168,41 @@ class _Run:
     arrays: dict[str, Array] = field(default_factory=dict)
     providers: dict[str, str] = field(default_factory=dict)  # array -> key of the extractor that made it
     keys: dict[str, str] = field(default_factory=dict)
-    stored: _Store = field(init=False)
 
-    def run(self) -> Analysis:
+    def __post_init__(self) -> None:
         names = [e.name for e in self.extractors]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"two extractors are called {', '.join(twice)}")
         if self.batch < 1:
             raise ValueError(f"a batch holds at least one frame, got {self.batch}")
-        info = probe(self.path)
-        if info.kind != "video":
+        self.info = probe(self.path)
+        if self.info.kind != "video":
             raise UserError(f"{self.path} is a picture; give a video")
         self.stored = _Store(self.cache, self.path)
-        by_frame: list[Extractor] = [e for e in self.extractors if not is_clip_level(e)]
-        by_clip: list[ClipExtractor] = [e for e in self.extractors if is_clip_level(e)]
+        self.by_frame = [e for e in self.extractors if not _is_clip_level(e)]
+        self.by_clip = [e for e in self.extractors if _is_clip_level(e)]
+
+    def run(self) -> Analysis:
+        """Everything, from the cache or anew."""
         frames = self._frame_count()
-        pending = self._load_cached(by_frame)
+        pending = self._load_cached(self.by_frame)
         if pending or frames is None:
             frames = self._decode(pending)
-        self._clips(by_clip, frames)
-        return Analysis(
-            self.path,
-            frames,
-            (info.width, info.height),
-            info.fps,
-            self.arrays,
-            {e.name: dict(e.settings()) for e in self.extractors},
-        )
+        self._clips(self.by_clip, frames)
+        return self._result(frames)
+
+    def look(self) -> Analysis | None:
+        """Everything from the cache, or None."""
+        frames = self._frame_count()
+        if frames is None or self._load_cached(self.by_frame) or self._load_cached(self.by_clip):
+            return None
+        return self._result(frames)
+
+    def _result(self, frames: int) -> Analysis:
+        size = self.info.width, self.info.height
+        settings = {e.name: dict(e.settings()) for e in self.extractors}
+        return Analysis(self.path, frames, size, self.info.fps, self.arrays, settings)
 
     def _frame_count(self) -> int | None:
         found = self.stored.load("video", "frames")
@@ -201,7 +250,7 @@ class _Run:
 
     # ---------------------------------------------------------------------------------------------------- whole clips
 
-    def _clips(self, pending: list[ClipExtractor], frames: int) -> None:
+    def _clips(self, pending: list[ClipExtractor | StreamExtractor], frames: int) -> None:
         pending = self._load_cached(pending)
         if not pending:
             return
@@ -209,7 +258,11 @@ class _Run:
         while pending:
             extractor = self._next(pending, self.arrays)
             pending.remove(extractor)
-            found = extractor({name: self.arrays[name] for name in extractor.needs}, wave)
+            known = {name: self.arrays[name] for name in extractor.needs}
+            if _is_stream(extractor):
+                found = extractor(read_video(self.path), known, wave)
+            else:
+                found = cast(ClipExtractor, extractor)(known, wave)
             self._provided(extractor, found)
             self.arrays.update(found)
             self.stored.save(extractor.name, self.keys[extractor.name], found)
@@ -238,7 +291,7 @@ class _Run:
         self.arrays.update(found)
         return True
 
-    def _provided(self, extractor: AnyExtractor, found: dict[str, Array]) -> None:
+    def _provided(self, extractor: AnyExtractor, found: Iterable[str]) -> None:
         key = self.keys[extractor.name] = self._key(extractor)
         for name in found:
             if self.providers.get(name, key) != key:
