@@ -82,7 +82,7 @@ def _uniform(a: Pixels, b: Pixels) -> float:
         similar = (np.float32(2) * cross + c1) * (np.float32(2) * covariance + c2)
         similar /= (squares + c1) * (variances + c2)
         total += float(similar.sum(dtype=np.float64))
-    return total / ((a.shape[0] - 6) * (a.shape[1] - 6) * 3)
+    return total / float((a.shape[0] - 6) * (a.shape[1] - 6) * 3)
 
 
 def _box(x: npt.NDArray[np.float32]) -> npt.NDArray[np.int32]:
@@ -94,9 +94,7 @@ def _gaussian(a: Pixels, b: Pixels) -> float:
     tap = np.exp(-0.5 * (np.arange(-5, 6) / 1.5) ** 2)
     tap /= tap.sum()
     x, y = a.astype(np.float64), b.astype(np.float64)
-    ux, uy, uxx, uyy, uxy = (
-        cv2.sepFilter2D(p, cv2.CV_64F, tap, tap)[5:-5, 5:-5] for p in (x, y, x * x, y * y, x * y)
-    )
+    ux, uy, uxx, uyy, uxy = (cv2.sepFilter2D(p, cv2.CV_64F, tap, tap)[5:-5, 5:-5] for p in (x, y, x * x, y * y, x * y))
     similar = (2 * ux * uy + _C1) * (2 * (uxy - ux * uy) + _C2)
     similar /= (ux * ux + uy * uy + _C1) * (uxx - ux * ux + uyy - uy * uy + _C2)
     return float(similar.mean())
