@@ -26,6 +26,7 @@ class Column:
         better: ``"higher"``, ``"lower"``, or None where neither is better (the real videos' value is what is sought).
         digits: after the point, in Markdown.
         about: what it is, with unit and setting.
+        extra: only in csv and json.
     """
 
     key: str
@@ -33,6 +34,7 @@ class Column:
     better: str | None = None
     digits: int = 3
     about: str = ""
+    extra: bool = False
 
     @property
     def heading(self) -> str:
@@ -108,14 +110,15 @@ def _cell(value: float | None, column: Column, best: float | None, reference: bo
 
 def markdown(table: Table) -> str:
     """The table as Markdown: the best of each column bold, then what each column is and every setting."""
+    columns = [column for column in table.columns if not column.extra]
     lines = [f"### {table.title}", ""]
-    lines.append("| " + " | ".join(["", *(c.heading for c in table.columns), "clips", "frames"]) + " |")
-    lines.append("|---" + "|---:" * (len(table.columns) + 2) + "|")
-    best = {column.key: table.best(column) for column in table.columns}
+    lines.append("| " + " | ".join(["", *(c.heading for c in columns), "clips", "frames"]) + " |")
+    lines.append("|---" + "|---:" * (len(columns) + 2) + "|")
+    best = {column.key: table.best(column) for column in columns}
     for row in table.rows:
-        cells = [_cell(row.values.get(c.key), c, best[c.key], row.reference) for c in table.columns]
+        cells = [_cell(row.values.get(c.key), c, best[c.key], row.reference) for c in columns]
         lines.append("| " + " | ".join([row.name, *cells, str(row.clips), str(row.frames)]) + " |")
-    lines += ["", *(f"- **{c.title}**: {c.about}" for c in table.columns if c.about)]
+    lines += ["", *(f"- **{c.title}**: {c.about}" for c in columns if c.about)]
     if table.notes:
         lines += ["", *(f"- {note}" for note in table.notes)]
     lines += ["", "Settings: " + "; ".join(f"{name} ({_settings(values)})" for name, values in table.settings.items())]
