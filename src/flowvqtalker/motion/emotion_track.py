@@ -106,9 +106,23 @@ class EmotionTrack:
         now = max(bisect_right(self.keys, time, key=lambda key: key.time) - 1, 0)
         if now == 0:
             return 0, 0, 1.0
-        start = self.keys[now].time
-        span = self.blend if now + 1 == len(self.keys) else min(self.blend, self.keys[now + 1].time - start)
-        return now - 1, now, smoothstep((time - start) / span) if span > 0 else 1.0
+        span = self._span(now)
+        return now - 1, now, smoothstep((time - self.keys[now].time) / span) if span > 0 else 1.0
+
+    def starts(self, key: int, ahead: float) -> float | None:
+        """When a key can be prepared for: ``ahead`` seconds before it, but after the change before it is done; None
+        where that leaves less than a change's own length, or there is no such key."""
+        if not 1 <= key < len(self.keys):
+            return None
+        free = self.keys[key - 1].time + self._span(key - 1) if key > 1 else 0.0
+        time = self.keys[key].time
+        return max(time - ahead, free) if time - free >= BLEND else None
+
+    def _span(self, key: int) -> float:
+        """Seconds that the change to a key takes."""
+        if key + 1 == len(self.keys):
+            return self.blend
+        return min(self.blend, self.keys[key + 1].time - self.keys[key].time)
 
     @classmethod
     def load(cls, path: str | Path, blend: float = BLEND) -> EmotionTrack:

@@ -6,7 +6,6 @@ import math
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,11 +13,12 @@ from torch import Tensor
 from flowvqtalker import EMOTIONS
 from flowvqtalker.errors import UserError
 from flowvqtalker.motion.blink import Blinks
-from flowvqtalker.motion.context import AudioStream, history_of
-from flowvqtalker.motion.emotion_track import EmotionTrack, heaviest, parse_emotion
+from flowvqtalker.motion.context import AudioStream
+from flowvqtalker.motion.emotion_track import EmotionTrack
 from flowvqtalker.motion.flow import ExpFlow, PoseFlow
 from flowvqtalker.motion.fused import FusedInverse
 from flowvqtalker.motion.manifold import LatentBank, project
+from flowvqtalker.motion.mood import Mood, make_mood, reference_latent
 from flowvqtalker.motion.pose_track import PoseTrack
 from flowvqtalker.options import check_limits
 
@@ -40,8 +40,10 @@ SOURCE = 0.5
 MANIFOLD = 0.15
 #: Seconds in which the head leaves the source's pose for its own motion around it (time constant).
 SETTLE = 0.6
+#: Seconds before a change of emotion in which the next one is drawn out of sight. From rest the flow needs about half a
+#: second to reach an expression.
+PREPARE = 1.0
 _FPS = 25
-_NEUTRAL = EMOTIONS.index("neutral")
 
 
 @contextmanager
@@ -56,31 +58,18 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-@dataclass(frozen=True)
-class _Mood:
-    """What an emotion is to the flow.
+class _Chain:
+    """One course of drawn expressions: each frame is drawn given those before it.
 
     Attributes:
-        weights: (1, C) of the classes, which also set the multi-actnorms and the emotion token.
-        centre: (1, D) of the latents.
-        near: class whose training latents the draws are moved on to.
-        label: class that it mostly is.
+        mood: what it expresses.
+        history: (1, τ, D) of its own frames.
+        level: (1,) slow course of the lips' opening.
     """
 
-    weights: Tensor
-    centre: Tensor
-    near: int
-    label: int
-
-    def towards(self, other: _Mood, part: float) -> _Mood:
-        """A part of the way, 0 to 1, to another."""
-        if part >= 1:
-            return other
-        nearer = self if part < 0.5 else other
-        weights, centre = (
-            torch.lerp(a, b, part) for a, b in ((self.weights, other.weights), (self.centre, other.centre))
-        )
-        return _Mood(weights, centre, nearer.near, nearer.label)
+    def __init__(self, mood: Mood, history: Tensor) -> None:
+        self.mood, self.history = mood, history
+        self.level: Tensor | None = None
 
 
 class MotionGenerator:
@@ -93,8 +82,10 @@ class MotionGenerator:
     * Emotion label: z_t = μ_e + temperature · noise, then moved on to the manifold of training latents of that emotion.
     * Mixture: latent centre, multi-actnorm and emotion token are the weighted means of those of its emotions; the
       manifold is that of the heaviest.
-    * Emotion over time: a change moves all of these along a smooth step from one emotion to the next; the frames before
-      are part of each frame's context, so the face follows them without a jump.
+    * Emotion over time: the flow holds on to what it has drawn, for seconds at times, so the next emotion is drawn on
+      its own, out of sight, for a second before its time, from the same noise; then one fades into the other. Where
+      changes come too thick for that, as in a slow rise of intensity, all that an emotion sets moves along a smooth
+      step from one to the next.
     * Reference: the class is the one under which the reference is most likely (or the given label), and its latents'
       mean takes the place of μ_e (see :func:`reference_latent`).
     * Intensity s: latent centre, multi-actnorm and emotion token at (1 - s) · neutral + s · emotion: 0 is neutral, 1
@@ -167,21 +158,20 @@ class MotionGenerator:
         self.source = SOURCE * beta0.to(self.device, torch.float32).reshape(1, -1)
         self.pose0 = pose0.to(self.device, torch.float32).reshape(1, -1)
         self.poses, self._track = poses, track
-        self._moment: tuple[int, int, float] | None = None  # of the track, what the flow is set to
         self._bank = bank if manifold > 0 else None
         self._banks: dict[int, Tensor] = {}
         with torch.inference_mode(), _one_thread():
-            if track is not None:
-                pairs = [(key.emotion, intensity if key.intensity is None else key.intensity) for key in track.keys]
-                known = {pair: self._mood(*pair) for pair in dict.fromkeys(pairs)}
-                self._moods = [known[pair] for pair in pairs]
+            if track is None:
+                self._moods = [make_mood(self.expflow, emotion, intensity, reference)]
             else:
-                self._moods = [self._mood(emotion, intensity, reference)]
+                pairs = [(key.emotion, intensity if key.intensity is None else key.intensity) for key in track.keys]
+                known = {pair: make_mood(self.expflow, *pair) for pair in dict.fromkeys(pairs)}
+                self._moods = [known[pair] for pair in pairs]
             self._inverse = FusedInverse(self.expflow, self._moods[0].weights)
+            self._set_to = self._moods[0].weights
             single = torch.ones(1, self.poseflow.config.classes, device=self.device)
             self._pose_weights = single / self.poseflow.config.classes
             self._pose_inverse = FusedInverse(self.poseflow, self._pose_weights)
-            self._set_mood(self._moods[0])
         self._reset()
 
     @property
@@ -192,49 +182,7 @@ class MotionGenerator:
     @property
     def emotion(self) -> str:
         """The emotion at present; of a mixture the heaviest."""
-        return EMOTIONS[self._present.label]
-
-    def _mood(self, emotion: str | None, intensity: float, reference: Tensor | None = None) -> _Mood:
-        weights = None if emotion is None else parse_emotion(emotion)
-        label = _NEUTRAL if weights is None else heaviest(weights)
-        means = self.expflow.latent.mean
-        neutral = torch.zeros(1, self.expflow.config.classes, device=self.device)
-        neutral[0, _NEUTRAL] = 1
-        if reference is None:
-            expressive = neutral.new_tensor([weights or parse_emotion(EMOTIONS[label])])
-            centre = expressive @ means
-            intensity = 1.0 if torch.equal(expressive, neutral) else intensity
-        else:
-            if weights is not None and max(weights) < 1:
-                raise UserError(f"a reference goes with one emotion or with none, not with the mixture {emotion!r}")
-            given = None if emotion is None else label
-            label, centre = reference_latent(self.expflow, reference.to(self.device, torch.float32), given)
-            expressive = torch.zeros_like(neutral)
-            expressive[0, label] = 1
-            centre = centre[None]
-        return _Mood(
-            weights=torch.lerp(neutral, expressive, intensity),
-            centre=torch.lerp(means[_NEUTRAL : _NEUTRAL + 1], centre, intensity),
-            near=label if intensity >= 0.5 else _NEUTRAL,
-            label=label,
-        )
-
-    def _set_mood(self, mood: _Mood) -> None:
-        self._present = mood
-        self._inverse.set_emotion(mood.weights)
-        if self._bank is not None and mood.near not in self._banks:
-            offsets = self._bank.offsets(mood.near, self.expflow.latent.mean.cpu())  # around the centre, wherever it is
-            self._banks[mood.near] = offsets.to(self.device)
-
-    def _follow_track(self) -> None:
-        """Take the emotion of the next frame, if it is another one."""
-        if self._track is None:
-            return
-        moment = self._track.at(self._frame / _FPS)
-        if moment != self._moment:
-            former, latest, part = moment
-            self._moment = moment
-            self._set_mood(self._moods[former].towards(self._moods[latest], part))
+        return EMOTIONS[self._chain.mood.label]
 
     def _reset(self) -> None:
         self._finished, self._frame = False, 0
@@ -243,11 +191,13 @@ class MotionGenerator:
         self._waiting: list[deque[Tensor]] = [deque() for _ in flows]
         self._generators = tuple(torch.Generator().manual_seed(2 * self.seed + which) for which in (0, 1))
         self._blinks = Blinks(self.expflow.blink, self.blink_rate, 2 * self.seed + 1)
+        self._chain: _Chain
+        self._next: _Chain | None
         exp, pose = self.expflow.config, self.poseflow.config
-        self._history = torch.zeros(1, exp.history, exp.dim, device=self.device)
+        self._start = torch.zeros(1, exp.history, exp.dim, device=self.device)
+        self._chain, self._next = _Chain(self._moods[0], self._start), None
         self._pose_history = torch.zeros(1, pose.history, pose.dim, device=self.device)
         self._pose_start: Tensor | None = None
-        self._level: Tensor | None = None
 
     @torch.inference_mode()
     def __call__(self, windows: Tensor, last: bool = False) -> tuple[Tensor, Tensor]:
@@ -291,29 +241,58 @@ class MotionGenerator:
         frames = []
         while all(self._waiting):
             audio = [waiting.popleft() for waiting in self._waiting]
-            self._follow_track()
             frames.append((self._expression(audio[0]), self._pose(audio[-1])))
             self._frame += 1
         return frames
 
     def _expression(self, audio: Tensor) -> Tensor:
-        mood = self._present
-        context = self.expflow.encode(audio, self._history, mood.weights, source=self.source)
-        offset = self.temperature * self.expflow.latent.noise(1, self._generators[0]).to(self.device)
-        if self._bank is not None:
-            offset = project(offset, self._banks[mood.near], self.neighbours, self.manifold)
-        drawn = self.expflow.contain(self._inverse(mood.centre + offset, context))
-        self._history = torch.cat([self._history[:, 1:], drawn[None]], dim=1)
-        return self._quieten(drawn) + self.articulation * self.expflow.voice(audio) + self._blinks.next()
+        part = 0.0 if self._track is None else self._follow(self._track)
+        noise = self.temperature * self.expflow.latent.noise(1, self._generators[0]).to(self.device)
+        drawn = self._draw(self._chain, audio, noise)
+        if self._next is not None:
+            drawn = torch.lerp(drawn, self._draw(self._next, audio, noise), part)
+        return drawn + self.articulation * self.expflow.voice(audio) + self._blinks.next()
 
-    def _quieten(self, drawn: Tensor) -> Tensor:
+    def _follow(self, track: EmotionTrack) -> float:
+        """Make the chains those of the next frame; returns how much of it is the coming chain's."""
+        time = self._frame / _FPS
+        former, latest, part = track.at(time)
+        if part == 1:
+            if self._next is not None and self._next.mood is self._moods[latest]:
+                self._chain, self._next = self._next, None
+            self._chain.mood = self._moods[latest]
+            ahead = track.starts(latest + 1, PREPARE)
+            if ahead is not None and time >= ahead and self._next is None:
+                self._next = _Chain(self._moods[latest + 1], self._start)
+            return 0.0
+        if self._next is None:
+            self._chain.mood = self._moods[former].towards(self._moods[latest], part)
+        return part
+
+    def _draw(self, chain: _Chain, audio: Tensor, noise: Tensor) -> Tensor:
+        """The next frame (1, D) of a chain, with its lips quietened."""
+        mood = chain.mood
+        if mood.weights is not self._set_to:
+            self._inverse.set_emotion(mood.weights)
+            self._set_to = mood.weights
+        context = self.expflow.encode(audio, chain.history, mood.weights, source=self.source)
+        if self._bank is not None:
+            if mood.near not in self._banks:
+                offsets = self._bank.offsets(mood.near, self.expflow.latent.mean.cpu())  # around any centre
+                self._banks[mood.near] = offsets.to(self.device)
+            noise = project(noise, self._banks[mood.near], self.neighbours, self.manifold)
+        drawn = self.expflow.contain(self._inverse(mood.centre + noise, context))
+        chain.history = torch.cat([chain.history[:, 1:], drawn[None]], dim=1)
+        return self._quieten(chain, drawn)
+
+    def _quieten(self, chain: _Chain, drawn: Tensor) -> Tensor:
         """Damp the drawn opening of the lips (1, D) around its slow course."""
         size = self.expflow.opening.square().sum()
         if size == 0:
             return drawn
         level = drawn @ self.expflow.opening / size
-        self._level = level if self._level is None else self._level + (level - self._level) / _SLOW
-        return drawn - QUIET * (level - self._level)[:, None] * self.expflow.opening
+        chain.level = level if chain.level is None else chain.level + (level - chain.level) / _SLOW
+        return drawn - QUIET * (level - chain.level)[:, None] * self.expflow.opening
 
     def _pose(self, audio: Tensor) -> Tensor:
         motion = self._draw_pose(audio) if self.poses is None else self.poses.at(self._frame).to(self.device)
@@ -328,37 +307,3 @@ class MotionGenerator:
         motion = self.poseflow.contain(self._pose_inverse(z, context))
         self._pose_history = torch.cat([self._pose_history[:, 1:], motion[None]], dim=1)
         return motion
-
-
-@torch.inference_mode()
-def reference_latent(flow: ExpFlow, reference: Tensor, emotion: int | None = None) -> tuple[int, Tensor]:
-    """Class and mean latent z_ref = f⁻¹(β_ref) of a reference (section 3.2).
-
-    The reference is encoded without sound and without a source, each frame given those before it. Its own latents also
-    hold its speech and blinks, which are not wanted, so their mean over the frames is taken; noise is added in
-    generation.
-
-    Arguments:
-        flow: a trained ExpFlow.
-        reference: (R, 64) expression at 25 fps, R >= 1.
-        emotion: class, or None for the one under which the reference is most likely.
-
-    Returns:
-        class number, and (64,) latent.
-    """
-    if reference.ndim != 2 or reference.shape[1] != flow.config.dim or len(reference) == 0:
-        raise UserError(f"the reference must hold (R, {flow.config.dim}) coefficients, got {tuple(reference.shape)}")
-    count, size = len(reference), flow.config.history
-    padded = torch.cat([reference.new_zeros(size, reference.shape[1]), reference])
-    history = history_of(padded[None], size)[0]
-    silent = torch.zeros(count, dtype=torch.bool, device=reference.device)
-    audio = reference.new_zeros(count, flow.config.audio.width)
-    results = []
-    for label in range(flow.config.classes) if emotion is None else [emotion]:
-        labels = torch.full((count,), label, dtype=torch.long, device=reference.device)
-        context = flow.encode(audio, history, labels, speech=silent, source=torch.zeros_like(reference))
-        z, logdet = flow.forward_and_logdet(reference, context)
-        likelihood = (flow.latent.log_prob(z, context.emotion) + logdet).mean()
-        results.append((float(likelihood), label, z.mean(0)))
-    _, label, centre = max(results, key=lambda result: result[0])
-    return label, centre
