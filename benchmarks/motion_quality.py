@@ -1,18 +1,22 @@
-"""What the flows generate, measured on held-out people of a shard, beside the real clips.
+"""What the flows generate, measured on held-out people of a shard, beside the real clips and two baselines.
 
-    python benchmarks/motion_quality.py SHARD [--clips 24] [--seeds 10] [--temperature X] [--articulation X]
+    python benchmarks/motion_quality.py SHARD [--clips 24] [--seeds 10] [--json FILE] [--temperature X] [...]
 
-Prints: whether one seed gives one motion to the last bit; mean distance of beta between seeds beside that between real
-clips of the emotion; correlation of mouth opening with loudness and with the real clip's mouth opening, generated and
-real; speed, range and blinks beside the real ones; and, for every emotion, means of the ARKit blendshapes that it
-should move, over held-out portraits.
+Prints: means over held-out clips of flowvqtalker.metrics.motion_scores (landmark and lip distances on the true pose and
+identity, beats, jitter, speed, head, correlation of mouth opening with loudness and with the real clip), generated with
+several seeds, beside the real clips; the distances of the mean face, of the source's expression held still, and of the
+training clips that sound most alike; whether one seed gives one motion to the last bit; and, for every emotion, how far
+ten seeds lie apart beside real clips of the emotion, how often a classifier that never saw a flow's output recognises
+it, and means of the ARKit blendshapes that it should move, over held-out portraits.
 """
 
 from __future__ import annotations
 
 import argparse
-from itertools import combinations
+import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,34 +24,218 @@ from torch import Tensor
 
 from flowvqtalker import EMOTIONS
 from flowvqtalker.audio.features import windows
+from flowvqtalker.coefficients import Coefficients
 from flowvqtalker.data.shards import SAMPLES, Shard
+from flowvqtalker.errors import UserError
 from flowvqtalker.face.arkit import ARKIT_NAMES as NAMES
 from flowvqtalker.loading import load_face_model, load_flow
-from flowvqtalker.motion.blink import measure_blinks
+from flowvqtalker.metrics.motion import blink_rate, diversity, eye_closure, head_deviation
+from flowvqtalker.metrics.motion_scores import NearestSpeech, motion_scores
 from flowvqtalker.motion.flow import ExpFlow, PoseFlow
 from flowvqtalker.motion.sampler import ARTICULATION, TEMPERATURE, MotionGenerator
 
-_UPPER, _LOWER = 13, 14
+_DISTANCES = ("M-LMD", "F-LMD", "lip-vertex error (%)", "AED", "AED L2", "opening generated-real")
+_SHAPES = ("jawOpen", "mouthSmile", "mouthFrown", "browDown", "browInnerUp")
 
 
-def correlation(a: np.ndarray, b: np.ndarray) -> float:
-    """Pearson correlation; 0 where one of the two does not move."""
-    return float(np.corrcoef(a, b)[0, 1]) if a.std() > 1e-9 and b.std() > 1e-9 else 0.0
+class Bench:
+    """The parts that every measurement needs."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.face = load_face_model(options.weights)
+        self.expflow, self.bank = load_flow(ExpFlow, "expflow", options.weights)
+        self.poseflow, _ = load_flow(PoseFlow, "poseflow", options.weights)
+        self.shard = Shard(options.shard)
+
+    def clip(self, number: int) -> Coefficients:
+        """The first frames of a clip."""
+        rows = self.shard.rows(number)
+        rows = slice(rows.start, min(rows.stop, rows.start + self.options.frames))
+        beta, rho = (np.array(x[rows], np.float32) for x in (self.shard.expression, self.shard.pose))
+        return Coefficients(beta, rho, np.array(self.shard.identity_shape[number], np.float32))
+
+    def wave(self, number: int) -> np.ndarray:
+        """Their speech."""
+        return self.shard.wave(number)[: self.options.frames * SAMPLES]
+
+    def chosen(self) -> list[int]:
+        """The longest clips with speech of each held-out person, round and round, so that nobody fills the list."""
+        places: dict[str, int] = {}
+        order = []
+        speech = self.shard.select("val", speech=True, picture=False, min_length=25)
+        for number in sorted(speech.tolist(), key=lambda n: -int(self.shard.length[n])):
+            person = str(self.shard.identity[number])
+            places[person] = places.get(person, 0) + 1
+            order.append((places[person], number))
+        return [number for _, number in sorted(order)][: self.options.clips]
+
+    def generate(
+        self, number: int, emotion: str, seed: int, beta0: np.ndarray | None = None, frames: int | None = None
+    ) -> Coefficients:
+        """Motion for a clip's speech, from its first frame's expression or another, by the default path."""
+        real = self.clip(number)
+        beta = real.expression[0] if beta0 is None else beta0
+        motion = MotionGenerator(
+            self.expflow,
+            self.poseflow,
+            self.bank,
+            beta0=torch.from_numpy(np.array(beta, np.float32)),
+            pose0=torch.from_numpy(real.pose.mean(0)),
+            emotion=emotion,
+            temperature=self.options.temperature,
+            articulation=self.options.articulation,
+            seed=seed,
+        )
+        made, pose = motion(windows(self.wave(number)[: None if frames is None else frames * SAMPLES]), last=True)
+        return Coefficients(made.numpy(), pose.numpy(), real.identity)
+
+    def label(self, number: int) -> str:
+        """The emotion to generate a clip with: its own."""
+        label = int(self.shard.emotion[number])
+        return EMOTIONS[label] if label >= 0 else "neutral"
+
+    def speakers(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Speech and expression of the training clips."""
+        for number in self.shard.select("train", speech=True, picture=False, min_length=NearestSpeech.LENGTH):
+            yield self.shard.wave(int(number)), np.array(self.shard.expression[self.shard.rows(int(number))])
 
 
-def pairwise(sequences: list[Tensor]) -> float:
-    """Mean over pairs and frames of the Euclidean distance, on the frames that both have."""
+def mean(found: list[dict[str, float]]) -> dict[str, float]:
+    """Means over clips, of those for which a number applies."""
+    result = {}
+    for name in found[0]:
+        values = [scores[name] for scores in found if np.isfinite(scores.get(name, np.nan))]
+        result[name] = float(np.mean(values)) if values else float("nan")
+    return result
+
+
+def score_clips(bench: Bench, chosen: list[int]) -> dict[str, Any]:
+    """Generated motion of the held-out clips, and the baselines."""
+    nearest = NearestSpeech(bench.speakers())
+    found: list[dict[str, float]] = []
+    baselines: dict[str, list[dict[str, float]]] = {}
+    closures: dict[str, list[np.ndarray]] = {"generated": [], "real": []}
+    heads: dict[str, list[float]] = {"generated": [], "real": []}
+    for number in chosen:
+        real, wave = bench.clip(number), bench.wave(number)
+        takes = [bench.generate(number, bench.label(number), seed) for seed in range(bench.options.seeds)]
+        found.append(motion_scores(bench.face, real, takes, wave))
+        for name, clips in (("generated", takes), ("real", [real])):
+            closures[name] += [eye_closure(bench.face, clip.expression) for clip in clips]
+            heads[name] += [float(head_deviation(clip.pose).mean()) for clip in clips]
+        others = {
+            "mean face": np.zeros_like(real.expression),
+            "source held still": np.repeat(real.expression[:1], len(real), axis=0),
+            "nearest training speech": nearest(wave)[: len(real)],
+        }
+        for name, beta in others.items():
+            still = Coefficients(beta, real.pose, real.identity)
+            scores = motion_scores(bench.face, real, [still], None)
+            baselines.setdefault(name, []).append({key: scores[key] for key in _DISTANCES})
+    low, high = np.percentile(heads["real"], [5, 95])
+    inside = np.mean([low <= value <= high for value in heads["generated"]])
+    scores = mean(found)
+    scores.update({f"blinks a minute {name}": blink_rate(clips) for name, clips in closures.items()})
+    scores["head angle std within the real clips' 5th to 95th percentile"] = float(inside)
+    scores["head angle std real, 5th percentile"], scores["head angle std real, 95th percentile"] = low, high
+    median = {name: float(np.nanmedian([one[name] for one in found])) for name in found[0]}
+    return {
+        "scores": scores,
+        "medians": median,
+        "baselines": {name: mean(values) for name, values in baselines.items()},
+        "clips": {str(bench.shard.name[n]): one for n, one in zip(chosen, found, strict=True)},
+    }
+
+
+def score_emotions(bench: Bench, number: int) -> dict[str, dict[str, float]]:
+    """For each emotion, on one clip's speech: distances between seeds and between real clips, the classifier's
+    verdict, blendshapes."""
+    classify, classes = _classifier(bench.options.weights)
+    shard, options, face = bench.shard, bench.options, bench.face
+    pictures = shard.select("val", picture=True)
+    pictures = pictures[:: max(1, len(pictures) // options.portraits)][: options.portraits]
+    results: dict[str, dict[str, float]] = {}
+    for label, emotion in enumerate(EMOTIONS):
+        takes = [bench.generate(number, emotion, seed) for seed in range(options.seeds)]
+        same = np.flatnonzero((shard.emotion == label) & ~shard.picture & (shard.length >= 25))
+        same = same[:: 1 if label < 8 else 30][:60]
+        real = [bench.clip(int(n)).expression for n in same]
+        drawn = [
+            bench.generate(number, emotion, seed, np.array(shard.expression[shard.start[n]]), frames=75).expression
+            for seed, n in enumerate(pictures)
+        ]
+        shapes = face.blendshapes(torch.from_numpy(np.concatenate(drawn))).mean(0)
+        row: dict[str, float] = {
+            "seeds": diversity([take.expression for take in takes]),
+            "real": diversity(real),
+            "real clips": len(real),
+        }
+        row["ratio"] = row["seeds"] / row["real"]
+        if classify is not None and emotion in classes:
+            row["recognised"] = float(np.mean([classes[int(classify(beta).argmax())] == emotion for beta in drawn]))
+        for name in _SHAPES:
+            row[name] = float(np.mean([shapes[i] for i, other in enumerate(NAMES) if other.startswith(name)]))
+        results[emotion] = row
+    return results
+
+
+def real_accuracy(bench: Bench) -> tuple[float, int]:
+    """Share of the real clips of held-out people that the classifier recognises, and how many they are."""
+    classify, classes = _classifier(bench.options.weights)
+    if classify is None:
+        return float("nan"), 0
+    shard = bench.shard
     found = []
-    for a, b in combinations(sequences, 2):
-        length = min(len(a), len(b))
-        found.append(float((a[:length] - b[:length]).norm(dim=1).mean()))
-    return float(np.mean(found)) if found else float("nan")
+    for number in shard.select("val", picture=False, min_length=25):
+        if 0 <= shard.emotion[number] < len(classes):
+            beta = bench.clip(int(number)).expression
+            found.append(int(classify(beta).argmax()) == int(shard.emotion[number]))
+    return (float(np.mean(found)) if found else float("nan")), len(found)
 
 
-def loudness(wave: np.ndarray) -> np.ndarray:
-    """Root mean square of each frame's samples in dB, floored 40 dB below the loudest."""
-    power = np.log10(np.square(wave.reshape(-1, SAMPLES)).mean(1) + 1e-10) * 10
-    return np.maximum(power, power.max() - 40)
+def _classifier(folder: Path | None) -> tuple[Any, tuple[str, ...]]:
+    """The classifier of expression sequences, (T, 64) to (8,), and its classes; None where its weights are missing."""
+    try:
+        from flowvqtalker.metrics.accuracy import CLASSES
+        from flowvqtalker.metrics.motion_emotion import load_motion_emotion
+
+        model = load_motion_emotion(folder)
+    except (ImportError, UserError):
+        return None, ()
+
+    def classify(beta: np.ndarray) -> Tensor:
+        with torch.inference_mode():
+            return model.classify(torch.from_numpy(np.asarray(beta, np.float32)))
+
+    return classify, CLASSES
+
+
+def report(result: dict[str, Any]) -> None:
+    """Print it."""
+    scores, medians = result["scores"], result["medians"]
+    settings = ", ".join(f"{name} {value}" for name, value in result["settings"].items())
+    print(f"{len(result['clips'])} held-out clips of {result['people']} people; {settings}")
+    for name, value in scores.items():
+        print(f"  {name}: {value:.3f}" + (f" (median {medians[name]:.3f})" if name in medians else ""))
+    print("| on the true pose and identity | " + " | ".join(_DISTANCES) + " |")
+    print("|---" * (1 + len(_DISTANCES)) + "|")
+    for name, row in {"generated": scores, **result["baselines"]}.items():
+        print(f"| {name} | " + " | ".join(f"{row[key]:.3f}" for key in _DISTANCES) + " |")
+    print(f"same seed, same motion to the last bit: {result['repeatable']}")
+    columns = ("recognised", *_SHAPES)
+    print("| emotion | seeds: distance | real clips | ratio | " + " | ".join(columns) + " |")
+    print("|---" * (4 + len(columns)) + "|")
+    for emotion, row in result["emotions"].items():
+        cells = " | ".join(f"{row[name]:.3f}" if name in row else "-" for name in columns)
+        apart = f"{row['seeds']:.2f} | {row['real']:.2f} ({row['real clips']}) | {row['ratio']:.2f}"
+        print(f"| {emotion} | {apart} | {cells} |")
+    summary = result["summary"]
+    print(f"ratio of distances, mean over the emotions: {summary['diversity ratio']:.3f}")
+    print(
+        f"emotion accuracy: generated {summary['emotion accuracy generated']:.3f}, real held-out clips "
+        f"{summary['emotion accuracy real']:.3f} ({summary['emotion clips real']})"
+    )
 
 
 def main() -> None:
@@ -57,93 +245,37 @@ def main() -> None:
     parser.add_argument("--weights", type=Path)
     parser.add_argument("--clips", type=int, default=24)
     parser.add_argument("--seeds", type=int, default=10)
-    parser.add_argument("--portraits", type=int, default=20, help="held-out pictures of the blendshapes' means")
+    parser.add_argument("--frames", type=int, default=150, help="of each clip at most")
+    parser.add_argument("--portraits", type=int, default=20, help="held-out pictures of the emotions' sequences")
     parser.add_argument("--temperature", type=float, default=TEMPERATURE)
     parser.add_argument("--articulation", type=float, default=ARTICULATION)
+    parser.add_argument("--json", type=Path, help="file to write all numbers to")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    face = load_face_model(options.weights)
-    expflow, bank = load_flow(ExpFlow, "expflow", options.weights)
-    poseflow, _ = load_flow(PoseFlow, "poseflow", options.weights)
-    shard = Shard(options.shard)
-    gap = face.expression[:, _LOWER, 1] - face.expression[:, _UPPER, 1]
-    jaw, lids = NAMES.index("jawOpen"), face.arkit[NAMES.index("eyeBlinkLeft")].numpy()
-
-    def generate(number: int, emotion: str, seed: int, beta0: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        rows = shard.rows(number)
-        beta, rho = (torch.from_numpy(np.array(x[rows])) for x in (shard.expression, shard.pose))
-        motion = MotionGenerator(
-            expflow,
-            poseflow,
-            bank,
-            beta0=beta[0] if beta0 is None else beta0,
-            pose0=rho.mean(0),
-            emotion=emotion,
-            temperature=options.temperature,
-            articulation=options.articulation,
-            seed=seed,
-        )
-        return motion(windows(shard.wave(number)), last=True)
-
-    # The longest clips with speech of each held-out person, round and round, so that nobody fills the list.
-    speech = shard.select("val", speech=True, picture=False, min_length=25)
-    places: dict[str, int] = {}
-    order = []
-    for number in sorted(speech.tolist(), key=lambda n: -int(shard.length[n])):
-        person = str(shard.identity[number])
-        places[person] = places.get(person, 0) + 1
-        order.append((places[person], number))
-    chosen = [number for _, number in sorted(order)][: options.clips]
-    scores: dict[str, list[float]] = {}
-    for number in chosen:
-        label = int(shard.emotion[number])
-        drawn, pose = generate(number, EMOTIONS[label] if label >= 0 else "neutral", 0)
-        rows = shard.rows(number)
-        real, real_pose = (torch.from_numpy(np.array(x[rows])) for x in (shard.expression, shard.pose))
-        sound = loudness(shard.wave(number))
-        openings = {name: (x @ gap).numpy() for name, x in (("generated", drawn), ("real", real))}
-        values = {
-            "opening-loudness generated": correlation(openings["generated"], sound),
-            "opening-loudness real": correlation(openings["real"], sound),
-            "opening generated-real": correlation(openings["generated"], openings["real"]),
-            "opening range generated/real": float(openings["generated"].std() / openings["real"].std()),
-            "speed generated/real": float(drawn.diff(dim=0).norm(dim=1).mean() / real.diff(dim=0).norm(dim=1).mean()),
-            "head angle std generated (deg)": float(pose[:, :3].std(0).mean().rad2deg()),
-            "head angle std real (deg)": float(real_pose[:, :3].std(0).mean().rad2deg()),
-        }
-        for name, x in (("generated", drawn), ("real", real)):
-            values[f"blinks a minute {name}"] = measure_blinks([x.numpy()], lids)[1]
-        for name, value in values.items():
-            scores.setdefault(name, []).append(value)
-    people = len({str(shard.identity[n]) for n in chosen})
-    settings = f"temperature {options.temperature}, articulation {options.articulation}"
-    print(f"{len(chosen)} held-out clips of {people} people, {settings}")
-    for name, found in scores.items():
-        print(f"  {name}: {np.mean(found):.3f} (median {np.median(found):.3f})")
-
-    longest = chosen[0]
-    first, again = generate(longest, "happy", 0)[0], generate(longest, "happy", 0)[0]
-    print(f"same seed, same motion to the last bit: {torch.equal(first, again)}")
-    print("| emotion | seeds: distance | real clips | jawOpen | mouthSmile | mouthFrown | browDown | browInnerUp |")
-    print("|---|---|---|---|---|---|---|---|")
-    pictures = shard.select("val", picture=True)
-    pictures = pictures[:: max(1, len(pictures) // options.portraits)][: options.portraits]
-    for label, emotion in enumerate(EMOTIONS):
-        takes = [generate(longest, emotion, seed)[0] for seed in range(options.seeds)]
-        clips = np.flatnonzero((shard.emotion == label) & ~shard.picture & (shard.length >= 25))[
-            :: 1 if label < 8 else 30
-        ]
-        real = [torch.from_numpy(np.array(shard.expression[shard.rows(int(n))])) for n in clips[:60]]
-        portraits = [torch.from_numpy(np.array(shard.expression[shard.start[n]])) for n in pictures]
-        drawn = [generate(longest, emotion, seed, beta0)[0] for seed, beta0 in enumerate(portraits)]
-        shapes = face.blendshapes(torch.cat(drawn)).mean(0)
-
-        def both(name: str, shapes: Tensor = shapes) -> float:
-            return float(np.mean([shapes[i] for i, other in enumerate(NAMES) if other.startswith(name)]))
-
-        cells = [float(shapes[jaw]), both("mouthSmile"), both("mouthFrown"), both("browDown"), both("browInnerUp")]
-        row = " | ".join(f"{x:.3f}" for x in cells)
-        print(f"| {emotion} | {pairwise(takes):.2f} | {pairwise(real):.2f} ({len(real)}) | {row} |")
+    bench = Bench(options)
+    chosen = bench.chosen()
+    if not chosen:
+        raise SystemExit(f"{options.shard} has no held-out clip with speech of 25 frames")
+    emotions = score_emotions(bench, chosen[0])
+    again = [bench.generate(chosen[0], "happy", 0).expression for _ in range(2)]
+    accuracy, count = real_accuracy(bench)
+    recognised = [row["recognised"] for row in emotions.values() if "recognised" in row]
+    result = {
+        "settings": {name: str(getattr(options, name)) for name in ("temperature", "articulation", "seeds", "frames")},
+        "people": len({str(bench.shard.identity[n]) for n in chosen}),
+        **score_clips(bench, chosen),
+        "repeatable": bool(np.array_equal(*again)),
+        "emotions": emotions,
+        "summary": {
+            "diversity ratio": float(np.mean([row["ratio"] for row in emotions.values()])),
+            "emotion accuracy generated": float(np.mean(recognised)) if recognised else float("nan"),
+            "emotion accuracy real": accuracy,
+            "emotion clips real": count,
+        },
+    }
+    report(result)
+    if options.json is not None:
+        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

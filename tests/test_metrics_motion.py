@@ -7,12 +7,17 @@ from dataclasses import astuple
 
 import numpy as np
 import pytest
+import torch
 
+from flowvqtalker.coefficients import Coefficients
 from flowvqtalker.errors import MissingDependency, UserError
 from flowvqtalker.face.model import FaceModel
 from flowvqtalker.face.topology import EYE_CORNERS, LIPS, RIGID
 from flowvqtalker.loading import load_face_model
 from flowvqtalker.metrics import beats, motion
+from flowvqtalker.metrics import motion_scores as scores
+from flowvqtalker.metrics.align import TEMPLATE
+from flowvqtalker.metrics.landmarks68 import MESH68
 
 
 @pytest.fixture(scope="module")
@@ -306,3 +311,101 @@ def test_a_missing_librosa_is_named(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "librosa", None)
     with pytest.raises(MissingDependency, match=r"pip install 'flowvqtalker\[eval\]'"):
         beats.audio_beats(np.ones(1000))
+
+
+# ----------------------------------------------------------------------------------------- scores of coefficients
+
+
+@pytest.fixture(scope="module")
+def clip() -> Coefficients:
+    rng = np.random.default_rng(3)
+    rho = np.zeros((30, 6), np.float32)
+    rho[:, :3] = np.cumsum(rng.standard_normal((30, 3)) * 0.01, axis=0)
+    rho[:, 5] = 20.0
+    beta = np.cumsum(rng.standard_normal((30, 64)) * 0.2, axis=0).astype(np.float32)
+    return Coefficients(beta, rho, (0.5 * rng.standard_normal(80)).astype(np.float32))
+
+
+def test_coefficient_lmd_by_hand(face, clip, rng) -> None:
+    made = clip.expression + 0.5 * rng.standard_normal((30, 64)).astype(np.float32)
+    found = scores.coefficient_lmd(face, clip.identity, clip.pose, clip.expression, made)
+    mouth, whole = [], []
+    for t in range(30):
+        points = []
+        for beta in (clip.expression[t], made[t]):
+            tensors = (torch.from_numpy(x) for x in (clip.identity, beta, clip.pose[t]))
+            seen = face.project(*tensors).numpy()[MESH68, :2].astype(np.float64)
+            # The similarity that brings points 27..44 of the template closest, by plain least squares; inverted.
+            (x, y), (u, v) = seen[27:45].T, TEMPLATE[27:45].T
+            one, none = np.ones(18), np.zeros(18)
+            system = np.concatenate([np.stack([u, -v, one, none], 1), np.stack([v, u, none, one], 1)])
+            a, b, c, d = np.linalg.lstsq(system, np.concatenate([x, y]), rcond=None)[0]
+            points.append((seen - [c, d]) @ np.linalg.inv([[a, -b], [b, a]]).T)
+        for part, kept in ((slice(48, 68), mouth), (slice(0, 68), whole)):
+            p, q = (x[part] - x[part].mean(0) for x in points)
+            kept.append(np.linalg.norm(p - q, axis=1).mean())
+    assert found.mouth == pytest.approx(np.mean(mouth), rel=1e-4)
+    assert found.face == pytest.approx(np.mean(whole), rel=1e-4)
+    assert 0 < found.face < found.mouth
+
+
+def test_equal_expression_has_no_landmark_distance_and_neither_has_a_shifted_face(face, clip) -> None:
+    same = scores.coefficient_lmd(face, clip.identity, clip.pose, clip.expression, clip.expression)
+    assert (same.mouth, same.face) == (0, 0)
+    shifted = FaceModel.from_tensors({**face.state_dict(), "expression": face.expression.clone()})
+    shifted.expression[0] = torch.tensor([0.1, 0.05, 0.0])  # the first coefficient moves all vertices alike
+    still = np.zeros((30, 6), np.float32)
+    still[:, 5] = 1e4  # from afar, where perspective does not tell near from far
+    made = clip.expression.copy()
+    made[:, 0] += 1
+    found = scores.coefficient_lmd(shifted, clip.identity, still, clip.expression, made)
+    assert found.mouth < 0.01 and found.face < 0.01
+    with pytest.raises(UserError, match="equally long"):
+        scores.coefficient_lmd(face, clip.identity, clip.pose, clip.expression, made[:-1])
+
+
+def test_scores_of_the_real_clip_itself(face, clip) -> None:
+    pytest.importorskip("librosa")
+    wave = np.random.default_rng(0).standard_normal(30 * 640).astype(np.float32) * 0.1
+    found = scores.motion_scores(face, clip, [clip, clip], wave)
+    for name in ("M-LMD", "F-LMD", "lip-vertex error (%)", "AED", "AED L2", "APD angles (deg)", "APD translation"):
+        assert found[name] == 0
+    for name in ("diversity expression", "diversity pose", "diversity eyes"):
+        assert found[name] == 0
+    assert found["opening generated-real"] == pytest.approx(1)
+    assert found["opening range generated/real"] == found["speed generated/real"] == 1
+    pairs = [name for name in found if name.endswith(" generated") or " generated," in name]
+    assert len(pairs) >= 8
+    for name in pairs:
+        assert found[name] == pytest.approx(found[name.replace("generated", "real")], nan_ok=True)
+    assert found["head angle std generated (deg)"] == found["head angle std real (deg)"]
+
+
+def test_scores_are_means_over_the_takes(face, clip) -> None:
+    takes = [
+        Coefficients(clip.expression + np.float32(change), clip.pose, clip.identity) for change in (0.0, 0.1, -0.3)
+    ]
+    found = scores.motion_scores(face, clip, takes, None)
+    assert found["AED"] == pytest.approx((0.1 + 0.3) / 3, rel=1e-4)
+    assert found["diversity expression"] == pytest.approx(8 * (0.1 + 0.3 + 0.4) / 3, rel=1e-4)
+    assert found["diversity pose"] == 0
+    assert not any("beat" in name or "loudness" in name for name in found)  # nothing was heard
+    assert math.isnan(scores.motion_scores(face, clip, takes[:1], None)["diversity expression"])
+    with pytest.raises(UserError, match="no take"):
+        scores.motion_scores(face, clip, [], None)
+
+
+def test_nearest_speech_finds_what_it_has_heard() -> None:
+    rng = np.random.default_rng(0)
+    clips = []
+    for _ in range(4):
+        envelope = np.repeat(rng.uniform(0, 1, 60), 320)  # sounds that differ every 20 ms
+        wave = (rng.standard_normal(30 * 640) * 0.1 * envelope).astype(np.float32)
+        clips.append((wave, rng.standard_normal((30, 64)).astype(np.float32)))
+    nearest = scores.NearestSpeech(clips, step=1)
+    for wave, expression in clips:
+        assert np.allclose(nearest(wave), expression, atol=1e-5)
+    short = nearest(clips[0][0][: 640 * 3 + 5])
+    assert short.shape == (4, 64)
+    with pytest.raises(UserError, match="8 frames"):
+        scores.NearestSpeech([(clips[0][0][:640], clips[0][1][:1])])
