@@ -24,7 +24,9 @@ def means(values: Array) -> Array:
     there = np.isfinite(values)
     count = there.sum((0, 1))
     total = np.where(there, values, 0.0).sum((0, 1))
-    return np.divide(total, count, out=np.full(values.shape[2], np.nan), where=count > 0)
+    result = np.full(values.shape[2], np.nan)
+    np.divide(total, count, out=result, where=count > 0)
+    return result
 
 
 def bootstrap_means(values: Array, draws: int, seed: int, over: str = "both") -> Array:

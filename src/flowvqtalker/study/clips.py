@@ -141,7 +141,7 @@ def _text(lines: list[str], width: int, height: int) -> npt.NDArray[np.float32]:
     top = (height - 1.5 * size * len(lines)) / 2
     for number, line in enumerate(lines):
         draw.text((width / 2, top + 1.5 * size * number), line, fill=255, font=font, anchor="ma")
-    return np.asarray(image, np.float32)[..., None] / 255
+    return np.asarray(image, np.float32)[..., None] / np.float32(255)
 
 
 def write_practice(target: Path) -> None:

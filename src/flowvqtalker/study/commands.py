@@ -47,7 +47,8 @@ class Build:
     def run(self) -> None:
         from tqdm import tqdm
 
-        from flowvqtalker.study.page import PAGE_FOLDER, build
+        from flowvqtalker.study.key import KEY_FILE, PAGE_FOLDER
+        from flowvqtalker.study.page import build
         from flowvqtalker.study.sources import find_sources, method_folders
 
         folders = method_folders(self.methods, self.real)
@@ -76,7 +77,7 @@ class Build:
                 progress=advance,
             )
         print(f"{self.output / PAGE_FOLDER / 'index.html'}: {len(key.plan[0])} clips for each participant")
-        print(f"{self.output / 'key.json'}: keep it to yourself, it tells which clip is whose")
+        print(f"{self.output / KEY_FILE}: keep it to yourself, it tells which clip is whose")
 
 
 @dataclass(frozen=True, kw_only=True)

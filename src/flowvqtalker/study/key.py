@@ -11,7 +11,7 @@ from typing import Any
 from flowvqtalker import EMOTIONS
 from flowvqtalker.errors import UserError
 
-__all__ = ["CHOICES", "KEY_FILE", "LABELS", "SCALE", "Clip", "Expected", "Key"]
+__all__ = ["CHOICES", "KEY_FILE", "LABELS", "PAGE_FOLDER", "SCALE", "Clip", "Expected", "Key"]
 
 #: The eight emotions to choose from: those of MEAD. ``natural`` is a way of speaking, not an emotion to recognise.
 CHOICES = EMOTIONS[:8]
@@ -23,6 +23,8 @@ LABELS = dict(
 SCALE = (1, 2, 3, 4, 5)
 #: Name of the key in a study's folder, beside the folder of the page.
 KEY_FILE = "key.json"
+#: Name of the folder of the page: all that participants may see.
+PAGE_FOLDER = "page"
 
 _FORMAT = "flowvqtalker-study-key/1"
 _KINDS = ("rated", "check", "practice")

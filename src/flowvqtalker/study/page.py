@@ -26,16 +26,13 @@ from typing import Any
 
 from flowvqtalker.errors import UserError
 from flowvqtalker.study.clips import blind_copy, write_check, write_practice
-from flowvqtalker.study.key import CHOICES, KEY_FILE, LABELS, SCALE, Clip, Expected, Key
+from flowvqtalker.study.key import CHOICES, KEY_FILE, LABELS, PAGE_FOLDER, SCALE, Clip, Expected, Key
 from flowvqtalker.study.plan import make_plan
 from flowvqtalker.study.sources import Source, differences
 
-__all__ = ["PAGE_FOLDER", "build", "page_source"]
+__all__ = ["build", "page_source"]
 
 logger = logging.getLogger(__name__)
-
-#: Folder of the page in a study's folder: all that participants may see.
-PAGE_FOLDER = "page"
 
 
 def build(

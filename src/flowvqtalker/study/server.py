@@ -1,8 +1,8 @@
 """Serves a study's page and keeps the answers in SQLite.
 
 ``GET /`` is the page, ``GET /clips/...`` its videos (with ranges, which players need to seek), ``GET /api/study`` tells
-the page that answers can be sent, ``POST /api/answers`` takes a participant's answers. Only the page's folder is served;
-the key and the answers lie outside of it. Addresses of visitors are not stored or logged.
+the page that answers can be sent, ``POST /api/answers`` takes a participant's answers. Only the page's folder is
+served; the key and the answers lie outside of it. Addresses of visitors are not stored or logged.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ from typing import Annotated, Any, Literal
 
 from flowvqtalker.errors import MissingDependency, UserError
 from flowvqtalker.study.answers import ANSWERS_FORMAT, DATABASE_FILE, RATER_PATTERN
-from flowvqtalker.study.key import CHOICES, Key
-from flowvqtalker.study.page import PAGE_FOLDER
+from flowvqtalker.study.key import CHOICES, PAGE_FOLDER, Key
 
 try:
     import uvicorn
@@ -84,7 +83,7 @@ class Submission(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    format: Literal["flowvqtalker-study-answers/1"]
+    format: str
     study: str
     rater: Annotated[str, Field(pattern=RATER_PATTERN)]
     session: Annotated[str, Field(pattern=r"^[a-z]{16}$")]
@@ -94,9 +93,6 @@ class Submission(BaseModel):
     comment: Annotated[str, Field(max_length=2000)]
     window: Annotated[list[Annotated[int, Field(ge=0, le=100_000)]], Field(min_length=2, max_length=2)]
     answers: Annotated[list[GivenAnswer], Field(min_length=1, max_length=10_000)]
-
-
-assert Submission.model_fields["format"].annotation == Literal[ANSWERS_FORMAT]  # type: ignore[valid-type]
 
 
 def create_app(folder: Path) -> FastAPI:
@@ -238,6 +234,8 @@ def _connect(database: Path) -> Iterator[sqlite3.Connection]:
 
 def _check(given: Submission, key: Key) -> None:
     """What a submission's own shape does not tell: that it belongs to this study."""
+    if given.format != ANSWERS_FORMAT:
+        raise HTTPException(422, f"answers of format {given.format!r} are not known, only {ANSWERS_FORMAT!r}")
     if given.study != key.study:
         raise HTTPException(422, f"these answers belong to study {given.study}, this is {key.study}")
     if given.row >= len(key.plan):
