@@ -17,7 +17,7 @@ from flowvqtalker.data.shards import SAMPLES, Shard, ShardWriter
 from flowvqtalker.errors import MissingDependency, UserError
 from flowvqtalker.media import VideoWriter
 from flowvqtalker.metrics import syncnet, syncnet_input
-from flowvqtalker.metrics.sync import distance_curve, pooled_score, score_curve, sync_score
+from flowvqtalker.metrics.sync import distance_curve, score_curve, sync_score
 from flowvqtalker.metrics.sync_expert import (
     MouthExtractor,
     SyncExpert,
@@ -101,16 +101,6 @@ def test_without_padding_only_the_overlap_counts():
             wanted = np.mean([np.linalg.norm(video[i] - audio[i + shift] + 1e-6) for i in t])
             assert curve[15 + shift] == pytest.approx(wanted)
     assert np.isfinite(sync_score(video, audio, padding="none").confidence)
-
-
-def test_pooled_clips_weigh_by_their_frames():
-    one, two = (sync_score(embeddings(n), embeddings(n, seed=1)) for n in (20, 60))
-    assert np.allclose(pooled_score([one, two]).curve, (one.curve + 3 * two.curve) / 4)
-    short = sync_score(embeddings(10), embeddings(10, seed=1), padding="none")
-    both = pooled_score([short, two])
-    assert np.allclose(both.curve[np.isnan(short.curve)], two.curve[np.isnan(short.curve)])
-    with pytest.raises(UserError, match="no clips"):
-        pooled_score([])
 
 
 def test_bad_embeddings_are_refused():
@@ -563,7 +553,7 @@ def test_sound_can_be_delayed_by_a_known_offset():
 
 def test_a_few_steps_lower_the_loss(tmp_path):
     clips = [spoken(n) for n in range(6)]
-    config = stage.Config(expert=TINY, stretch=stage.StretchConfig(frames=22, augment=False), loop=LOOP)
+    config = stage.Config(expert=TINY, stretch=stage.StretchConfig(frames=22, augment=False), loop=LOOP, slack_from=20)
     made = stage.SyncStage(config, clips, clips[:3])
     batch = torch.utils.data.default_collate([made.data[i] for i in range(900, 908)])
     before = float(made.loss("expert", batch, 0)[0].detach())
@@ -573,6 +563,7 @@ def test_a_few_steps_lower_the_loss(tmp_path):
     assert results["clips"] == 3
     assert results["chance"] == pytest.approx(3 / 31)
     assert results["found"] == pytest.approx(1 - results["miss"])
+    assert results["found_added"] > results["chance"]
     assert results["confidence"] > results["confidence_exchanged"]
     weights.add(tmp_path, "sync", path=tmp_path / "weights")
     loaded = load_sync_expert(tmp_path / "weights")
@@ -594,6 +585,21 @@ def test_neighbouring_windows_are_no_negatives():
     other[:, 9] = one[:, 0]
     assert float(made._contrast(near, near)[1]["within"]) < float(made._contrast(other, other)[1]["within"])
     assert torch.isfinite(loss)
+
+
+def test_slack_takes_the_best_shift_of_each_stretch():
+    torch.manual_seed(0)
+    video = torch.nn.functional.normalize(torch.randn(3, 20, 16), dim=-1)
+    audio = torch.stack([torch.roll(one, k, 0) for one, k in zip(video, (-2, 0, 1), strict=True)])
+    lips, sound = stage._aligned(video, audio, 2)
+    assert lips.shape == sound.shape == (3, 16, 16)
+    assert torch.equal(lips, sound)
+    assert torch.equal(lips, video[:, 2:18])
+    assert stage._aligned(video, audio, 0) == (video, audio)
+    far = torch.stack([torch.roll(one, 5, 0) for one in video])  # beyond the slack
+    assert not torch.equal(*stage._aligned(video, far, 2))
+    with pytest.raises(ConfigError, match="slack must be between 0 and 5"):
+        stage.Config(stretch=stage.StretchConfig(frames=22), slack=6)
 
 
 def test_build_reads_a_shard_and_says_what_is_missing(shard, tmp_path):

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from flowvqtalker.errors import UserError
 
-__all__ = ["REACH", "SyncScore", "distance_curve", "pooled_score", "score_curve", "sync_score"]
+__all__ = ["REACH", "SyncScore", "distance_curve", "score_curve", "sync_score"]
 
 #: Shifts that are tried, in frames each way (``vshift`` of ``run_syncnet.py``).
 REACH = 15
@@ -98,14 +98,3 @@ def sync_score(
     """Score of one clip; see :func:`distance_curve` for the arguments."""
     curve = distance_curve(video, audio, reach, padding)
     return score_curve(curve, int(np.isfinite(video).all(1).sum()))
-
-
-def pooled_score(scores: list[SyncScore]) -> SyncScore:
-    """Score of several clips that are known to share one offset: of the mean of their curves, weighted by frames."""
-    if not scores:
-        raise UserError("no clips to pool")
-    curves = np.stack([score.curve for score in scores])
-    weights = np.array([score.frames for score in scores], float)[:, None] * np.isfinite(curves)
-    total = weights.sum(0)
-    with np.errstate(invalid="ignore"):
-        return score_curve(np.nansum(curves * weights, axis=0) / total, sum(score.frames for score in scores))
