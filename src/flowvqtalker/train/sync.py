@@ -350,7 +350,7 @@ def _both_ways(rows: Tensor, columns: Tensor, target: Tensor) -> Tensor:
 
 
 def _aligned(video: Tensor, audio: Tensor, slack: int) -> tuple[Tensor, Tensor]:
-    """Embeddings (B, n - 2 slack, dim) at the shift of the sound, up to ``slack``, at which each stretch agrees best."""
+    """Embeddings (B, n - 2 slack, dim) at the shift of the sound, up to ``slack``, where each stretch agrees best."""
     if slack == 0:
         return video, audio
     with torch.no_grad():
