@@ -264,6 +264,14 @@ class PrepareSpeech:
 
 
 @dataclass(frozen=True)
+class Evaluate:
+    """The paper's tables and figures, on any data; `flowvqtalker evaluate --help` lists them."""
+
+    def run(self) -> None:
+        raise UserError("nothing was given; see `flowvqtalker evaluate --help`")
+
+
+@dataclass(frozen=True)
 class Doctor:
     """List what is installed, what is missing and how to get it; exit code 1 if something needed is missing."""
 
@@ -287,6 +295,7 @@ _COMMANDS: dict[str, Callable[..., Any]] = {
     "train": Train,
     "prepare": Prepare,
     "prepare-speech": PrepareSpeech,
+    "evaluate": Evaluate,
     "doctor": Doctor,
 }
 
@@ -339,6 +348,11 @@ def _dispatch(given: list[str]) -> None:
         from flowvqtalker.data import prepare, speech
 
         (prepare if given[0] == "prepare" else speech).main(given[1:])
+        return
+    if len(given) > 1 and given[0] == "evaluate":
+        from flowvqtalker.metrics import evaluate
+
+        evaluate.main(given[1:])
         return
     description = (
         "One portrait, a speech recording and an emotion in, an emotional 512x512 talking-face video out. "
