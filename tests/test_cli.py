@@ -16,7 +16,8 @@ from PIL import Image
 
 from flowvqtalker import EMOTIONS, __version__
 from flowvqtalker.cli import main
-from flowvqtalker.face.arkit import ARKIT_NAMES
+from flowvqtalker.coefficients import Coefficients
+from flowvqtalker.export import COLUMNS
 from flowvqtalker.media import probe
 
 from .conftest import babble, write_wav
@@ -94,12 +95,51 @@ def test_motion_then_render(tmp_path, tiny_weights, portrait_file, capsys):
 
 
 def test_motion_as_blendshapes(tmp_path, tiny_weights, speech):
-    assert main(["motion", str(speech), "-o", str(tmp_path / "a.csv"), "--weights", str(tiny_weights)]) == 0
+    line = ["motion", str(speech), "--weights", str(tiny_weights), "--fps", "60"]
+    assert main([*line, "-o", str(tmp_path / "a.csv")]) == 0
     with open(tmp_path / "a.csv", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 25
-    assert set(ARKIT_NAMES) < set(rows[0])
-    assert all(0 <= float(row["jawOpen"]) <= 1 for row in rows)
+    assert len(rows) == 60
+    assert set(rows[0]) == {"Timecode", "BlendshapeCount", *COLUMNS}
+    assert all(0 <= float(row["JawOpen"]) <= 1 for row in rows)
+
+
+def test_motion_as_gltf(tmp_path, tiny_weights, speech, capsys):
+    assert main(["motion", str(speech), "--weights", str(tiny_weights), "-o", str(tmp_path / "a.glb")]) == 0
+    assert (tmp_path / "a.glb").read_bytes()[:4] == b"glTF"
+    assert "a.glb: 25 frames" in capsys.readouterr().out
+    assert main(["motion", str(speech), "--fps", "0", "-o", str(tmp_path / "b.glb")]) == 2
+    assert "fps must be between 1 and 240" in capsys.readouterr().err
+    assert not (tmp_path / "b.glb").exists()
+
+
+def test_takes_differ_by_their_seeds(tmp_path, tiny_weights, capsys):
+    speech = write_wav(tmp_path / "s.wav", babble(0.2))
+    line = ["motion", str(speech), "--weights", str(tiny_weights), "--pose-scale", "0.5", "--emotion", "happy:1,sad:3"]
+    assert main([*line, "-o", str(tmp_path / "a.npz"), "--takes", "2", "--seed", "7"]) == 0
+    assert main([*line, "-o", str(tmp_path / "b.npz"), "--seed", "8"]) == 0
+    assert sorted(path.name for path in tmp_path.glob("*.npz")) == ["a_1.npz", "a_2.npz", "b.npz"]
+    takes = [Coefficients.load(tmp_path / name).expression for name in ("a_1.npz", "a_2.npz", "b.npz")]
+    assert np.array_equal(takes[1], takes[2])
+    assert not np.array_equal(takes[0], takes[1])
+    assert capsys.readouterr().err == ""
+
+
+def test_takes_of_a_video(animate, tmp_path, capsys):
+    assert animate(options=["--takes", "2"]) == 0
+    assert capsys.readouterr().out.count("10 frames, 512x512") == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out_1.mp4", "out_2.mp4", "speech.wav"]
+
+
+def test_head_and_emotion_from_files(tmp_path, tiny_weights, speech, portrait_file):
+    (tmp_path / "e.csv").write_text("time,emotion,intensity\n0,neutral,\n0.5,happy,1.2\n", "utf-8")
+    line = ["motion", str(speech), "--weights", str(tiny_weights), "--emotion-track", str(tmp_path / "e.csv")]
+    assert main([*line, "-o", str(tmp_path / "a.npz"), "--pose-from", str(portrait_file)]) == 0  # one pose: held
+    assert main([*line, "-o", str(tmp_path / "b.npz"), "--still"]) == 0
+    a, b = (Coefficients.load(tmp_path / name) for name in ("a.npz", "b.npz"))
+    assert np.array_equal(a.pose, b.pose)
+    assert not np.diff(b.pose, axis=0).any()
+    assert np.array_equal(a.expression, b.expression)
 
 
 def test_track_writes_what_design_says(tmp_path, tiny_weights, portrait_file):
@@ -119,6 +159,11 @@ def wall(path: Path, size: int = 300) -> Path:
     return path
 
 
+def empty(path: Path) -> Path:
+    path.write_text("time,emotion\n", "utf-8")
+    return path
+
+
 BAD = {
     "no face": (lambda at: {"portrait": wall(at / "wall.png")}, "no face found in"),
     "no image": (lambda at: {"portrait": write_wav(at / "a.jpg", babble(0.2))}, "is not a picture"),
@@ -130,6 +175,11 @@ BAD = {
     "zero seconds": (lambda at: {"speech": write_wav(at / "a.wav", np.zeros(0))}, "0 seconds"),
     "silent": (lambda at: {"speech": write_wav(at / "a.wav", np.zeros(8000))}, "is silent"),
     "unknown emotion": (lambda at: {"options": ["--emotion", "jolly"]}, ", ".join(EMOTIONS)),
+    "mixture": (lambda at: {"options": ["--emotion", "happy:2,joy"]}, ", ".join(EMOTIONS)),
+    "no such track": (lambda at: {"options": ["--emotion-track", str(at / "e.csv")]}, "does not exist"),
+    "empty track": (lambda at: {"options": ["--emotion-track", str(empty(at / "e.csv"))]}, "holds no row"),
+    "no such pose": (lambda at: {"options": ["--pose-from", str(at / "p.npz")]}, "does not exist"),
+    "takes": (lambda at: {"options": ["--takes", "0"]}, "takes must be a number from 1"),
     "intensity": (lambda at: {"options": ["--intensity", "9"]}, "intensity must be between"),
     "face number": (lambda at: {"options": ["--face", "3"]}, "--face 3: the picture has 1 face"),
     "no folder": (lambda at: {"output": "none/out.mp4"}, "there is no folder"),

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import csv
-
 import numpy as np
 import pytest
 
-from flowvqtalker.coefficients import POSE_NAMES, Coefficients
+from flowvqtalker.coefficients import Coefficients
 from flowvqtalker.errors import UserError
 
 
@@ -33,25 +31,55 @@ def test_round_trip(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["a.npz"]
 
 
-def test_csv_has_a_row_for_each_frame(tmp_path):
-    motion = some()
-    shapes = np.random.default_rng(1).random((7, 3)).astype(np.float32)
-    motion.save_csv(tmp_path / "a.csv", ("jawOpen", "mouthSmileLeft", "browDownLeft"), shapes)
-    with open(tmp_path / "a.csv", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    assert len(rows) == 7
-    assert list(rows[0]) == ["frame", "time", "jawOpen", "mouthSmileLeft", "browDownLeft", *POSE_NAMES]
-    assert float(rows[5]["time"]) == 0.2
-    assert float(rows[3]["jawOpen"]) == pytest.approx(float(shapes[3, 0]), abs=1e-5)
-    assert float(rows[3]["tz"]) == pytest.approx(float(motion.pose[3, 5]), abs=1e-5)
+def waving(fps: float, seconds: float = 2.0) -> Coefficients:
+    """Smooth motion within a head's range."""
+    time = np.arange(round(seconds * fps))[:, None] / fps
+    wave = np.sin(2 * np.pi * time * np.linspace(0.2, 2.0, 70) + np.arange(70)).astype(np.float32)
+    return Coefficients(wave[:, :64], wave[:, 64:] * 0.5, np.zeros(80, np.float32), fps)
 
 
-def test_another_rate_is_interpolated():
-    motion = some(30, fps=30.0)
+def test_another_rate_keeps_the_frames_that_it_shares():
+    motion = waving(30.0)
     moved = motion.at(25)
-    assert (len(moved), moved.fps) == (25, 25)
-    np.testing.assert_allclose(moved.pose[5], motion.pose[6], atol=1e-5)
+    assert (len(moved), moved.fps) == (50, 25)
+    np.testing.assert_allclose(moved.pose[::5], motion.pose[::6], atol=1e-5)
+    np.testing.assert_allclose(moved.expression[::5], motion.expression[::6], atol=1e-5)
     assert motion.at(30) is motion
+
+
+@pytest.mark.parametrize("fps", [30.0, 60.0])
+def test_more_frames_lie_on_the_same_smooth_curve(fps):
+    slow, true = waving(25.0), waving(fps)
+    fast = slow.at(fps)
+    assert len(fast) == len(true)
+    inside = slice(0, round(49 / 25 * fps))  # after the last frame the face holds
+    np.testing.assert_allclose(fast.pose[inside], true.pose[inside], atol=0.02)
+    np.testing.assert_allclose(fast.expression[inside], true.expression[inside], atol=0.04)
+    straight = np.stack([np.interp(np.arange(len(true)) / fps, np.arange(50) / 25, x) for x in slow.expression.T], 1)
+
+    def kink(x: np.ndarray) -> float:
+        return float(np.abs(np.diff(x[inside], n=2, axis=0)).max())
+
+    assert kink(fast.expression) < 0.9 * kink(straight)
+    assert kink(fast.pose[:, :3]) < 1.5 * kink(true.pose[:, :3])
+    assert fast.expression.max() <= slow.expression.max() + 1e-6  # no overshoot
+    assert not np.diff(fast.pose[round(49 / 25 * fps) + 1 :], axis=0).any()
+
+
+def test_a_steady_turn_about_a_tilted_axis_stays_steady():
+    """Angle by angle it would wobble."""
+    from scipy.spatial.transform import Rotation
+
+    axis = np.array([0.48, 0.6, 0.64])
+    turns = Rotation.from_rotvec(np.linspace(-0.9, 0.9, 13)[:, None] * axis)
+    angles = turns.as_euler("ZYX")[:, ::-1]
+    pose = np.concatenate([angles, np.zeros((13, 3))], axis=1).astype(np.float32)
+    moved = Coefficients(np.zeros((13, 64), np.float32), pose, np.zeros(80, np.float32)).at(60)
+    there = Rotation.from_euler("ZYX", moved.pose[:28, 2::-1])
+    expected = Rotation.from_rotvec(
+        np.interp(np.arange(28) / 60, np.arange(13) / 25, np.linspace(-0.9, 0.9, 13))[:, None] * axis
+    )
+    assert (there * expected.inv()).magnitude().max() < 1e-4
 
 
 @pytest.mark.parametrize(

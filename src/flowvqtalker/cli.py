@@ -117,7 +117,7 @@ class Track:
     input: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="INPUT")]
     """Picture or video."""
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"], metavar="FILE")]
-    """File to write (.npz, or .csv with the ARKit blendshapes and the pose)."""
+    """File to write (.npz, or .csv with the ARKit blendshapes and the head's turns)."""
     landmarks_only: bool = False
     """Leave the coefficients at zero; needs no weights."""
     smooth: bool = True
@@ -139,10 +139,10 @@ class Track:
         with _progress("track") as progress:
             found = track(model, self.input, smooth=self.smooth, progress=progress)
         if self.output.suffix.lower() == ".csv":
-            from flowvqtalker.face.arkit import ARKIT_NAMES
+            from flowvqtalker.export import save_live_link
 
             assert found.blendshapes is not None  # a tracker's result has them
-            found.save_csv(self.output, ARKIT_NAMES, found.blendshapes)
+            save_live_link(self.output, found, found.blendshapes)
         else:
             found.save(self.output)
         print(f"{self.output}: {len(found)} frames")
@@ -150,12 +150,15 @@ class Track:
 
 @dataclass(frozen=True, kw_only=True)
 class Motion(_MotionOptions):
-    """Make motion from speech, without pictures, at 25 fps: .npz of coefficients or .csv of 52 ARKit blendshapes."""
+    """Make motion from speech, without pictures: .npz of coefficients, .csv of 52 ARKit blendshapes and the head's
+    turns (as Live Link Face records them), or .glb, an animated face."""
 
     speech: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="SPEECH")]
     """Recording of speech: any audio or video file with sound."""
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"], metavar="FILE")]
-    """File to write (.npz or .csv)."""
+    """File to write (.npz, .csv or .glb)."""
+    fps: Annotated[float | None, tyro.conf.arg(metavar="X")] = None
+    """Frames per second of the file, for instance 30 or 60. Default: 25, as the motion is made."""
 
     def run(self) -> None:
         import numpy as np
@@ -163,32 +166,28 @@ class Motion(_MotionOptions):
 
         from flowvqtalker.audio.decode import scan
         from flowvqtalker.coefficients import Coefficients
+        from flowvqtalker.export import SUFFIXES, check_fps, export_motion
         from flowvqtalker.media import check_output
-        from flowvqtalker.talker import Talker
+        from flowvqtalker.talker import Talker, take_paths
 
-        check_output(self.output, (".npz", ".csv"))
+        paths = [check_output(path, SUFFIXES) for path in take_paths(self.output, self.takes)]
+        check_fps(self.fps)
         options = self.motion()
         _check_inputs(self.speech)
         found = scan(self.speech)
         talker = Talker.load(self.weights, "cpu", parts=("face", "motion"))
-        blocks = talker.motion(found, options=self.prepare(talker, options))
-        expression, pose = [], []
-        done = 0
-        with _progress("motion") as progress:
-            for beta, rho in blocks:
-                expression.append(beta)
-                pose.append(rho)
-                done += len(beta)
-                progress(done, found.frames)
-        beta = torch.cat(expression)
-        made = Coefficients(beta.numpy(), torch.cat(pose).numpy(), np.zeros(80, np.float32))
-        if self.output.suffix.lower() == ".csv":
-            from flowvqtalker.face.arkit import ARKIT_NAMES
-
-            made.save_csv(self.output, ARKIT_NAMES, talker.face_model.blendshapes(beta).numpy())
-        else:
-            made.save(self.output)
-        print(f"{self.output}: {len(made)} frames")
+        options = self.prepare(talker, options)
+        for take, path in enumerate(paths):
+            expression, pose = [], []
+            done = 0
+            with _progress("motion") as progress:
+                for beta, rho in talker.motion(found, options=options, seed=self.seed + take):
+                    expression.append(beta)
+                    pose.append(rho)
+                    done += len(beta)
+                    progress(done, found.frames)
+            made = Coefficients(torch.cat(expression).numpy(), torch.cat(pose).numpy(), np.zeros(80, np.float32))
+            print(f"{path}: {len(export_motion(path, made, talker.face_model, self.fps))} frames")
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import os
 import uuid
 from collections.abc import Callable
@@ -16,10 +15,7 @@ import numpy.typing as npt
 from flowvqtalker.errors import UserError
 from flowvqtalker.media import FPS
 
-__all__ = ["POSE_NAMES", "Coefficients"]
-
-#: Columns of a pose ρ: radians, then the model's unit (outer eye corners of the mean face).
-POSE_NAMES = ("pitch", "yaw", "roll", "tx", "ty", "tz")
+__all__ = ["Coefficients", "write_whole"]
 
 Array = npt.NDArray[np.float32]
 
@@ -30,7 +26,8 @@ class Coefficients:
 
     Attributes:
         expression: (T, 64) β.
-        pose: (T, 6) ρ = (pitch, yaw, roll, tx, ty, tz).
+        pose: (T, 6) ρ = (pitch, yaw, roll, tx, ty, tz), in radians and the face model's unit (the distance between the
+            outer eye corners of the mean face).
         identity: (80,) α; zeros where there is no face.
         fps: frames per second.
         landmarks: (T, 478, 3) pixels of the input, NaN where no face was found; None where there is no input.
@@ -62,25 +59,6 @@ class Coefficients:
         }
         kept = {name: np.asarray(value, dtype=np.float32) for name, value in arrays.items() if value is not None}
         write_whole(Path(path), lambda temporary: _savez(temporary, kept))
-
-    def save_csv(self, path: str | Path, names: tuple[str, ...], blendshapes: Array) -> None:
-        """Write ``.csv`` for other programs: time, the ARKit blendshapes and the pose of each frame.
-
-        Arguments:
-            path: file to write.
-            names: of the blendshapes.
-            blendshapes: (T, len(names)).
-        """
-
-        def write(temporary: Path) -> None:
-            with open(temporary, "w", newline="", encoding="utf-8") as file:
-                rows = csv.writer(file)
-                rows.writerow(["frame", "time", *names, *POSE_NAMES])
-                for frame, (shapes, pose) in enumerate(zip(blendshapes, self.pose, strict=True)):
-                    values = [f"{value:.5f}" for value in (*shapes, *pose)]
-                    rows.writerow([frame, f"{frame / self.fps:.3f}", *values])
-
-        write_whole(Path(path), write)
 
     @classmethod
     def load(cls, path: str | Path) -> Coefficients:
@@ -123,16 +101,37 @@ class Coefficients:
         )
 
     def at(self, fps: float) -> Coefficients:
-        """The expression and pose at another rate, interpolated linearly; the rest is dropped."""
+        """The expression and pose at another rate; the rest is dropped.
+
+        Values follow a smooth curve that does not overshoot, so lips that touch do not cross; the head turns along
+        rotations, not along its three angles one by one. After the last frame the face holds.
+        """
         if abs(self.fps - fps) < 1e-6 or len(self) == 1:
             return self
         count = max(1, round(len(self) * fps / self.fps))
-        times, known = np.arange(count) / fps, np.arange(len(self)) / self.fps
+        times = np.minimum(np.arange(count) * (self.fps / fps), len(self) - 1)  # in frames
+        pose = np.concatenate([_turned(self.pose[:, :3], times), _moved(self.pose[:, 3:], times)], axis=1)
+        return Coefficients(_moved(self.expression, times), pose.astype(np.float32), self.identity, fps)
 
-        def moved(values: Array) -> Array:
-            return np.stack([np.interp(times, known, column) for column in values.T], axis=1).astype(np.float32)
 
-        return Coefficients(moved(self.expression), moved(self.pose), self.identity, fps)
+def _moved(values: Array, times: npt.NDArray[np.float64]) -> Array:
+    """Values (T, n) at times counted in frames, by monotone cubic pieces (their first derivative is continuous)."""
+    from scipy.interpolate import PchipInterpolator
+
+    moved: Array = PchipInterpolator(np.arange(len(values)), values.astype(np.float64))(times).astype(np.float32)
+    return moved
+
+
+def _turned(angles: Array, times: npt.NDArray[np.float64]) -> Array:
+    """(pitch, yaw, roll) (T, 3) at times counted in frames, by a spline of rotations.
+
+    Like a cubic spline of the angles where they are small, and like slerp along a steady turn about any axis.
+    """
+    from scipy.spatial.transform import Rotation, RotationSpline
+
+    turns = Rotation.from_euler("ZYX", angles[:, ::-1].astype(np.float64))  # R = Rz(roll) Ry(yaw) Rx(pitch)
+    found: Array = RotationSpline(np.arange(len(angles)), turns)(times).as_euler("ZYX")[:, ::-1].astype(np.float32)
+    return found
 
 
 def write_whole(path: Path, write: Callable[[Path], None]) -> None:
