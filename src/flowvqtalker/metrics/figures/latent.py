@@ -287,6 +287,9 @@ class Latent:
         _learn()
         if self.clips < 1 or self.frames < 1:
             raise UserError(f"--clips and --frames must be positive, got {self.clips} and {self.frames}")
+        for text in self.weights:
+            if not all(text.partition("=")):
+                raise UserError(f"--weights {text!r}: give NAME=FOLDER, for instance --weights GMM=runs/gmm/weights")
         folders: dict[str, Path | None] = {**named(self.weights, "--weights")} or {"": None}
         flows = {name: load_flow(ExpFlow, "expflow", folder)[0] for name, folder in folders.items()}
         clips = pick_clips(Shard(self.shard), self.split, self.clips)
