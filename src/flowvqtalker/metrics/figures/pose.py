@@ -210,11 +210,8 @@ def make(panels: Sequence[Panel]) -> Figure:
 
 @dataclass(frozen=True, kw_only=True)
 class Pose:
-    """Figure 5: where the head goes (trace maps) and whether it moves with the voice (correlation maps); PNG and PDF.
-
-    The maps' definitions are this project's own, since none is published; `flowvqtalker.metrics.figures.pose` states
-    them.
-    """
+    """Figure 5: where the head goes (trace maps) and whether it moves with the voice (correlation maps, ours);
+    PNG and PDF."""
 
     motion: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="NAME=FILE")] = ()
     """Motion (.npz of `motion` or `track`) or video of a method, and its label; repeat it for every column."""
