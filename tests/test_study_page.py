@@ -249,6 +249,24 @@ def test_other_formats_are_encoded_anew(tmp_path):
     assert b"x264" not in (tmp_path / "b.mp4").read_bytes()
 
 
+def test_tags_are_left_behind(tmp_path):
+    """Titles and names of tracks, which editors and some methods write."""
+    plain = write_video(tmp_path / "a.mp4")
+    with av.open(str(plain)) as inside, av.open(str(tmp_path / "b.mp4"), "w") as outside:
+        outside.metadata["title"] = outside.metadata["comment"] = "SecretNet"
+        copies = {stream.index: outside.add_stream_from_template(stream) for stream in inside.streams}
+        for copy in copies.values():
+            copy.metadata["handler_name"] = "SecretNet"
+        for packet in inside.demux():
+            if packet.dts is not None:
+                packet.stream = copies[packet.stream.index]
+                outside.mux(packet)
+    assert (tmp_path / "b.mp4").read_bytes().count(b"SecretNet") >= 4
+    assert clips_module.blind_copy(tmp_path / "b.mp4", tmp_path / "c.mp4")
+    assert b"SecretNet" not in (tmp_path / "c.mp4").read_bytes()
+    assert (tmp_path / "c.mp4").read_bytes().count(b"Handler") == 2  # the names that every file has
+
+
 def test_differences_are_told(tmp_path):
     for name, options in {"a": {}, "b": {"frames": 15, "size": (96, 64), "sound": False}}.items():
         (tmp_path / name).mkdir()

@@ -137,6 +137,5 @@ def _kappas(counts: Array, weights: Array | None, drawn: Array) -> Array:
         observed = (drawn @ agreement) / (drawn @ (pairs > 0))
         prevalence = (drawn @ shares) / (drawn @ (raters > 0))[:, None]
         expected = np.einsum("bk,kl,bl->b", prevalence, weights, prevalence)
-        # A single category: nothing could have disagreed.
-        kappa = np.where(expected < 1 - 1e-12, (observed - expected) / (1 - expected), np.nan)
+        kappa = (observed - expected) / (1 - expected)  # 0 / 0 of a single category: nothing could have disagreed
     return np.asarray(kappa, np.float64)

@@ -91,11 +91,8 @@ def _remux(source: Path, target: Path) -> bool:
 def _like(container: Any, stream: Any) -> Any:
     """A track of the same codec without the tags; PyAV renamed the call in 14."""
     if hasattr(container, "add_stream_from_template"):
-        copy = container.add_stream_from_template(stream)
-    else:
-        copy = container.add_stream(template=stream)
-    copy.metadata.clear()
-    return copy
+        return container.add_stream_from_template(stream)
+    return container.add_stream(template=stream)
 
 
 def write_check(source: Path, target: Path, expected: Expected) -> None:

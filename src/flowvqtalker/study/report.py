@@ -143,6 +143,7 @@ def _show(one: Estimate, measure: str, signed: bool = False) -> str:
         return "n/a"
     scale, digits, unit = (100, 1, " %") if measure == "emotion" else (1, 2, "")
     sign = "+" if signed else ""
+    unit = " points" if signed and unit else unit
     value, low, high = (f"{number * scale:{sign}.{digits}f}" for number in (one.value, one.low, one.high))
     return f"{value}{unit} [{low}, {high}]"
 
