@@ -211,6 +211,13 @@ def _classifier(folder: Path | None) -> tuple[Any, tuple[str, ...]]:
     return classify, CLASSES
 
 
+def plain(value: Any) -> Any:
+    """The same with None for what is not a number, which JSON does not know."""
+    if isinstance(value, dict):
+        return {key: plain(one) for key, one in value.items()}
+    return None if isinstance(value, float) and not np.isfinite(value) else value
+
+
 def report(result: dict[str, Any]) -> None:
     """Print it."""
     scores, medians = result["scores"], result["medians"]
@@ -275,7 +282,7 @@ def main() -> None:
     }
     report(result)
     if options.json is not None:
-        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        options.json.write_text(json.dumps(plain(result), indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
