@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ class MeshExtractor:
             from flowvqtalker.face.tracker import FaceTracker
 
             self._tracker = FaceTracker()
+            atexit.register(self._tracker.close)  # its own destructor comes too late
         mesh = np.full((len(frames), 478, 3), np.nan, np.float32)
         shapes = np.full((len(frames), 52), np.nan, np.float32)
         for i, frame in enumerate(frames):

@@ -9,31 +9,86 @@ import numpy as np
 from flowvqtalker.errors import MissingDependency
 from flowvqtalker.metrics.accuracy import CLASSES
 from flowvqtalker.metrics.analysis import AnyExtractor, Array, Settings
-from flowvqtalker.metrics.measures.base import Both, Whole
+from flowvqtalker.metrics.measures.base import Both, Measure, Options, Whole, landmark_extractors
 from flowvqtalker.metrics.measures.motion import Fitted
+from flowvqtalker.metrics.mesh import MeshExtractor
 from flowvqtalker.metrics.report import Column
 
 __all__ = ["MEASURES"]
 
 
 class _Shares:
-    """Share of the clips that are right, in percent; clips without one of the eight labels do not count."""
+    """Share of the clips that are right, in percent; a clip without a face is wrong, one without a label left out."""
 
     def __init__(self, key: str, array: str) -> None:
         self.key, self.array = key, array
-        self.right: list[bool] = []
+        self.scores: list[Array] = []
+        self.labels: list[str | None] = []
 
     def add(self, both: Both) -> None:
         """One more clip."""
-        scores = both.made.arrays[self.array]
-        if both.pair.emotion in CLASSES and scores.size == len(CLASSES) and np.isfinite(scores).all():
-            self.right.append(CLASSES[int(scores.argmax())] == both.pair.emotion)
+        self.scores.append(both.made.arrays[self.array])
+        self.labels.append(both.pair.emotion)
 
     def result(self) -> dict[str, float]:
         """The share and its denominator."""
-        if not self.right:
-            return {}
-        return {self.key: 100.0 * sum(self.right) / len(self.right), f"{self.key}_clips": float(len(self.right))}
+        from flowvqtalker.metrics.emotion import accuracy_of
+
+        share, count = accuracy_of(self.scores, self.labels)
+        return {self.key: 100 * share, f"{self.key}_clips": float(count)} if count else {}
+
+
+class Emotion(Measure):
+    """Accuracy by our own classifier of faces."""
+
+    name = "emotion"
+    columns = (
+        Column(
+            "acc_emo", "Acc_emo %", "higher", 1, "emotion that was asked for, seen by this project's own classifier"
+        ),
+        Column("acc_emo_clips", "Acc_emo clips", None, 0, "how many labelled clips that is", extra=True),
+    )
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+
+    def extractors(self) -> list[AnyExtractor]:
+        """Features of faces and classes."""
+        from flowvqtalker.loading import choose_device
+        from flowvqtalker.metrics.emotion import EmotionExtractor, EmotionScores
+
+        folder, device = self.options.weights, str(choose_device(self.options.device))
+        _needs_weights("emotion", "emotion", folder)
+        return [MeshExtractor(), EmotionExtractor(folder, device), EmotionScores(folder, device)]
+
+    def start(self) -> Whole:
+        """Of all clips."""
+        return _Shares("acc_emo", "emotion")
+
+
+class EmotionFan(Measure):
+    """Accuracy by Emotion-FAN's published weights."""
+
+    name = "emotion-fan"
+    columns = (
+        Column("acc_fan", "Acc_FAN %", "higher", 1, "emotion that was asked for, seen by Emotion-FAN"),
+        Column("acc_fan_clips", "Acc_FAN clips", None, 0, "how many labelled clips that is", extra=True),
+    )
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+
+    def extractors(self) -> list[AnyExtractor]:
+        """Features of faces and classes."""
+        from flowvqtalker.loading import choose_device
+        from flowvqtalker.metrics.emotion_fan import EmotionFanExtractor, EmotionFanScores
+
+        path, device = self.options.emotion_fan, str(choose_device(self.options.device))
+        return [*landmark_extractors(self.options), EmotionFanExtractor(path, device), EmotionFanScores(path)]
+
+    def start(self) -> Whole:
+        """Of all clips."""
+        return _Shares("acc_fan", "emotion_fan")
 
 
 class MotionEmotionExtractor:
@@ -101,4 +156,4 @@ def _needs_weights(name: str, stage: str, folder: Any) -> None:
         raise MissingDependency(f"the weights {name} are missing; train them with `flowvqtalker train {stage}`")
 
 
-MEASURES: tuple[type[Any], ...] = (MotionEmotion,)
+MEASURES: tuple[type[Any], ...] = (Emotion, EmotionFan, MotionEmotion)
