@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from flowvqtalker.errors import UserError
 from flowvqtalker.metrics.measures.base import Both, Measure, Options, Whole, pair_frames
 
@@ -16,7 +18,7 @@ def all_measures(options: Options) -> list[Measure]:
     """
     from flowvqtalker.metrics.measures import emotion, motion, picture, sync
 
-    kinds = (*picture.MEASURES, *sync.MEASURES, *emotion.MEASURES, *motion.MEASURES)
+    kinds: tuple[Any, ...] = (*picture.MEASURES, *sync.MEASURES, *emotion.MEASURES, *motion.MEASURES)
     names = [kind.name for kind in kinds]
     unknown = [name for name in (*options.only, *options.require) if name not in names]
     if unknown:

@@ -1,4 +1,4 @@
-"""Columns about pictures: SSIM, PSNR, landmark distances, sharpness, identity, detection."""
+"""Columns about pictures: SSIM, PSNR, Fréchet distances, landmark distances, sharpness, identity, detection."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from flowvqtalker.media import read_video
 from flowvqtalker.metrics.analysis import AnyExtractor, Settings
-from flowvqtalker.metrics.measures.base import Both, Measure, Options, landmark_extractors
+from flowvqtalker.metrics.measures.base import Both, Measure, Options, Whole, landmark_extractors
 from flowvqtalker.metrics.mesh import MeshExtractor
 from flowvqtalker.metrics.report import Column
 
@@ -137,6 +137,91 @@ class LandmarkDistance(Measure):
         return {"m_lmd": mouth, "f_lmd": face}
 
 
+class _Frechet(Measure):
+    """Fréchet distance between the features of all real and all generated pictures."""
+
+    array = ""
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+
+    def start(self) -> Whole:
+        """Of all clips."""
+        return _FrechetSet(self.columns[0].key, self.array)
+
+
+class _FrechetSet:
+    def __init__(self, key: str, array: str) -> None:
+        from flowvqtalker.metrics.frechet import GaussianFit
+
+        self.key, self.array = key, array
+        self.fits = GaussianFit(), GaussianFit()
+        self.same = True
+
+    def add(self, both: Both) -> None:
+        self.same &= both.same
+        for fit, features in zip(self.fits, both.paired(self.array), strict=True):
+            fit.update(features)
+
+    def result(self) -> dict[str, float]:
+        from flowvqtalker.metrics.frechet import frechet_distance
+
+        count = min(fit.n_images for fit in self.fits)
+        if count < 2:  # no faces
+            return {}
+        real, made = (fit.result() for fit in self.fits)
+        return {self.key: 0.0 if self.same else frechet_distance(real, made), f"{self.key}_images": float(count)}
+
+
+_FEW = "biased upwards below 2048 pictures, so compare equal numbers only"
+
+
+class Fid(_Frechet):
+    """FID of the aligned crops, where Inception's weights are."""
+
+    name = "fid"
+    array = "inception"
+    columns = (
+        Column("fid", "FID", "lower", 2, f"on the aligned crops, with the features of pytorch-fid; {_FEW}"),
+        Column("fid_images", "FID images", None, 0, "pictures a side", extra=True),
+    )
+
+    def extractors(self) -> list[AnyExtractor]:
+        """Crops and Inception's features."""
+        from flowvqtalker.loading import choose_device
+        from flowvqtalker.metrics.frechet import InceptionFeatures
+
+        features = InceptionFeatures(self.options.inception, str(choose_device(self.options.device)))
+        features.settings()  # the weights are looked for now
+        return [*aligned_extractors(self.options), features]
+
+
+class FrechetMobileNet(_Frechet):
+    """The same distance on MobileNet's features, for want of Inception; never to be called FID."""
+
+    name = "frechet-mobilenet"
+
+    def __init__(self, options: Options) -> None:
+        super().__init__(options)
+        self.native = options.protocol == "native"
+        self.array = "mobilenet512" if self.native else "mobilenet"
+        where = "whole frames" if self.native else "the aligned crops"
+        self.columns = (
+            Column("frechet_mobilenet", "Fréchet-MobileNet", "lower", 1, f"on {where}; not FID's scale; {_FEW}"),
+            Column("frechet_mobilenet_images", "Fréchet images", None, 0, "pictures a side", extra=True),
+        )
+
+    def extractors(self) -> list[AnyExtractor]:
+        """Features, of crops or frames."""
+        from flowvqtalker.loading import choose_device
+        from flowvqtalker.metrics.frechet import MobileNetFeatures
+
+        device = str(choose_device(self.options.device))
+        features = MobileNetFeatures("frame" if self.native else "aligned", device=device)
+        features.settings()  # the weights are looked for now
+        return [features] if self.native else [*aligned_extractors(self.options), features]
+
+
 class Sharpness(Measure):
     """CPBD at the size of the frames and at 256 pixels."""
 
@@ -227,4 +312,12 @@ class Detection(Measure):
         }
 
 
-MEASURES: tuple[type[Any], ...] = (Similarity, LandmarkDistance, Sharpness, Identity, Detection)
+MEASURES: tuple[type[Any], ...] = (
+    Similarity,
+    Fid,
+    FrechetMobileNet,
+    LandmarkDistance,
+    Sharpness,
+    Identity,
+    Detection,
+)
