@@ -25,6 +25,7 @@ STAGES = {
     "expflow": "flowvqtalker.train.expflow",
     "poseflow": "flowvqtalker.train.poseflow",
     "sync": "flowvqtalker.train.sync",
+    "emotion": "flowvqtalker.train.emotion",
     "motion-emotion": "flowvqtalker.train.motion_emotion",
 }
 

@@ -24,15 +24,28 @@ from flowvqtalker.errors import UserError
 from flowvqtalker.metrics.accuracy import CLASSES, Accuracy, grouped_folds, score
 from flowvqtalker.train.config import LoopConfig
 from flowvqtalker.train.loop import fit
-from flowvqtalker.train.stage import Stage
 from flowvqtalker.train.state import replace_file
 
-__all__ = ["Labelled", "cross_validate", "fit_temperature", "held_out_numbers", "spread_out", "write_report"]
+__all__ = [
+    "NEUTRAL",
+    "BalancedDraw",
+    "Labelled",
+    "by_person",
+    "cross_validate",
+    "draw",
+    "fit_temperature",
+    "held_out_logits",
+    "held_out_numbers",
+    "spread_out",
+    "write_report",
+]
 
 logger = logging.getLogger(__name__)
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
+
+NEUTRAL = CLASSES.index("neutral")
 
 
 @dataclass(frozen=True)
@@ -54,10 +67,66 @@ class Labelled:
             raise ValueError("labels, identities and measured must have one entry for each clip")
 
 
+class BalancedDraw:
+    """Draws clips class by class and person by person.
+
+    Arguments:
+        data: all labelled clips.
+        numbers: those to draw from.
+        natural: (n,) bool; clips of natural speech, which have the label neutral.
+        balance: classes are drawn by the number of their people to the power of one minus this; 1: all alike.
+        natural_share: share of the neutral draws that are natural speech.
+    """
+
+    def __init__(
+        self,
+        data: Labelled,
+        numbers: Ints,
+        natural: npt.NDArray[np.bool_],
+        balance: float = 1.0,
+        natural_share: float = 0.5,
+    ) -> None:
+        labels, own = data.labels[numbers], natural[numbers]
+        self.groups = {
+            int(label): by_person(numbers[(labels == label) & ~own], data.identities)
+            for label in np.unique(labels[~own])
+        }
+        if not self.groups:
+            raise UserError("no labelled clips to train on; check the split and the labels")
+        self.natural = by_person(numbers[own], data.identities)
+        self.natural_share = natural_share
+        weight = np.array([len(group) for group in self.groups.values()], np.float64) ** (1 - balance)
+        self._classes, self._shares = list(self.groups), np.cumsum(weight / weight.sum())
+
+    def draw(self, random: np.random.Generator) -> tuple[int, int]:
+        """Number and label of a clip."""
+        chosen = int(np.searchsorted(self._shares, random.random(), side="right"))
+        label = self._classes[min(chosen, len(self._classes) - 1)]
+        people = self.groups[label]
+        if label == NEUTRAL and self.natural and random.random() < self.natural_share:
+            people = self.natural
+        return draw(people, random), label
+
+
+def by_person(numbers: Ints, identities: Sequence[str]) -> list[Ints]:
+    """Numbers of clips, in one array a person."""
+    people: dict[str, list[int]] = {}
+    for number in numbers:
+        people.setdefault(identities[number], []).append(int(number))
+    return [np.array(group, np.int64) for group in people.values()]
+
+
+def draw(people: Sequence[Ints], random: np.random.Generator) -> int:
+    """A number of a person."""
+    group = people[int(random.integers(len(people)))]
+    return int(group[int(random.integers(len(group)))])
+
+
 class Classifier(Protocol):
     """A stage that can classify clips of its data."""
 
-    module: nn.Module
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Take over what it exported."""
 
     def logits(self, numbers: Ints) -> Tensor:
         """Logits (k, 8) of clips."""
@@ -92,21 +161,23 @@ def cross_validate(
         resume: keep the folds that are done.
 
     Returns:
-        the pooled accuracy of the measured clips, and the logits (n, 8) of all clips, each by the model that has not
-        seen its person.
+        the pooled accuracy of the measured clips, and the logits (n, 8) of all clips: of the measured ones by the model
+        that has not seen their person, of the others zeros.
     """
     fold = grouped_folds(data.labels, data.identities, folds)
     logits = np.zeros((len(fold), len(CLASSES)), np.float32)
     for number in range(folds):
         held = fold == number
         folder = out / f"fold-{number}"
-        stage: Stage = make(np.flatnonzero(~held), np.flatnonzero(held), number)
+        stage: Any = make(np.flatnonzero(~held), np.flatnonzero(held), number)
         if not (resume and (folder / "done").is_file()):
             fit(stage, loop, folder, resume)
             (folder / "done").touch()
-        stage.module.load_state_dict({**stage.module.state_dict(), **_floats(folder / "weights.safetensors")})
-        logits[held] = held_out_logits(stage, np.flatnonzero(held))
+        stage.restore(_floats(folder / "weights.safetensors"))
         keep = data.measured & held
+        if not keep.any():
+            continue
+        logits[keep] = held_out_logits(stage, np.flatnonzero(keep))
         part = _score(data, logits, keep)
         logger.info("fold %d of %d: %d clips, accuracy %.3f", number + 1, folds, keep.sum(), part.accuracy)
     return _score(data, logits, data.measured), logits

@@ -25,12 +25,15 @@ from flowvqtalker.data.shards import Shard
 from flowvqtalker.data.splits import split_of
 from flowvqtalker.errors import UserError
 from flowvqtalker.face.model import FaceModel
-from flowvqtalker.metrics.accuracy import CLASSES
 from flowvqtalker.metrics.motion_emotion import MIRRORED, MotionEmotion, MotionEmotionConfig
 from flowvqtalker.train.config import LoopConfig, check, to_dict
 from flowvqtalker.train.emotion_folds import (
+    NEUTRAL,
+    BalancedDraw,
     Labelled,
+    by_person,
     cross_validate,
+    draw,
     fit_temperature,
     held_out_logits,
     held_out_numbers,
@@ -46,7 +49,6 @@ logger = logging.getLogger(__name__)
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 
-_NEUTRAL = CLASSES.index("neutral")
 _NATURAL = EMOTIONS.index("natural")
 
 
@@ -148,7 +150,7 @@ def load_clips(shards: tuple[Path, ...], per_person: int, shortest: int = 12) ->
             if emotion < 0:
                 continue
             frames.append(np.array(shard.expression[shard.rows(int(number))], np.float32))
-            labels.append(_NEUTRAL if emotion == _NATURAL else emotion)
+            labels.append(NEUTRAL if emotion == _NATURAL else emotion)
             identities.append(str(shard.identity[number]))
             speech.append(bool(shard.speech[number] and shard.sound[number]))
             natural.append(emotion == _NATURAL)
@@ -172,16 +174,10 @@ class VariedMotion(Dataset[dict[str, Any]]):
 
     def __init__(self, clips: MotionClips, numbers: Ints, config: Config, lips: Floats) -> None:
         self.clips, self.config, self.lips = clips, config, lips
-        labels = clips.data.labels[numbers]
-        natural = clips.natural[numbers]
-        self.groups: dict[int, list[Ints]] = {}
-        for label in np.unique(labels[~natural]):
-            self.groups[int(label)] = _by_person(numbers[(labels == label) & ~natural], clips.data.identities)
-        self.natural = _by_person(numbers[natural], clips.data.identities)
-        self.speakers = _by_person(numbers[clips.speech[numbers] & (labels == _NEUTRAL)], clips.data.identities)
-        people = np.array([len(group) for group in self.groups.values()], np.float64)
-        self.shares = np.cumsum(people ** (1 - config.balance) / (people ** (1 - config.balance)).sum())
-        calm = [*self.groups.get(_NEUTRAL, []), *self.natural]
+        self.draws = BalancedDraw(clips.data, numbers, clips.natural, config.balance, config.natural)
+        speaking = numbers[clips.speech[numbers] & (clips.data.labels[numbers] == NEUTRAL)]
+        self.speakers = by_person(speaking, clips.data.identities)
+        calm = [*self.draws.groups.get(NEUTRAL, []), *self.draws.natural]
         means = [np.mean([clips.frames[n].mean(0) for n in group], axis=0) for group in calm]
         self.resting = np.stack(means) if means else np.zeros((1, clips.frames[0].shape[1]), np.float32)
         self.neutral = self.resting.mean(0)
@@ -189,12 +185,8 @@ class VariedMotion(Dataset[dict[str, Any]]):
 
     def __getitem__(self, i: int) -> dict[str, Any]:
         random = item_generator(self.config.loop.seed, i)
-        chosen = int(np.searchsorted(self.shares, random.random(), side="right"))
-        label = list(self.groups)[min(chosen, len(self.groups) - 1)]
-        people = self.groups[label]
-        if label == _NEUTRAL and self.natural and random.random() < self.config.natural:
-            people = self.natural
-        x = self.vary(self.clips.frames[_draw(people, random)], random)
+        number, label = self.draws.draw(random)
+        x = self.vary(self.clips.frames[number], random)
         mirror = self.config.variation.mirror and random.random() < 0.5
         return {"expression": torch.from_numpy(x), "label": label, "mirror": bool(mirror)}
 
@@ -205,7 +197,7 @@ class VariedMotion(Dataset[dict[str, Any]]):
         start = int(random.integers(len(clip) - length + 1))
         x = _there_and_back(clip[start : start + length], how.frames)
         if self.speakers and random.random() < how.speech:
-            spoken = self.clips.frames[_draw(self.speakers, random)]
+            spoken = self.clips.frames[draw(self.speakers, random)]
             first = int(random.integers(max(1, len(spoken) - how.frames + 1)))
             part = _there_and_back(spoken[first : first + how.frames], how.frames)
             keep = random.uniform(0, 1)  # of the clip's own movement of the lips
@@ -216,18 +208,6 @@ class VariedMotion(Dataset[dict[str, Any]]):
         x = self.neutral + random.uniform(*how.strength) * (x - self.neutral)
         x = x + how.noise * self.spread * random.normal(size=x.shape[1])
         return np.ascontiguousarray(x, dtype=np.float32)
-
-
-def _by_person(numbers: Ints, identities: tuple[str, ...]) -> list[Ints]:
-    people: dict[str, list[int]] = {}
-    for number in numbers:
-        people.setdefault(identities[number], []).append(int(number))
-    return [np.array(group, np.int64) for group in people.values()]
-
-
-def _draw(people: list[Ints], random: np.random.Generator) -> int:
-    group = people[int(random.integers(len(people)))]
-    return int(group[int(random.integers(len(group)))])
 
 
 def _there_and_back(frames: Floats, count: int) -> Floats:
@@ -300,6 +280,10 @@ class MotionEmotionStage(Stage):
             size = size + self.model.motion.weight.square().sum()
         right = (logits.argmax(1) == batch["label"]).float().mean()
         return loss + 0.5 * self.config.l2 * size, {"cross_entropy": loss.detach(), "accuracy": right}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Take over what :meth:`export` gave."""
+        self.model.load_state_dict(state)
 
     def logits(self, numbers: Ints) -> Tensor:
         """Logits (k, 8) of whole clips."""
