@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from itertools import pairwise
 
@@ -9,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from flowvqtalker.errors import UserError
 from flowvqtalker.face.model import FaceModel
-from flowvqtalker.render.generator import VQIG, SpatialAdaIN, VQIGConfig
+from flowvqtalker.render.generator import ABLATION, VQIG, SpatialAdaIN, VQIGConfig
 from flowvqtalker.render.mesh import MeshFlow, warp
 from flowvqtalker.render.renderer import Renderer, _windows
 from flowvqtalker.render.warp import MappingNetwork, WarpConfig, WarpingNetwork
@@ -111,7 +113,7 @@ def _run(config: VQIGConfig) -> tuple[VQIG, torch.Tensor]:
     torch.manual_seed(0)
     model = VQIG(config)
     source = model.prepare(torch.rand(1, 3, 512, 512) * 2 - 1).expand(2)
-    prior = torch.zeros(2, 2, 32, 32)
+    prior = torch.zeros(2, 2, 32, 32) if config.warp.prior == "mesh" else None
     out = model(source, torch.randn(2, 27, 70), prior)
     loss = (out.image - 1).square().mean() + (out.warped - 1).square().mean() + out.latent.square().mean()
     if out.logits is not None:
@@ -120,20 +122,21 @@ def _run(config: VQIGConfig) -> tuple[VQIG, torch.Tensor]:
     return model, out.image
 
 
-@pytest.mark.parametrize(
-    "off",
-    [
-        ("use_warp", "use_fuse", "use_attention", "use_codes"),
-        ("use_fuse", "use_attention", "use_codes"),
-        ("use_attention", "use_codes"),
-        ("use_codes",),
-        (),
-    ],
-    ids=["B", "+W", "+phi", "+M", "+C"],
-)
-def test_every_ablation_learns_what_it_has_and_only_that(off: tuple[str, ...]) -> None:
-    model, image = _run(replace(SMALL, **dict.fromkeys(off, False)))
+#: Parts of each variant beside E_w, the image-level AdaIN and the frozen E_h, C, D_h, which every one has.
+PARTS = {
+    "B": set(),
+    "W": {"mapping", "warping"},
+    "phi": {"mapping", "warping", "fuse"},
+    "M": {"mapping", "warping", "fuse", "attention"},
+    "C": {"mapping", "warping", "fuse", "attention", "transformer"},
+}
+
+
+@pytest.mark.parametrize("variant", ABLATION)
+def test_every_ablation_learns_what_it_has_and_has_nothing_else(variant: str) -> None:
+    model, image = _run(replace(SMALL, blend=False).ablated(variant))
     assert image.shape == (2, 3, 512, 512)
+    assert {name for name, _ in model.named_children()} == {"autoencoder", "encoder", "modulation"} | PARTS[variant]
     for name, parameter in model.named_parameters():
         if name.startswith("autoencoder."):
             assert parameter.grad is None, name
@@ -141,7 +144,41 @@ def test_every_ablation_learns_what_it_has_and_only_that(off: tuple[str, ...]) -
             assert parameter.grad is not None, name  # zero at the start, behind a layer that begins at zero
         else:
             assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
-    assert (model.transformer is None) == ("use_codes" in off)
+
+
+@pytest.mark.parametrize("variant", ABLATION)
+def test_every_ablation_is_rebuilt_from_its_weights_and_configuration(variant: str) -> None:
+    torch.manual_seed(0)
+    first = VQIG(SMALL.ablated(variant)).eval()
+    second = VQIG(VQIGConfig.from_dict(json.loads(json.dumps(first.config.to_dict())))).eval()
+    second.load_state_dict(first.state_dict())
+    image, motion = torch.rand(1, 3, 512, 512) * 2 - 1, torch.randn(1, 27, 70)
+    prior = torch.randn(1, 2, 32, 32) * 0.01
+    with torch.no_grad():
+        pictures = [model(model.prepare(image), motion, prior).image for model in (first, second)]
+    assert torch.equal(*pictures)
+
+
+def test_the_last_ablation_is_the_whole_generator_and_defaults_are_as_before() -> None:
+    for config in (VQIGConfig(), VQIGConfig.lite(), VQIGConfig.paper()):
+        assert config.ablated("C") == config
+    old = VQIGConfig.lite().to_dict()  # a file from before the switches had none
+    for switch in ("use_warp", "use_fuse", "use_attention", "use_codes"):
+        assert old.pop(switch) is True
+    assert VQIGConfig.from_dict(old) == VQIGConfig.lite()
+    with pytest.raises(UserError, match=r"unknown variant '\+W' of the image generator; choose one of B, W, phi, M, C"):
+        VQIGConfig().ablated("+W")
+
+
+def test_without_the_mesh_the_warp_begins_as_the_identity() -> None:
+    """``warp.prior: none`` is the paper's W, which finds all of the flow."""
+    config = replace(SMALL, blend=False, warp=replace(SMALL.warp, prior="none"))
+    model, _ = _run(config)
+    assert model.warping.out.weight.grad.abs().sum() > 0
+    image = torch.rand(1, 3, 512, 512) * 2 - 1
+    with torch.no_grad():
+        found = model.predict(model.prepare(image), torch.randn(1, 27, 70))[0]
+    assert torch.allclose(found.warped, image, atol=1e-5)
 
 
 def test_configurations_round_trip() -> None:

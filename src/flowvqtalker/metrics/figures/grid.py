@@ -40,7 +40,7 @@ def make(
     zoom: Mapping[str, Sequence[Sequence[Box]]] | None = None,
     labels: bool = True,
     cell: float = 1.5,
-    inset: float = 0.42,
+    inset: float = 0.38,
 ) -> Figure:
     """Draw the grid.
 
