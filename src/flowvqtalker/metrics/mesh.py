@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import atexit
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,8 @@ class MeshExtractor:
             from flowvqtalker.face.tracker import FaceTracker
 
             self._tracker = FaceTracker()
-            atexit.register(self._tracker.close)  # its own destructor comes too late
+            # Closed with this object: at the end of the program would be too late for the native graph.
+            weakref.finalize(self, self._tracker.close).atexit = False
         mesh = np.full((len(frames), 478, 3), np.nan, np.float32)
         shapes = np.full((len(frames), 52), np.nan, np.float32)
         for i, frame in enumerate(frames):

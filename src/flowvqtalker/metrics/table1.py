@@ -258,6 +258,7 @@ def _in_parallel(
             for function, arguments in calls:
                 results.append(function(*arguments))
                 bar.update()
+            _start(())
             return results
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(jobs, context, initializer=_start, initargs=(extractors, jobs)) as pool:

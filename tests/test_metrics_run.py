@@ -1,0 +1,302 @@
+"""The benchmark runner: splits, planning, resuming, failures, and every method on tiny weights."""
+
+from __future__ import annotations
+
+import csv
+import json
+import tempfile
+from importlib.resources import files
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from flowvqtalker import EMOTIONS
+from flowvqtalker.cli import main
+from flowvqtalker.data.splits import HDTF_TEST, MEAD_TEST, split_of
+from flowvqtalker.errors import UserError
+from flowvqtalker.media import VideoWriter, probe, read_video
+from flowvqtalker.metrics import run as runner
+from flowvqtalker.metrics.methods import METHODS, Output
+from flowvqtalker.metrics.run import Run, Task, plan
+from flowvqtalker.metrics.splits import BUILTIN, Item, load_split
+
+from .conftest import babble, write_wav
+
+SPLITS = files("flowvqtalker") / "splits"
+
+
+def touch(root: Path, *names: str) -> None:
+    for name in names:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"")
+
+
+# -------------------------------------------------------------------------------------------------------------- splits
+
+
+def test_published_splits_are_those_of_the_data():
+    mead = json.loads((SPLITS / "mead-test.json").read_text(encoding="utf-8"))
+    hdtf = json.loads((SPLITS / "hdtf-test.json").read_text(encoding="utf-8"))
+    assert tuple(mead["subjects"]) == MEAD_TEST and set(hdtf["videos"]) == HDTF_TEST
+
+
+def test_mead_in_both_layouts(tmp_path):
+    published = tmp_path / "published"
+    touch(
+        published,
+        "M003/video/front/angry/level_1/001.mp4",
+        "M003/video/front/neutral/level_1/012.mp4",
+        "M003/video/left_30/angry/level_1/001.mp4",
+        "M005/video/front/angry/level_1/001.mp4",
+        "M003/audio/angry/level_1/001.m4a",
+        "W009/video/front/surprised/level_3/002.mp4",
+    )
+    items = load_split("mead-test", published)
+    assert [(i.name, i.emotion, i.speech is not None) for i in items] == [
+        ("M003#angry#level_1#001", "angry", True),
+        ("M003#neutral#level_1#012", "neutral", False),
+        ("W009#surprised#level_3#002", "surprised", False),
+    ]
+    flat = tmp_path / "flat"
+    touch(flat, "M030#fear#level_2#007.mp4", "W015_front_sad_level3_011.mp4", "M030#fear#level_2#007.txt", "x.mp4")
+    assert [i.name for i in load_split("mead-test", flat)] == ["M030#fear#level_2#007", "W015#sad#level_3#011"]
+    touch(flat, "more/M030_front_fear_level2_007.mp4")
+    with pytest.raises(UserError, match="are the same clip"):
+        load_split("mead-test", flat)
+
+
+def test_hdtf_whole_and_cut(tmp_path):
+    touch(tmp_path, "RD_Radio1_000.mp4", "cut/WRA_JimRisch_000#3.mp4", "cut/RD_Radio10_000#0.mp4")
+    items = load_split("hdtf-test", tmp_path)
+    assert [(i.name, i.emotion, i.seconds) for i in items] == [
+        ("RD_Radio1_000", "natural", 5.0),
+        ("WRA_JimRisch_000#3", "natural", None),
+    ]
+    with pytest.raises(UserError, match="holds no clip of mead-test"):
+        load_split("mead-test", tmp_path)
+
+
+def test_shared_split_holds_out_people(tmp_path):
+    with open(str(SPLITS / "shared-val.csv"), newline="", encoding="utf-8") as stream:
+        rows = list(csv.DictReader(stream))
+    assert {split_of(row["identity"]) for row in rows} == {"val"}
+    assert {row["emotion"] for row in rows} <= set(EMOTIONS)
+    touch(tmp_path / "clips", *(row["clip"] for row in rows))
+    items = load_split("shared-val", tmp_path)
+    assert len(items) == len(rows) and sum(not item.voiced for item in items) == 3
+    (tmp_path / "clips" / rows[0]["clip"]).unlink()
+    with pytest.raises(UserError, match=r"lacks files of shared-val\.csv: GRID"):
+        load_split("shared-val", tmp_path)
+
+
+def test_split_of_a_table(tmp_path):
+    touch(tmp_path, "clips/a.mp4", "b.mp4", "b.wav")
+    table = tmp_path / "split.csv"
+    table.write_text("clip,name,emotion,speech,voiced,seconds\na.mp4,one,happy,,no,\nb.mp4,,,b.wav,,2.5\n")
+    one, two = load_split(str(table), None)
+    assert (one.name, one.emotion, one.voiced, one.seconds) == ("one", "happy", False, None)
+    assert (two.name, two.emotion, two.speech, two.seconds) == ("b", None, tmp_path / "b.wav", 2.5)
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("clip,emotion\na.mp4,joy\n", "unknown emotion 'joy'"),
+        ("clip,seconds\na.mp4,soon\n", "seconds must be a number"),
+        ("clip,name\na.mp4,x\na.mp4,x\n", "give each row its own name"),
+        ("clip,name\na.mp4,../x\n", "cannot name a file"),
+        ("file\na.mp4\n", "needs the column clip"),
+        ("", "needs the column clip"),
+        ("clip\nnone.mp4\n", "lacks files"),
+    ],
+)
+def test_bad_tables(tmp_path, content, message):
+    touch(tmp_path, "a.mp4")
+    (tmp_path / "split.csv").write_text(content)
+    with pytest.raises(UserError, match=message):
+        load_split(str(tmp_path / "split.csv"), None)
+
+
+def test_unknown_split_and_missing_data(tmp_path):
+    with pytest.raises(UserError, match=f"unknown split 'test'; choose one of {', '.join(BUILTIN)}"):
+        load_split("test", tmp_path)
+    with pytest.raises(UserError, match="needs --data"):
+        load_split("mead-test", None)
+    with pytest.raises(UserError, match="no folder"):
+        load_split("mead-test", tmp_path / "none")
+
+
+# ------------------------------------------------------------------------------------------------------------ planning
+
+
+def test_plan_skips_what_is_there(tmp_path):
+    items = [Item("a", Path("a.mp4")), Item("b", Path("b.mp4"), voiced=False)]
+    tasks = plan(items, tmp_path, ("animate", "copy"), seeds=2)
+    assert [[str(o.path.relative_to(tmp_path)) for o in task.outputs] for task in tasks] == [
+        ["animate/a#seed0.mp4", "animate/a#seed1.mp4", "copy/a.mp4"],
+        ["copy/b.mp4"],
+    ]
+    touch(tmp_path, "animate/a#seed0.mp4", "copy/b.mp4")
+    (task,) = plan(items, tmp_path, ("animate", "copy"), seeds=2)
+    assert [(o.method, o.seed) for o in task.outputs] == [("animate", 1), ("copy", 0)]
+
+
+class Fake:
+    """Stands in for the animator: writes empty files, and does as it is told at some items."""
+
+    def __init__(self, folder: Path, behaviour: dict[str, object]) -> None:
+        self.folder, self.behaviour, self.made = folder, behaviour, []
+
+    def make(self, item, outputs):
+        errors = {}
+        for output in outputs:
+            what = self.behaviour.get(item.name)
+            if isinstance(what, BaseException):
+                raise what
+            if isinstance(what, str):
+                errors[output] = what
+                continue
+            touch(output.path.parent, output.path.name)
+            touch(self.folder / "real", f"{item.name}.mp4")
+            self.made.append(item.name)
+        return errors
+
+
+@pytest.fixture
+def three(tmp_path, monkeypatch, tiny_weights):
+    """A split of three clips, and an animator that can be told what to do."""
+    touch(tmp_path, "a.mp4", "b.mp4", "c.mp4")
+    (tmp_path / "split.csv").write_text("clip\na.mp4\nb.mp4\nc.mp4\n")
+
+    def run(behaviour, **options):
+        fake = Fake(tmp_path / "out", behaviour)
+        monkeypatch.setattr(runner._Options, "animator", lambda self, number=0: fake)
+        settings = {"method": ("copy",), "table": False, "weights": tiny_weights, **options}
+        try:
+            Run(split=str(tmp_path / "split.csv"), output=tmp_path / "out", **settings).run()
+        finally:
+            run.made = fake.made
+
+    run.folder = tmp_path / "out"
+    return run
+
+
+def test_interrupted_run_goes_on_where_it_stopped(three):
+    with pytest.raises(KeyboardInterrupt):
+        three({"c": KeyboardInterrupt()})
+    assert three.made == ["a", "b"]
+    three({})
+    assert three.made == ["c"]
+    three({})
+    assert three.made == []
+
+
+def test_failures_are_listed_and_tried_again(three, caplog):
+    three({"b": "no face found"})
+    with open(three.folder / "errors.csv", newline="") as stream:
+        assert list(csv.reader(stream)) == [["name", "method", "seed", "error"], ["b", "copy", "0", "no face found"]]
+    assert three.made == ["a", "c"] and "b (copy): no face found" in caplog.text
+    three({})
+    assert three.made == ["b"] and not (three.folder / "errors.csv").exists()
+
+
+def test_folder_of_another_choice_is_refused(three):
+    three({}, limit=1)
+    assert three.made == ["a"]
+    with pytest.raises(UserError, match=r"made with other settings \(seconds\)"):
+        three({}, seconds=2.0)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"method": ("paint",)}, "unknown method paint; choose from animate"),
+        ({"method": ()}, r"unknown method \(none\)"),
+        ({"seeds": 0}, "--seeds must be at least 1"),
+        ({"jobs": 0}, "--jobs must be at least 1"),
+        ({"seconds": 0.0}, "--seconds must be positive"),
+        ({"protocol": "x"}, "choose eat or native"),
+    ],
+)
+def test_bad_options(three, options, message):
+    with pytest.raises(UserError, match=message):
+        three({}, **options)
+
+
+def test_names_of_methods_agree():
+    assert tuple(METHODS) == runner._NAMES
+
+
+def test_a_process_that_dies_costs_its_own_task_alone(monkeypatch, tmp_path):
+    tasks = [Task(Item(name, Path(name)), (Output("copy", 0, tmp_path / name),)) for name in "abcdefgh"]
+    pools = []
+
+    def pool(given, options, jobs, report):
+        """The task "c" kills its process; whatever had not come back is lost with it."""
+        pools.append(("".join(task.item.name for task in given), jobs))
+        names = [task.item.name for task in given]
+        stop = names.index("c") if "c" in names else len(names)
+        for _ in names[:stop]:
+            report([])
+        return list(given[stop:])
+
+    monkeypatch.setattr(runner, "_pool", pool)
+    monkeypatch.setattr(runner._Options, "animator", lambda self, number=0: None)
+    reports = []
+    runner._in_processes(tasks, runner._Options(tmp_path, None, "cpu", None, None, 2), 2, reports.append)
+    assert pools == [("abcdefgh", 2), ("c", 1), ("d", 1), ("e", 1), ("fgh", 2)]
+    failures = [failure for report in reports for failure in report]
+    assert [(name, method) for name, method, _, _ in failures] == [("c", "copy")] and len(reports) == len(tasks)
+
+
+# ------------------------------------------------------------------------------------------------------------ for real
+
+
+@pytest.fixture
+def clips(tmp_path, astronaut):
+    """A speaking astronaut who nods, a silent one, and a clip without a face."""
+    speech = write_wav(tmp_path / "speech.wav", babble(0.32))
+    for name, sound, faces in (("a", speech, True), ("silent", None, True), ("empty", speech, False)):
+        with VideoWriter(tmp_path / f"{name}.mp4", sound) as writer:
+            for t in range(8):
+                writer.write(np.roll(astronaut, 2 * t, axis=0) if faces else np.full_like(astronaut, 20 * t))
+    (tmp_path / "split.csv").write_text("clip,emotion,voiced\na.mp4,happy,yes\nsilent.mp4,sad,no\nempty.mp4,,yes\n")
+    return tmp_path
+
+
+def test_every_method_on_tiny_weights(clips, tiny_weights, capsys, monkeypatch):
+    out, scratch = clips / "out", clips / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
+    line = ["evaluate", "run", "--split", str(clips / "split.csv"), "-o", str(out), "--weights", str(tiny_weights)]
+    line += ["--device", "cpu", "--dtype", "float32", "--method", *METHODS]
+    assert main([*line, "--no-table"]) == 0
+    for method in METHODS:
+        made = {path.stem for path in (out / method).iterdir()}
+        assert made == ({"a"} if method == "animate" else {"a", "silent"}), method
+        for name in made:
+            info = probe(out / method / f"{name}.mp4")
+            assert (info.width, info.height, info.sound) == (512, 512, name == "a")
+            assert sum(1 for _ in read_video(out / method / f"{name}.mp4")) == 8
+    assert sum(1 for _ in read_video(out / "real" / "a.mp4")) == 8
+    first, last = (frame.astype(int) for frame in (list(read_video(out / "real" / "a.mp4"))[i] for i in (0, -1)))
+    still = [frame.astype(int) for frame in read_video(out / "copy" / "a.mp4")]
+    assert np.abs(still[-1] - first).mean() < 2 < np.abs(last - first).mean()
+    with open(out / "errors.csv", newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert {row["name"] for row in rows} == {"empty"} and len(rows) == len(METHODS)
+    assert all("no face found" in row["error"] for row in rows)
+    times = {path: path.stat().st_mtime_ns for path in out.rglob("*.mp4")}
+    capsys.readouterr()
+    assert main([*line, "--table", "--jobs", "1"]) == 0
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*.mp4")} == times
+    printed = capsys.readouterr().out
+    assert "| GT |" in printed and all(f"| {method} |" in printed for method in METHODS)
+    assert (
+        "1 of them made by every method" in printed and "left out, since not every method made them: silent" in printed
+    )
+    assert not list(scratch.iterdir())
+    content = json.loads((out / "table1.json").read_text())
+    assert [row["clips"] for row in content["rows"]] == [1] * (len(METHODS) + 1)
