@@ -2,25 +2,44 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from flowvqtalker import EMOTIONS, weights
-from flowvqtalker.errors import UserError
+from flowvqtalker.data.emotion_faces import Faces
+from flowvqtalker.errors import MissingDependency, UserError
 from flowvqtalker.face.arkit import ARKIT_NAMES
 from flowvqtalker.face.model import FaceModel
+from flowvqtalker.face.topology import RIGID
+from flowvqtalker.face.upright import align_faces, face_template, similarity, warp
 from flowvqtalker.metrics.accuracy import CLASSES, grouped_folds, score
+from flowvqtalker.metrics.emotion import EmotionClassifier, EmotionExtractor, EmotionScores, accuracy_of, load_emotion
+from flowvqtalker.metrics.emotion_fan import (
+    EmotionFan,
+    EmotionFanExtractor,
+    EmotionFanScores,
+    clip_vector,
+    face_chips,
+    find_emotion_fan,
+    load_emotion_fan,
+    related,
+    to_project_order,
+)
 from flowvqtalker.metrics.motion_emotion import MIRRORED, MotionEmotion, MotionEmotionConfig, load_motion_emotion
+from flowvqtalker.train import emotion as emotion_stage
 from flowvqtalker.train import motion_emotion as stage
 from flowvqtalker.train.config import LoopConfig
+from flowvqtalker.train.emotion_data import FaceItems, draw_look, plain
 from flowvqtalker.train.emotion_folds import Labelled, cross_validate, fit_temperature, spread_out
 from flowvqtalker.train.loop import fit
 
-LOOP = LoopConfig(steps=40, batch_size=16, lr=5e-3, log_every=10, validate_every=0, save_every=100, device="cpu", ema=0)
+LOOP = LoopConfig(steps=25, batch_size=16, lr=5e-3, log_every=10, validate_every=0, save_every=100, device="cpu", ema=0)
 
 
 # Accuracy and folds
@@ -253,3 +272,342 @@ def test_exported_motion_classifier_loads_with_its_temperature(face, tmp_path):
 
 def test_classes_are_the_projects_without_natural():
     assert tuple(name for name in EMOTIONS if name != "natural") == CLASSES
+
+
+# Attention, Emotion-FAN
+
+
+def test_attention_equals_loops():
+    generator = torch.Generator().manual_seed(0)
+    f = torch.randn(2, 5, 6, generator=generator)
+    alpha, beta = (torch.rand(2, 5, generator=generator) for _ in range(2))
+    clip = clip_vector(f, alpha)
+    for b in range(2):
+        v = sum(alpha[b, t] * f[b, t] for t in range(5)) / sum(alpha[b, t] for t in range(5))
+        assert torch.allclose(clip[b], v, atol=1e-6)
+        pairs = [torch.cat([f[b, t], v]) for t in range(5)]
+        below = sum(alpha[b, t] * beta[b, t] for t in range(5))
+        paper = sum(alpha[b, t] * beta[b, t] * pairs[t] for t in range(5)) / below
+        eat = sum(alpha[b, t] * pairs[t] for t in range(5)) / below
+        assert torch.allclose(related(f, clip, alpha, beta)[b], paper, atol=1e-5)
+        assert torch.allclose(related(f, clip, alpha, beta, protocol="eat")[b], eat, atol=1e-5)
+
+
+def test_attention_ignores_masked_frames():
+    f, alpha, beta = torch.randn(1, 5, 6), torch.rand(1, 5), torch.rand(1, 5)
+    mask = torch.tensor([[True, True, True, False, False]])
+    clip = clip_vector(f, alpha, mask)
+    assert torch.allclose(clip, clip_vector(f[:, :3], alpha[:, :3]), atol=1e-6)
+    short = related(f[:, :3], clip, alpha[:, :3], beta[:, :3])
+    assert torch.allclose(related(f, clip, alpha, beta, mask), short, atol=1e-6)
+
+
+def test_equal_frames_need_no_attention():
+    frame = torch.randn(1, 1, 6)
+    f = frame.expand(1, 4, 6)
+    clip = clip_vector(f, torch.rand(1, 4))
+    assert torch.allclose(clip, frame[:, 0], atol=1e-6)
+    assert torch.allclose(related(f, clip, torch.rand(1, 4), torch.rand(1, 4))[0, :6], frame[0, 0], atol=1e-5)
+
+
+def test_published_order_becomes_the_projects():
+    scores = torch.arange(8.0)  # Happy, Angry, Disgust, Fear, Sad, Neutral, Surprised, Contempt
+    ours = dict(zip(CLASSES, to_project_order(scores).tolist(), strict=True))
+    assert ours == {
+        "happy": 0, "angry": 1, "disgusted": 2, "fear": 3, "sad": 4, "neutral": 5, "surprised": 6, "contempt": 7,
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory) -> tuple[EmotionFan, Path]:
+    """A checkpoint laid out as the published one: under ``state_dict``, names with ``module.``, the old layer left."""
+    torch.manual_seed(0)
+    net = EmotionFan("eat")
+    state = {f"module.{key}": value for key, value in net.state_dict().items()}
+    state |= {"module.fc.weight": torch.zeros(7, 512), "module.fc.bias": torch.zeros(7)}
+    path = tmp_path_factory.mktemp("fan") / "fan.pth.tar"
+    torch.save({"epoch": 3, "state_dict": state, "accuracy": torch.tensor(84.37), "name": "x"}, path)
+    return net.eval(), path
+
+
+def test_published_names_are_those_of_resnet18_with_two_attentions(published):
+    names = set(published[0].state_dict())
+    assert {
+        "conv1.weight", "bn1.running_var", "layer1.0.conv1.weight", "layer1.1.bn2.bias", "layer2.0.downsample.0.weight",
+        "layer4.0.downsample.1.running_mean", "alpha.0.weight", "beta.0.bias", "pred_fc1.weight", "pred_fc2.bias",
+    } <= names  # fmt: skip
+    assert not any(name.startswith("layer1.0.downsample") for name in names)
+    weights_of_resnet = 11_176_512  # torchvision's ResNet-18 without its last layer
+    assert (
+        sum(p.numel() for p in published[0].parameters()) == weights_of_resnet + 513 + 1025 + 512 * 8 + 8 + 1024 * 8 + 8
+    )
+
+
+def test_published_checkpoint_loads_and_counts_alike(published):
+    net, path = published
+    loaded = load_emotion_fan(path)
+    faces = torch.rand(1, 2, 3, 224, 224)
+    with torch.inference_mode():
+        assert torch.allclose(loaded(faces), net(faces), atol=1e-5)
+        features, alpha = loaded.frames(faces[0])
+        assert features.shape == (2, 512) and alpha.shape == (2,)
+        assert torch.allclose(loaded.classify(features[None], alpha[None]), net(faces), atol=1e-5)
+        assert not torch.allclose(load_emotion_fan(path, "paper")(faces), net(faces), atol=1e-5)
+
+
+def test_checkpoints_that_do_not_fit_say_why(published, tmp_path):
+    net, _ = published
+    file = tmp_path / "other.pth"
+    state = dict(net.state_dict())
+    torch.save({**state, "pred_fc2.weight": torch.zeros(7, 1024), "pred_fc2.bias": torch.zeros(7)}, file)
+    with pytest.raises(UserError, match=r"pred_fc2.weight has shape \(7, 1024\), not \(8, 1024\)"):
+        load_emotion_fan(file)
+    del state["beta.0.weight"]
+    torch.save({**state, "gamma": torch.zeros(1)}, file)
+    with pytest.raises(UserError, match=r"beta\.0\.weight is missing; gamma is unknown"):
+        load_emotion_fan(file)
+    torch.save([1, 2], file)
+    with pytest.raises(UserError, match="holds no state dict"):
+        load_emotion_fan(file)
+    file.write_bytes(b"not a checkpoint")
+    with pytest.raises(UserError, match="cannot be read"):
+        load_emotion_fan(file)
+    with pytest.raises(UserError, match="not found"):
+        load_emotion_fan(tmp_path / "none.pth")
+
+
+def test_finding_the_checkpoint(published, tmp_path, monkeypatch):
+    monkeypatch.delenv("FLOWVQTALKER_EMOTION_FAN", raising=False)
+    with pytest.raises(MissingDependency, match="no Emotion-FAN checkpoint was named"):
+        find_emotion_fan()
+    with pytest.raises(MissingDependency, match="not found at"):
+        find_emotion_fan(tmp_path / "none")
+    monkeypatch.setenv("FLOWVQTALKER_EMOTION_FAN", str(published[1]))
+    path, digest = find_emotion_fan()
+    assert path == published[1] and digest == weights.sha256(path)
+    with pytest.raises(MissingDependency, match="not 0123"):
+        find_emotion_fan(path, "0123")
+
+
+def test_chips_put_the_eyes_where_dlib_does():
+    frame = np.zeros((300, 300, 3), np.uint8)
+    places = (np.array([(0.8595674595992, 0.2134981538014), (0.1205750620789, 0.2137274526848)]) + 0.25) / 1.5 * 224
+    points = np.full((68, 2), 100.0)
+    chip = [(0.8595674595992, 0.2134981538014), (0.6460604764104, 0.2289674387677)]
+    chip += [(0.1205750620789, 0.2137274526848), (0.3340850613712, 0.2290642403242), (0.4901123135679, 0.6277975316475)]
+    points[[45, 42, 36, 39, 33]] = np.array(chip) * 120 + [80, 60]
+    for number in (45, 36):
+        x, y = points[number].astype(int)
+        frame[y - 3 : y + 4, x - 3 : x + 4] = 255
+    chips = face_chips(np.stack([frame, frame]), np.stack([points, np.full((68, 2), np.nan)]))
+    assert chips.shape == (2, 224, 224, 3) and not chips[1].any()
+    for x, y in places:
+        assert chips[0, round(float(y)), round(float(x))].min() > 200
+
+
+def test_fan_extractors_give_probabilities_and_nan_without_a_face(published):
+    frames = np.random.default_rng(0).integers(0, 255, (3, 90, 80, 3), dtype=np.uint8)
+    points = np.random.default_rng(1).uniform(20, 60, (3, 68, 2)).astype(np.float32)
+    points[1] = np.nan
+    known = {"landmarks68": points}
+    known |= EmotionFanExtractor(published[1])(frames, known)
+    assert np.isfinite(known["emotion_fan_features"]).all(1).tolist() == [True, False, True]
+    scores = EmotionFanScores(published[1])(known, None)["emotion_fan"]
+    assert scores.shape == (8,) and scores.sum() == pytest.approx(1, abs=1e-5)
+    empty = {"emotion_fan_features": np.full((2, 512), np.nan), "emotion_fan_alpha": np.full(2, np.nan)}
+    assert np.isnan(EmotionFanScores(published[1])(empty, None)["emotion_fan"]).all()
+
+
+# Faces
+
+
+def test_similarity_finds_a_known_map_and_keeps_nan():
+    points = np.random.default_rng(0).normal(size=(1, 7, 2)) * 30
+    angle, scale, shift = 0.4, 1.7, np.array([5.0, -3.0])
+    turn = scale * np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    matrix = similarity(points, points[0] @ turn.T + shift)
+    assert np.allclose(matrix[0], np.concatenate([turn, shift[:, None]], 1))
+    assert np.isnan(similarity(points * np.nan, points[0])).all()
+    nothing = similarity(points, np.zeros_like(points[0]))[0]  # all points in one place
+    assert not warp(np.full((9, 9, 3), 255, np.uint8), nothing, 8).any()
+
+
+@pytest.mark.parametrize("scale", [0.1, 0.3, 1.0, 2.0])
+def test_warp_keeps_places_at_every_scale(scale):
+    side = round(112 / scale)
+    y, x = np.mgrid[:side, :side] + 0.5
+    frame = np.stack([x, y, x], 2) * (200 / side)
+    matrix = np.array([[scale, 0, 0], [0, scale, 0]], float)
+    small = warp(frame.astype(np.uint8), matrix, 112).astype(float)
+    wanted = (np.arange(112) + 0.5) * 200 / 112
+    assert np.abs(small[56, 5:-5, 0] - wanted[5:-5]).max() < 3
+    assert np.abs(small[5:-5, 56, 1] - wanted[5:-5]).max() < 3
+
+
+def test_aligned_faces_put_bone_points_on_the_template(face):
+    template = face_template(face).numpy()
+    mesh = np.zeros((2, 478, 3), np.float32)
+    mesh[0, list(RIGID), :2] = template * 3 + [40, 20]
+    mesh[1] = np.nan
+    frame = np.zeros((400, 400, 3), np.uint8)
+    x, y = (template[0] * 3 + [40, 20]).astype(int)
+    frame[max(y - 4, 0) : y + 5, max(x - 4, 0) : x + 5] = 255
+    for size in (112, 144):
+        crops = align_faces([frame, frame], mesh, template, size)
+        assert crops.shape == (2, size, size, 3) and not crops[1].any()
+        u, v = np.floor(template[0] + (size - 112) / 2).astype(int)
+        if 0 <= u < size and 0 <= v < size and 0 <= x < 400 and 0 <= y < 400:
+            assert crops[0, v, u].max() > 100
+    with pytest.raises(UserError, match="mesh of shape"):
+        align_faces([frame], mesh, template)
+
+
+# Our classifier of faces
+
+
+class Painted:
+    """Faces whose colour says the emotion and whose brightness says the person."""
+
+    def __init__(self, labels: np.ndarray) -> None:
+        self.labels = labels
+
+    def face(self, number: int) -> np.ndarray:
+        picture = np.full((144, 144, 3), 90, np.uint8)
+        row, column = divmod(int(self.labels[number]), 3)
+        picture[20 + 36 * row : 50 + 36 * row, 20 + 36 * column : 50 + 36 * column] = 250
+        return picture
+
+
+def painted(people: int = 6, per_clip: int = 4) -> emotion_stage.FaceClips:
+    labels, who, of_face, numbers = [], [], [], []
+    for person in range(people):
+        for label in (0, 4, 5, 7):
+            numbers.append(np.arange(len(of_face), len(of_face) + per_clip))
+            of_face += [label] * per_clip
+            labels.append(label)
+            who.append(f"person {person}")
+    count = len(of_face)
+    shapes = np.zeros((count, 52), np.float32)
+    shapes[:, 25] = np.array(of_face) / 8
+    free = np.arange(count)
+    return emotion_stage.FaceClips(
+        Painted(np.array(of_face)),
+        shapes,
+        tuple(numbers),
+        Labelled(np.array(labels), tuple(who), np.ones(len(labels), bool)),
+        np.zeros(len(labels), bool),
+        ([free[:8], free[8:16]], [free[16:]]),
+        free[:3],
+    )
+
+
+@pytest.fixture(scope="module")
+def start() -> dict[str, torch.Tensor]:
+    """State of an untrained first step."""
+    first = emotion_stage.ExpressionStage(emotion_stage.Config(), painted(), None)
+    return {key: value.clone() for key, value in first.module.state_dict().items()}
+
+
+TINY = LoopConfig(steps=3, batch_size=4, lr=1e-3, log_every=1, validate_every=0, save_every=9, device="cpu", ema=0)
+
+
+def test_the_classifier_fits_the_package():
+    net = EmotionClassifier()
+    count = sum(v.numel() for v in net.state_dict().values())
+    assert 2 * count < 4.5 * 2**20
+    assert torch.isfinite(net.eval()(torch.rand(1, 2, 3, 112, 112))).all()
+    with pytest.raises(UserError, match="faces of shape"):
+        net.frames(torch.rand(1, 3, 96, 96))
+
+
+def test_looks_keep_size_and_are_pure_functions():
+    for seed in range(20):
+        first, second = (
+            draw_look(random).apply(Painted(np.array([4])).face(0), random)
+            for random in (np.random.default_rng(seed), np.random.default_rng(seed))
+        )
+        assert first.shape == (112, 112, 3) and first.dtype == np.uint8 and np.array_equal(first, second)
+
+
+def test_mirrored_items_have_mirrored_blendshapes():
+    clips = painted()
+    shapes = np.tile(np.arange(52, dtype=np.float32), (len(clips.shapes), 1))
+    items = FaceItems(clips.faces, shapes, clips.free, 0.5, 0)
+    seen = {tuple(items[i]["shapes"].tolist()) for i in range(20)}
+    assert seen == {tuple(range(52)), tuple(float(n) for n in MIRRORED)}
+
+
+def test_first_step_lowers_its_loss(tmp_path):
+    clips = painted()
+    config = emotion_stage.Config(pretrain=replace(TINY, steps=8, batch_size=6, overfit=True))
+    first = emotion_stage.ExpressionStage(config, clips, None)
+    assert set(first.dataset("train")[3]) == {"face", "shapes"}
+    fit(first, config.pretrain, tmp_path)
+    with open(tmp_path / "log.csv", newline="") as file:
+        losses = [float(row["backbone/loss"]) for row in csv.DictReader(file)]
+    assert np.mean(losses[-3:]) < np.mean(losses[:3])
+
+
+def test_second_step_lowers_its_loss_and_leaves_the_first_blocks_alone(start, face, tmp_path):
+    clips = painted()
+    config = emotion_stage.Config(loop=replace(TINY, steps=8, overfit=True, lr=2e-3), frozen=3)
+    second = emotion_stage.EmotionStage(
+        config, clips, np.arange(16), np.arange(16, 24), start, face_template(face), temperature=1.5
+    )
+    item = second.dataset("train")[0]
+    assert item["faces"].shape == (3, 3, 112, 112) and item["shapes"].shape == (3, 52)
+    numbers = fit(second, config.loop, tmp_path / "run")
+    assert 0 <= numbers["accuracy"] <= 1
+    with open(tmp_path / "run" / "log.csv", newline="") as file:
+        losses = [float(row["classifier/cross_entropy"]) for row in csv.DictReader(file)]
+    assert np.mean(losses[-3:]) < np.mean(losses[:3])
+    state = second.model.backbone.state_dict()
+    for key, value in state.items():
+        if int(key.split(".")[0]) < 3 and not key.endswith("num_batches_tracked"):
+            assert torch.equal(value, start[f"backbone.{key}"]), key
+    assert torch.equal(state["17.conv.3.running_mean"], start["backbone.17.conv.3.running_mean"])  # norms are fixed
+
+    weights.add(tmp_path / "run", "emotion", path=tmp_path / "weights")
+    loaded = load_emotion(tmp_path / "weights")
+    assert float(loaded.temperature) == 1.5
+    second.module.eval()
+    with torch.no_grad():
+        wanted = second.logits(np.array([0]))
+        faces = torch.stack([plain(clips.faces.face(int(n))) for n in clips.numbers[0]])
+        assert torch.allclose(loaded(faces[None]) * 1.5, wanted, atol=0.05)
+
+    frames = np.random.default_rng(0).integers(0, 255, (3, 60, 60, 3), dtype=np.uint8)
+    mesh = np.random.default_rng(1).uniform(5, 55, (3, 478, 3)).astype(np.float32)
+    mesh[2] = np.nan
+    known = {"mesh": mesh}
+    known |= EmotionExtractor(tmp_path / "weights")(frames, known)
+    assert np.isfinite(known["emotion_features"]).all(1).tolist() == [True, True, False]
+    scores = EmotionScores(tmp_path / "weights")(known, None)["emotion"]
+    assert scores.sum() == pytest.approx(1, abs=1e-5)
+    nothing = EmotionScores(tmp_path / "weights")({"emotion_features": np.full((2, 320), np.nan)}, None)
+    assert np.isnan(nothing["emotion"]).all()
+    assert (
+        EmotionScores(tmp_path / "weights").settings()["weights"]
+        == weights.sha256(tmp_path / "weights" / "emotion.safetensors")[:16]
+    )
+
+
+def test_accuracy_of_scores():
+    scores = [np.eye(8)[CLASSES.index(name)] for name in ("happy", "sad", "fear")]
+    assert accuracy_of([*scores, np.full(8, np.nan)], ["happy", "angry", None, "sad"]) == (pytest.approx(1 / 3), 3)
+    value, count = accuracy_of([], [])
+    assert np.isnan(value) and count == 0
+
+
+def test_a_shard_without_faces_says_how_to_make_them(tmp_path):
+    with pytest.raises(
+        UserError, match=r"has no emotion_faces.npz; make it with `python -m flowvqtalker.data.emotion_"
+    ):
+        Faces(tmp_path)
+
+
+def test_configuration_lists_what_is_wrong():
+    with pytest.raises(UserError, match=r"frozen must be in 0 to 17.*folds must be 0 or at least 2"):
+        emotion_stage.Config(frozen=18, folds=1)
+    with pytest.raises(UserError, match="folds must be 0 or at least 2"):
+        stage.Config(folds=1)

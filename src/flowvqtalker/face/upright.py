@@ -28,7 +28,7 @@ Pixels = npt.NDArray[np.uint8]
 
 
 def face_template(face: FaceModel, size: int = SIZE) -> Tensor:
-    """Where the points over bone (:data:`flowvqtalker.face.topology.RIGID`) of a mean face lie in a crop: (40, 2)."""
+    """Where the points over bone (:data:`flowvqtalker.face.topology.RIGID`) of a mean face lie in a crop: (46, 2)."""
     mean = face.mean[:, :2]
     left, right = mean[EYE_CORNERS[0]], mean[EYE_CORNERS[1]]
     scale = _EYES * size / float((right - left).norm())
@@ -41,7 +41,7 @@ def align_faces(frames: Sequence[Pixels] | Pixels, mesh: Floats, template: Float
     Arguments:
         frames: uint8 RGB.
         mesh: (T, 478, 2 or 3) in pixels of the frames, NaN where there is no face.
-        template: (40, 2), see :func:`face_template`, for a crop of :data:`SIZE`; a larger ``size`` adds a border.
+        template: (46, 2), see :func:`face_template`, for a crop of :data:`SIZE`; a larger ``size`` adds a border.
 
     Raises:
         UserError: if the shapes do not fit.
@@ -72,13 +72,13 @@ def similarity(points: Floats, places: Floats) -> npt.NDArray[np.float64]:
 
 
 def warp(frame: Pixels, matrix: npt.NDArray[np.float64], size: int) -> Pixels:
-    """The square (size, size, 3) that a map from pixels of the frame to its own cuts out; zeros if the map is NaN.
+    """The square (size, size, 3) that a map from pixels of the frame to its own cuts out; zeros if there is no such map.
 
     Both are continuous (a pixel's centre is at 0.5). A frame that shrinks by more than a half is averaged down first.
     """
-    if not np.isfinite(matrix).all():
-        return np.zeros((size, size, 3), np.uint8)
     linear, shift = matrix[:, :2], matrix[:, 2]
+    if not np.isfinite(matrix).all() or abs(np.linalg.det(linear)) < 1e-8:
+        return np.zeros((size, size, 3), np.uint8)
     factor = int(1 / max(float(np.hypot(*linear[:, 0])), 1e-6))
     if factor >= 2:
         low = np.clip(np.floor(_corners(matrix, size).min(1)).astype(int) - 2 * factor, 0, None)

@@ -55,7 +55,7 @@ class EmotionClassifier(nn.Module):
     """Faces (B, T, 3, 112, 112) RGB in [0, 1] -> logits (B, 8) in the order of CLASSES.
 
     Attributes:
-        template: (40, 2) where the points over bone lie in a crop.
+        template: (46, 2) where the points over bone lie in a crop.
         temperature: scalar; logits are divided by it so that probabilities of unseen people are right on average.
         fixed_norm: batch norms keep their statistics in training too.
     """
