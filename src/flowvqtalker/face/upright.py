@@ -72,7 +72,7 @@ def similarity(points: Floats, places: Floats) -> npt.NDArray[np.float64]:
 
 
 def warp(frame: Pixels, matrix: npt.NDArray[np.float64], size: int) -> Pixels:
-    """The square (size, size, 3) that a map from pixels of the frame to its own cuts out; zeros if there is no such map.
+    """The square (size, size, 3) that a map from pixels of the frame to its own cuts out; zeros if there is no map.
 
     Both are continuous (a pixel's centre is at 0.5). A frame that shrinks by more than a half is averaged down first.
     """
