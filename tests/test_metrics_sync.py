@@ -30,6 +30,7 @@ from flowvqtalker.metrics.sync_expert import (
 from flowvqtalker.train import sync as stage
 from flowvqtalker.train.config import ConfigError, LoopConfig, load_yaml, to_dict
 from flowvqtalker.train.loop import fit
+from flowvqtalker.train.stretches import Spoken, StretchConfig, StretchDataset, load_spoken
 
 from .conftest import babble
 from .test_data_shards import make_clip
@@ -492,7 +493,7 @@ def test_expert_from_a_folder_of_weights(tmp_path):
 # The stage
 
 
-def spoken(number: int, frames: int = 40) -> stage.Spoken:
+def spoken(number: int, frames: int = 40) -> Spoken:
     """A mouth that is as dark as the sound is loud."""
     rng = np.random.default_rng(number)
     loud = np.repeat(rng.uniform(0, 1, frames // 2), 2)
@@ -502,7 +503,7 @@ def spoken(number: int, frames: int = 40) -> stage.Spoken:
     gain = np.interp(np.arange(frames * SAMPLES) / SAMPLES - 0.5, np.arange(frames), loud)
     wave = (rng.normal(size=frames * SAMPLES) * 6000 * (0.02 + gain)).clip(-32768, 32767).astype(np.int16)
     energies = band_energies(wave / 32768).astype(np.float16)
-    return stage.Spoken(mouths, wave, energies, f"person {number % 3}")
+    return Spoken(mouths, wave, energies, f"person {number % 3}")
 
 
 LOOP = LoopConfig(steps=30, batch_size=4, lr=3e-3, ema=0.5, device="cpu", log_every=10, save_every=30, validate_every=0)
@@ -510,7 +511,7 @@ LOOP = LoopConfig(steps=30, batch_size=4, lr=3e-3, ema=0.5, device="cpu", log_ev
 
 def test_items_are_pure_functions_and_keep_lips_and_sound_together():
     clips = [spoken(n) for n in range(4)]
-    plain = stage.StretchDataset(clips, stage.StretchConfig(frames=12, augment=False), seed=5)
+    plain = StretchDataset(clips, StretchConfig(frames=12, augment=False), seed=5)
     for i in (0, 7, 123456):
         item = plain[i]
         where = [
@@ -521,15 +522,15 @@ def test_items_are_pure_functions_and_keep_lips_and_sound_together():
         ]
         sounds = [clips[n].energies[4 * t : 4 * t + 48].astype(np.float32) for n, t in where]
         assert any(np.array_equal(sound, item["sound"].numpy()) for sound in sounds)
-    varied = stage.StretchDataset(clips, stage.StretchConfig(frames=12), seed=5)
+    varied = StretchDataset(clips, StretchConfig(frames=12), seed=5)
     a, b = varied[3], varied[3]
     assert torch.equal(a["mouths"], b["mouths"]) and torch.equal(a["sound"], b["sound"])
     assert a["mouths"].shape == (12, HEIGHT, WIDTH) and a["mouths"].dtype == torch.uint8
     assert torch.isfinite(a["sound"]).all()
     with pytest.raises(UserError, match="no clips"):
-        stage.StretchDataset([], stage.StretchConfig())
+        StretchDataset([], StretchConfig())
     with pytest.raises(ConfigError, match="frames must be at least"):
-        stage.StretchConfig(frames=5)
+        StretchConfig(frames=5)
 
 
 def test_sound_can_be_delayed_by_a_known_offset():
@@ -553,7 +554,7 @@ def test_sound_can_be_delayed_by_a_known_offset():
 
 def test_a_few_steps_lower_the_loss(tmp_path):
     clips = [spoken(n) for n in range(6)]
-    config = stage.Config(expert=TINY, stretch=stage.StretchConfig(frames=22, augment=False), loop=LOOP, slack_from=20)
+    config = stage.Config(expert=TINY, stretch=StretchConfig(frames=22, augment=False), loop=LOOP, slack_from=20)
     made = stage.SyncStage(config, clips, clips[:3])
     batch = torch.utils.data.default_collate([made.data[i] for i in range(900, 908)])
     before = float(made.loss("expert", batch, 0)[0].detach())
@@ -573,7 +574,7 @@ def test_a_few_steps_lower_the_loss(tmp_path):
 
 
 def test_neighbouring_windows_are_no_negatives():
-    config = stage.Config(expert=TINY, stretch=stage.StretchConfig(frames=22), loop=LOOP)
+    config = stage.Config(expert=TINY, stretch=StretchConfig(frames=22), loop=LOOP)
     made = stage.SyncStage(config, [spoken(0)], [])
     torch.manual_seed(0)
     one = torch.nn.functional.normalize(torch.randn(2, 18, 16), dim=-1)
@@ -599,7 +600,7 @@ def test_slack_takes_the_best_shift_of_each_stretch():
     far = torch.stack([torch.roll(one, 5, 0) for one in video])  # beyond the slack
     assert not torch.equal(*stage._aligned(video, far, 2))
     with pytest.raises(ConfigError, match="slack must be between 0 and 5"):
-        stage.Config(stretch=stage.StretchConfig(frames=22), slack=6)
+        stage.Config(stretch=StretchConfig(frames=22), slack=6)
 
 
 def test_build_reads_a_shard_and_says_what_is_missing(shard, tmp_path):
@@ -610,9 +611,9 @@ def test_build_reads_a_shard_and_says_what_is_missing(shard, tmp_path):
     with pytest.raises(ConfigError, match="no shards"):
         stage.Config(shards=())
     write_mouths(MouthsConfig(shard.parent, shard))
-    clips = stage.load_spoken([shard], "train", 1)
+    clips = load_spoken([shard], "train", 1)
     assert len(clips) == 1
     assert len(clips[0].mouths) == 4  # one frame at each end is cut off
     assert len(clips[0].wave) == 4 * SAMPLES and clips[0].energies.shape == (16, 40)
     assert np.array_equal(clips[0].wave, np.round(Shard(shard).wave(0) * 32768)[SAMPLES:-SAMPLES])
-    assert stage.load_spoken([shard], "val", 1) == []
+    assert load_spoken([shard], "val", 1) == []
