@@ -14,9 +14,8 @@ from flowvqtalker.audio.features import COLUMNS, MELS
 from flowvqtalker.audio.features import windows as windows_of
 from flowvqtalker.coefficients import Coefficients
 from flowvqtalker.errors import UserError
-from flowvqtalker.loading import load_flow
+from flowvqtalker.loading import load_flows
 from flowvqtalker.motion.emotion_track import BLEND, EmotionKey, EmotionTrack, parse_emotion, smoothstep
-from flowvqtalker.motion.flow import ExpFlow, PoseFlow
 from flowvqtalker.motion.pose_track import PoseTrack
 from flowvqtalker.motion.sampler import MotionGenerator
 from flowvqtalker.motion.stream import MotionStream
@@ -36,8 +35,7 @@ def talker(tiny_weights):
 @pytest.fixture(scope="module")
 def trained():
     """The packaged flows: only they have learnt what normal motion is."""
-    expflow, bank = load_flow(ExpFlow, "expflow")
-    return expflow, load_flow(PoseFlow, "poseflow")[0], bank
+    return load_flows()
 
 
 def joined(blocks):
@@ -165,6 +163,22 @@ def test_a_mixture_of_one_is_the_label_and_others_lie_between(tiny):
         make(tiny, emotion="sad,happy", reference=torch.zeros(2, 64))
 
 
+def test_intensity_goes_straight_from_neutral_through_the_emotion(tiny):
+    """Up to one, frame by frame; beyond it, by the slow course of the difference."""
+    heard = windows(80)
+    neutral, half, full, double = (
+        make(tiny, emotion="happy", intensity=s, blink_rate=0)(heard, last=True)[0] for s in (0.0, 0.5, 1.0, 2.0)
+    )
+    assert torch.equal(neutral, make(tiny, emotion="neutral", blink_rate=0)(heard, last=True)[0])
+    assert torch.equal(full, make(tiny, emotion="happy", blink_rate=0)(heard, last=True)[0])
+    torch.testing.assert_close(half, (neutral + full) / 2)
+    way = (full - neutral)[40:].mean(0)
+    along = [float((beta[40:].mean(0) - neutral[40:].mean(0)) @ way / way.square().sum()) for beta in (half, double)]
+    assert along[0] == pytest.approx(0.5, abs=1e-3)
+    assert 1.2 < along[1] < 2.5
+    assert (double - full).diff(dim=0).norm(dim=1).mean() < 0.3 * full.diff(dim=0).norm(dim=1).mean()
+
+
 def test_a_track_of_one_key_is_that_emotion(tiny):
     heard = windows(12)
     plain = make(tiny, emotion="happy", intensity=0.7)(heard, last=True)
@@ -231,7 +245,7 @@ def test_changes_that_come_too_thick_move_one_course(tiny):
     for window in heard:
         generator(window[None])
         assert generator._next is None
-        weights.append(float(generator._chain.mood.weights[0, HAPPY]))
+        weights.append(generator._chain.mood.intensity)
     assert weights == sorted(weights)
     assert weights[0] == 0 and weights[-1] == 1
     assert max(np.diff(weights)) < 0.05

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -25,24 +25,28 @@ class Mood:
     Attributes:
         weights: (1, C) of the classes, which also set the multi-actnorms and the emotion token.
         centre: (1, D) of the latents.
-        near: class whose training latents the draws are moved on to.
-        label: class that it mostly is.
+        label: class that it mostly is; the draws are moved on to the training latents of this class.
+        intensity: how much of its difference to neutral is shown; 1 is all of it.
     """
 
     weights: Tensor
     centre: Tensor
-    near: int
     label: int
+    intensity: float = 1.0
 
     def towards(self, other: Mood, part: float) -> Mood:
         """A part of the way, 0 to 1, to another."""
         if part >= 1:
             return other
-        nearer = self if part < 0.5 else other
-        weights, centre = (
-            torch.lerp(a, b, part) for a, b in ((self.weights, other.weights), (self.centre, other.centre))
-        )
-        return Mood(weights, centre, nearer.near, nearer.label)
+        weights = torch.lerp(self.weights, other.weights, part)
+        centre = torch.lerp(self.centre, other.centre, part)
+        intensity = (1 - part) * self.intensity + part * other.intensity
+        return Mood(weights, centre, (self if part < 0.5 else other).label, intensity)
+
+    def faded(self) -> Mood:
+        """The same, but neutral counts as an emotion of which nothing is shown; then intensities on the way from
+        neutral to an emotion only rise."""
+        return replace(self, intensity=0.0) if float(self.weights[0, _NEUTRAL]) == 1 else self
 
 
 def make_mood(flow: ExpFlow, emotion: str | None, intensity: float, reference: Tensor | None = None) -> Mood:
@@ -51,7 +55,7 @@ def make_mood(flow: ExpFlow, emotion: str | None, intensity: float, reference: T
     Arguments:
         flow: a trained ExpFlow.
         emotion: see :func:`flowvqtalker.motion.emotion_track.parse_emotion`; None: what the reference shows.
-        intensity: 0 is neutral, 1 the emotion, more extrapolates.
+        intensity: 0 is neutral, 1 the emotion, up to 2.
         reference: (R, 64) expression of a clip or picture; it takes no mixture.
     """
     weights = None if emotion is None else parse_emotion(emotion)
@@ -70,12 +74,7 @@ def make_mood(flow: ExpFlow, emotion: str | None, intensity: float, reference: T
         label, latent = reference_latent(flow, reference.to(means.device, torch.float32), given)
         expressive, centre = torch.zeros_like(neutral), latent[None]
         expressive[0, label] = 1
-    return Mood(
-        weights=torch.lerp(neutral, expressive, intensity),
-        centre=torch.lerp(means[_NEUTRAL : _NEUTRAL + 1], centre, intensity),
-        near=label if intensity >= 0.5 else _NEUTRAL,
-        label=label,
-    )
+    return Mood(expressive, centre, label, intensity)
 
 
 @torch.inference_mode()
@@ -100,7 +99,7 @@ def reference_latent(flow: ExpFlow, reference: Tensor, emotion: int | None = Non
     padded = torch.cat([reference.new_zeros(size, reference.shape[1]), reference])
     history = history_of(padded[None], size)[0]
     silent = torch.zeros(count, dtype=torch.bool, device=reference.device)
-    audio = reference.new_zeros(count, flow.config.audio.width)
+    audio = reference.new_zeros(count, flow.audio.config.width)
     results = []
     for label in range(flow.config.classes) if emotion is None else [emotion]:
         labels = torch.full((count,), label, dtype=torch.long, device=reference.device)

@@ -43,6 +43,9 @@ SETTLE = 0.6
 #: Seconds before a change of emotion in which the next one is drawn out of sight. From rest the flow needs about half a
 #: second to reach an expression.
 PREPARE = 1.0
+#: Seconds (time constant) over which the difference between an emotion and neutral is averaged, to exaggerate it: the
+#: movements themselves stay as they are, so that twice the emotion is not twice the fidgeting.
+EXCESS = 1.0
 _FPS = 25
 
 
@@ -65,11 +68,13 @@ class _Chain:
         mood: what it expresses.
         history: (1, τ, D) of its own frames.
         level: (1,) slow course of the lips' opening.
+        excess: (1, D) slow course of its difference to neutral.
     """
 
     def __init__(self, mood: Mood, history: Tensor) -> None:
         self.mood, self.history = mood, history
         self.level: Tensor | None = None
+        self.excess = torch.zeros_like(history[:, -1])
 
 
 class MotionGenerator:
@@ -88,8 +93,9 @@ class MotionGenerator:
       step from one to the next.
     * Reference: the class is the one under which the reference is most likely (or the given label), and its latents'
       mean takes the place of μ_e (see :func:`reference_latent`).
-    * Intensity s: latent centre, multi-actnorm and emotion token at (1 - s) · neutral + s · emotion: 0 is neutral, 1
-      the emotion, above 1 extrapolates.
+    * Intensity s: neutral is drawn beside the emotion from the same noise, and what is shown is (1 - s) · neutral + s ·
+      emotion; above 1, the emotion and (s - 1) times the slow course of the difference. (Half-way between two latent
+      centres no training latent lies, and half a smile by latents came out as none.) Costs ExpFlow twice, unless s = 1.
     * Pose: PoseFlow draws motion around a clip's mean pose; here around the source's pose. It starts exactly there and
       settles within about a second. Motion from elsewhere takes the place of what PoseFlow draws.
 
@@ -167,12 +173,23 @@ class MotionGenerator:
                 pairs = [(key.emotion, intensity if key.intensity is None else key.intensity) for key in track.keys]
                 known = {pair: make_mood(self.expflow, *pair) for pair in dict.fromkeys(pairs)}
                 self._moods = [known[pair] for pair in pairs]
+            neutral = make_mood(self.expflow, "neutral", 1.0)
+            if track is None and intensity == 0:
+                self._moods = [neutral]
+            self._neutral = neutral if any(mood.intensity != 1 for mood in self._moods) else None
+            if self._neutral is not None:
+                self._moods = [mood.faded() for mood in self._moods]
             self._inverse = FusedInverse(self.expflow, self._moods[0].weights)
             self._set_to = self._moods[0].weights
             single = torch.ones(1, self.poseflow.config.classes, device=self.device)
             self._pose_weights = single / self.poseflow.config.classes
             self._pose_inverse = FusedInverse(self.poseflow, self._pose_weights)
         self._reset()
+
+    @property
+    def front(self) -> str:
+        """The front end whose windows it takes (:data:`flowvqtalker.audio.features.FRONTS`)."""
+        return self.expflow.audio.config.front
 
     @property
     def lookahead(self) -> int:
@@ -187,8 +204,9 @@ class MotionGenerator:
     def _reset(self) -> None:
         self._finished, self._frame = False, 0
         flows = [self.expflow] if self.poses is not None else [self.expflow, self.poseflow]
-        self._audio = [AudioStream(flow.audio) for flow in flows]
-        self._waiting: list[deque[Tensor]] = [deque() for _ in flows]
+        encoders = list(dict.fromkeys(flow.audio for flow in flows))  # flows that share a listener listen once
+        self._audio = [AudioStream(encoder) for encoder in encoders]
+        self._waiting: list[deque[Tensor]] = [deque() for _ in encoders]
         self._generators = tuple(torch.Generator().manual_seed(2 * self.seed + which) for which in (0, 1))
         self._blinks = Blinks(self.expflow.blink, self.blink_rate, 2 * self.seed + 1)
         self._chain: _Chain
@@ -196,6 +214,7 @@ class MotionGenerator:
         exp, pose = self.expflow.config, self.poseflow.config
         self._start = torch.zeros(1, exp.history, exp.dim, device=self.device)
         self._chain, self._next = _Chain(self._moods[0], self._start), None
+        self._calm = None if self._neutral is None else _Chain(self._neutral, self._start)
         self._pose_history = torch.zeros(1, pose.history, pose.dim, device=self.device)
         self._pose_start: Tensor | None = None
 
@@ -204,7 +223,7 @@ class MotionGenerator:
         """Motion for the next windows.
 
         Arguments:
-            windows: (T, 80, 16) log-mel windows of consecutive frames, T >= 0.
+            windows: (T, 80, 16 or 7) log-mel windows of consecutive frames by the front end :attr:`front`, T >= 0.
             last: whether they are the last ones.
 
         Returns:
@@ -213,7 +232,7 @@ class MotionGenerator:
         """
         if self._finished:
             raise RuntimeError("the last windows were given already; make a new MotionGenerator")
-        expected = (self.expflow.config.audio.mels, self.expflow.config.audio.columns)
+        expected = (self.expflow.audio.config.mels, self.expflow.audio.config.columns)
         if windows.ndim != 3 or tuple(windows.shape[1:]) != expected:
             raise ValueError(f"windows must be (T, {expected[0]}, {expected[1]}), got {tuple(windows.shape)}")
         with _one_thread():
@@ -248,9 +267,11 @@ class MotionGenerator:
     def _expression(self, audio: Tensor) -> Tensor:
         part = 0.0 if self._track is None else self._follow(self._track)
         noise = self.temperature * self.expflow.latent.noise(1, self._generators[0]).to(self.device)
-        drawn = self._draw(self._chain, audio, noise)
+        calm = None if self._calm is None else self._draw(self._calm, audio, noise)
+        drawn = self._show(self._chain, self._draw(self._chain, audio, noise), calm)
         if self._next is not None:
-            drawn = torch.lerp(drawn, self._draw(self._next, audio, noise), part)
+            coming = self._show(self._next, self._draw(self._next, audio, noise), calm)
+            drawn = torch.lerp(drawn, coming, part)
         return drawn + self.articulation * self.expflow.voice(audio) + self._blinks.next()
 
     def _follow(self, track: EmotionTrack) -> float:
@@ -277,13 +298,22 @@ class MotionGenerator:
             self._set_to = mood.weights
         context = self.expflow.encode(audio, chain.history, mood.weights, source=self.source)
         if self._bank is not None:
-            if mood.near not in self._banks:
-                offsets = self._bank.offsets(mood.near, self.expflow.latent.mean.cpu())  # around any centre
-                self._banks[mood.near] = offsets.to(self.device)
-            noise = project(noise, self._banks[mood.near], self.neighbours, self.manifold)
+            if mood.label not in self._banks:
+                offsets = self._bank.offsets(mood.label, self.expflow.latent.mean.cpu())  # around any centre
+                self._banks[mood.label] = offsets.to(self.device)
+            noise = project(noise, self._banks[mood.label], self.neighbours, self.manifold)
         drawn = self.expflow.contain(self._inverse(mood.centre + noise, context))
         chain.history = torch.cat([chain.history[:, 1:], drawn[None]], dim=1)
         return self._quieten(chain, drawn)
+
+    def _show(self, chain: _Chain, drawn: Tensor, calm: Tensor | None) -> Tensor:
+        """As much of an emotion (1, D) beside neutral as its intensity says."""
+        if calm is None:
+            return drawn
+        chain.excess = torch.lerp(chain.excess, drawn - calm, 1 / (EXCESS * _FPS))
+        if chain.mood.intensity <= 1:
+            return torch.lerp(calm, drawn, chain.mood.intensity)
+        return self.expflow.contain(drawn + (chain.mood.intensity - 1) * chain.excess)
 
     def _quieten(self, chain: _Chain, drawn: Tensor) -> Tensor:
         """Damp the drawn opening of the lips (1, D) around its slow course."""
