@@ -244,7 +244,14 @@ class Scores:
             settings[_FRECHET] = {**self.features.settings(), "pictures": count}
             notes = (*notes, *filter(None, [FrechetScore(FRECHET_MOBILENET, 0.0, (count, count)).note]))
         rows = [
-            Row(method, values[method], len({p.rpartition("/")[0] for p in pairs}), len(pairs), pairs=pairs)
+            Row(
+                method,
+                values[method],
+                clips=len({name.rpartition("/")[0] for name in pairs}),
+                frames=len(pairs),
+                reference=method == BASELINES[1],  # it sees the target
+                pairs=pairs,
+            )
             for method, pairs in self.rows.items()
         ]
         return Table(title, tuple(columns), tuple(rows), settings, notes)
