@@ -22,7 +22,7 @@ from flowvqtalker.metrics.measures.base import Both, Measure, Options, Whole, pa
 from flowvqtalker.metrics.pairs import Method, Pair, common, read_labels, read_method
 from flowvqtalker.metrics.report import Row, Table, markdown, write
 
-__all__ = ["Options", "Table1", "measure"]
+__all__ = ["Options", "Table1", "available", "measure"]
 
 logger = logging.getLogger(__name__)
 
@@ -123,7 +123,7 @@ def measure(
         from flowvqtalker.metrics.measures import all_measures
 
         measures = all_measures(options)
-    chosen, extractors, missing = _available(measures, options.require)
+    chosen, extractors, missing = available(measures, options.require)
     if not chosen:
         raise UserError(f"no metric can be had here: {'; '.join(missing)}")
     with tempfile.TemporaryDirectory(prefix="flowvqtalker-") as place:
@@ -167,7 +167,7 @@ def _protocol_note(options: Options) -> str:
     return "protocol native: 25 fps; the frames as they are; clips of different lengths are not compared"
 
 
-def _available(
+def available(
     measures: Sequence[Measure], required: Sequence[str]
 ) -> tuple[list[Measure], dict[str, AnyExtractor], list[str]]:
     """The measures that can be had, their extractors by name, and why the others cannot."""
