@@ -28,10 +28,9 @@ from flowvqtalker.coefficients import Coefficients
 from flowvqtalker.data.shards import SAMPLES, Shard
 from flowvqtalker.errors import UserError
 from flowvqtalker.face.arkit import ARKIT_NAMES as NAMES
-from flowvqtalker.loading import load_face_model, load_flow
+from flowvqtalker.loading import load_face_model, load_flows
 from flowvqtalker.metrics.motion import blink_rate, diversity, eye_closure, head_deviation
 from flowvqtalker.metrics.motion_scores import NearestSpeech, motion_scores
-from flowvqtalker.motion.flow import ExpFlow, PoseFlow
 from flowvqtalker.motion.sampler import ARTICULATION, TEMPERATURE, MotionGenerator
 
 _DISTANCES = ("M-LMD", "F-LMD", "lip-vertex error (%)", "AED", "AED L2", "opening generated-real")
@@ -44,9 +43,9 @@ class Bench:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         self.face = load_face_model(options.weights)
-        self.expflow, self.bank = load_flow(ExpFlow, "expflow", options.weights)
-        self.poseflow, _ = load_flow(PoseFlow, "poseflow", options.weights)
+        self.expflow, self.poseflow, self.bank = load_flows(options.weights)
         self.shard = Shard(options.shard)
+        self.sampling: dict[str, Any] = {}
 
     def clip(self, number: int) -> Coefficients:
         """The first frames of a clip."""
@@ -86,8 +85,10 @@ class Bench:
             temperature=self.options.temperature,
             articulation=self.options.articulation,
             seed=seed,
+            **self.sampling,
         )
-        made, pose = motion(windows(self.wave(number)[: None if frames is None else frames * SAMPLES]), last=True)
+        wave = self.wave(number)[: None if frames is None else frames * SAMPLES]
+        made, pose = motion(windows(wave, motion.front), last=True)
         return Coefficients(made.numpy(), pose.numpy(), real.identity)
 
     def label(self, number: int) -> str:

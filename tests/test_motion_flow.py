@@ -20,6 +20,7 @@ from flowvqtalker.motion.bijections import (
 from flowvqtalker.motion.context import AudioConfig, AudioEncoder, AudioStream, ContextEncoder, history_of
 from flowvqtalker.motion.flow import ExpFlow, ExpFlowConfig, Flow, PoseFlow, PoseFlowConfig, Sequences
 from flowvqtalker.motion.fused import FusedInverse
+from flowvqtalker.motion.listener import Listener, ListenerConfig
 
 AUDIO = AudioConfig(mels=6, columns=8, width=8, layers=2, lookahead=1)
 EXP = ExpFlowConfig(dim=8, classes=3, steps=3, width=8, heads=2, history=4, limit=50.0, audio=AUDIO)
@@ -314,29 +315,29 @@ def test_audio_encoder_sees_its_neighbourhood_only():
         AudioConfig(layers=2, lookahead=5)
 
 
-DEEP = AudioConfig(mels=6, columns=8, width=5, reach=((1, 1), (2, 1), (4, 0)), lookahead=2, hidden=8)
+DEEP = ListenerConfig(dim=8, heads=2, back=3, ahead=1, reach=((1, 1), (2, 0)), width=5)
 
 
-def test_deep_encoder_sees_its_reach_only():
+def test_listener_sees_its_reach_only():
     torch.manual_seed(0)
-    encoder = AudioEncoder(DEEP).eval()
-    assert (DEEP.lookback, DEEP.lookahead, DEEP.lookahead_ms) == (7, 2, 200)
-    windows = torch.randn(1, 7 + 12 + 2, 6, 8)
+    encoder = Listener(DEEP).eval()
+    assert (DEEP.lookback, DEEP.lookahead, DEEP.lookahead_ms) == (9, 3, 172.5)
+    windows = torch.randn(1, 9 + 16 + 3, 80, 7)
     before = encoder(windows)
-    assert before.shape == (1, 12, 5)
-    windows[:, 10] += 1  # of frame 3
+    assert before.shape == (1, 16, 5)
+    windows[:, 12] += 1  # of frame 3
     changed = (encoder(windows) - before).abs().amax(-1)[0] > 1e-6
-    assert changed.nonzero()[:, 0].tolist() == list(range(1, 11))
-    with pytest.raises(UserError, match="looks 2 frames ahead"):
-        replace(DEEP, lookahead=1)
+    assert changed.nonzero()[:, 0].tolist() == list(range(13))
+    with pytest.raises(UserError, match="multiple of heads"):
+        replace(DEEP, heads=3)
 
 
 @pytest.mark.parametrize("config", [AUDIO, DEEP])
 @pytest.mark.parametrize("frames", [1, 3, 30])
 def test_streamed_encoder_equals_the_whole_clip(config, frames):
     torch.manual_seed(0)
-    encoder = AudioEncoder(config).eval()
-    windows = torch.randn(frames, 6, 8)
+    encoder = (Listener if isinstance(config, ListenerConfig) else AudioEncoder)(config).eval()
+    windows = torch.randn(frames, config.mels, config.columns)
     stream = AudioStream(encoder)
     with torch.no_grad():
         parts = [stream.push(window) for window in windows]

@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from flowvqtalker import EMOTIONS
 from flowvqtalker.audio.features import log_mel
@@ -17,10 +17,11 @@ from flowvqtalker.audio.features import windows as all_windows
 from flowvqtalker.errors import UserError
 from flowvqtalker.motion.context import AudioConfig, AudioEncoder
 from flowvqtalker.motion.flow import ExpFlow, ExpFlowConfig, PoseFlow, PoseFlowConfig
+from flowvqtalker.motion.listener import Listener, ListenerConfig
 from flowvqtalker.motion.manifold import LatentBank
 from flowvqtalker.train import expflow, poseflow
 from flowvqtalker.train.config import LoopConfig, from_dict, to_dict
-from flowvqtalker.train.flow_stage import Losses, correlation
+from flowvqtalker.train.flow_stage import Hearing, Losses, correlation, load_listener
 from flowvqtalker.train.loop import fit
 from flowvqtalker.train.sequences import Corpus, MotionClip, SequenceConfig, SequenceDataset, hear
 from flowvqtalker.train.voices import perturb, reverberate, vary
@@ -49,6 +50,13 @@ def test_windows_equal_those_of_the_front_end():
     wave = np.random.default_rng(0).normal(size=40 * 640).astype(np.float32) * 0.1
     one = MotionClip(np.zeros((40, 64), np.float32), log_mel(wave).astype(np.float16), 0, True, "a")
     assert np.allclose(one.windows(np.arange(40)), all_windows(wave).numpy(), atol=3e-3)  # float16
+
+
+def test_fine_windows_equal_those_of_the_front_end():
+    wave = np.random.default_rng(0).normal(size=40 * 640).astype(np.float32) * 0.1
+    mel = log_mel(wave, "fine").astype(np.float16)
+    one = MotionClip(np.zeros((40, 64), np.float32), mel, 0, True, "a", front="fine")
+    assert np.allclose(one.windows(np.arange(40)), all_windows(wave, "fine").numpy(), atol=3e-3)
 
 
 def test_item_is_a_pure_function_of_seed_and_number(corpus):
@@ -83,6 +91,37 @@ def test_every_class_is_seen_often(corpus):
     assert (counts[[0, 1, 2, 3, 4, 6, 7, 8]] > 0.5 / 9 * 4000 * 0.75).all()
     spoken = [rare.clips[rare.pick(random, 0.0)] for _ in range(200)]
     assert all(c.speech for c in spoken)
+
+
+def test_people_with_a_known_neutral_face_get_their_share():
+    clips = [replace(clip(n, 100, who=f"stranger {n}"), emotion=0) for n in range(9)]
+    clips += [
+        replace(clip(20, 10, who="a"), emotion=0),
+        replace(clip(21, 10, who="a"), emotion=EMOTIONS.index("neutral")),
+    ]
+    random = np.random.default_rng(0)
+    mixed = Corpus(clips, known=0.6)
+    picked = [mixed.pick(random, 1.0) for _ in range(3000)]
+    angry = [n for n in picked if mixed.clips[n].emotion == 0]
+    assert np.mean([n == 9 for n in angry]) == pytest.approx(0.6, abs=0.05)
+
+
+def test_transplant_moves_an_emotion_to_the_speakers_face():
+    neutral = EMOTIONS.index("neutral")
+    shift = np.linspace(-1, 1, 64, dtype=np.float32)
+    calm = replace(clip(0, 60, who="a"), emotion=neutral)
+    angry = replace(clip(1, 60, who="a", speech=False), emotion=0)
+    angry = replace(angry, frames=np.tile(calm.frames.mean(0) + shift, (60, 1)))
+    speaker = replace(clip(2, 60, who="b"), emotion=neutral)
+    angry = replace(angry, identity="a")
+    both = Corpus([calm, angry, speaker], lips=np.zeros((64, 64), np.float32), known=0.5)
+    data = dataset(both, frames=60, transplant=1.0, no_source=0.0, perturb=False)
+    item = data.item(1, 0, np.random.default_rng(0), speaker=2)
+    moved = item["frames"][10:].numpy().mean(0) - speaker.frames.mean(0)
+    assert np.allclose(moved, shift, atol=0.05)
+    assert (np.abs(speaker.frames - item["source"].numpy()).max(1) < 1e-6).any(), "the source is the calm speaker"
+    stays = dataset(both, frames=60, transplant=0.0, perturb=False).item(1, 0, np.random.default_rng(0), speaker=2)
+    assert np.allclose(stays["frames"][10:].numpy().mean(0), angry.frames.mean(0), atol=0.05)
 
 
 def test_people_share_the_speech_by_square_root():
@@ -288,22 +327,56 @@ def test_lip_regression_learns_lips_from_sound(corpus):
     assert float(logs["lips"]) < 0.3
 
 
-def test_expflow_takes_a_trained_encoder_and_leaves_it_alone(tmp_path):
-    clips = Corpus([clip(n, 20 + 3 * n, speech=n % 3 > 0) for n in range(18)])
+LISTENER = ListenerConfig(dim=8, heads=2, attention=1, back=2, ahead=1, reach=((1, 0),), width=8)
+
+
+@pytest.fixture
+def heard(tmp_path):
+    """A run of the stage ``speech``, as it is written."""
     torch.manual_seed(3)
-    encoder = AudioEncoder(AUDIO)
-    voicing = torch.nn.Linear(AUDIO.width, 64)
-    given = {f"audio.{key}": value for key, value in encoder.state_dict().items()}
-    given |= {f"voicing.{key}": value for key, value in voicing.state_dict().items()}
+    listener, voicing = Listener(LISTENER), torch.nn.Linear(8, 64)
+    state = {f"audio.{key}": value for key, value in listener.state_dict().items()}
+    state |= {f"voicing.{key}": value for key, value in voicing.state_dict().items()}
+    (tmp_path / "heard").mkdir()
+    save_file(state, str(tmp_path / "heard" / "weights.safetensors"))
+    about = {"stage": "speech", "config": to_dict(LISTENER)}
+    (tmp_path / "heard" / "config.json").write_text(json.dumps(about))
+    return tmp_path / "heard"
+
+
+def test_flows_hear_with_a_listener_that_they_leave_alone(tmp_path, heard):
+    def fresh(dim: int) -> Corpus:
+        clips = [clip(n, 20 + 3 * n, dim=dim, speech=n % 3 > 0) for n in range(18)]
+        return Corpus([replace(one, front="fine") for one in clips])
+
+    listener, voicing = load_listener(heard)
+    before = {key: value.clone() for key, value in listener.state_dict().items()}
     config = exp_config()
-    stage = expflow.ExpFlowStage(config, clips, clips, torch.randn(64, 478, 3), encoder=given)
-    fit(stage, LOOP, tmp_path / "run")
-    state = load_file(str(tmp_path / "run" / "weights.safetensors"))
-    for key, value in encoder.state_dict().items():
-        assert torch.equal(state[f"audio.{key}"], value.half())
-    assert not torch.equal(state["voicing.weight"], voicing.weight.half())
+    config = replace(config, flow=replace(config.flow, listener=True))
+    stage = expflow.ExpFlowStage(config, fresh(64), fresh(64), torch.randn(64, 478, 3), heard=(listener, voicing))
+    fit(stage, LOOP, tmp_path / "exp")
+    state = load_file(str(tmp_path / "exp" / "weights.safetensors"))
+    assert not any(key.startswith("audio.") for key in state)
+    assert not torch.equal(state["voicing.weight"], voicing["weight"])
+    assert all(torch.equal(before[key], value) for key, value in listener.state_dict().items())
+    settings = json.loads((tmp_path / "exp" / "config.json").read_text())["config"]
+    again = ExpFlow.load(state, settings, listener)
+    assert again.audio is listener
+    with pytest.raises(ValueError, match="needs a listener"):
+        ExpFlow.load(state, settings)
+
+    flow = PoseFlowConfig(steps=2, width=8, heads=2, listener=True)
+    poses = poseflow.PoseFlowStage(poseflow.Config(flow=flow, loop=LOOP), fresh(6), fresh(6), listener)
+    fit(poses, LOOP, tmp_path / "pose")
+    assert not any(key.startswith("audio.") for key in load_file(str(tmp_path / "pose" / "weights.safetensors")))
+
+
+def test_missing_listener_is_named(tmp_path):
     with pytest.raises(UserError, match="no finished run of `flowvqtalker train speech`"):
-        expflow.build(replace(config, speech=tmp_path / "none"))
+        load_listener(tmp_path / "none")
+    hearing = Hearing(listener=tmp_path)
+    with pytest.raises(UserError, match="no finished run"):
+        expflow.build(replace(exp_config(), hearing=hearing))
 
 
 def test_poseflow_stage_trains_exports_and_loads(tmp_path):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,14 +12,14 @@ import torch
 from flowvqtalker.audio.features import log_mel
 from flowvqtalker.data.speech import CURVES, TEACHER, UNITS, PrepareSpeech, Recording, SpeechSet, write
 from flowvqtalker.data.splits import split_of
-from flowvqtalker.data.teacher import Teacher, whisper_mel
+from flowvqtalker.data.teacher import Teacher, read_variables, whisper_mel
 from flowvqtalker.errors import UserError
-from flowvqtalker.motion.context import AudioConfig
+from flowvqtalker.motion.listener import Listener, ListenerConfig
 from flowvqtalker.train import speech
 from flowvqtalker.train.config import LoopConfig
 from flowvqtalker.train.loop import fit
 
-AUDIO = AudioConfig(width=8, reach=((1, 1), (2, 0)), lookahead=1, hidden=8)
+LISTENER = ListenerConfig(dim=8, heads=2, attention=1, back=3, ahead=1, reach=((1, 1),), width=8)
 
 
 def listen(wave: np.ndarray, frames: int) -> np.ndarray:
@@ -114,19 +113,19 @@ def test_the_stage_learns_what_the_teacher_hears(folder, tmp_path):
     write(tmp_path / "set", (), folder, listen)
     times = {"steps": 60, "log_every": 20, "validate_every": 60, "save_every": 60}
     loop = LoopConfig(**times, batch_size=4, lr=1e-2, device="cpu", ema=0)
-    config = speech.Config(sets=(tmp_path / "set",), audio=AUDIO, frames=16, vary=0.0, loop=loop)
+    config = speech.Config(sets=(tmp_path / "set",), listener=LISTENER, frames=16, vary=0.0, loop=loop)
     lips, gap = torch.randn(64, 16), torch.randn(64)
     stage = speech.SpeechStage(config, [SpeechSet(tmp_path / "set")], lips, gap)
     first, second = stage.train_data[5], stage.train_data[5]
     assert all(torch.equal(first[key].nan_to_num(), second[key].nan_to_num()) for key in first)
-    assert first["windows"].shape == (AUDIO.lookback + 16 + AUDIO.lookahead, 80, 16)
+    assert first["windows"].shape == (LISTENER.lookback + 16 + LISTENER.lookahead, 80, 7)
     scores = fit(stage, loop, tmp_path / "run")
     with open(tmp_path / "run" / "validation.csv", encoding="utf-8") as file:
         start = next(csv.DictReader(file))
     assert scores["teacher"] < 0.8 * float(start["teacher"])
     state, settings = stage.export()
     assert {key.split(".")[0] for key in state} == {"audio", "voicing"}
-    assert replace(AUDIO) == AudioConfig(**settings)
+    assert ListenerConfig(**settings) == LISTENER
 
 
 def test_windows_equal_those_of_the_front_end(folder, tmp_path):
@@ -136,9 +135,87 @@ def test_windows_equal_those_of_the_front_end(folder, tmp_path):
     write(tmp_path / "set", (), folder, listen)
     one = SpeechSet(tmp_path / "set")
     wave = decode.load(folder / "speech" / "r0.wav")
-    assert np.allclose(one.mel[: one.mel_length[0]], log_mel(wave), atol=3e-3)
-    config = speech.Config(sets=(tmp_path / "set",), audio=AUDIO, frames=20, vary=0.0)
+    assert np.allclose(one.mel[: one.mel_length[0]], log_mel(wave, "fine"), atol=3e-3)
+    config = speech.Config(sets=(tmp_path / "set",), listener=LISTENER, frames=20, vary=0.0)
     items = speech.SpeechStage(config, [one], torch.randn(64, 4), torch.randn(64)).train_data
     item = items.item(0, 0, 10, 20, np.random.default_rng(0))
-    whole = windows(wave)
-    assert torch.allclose(item["windows"], whole[10 - AUDIO.lookback : 30 + AUDIO.lookahead], atol=3e-3)
+    whole = windows(wave, "fine")
+    assert torch.allclose(item["windows"], whole[10 - LISTENER.lookback : 30 + LISTENER.lookahead], atol=3e-3)
+
+
+def variables(dim: int, layers: int) -> dict[str, torch.Tensor]:
+    """What a Whisper encoder of some width holds."""
+    torch.manual_seed(1)
+    shapes = {"conv1": (dim, 80, 3), "conv2": (dim, dim, 3)}
+    found = {f"encoder/{name}/weight": 0.1 * torch.randn(shape) for name, shape in shapes.items()}
+    found |= {f"encoder/{name}/bias": torch.randn(dim) for name in shapes}
+    found["encoder/position_encodings/encodings"] = torch.zeros(12, dim)
+    for layer in range(layers):
+        for part, linears in (("self_attention", (3 * dim, dim)), ("ffn", (4 * dim, dim))):
+            place = f"encoder/layer_{layer}/{part}"
+            found[f"{place}/layer_norm/gamma"], found[f"{place}/layer_norm/beta"] = torch.randn(2, dim)
+            for number, size in enumerate(linears):
+                rows = dim if (part, number) != ("ffn", 1) else 4 * dim
+                found[f"{place}/linear_{number}/weight"] = 0.3 * torch.randn(size, rows)
+                found[f"{place}/linear_{number}/bias"] = torch.randn(size)
+    return found
+
+
+def test_a_started_listener_computes_what_whisper_does():
+    """With a reach as long as the clip and without positions, the layers are Whisper's."""
+    dim, heads, frames = 8, 2, 6
+    config = ListenerConfig(dim=dim, heads=heads, attention=1, back=frames, ahead=frames, reach=(), width=4)
+    listener, given = Listener(config).eval(), variables(dim, 1)
+    listener.start_from_whisper(given)
+    mel = torch.randn(1, 80, 4 * frames + 3)
+    windows = torch.stack([mel[0, :, 4 * t : 4 * t + 7] for t in range(frames)])
+    gelu, layer = torch.nn.functional.gelu, {k.removeprefix("encoder/layer_0/"): v for k, v in given.items()}
+    x = gelu(torch.conv1d(mel, given["encoder/conv1/weight"], given["encoder/conv1/bias"]))
+    x = gelu(torch.conv1d(x, given["encoder/conv2/weight"], given["encoder/conv2/bias"], stride=2)).mT
+    steps = listener.embed(windows)
+    assert torch.allclose(steps.flatten(0, 1), x[0], atol=1e-5)
+
+    def part(name: str, value: torch.Tensor) -> torch.Tensor:
+        return value @ layer[f"{name}/weight"].mT + layer[f"{name}/bias"]
+
+    def norm(name: str, value: torch.Tensor) -> torch.Tensor:
+        return torch.layer_norm(value, (dim,), layer[f"{name}/layer_norm/gamma"], layer[f"{name}/layer_norm/beta"])
+
+    q, k, v = part("self_attention/linear_0", norm("self_attention", x)).view(2 * frames, 3, heads, -1).unbind(1)
+    scores = torch.einsum("qhd,khd->hqk", q, k) / (dim / heads) ** 0.5
+    found = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v).reshape(1, 2 * frames, dim)
+    x = x + part("self_attention/linear_1", found)
+    x = x + part("ffn/linear_1", gelu(part("ffn/linear_0", norm("ffn", x))))
+    block = listener.blocks[0]
+    ours = [block.complete(steps[None, t : t + 1], _attend(block, steps, t))[0, 0] for t in range(frames)]
+    assert torch.allclose(torch.cat(ours), x[0], atol=1e-4)
+    with pytest.raises(UserError, match="does not fit the listener"):
+        listener.start_from_whisper(variables(16, 1))
+
+
+def _attend(block: torch.nn.Module, steps: torch.Tensor, frame: int) -> torch.Tensor:
+    query, key, value = block.project(steps[None])
+    mine = query[:, :, 2 * frame : 2 * frame + 2]
+    return torch.nn.functional.scaled_dot_product_attention(mine, key, value)
+
+
+def test_variables_are_read_from_the_binary_format(tmp_path):
+    import struct
+
+    def text(value: str) -> bytes:
+        return struct.pack("<H", len(value) + 1) + value.encode() + b"\0"
+
+    weight = np.arange(6, dtype=np.float16).reshape(2, 3)
+    body = struct.pack("<I", 6) + text("WhisperSpec") + struct.pack("<II", 3, 2)
+    body += text("decoder/x") + struct.pack("<BBI", 0, 1, 1) + b"\1"
+    body += text("encoder/conv1/weight") + struct.pack("<BIIBI", 2, 2, 3, 4, weight.nbytes) + weight.tobytes()
+    (tmp_path / "model.bin").write_bytes(body)
+    found = read_variables(tmp_path)
+    assert list(found) == ["encoder/conv1/weight"]
+    assert torch.equal(found["encoder/conv1/weight"], torch.from_numpy(weight))
+    (tmp_path / "model.bin").write_bytes(body[:-4])
+    with pytest.raises(UserError, match="cannot be read"):
+        read_variables(tmp_path)
+    (tmp_path / "model.bin").write_bytes(struct.pack("<I", 6) + text("Transformer") + body[20:])
+    with pytest.raises(UserError, match="no Whisper model"):
+        read_variables(tmp_path)

@@ -156,3 +156,26 @@ def test_packaged_weights_are_whole():
         assert entry.data
     assert sum((weights.folder() / name).stat().st_size for name in entries) <= 60 * 2**20
     assert set(entries) == {file.name for file in weights.folder().glob("*.safetensors")}
+
+
+def test_large_matrices_of_the_listener_are_stored_in_a_byte_each(tmp_path):
+    torch.manual_seed(0)
+    given = {"audio.a": torch.randn(300, 256), "audio.b": torch.randn(8, 8), "audio.c": torch.zeros(256, 256)}
+    save_file(given, str(tmp_path / "listener.safetensors"))
+    source = tmp_path / "listener.safetensors"
+    entry = weights.add(source, "listener", path=tmp_path / "w", config={"dim": 8}, data="x", steps=1)
+    stored = load_file(str(tmp_path / "w" / "listener.safetensors"))
+    assert stored["audio.a"].dtype == torch.int8 and stored["audio.b"].dtype == torch.float16
+    read, config = weights.load("listener", tmp_path / "w")
+    assert config == {"dim": 8} and entry.parameters == sum(tensor.numel() for tensor in given.values())
+    assert read.keys() == given.keys()
+    largest = given["audio.a"].abs().amax(1, keepdim=True)
+    assert ((read["audio.a"] - given["audio.a"]).abs() <= largest / 127 * 0.52).all()
+    assert torch.equal(read["audio.c"], given["audio.c"])
+
+
+def test_the_listener_is_needed_by_flows_that_hear_with_it(tmp_path):
+    weights.add(run_folder(tmp_path / "run"), "expflow", path=tmp_path / "w", config={"listener": False})
+    assert "listener" not in weights.needed(tmp_path / "w")
+    weights.add(run_folder(tmp_path / "run2"), "expflow", path=tmp_path / "w", config={"listener": True})
+    assert "listener" in weights.needed(tmp_path / "w")

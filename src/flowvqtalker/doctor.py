@@ -150,7 +150,7 @@ def _weights(folder: str | Path | None) -> Iterator[Finding]:
     except UserError as error:
         yield Finding("weights", False, str(error))
         return
-    for name in weights.NAMES:
+    for name in weights.needed(folder):
         file = weights.folder(folder) / f"{name}.safetensors"
         try:
             weights.load(name, folder)

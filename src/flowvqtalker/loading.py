@@ -10,12 +10,22 @@ import torch
 from flowvqtalker import weights
 from flowvqtalker.errors import UserError
 from flowvqtalker.face.model import FaceModel
-from flowvqtalker.motion.flow import Flow
+from flowvqtalker.motion.flow import ExpFlow, Flow, PoseFlow
+from flowvqtalker.motion.listener import Listener, ListenerConfig
 from flowvqtalker.motion.manifold import LatentBank
 from flowvqtalker.render.codebook import CodebookConfig
 from flowvqtalker.render.generator import VQIG, VQIGConfig
 
-__all__ = ["choose_device", "choose_dtype", "fast_dtype", "load_face_model", "load_flow", "load_generator"]
+__all__ = [
+    "choose_device",
+    "choose_dtype",
+    "fast_dtype",
+    "load_face_model",
+    "load_flow",
+    "load_flows",
+    "load_generator",
+    "load_listener",
+]
 
 F = TypeVar("F", bound=Flow)
 
@@ -70,15 +80,44 @@ def load_face_model(path: str | Path | None = None) -> FaceModel:
         raise weights.mismatch("face_model", str(error), path) from error
 
 
-def load_flow(kind: type[F], name: str, path: str | Path | None = None) -> tuple[F, LatentBank | None]:
-    """A flow and, if the file holds one, its bank of latents."""
-    tensors, config = weights.load(name, path)
+def load_listener(path: str | Path | None = None) -> Listener:
+    """The listener of a folder of weights."""
+    tensors, config = weights.load("listener", path)
     try:
-        flow = kind.load(tensors, config)
+        listener = Listener(ListenerConfig(**config))
+    except (ValueError, TypeError) as error:
+        raise weights.mismatch("listener", str(error), path) from error
+    kept = {key.removeprefix("audio."): value for key, value in tensors.items() if key.startswith("audio.")}
+    weights.restore(listener, kept, "listener", path)
+    return listener.to(fast_dtype(torch.device("cpu"))).eval()
+
+
+def load_flow(
+    kind: type[F], name: str, path: str | Path | None = None, listener: Listener | None = None
+) -> tuple[F, LatentBank | None]:
+    """A flow and, if the file holds one, its bank of latents.
+
+    Arguments:
+        kind, name: its class, and the name of its weights.
+        path: folder of weights; None is the package's own.
+        listener: what it hears with, if it does, so that two flows can share one; None loads it.
+    """
+    tensors, config = weights.load(name, path)
+    hears = bool(config.get("listener", False))
+    try:
+        flow = kind.load(tensors, config, (listener or load_listener(path)) if hears else None)
         bank = LatentBank.load(tensors)
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
         raise weights.mismatch(name, str(error).splitlines()[-1].strip(), path) from error
     return flow, bank
+
+
+def load_flows(path: str | Path | None = None) -> tuple[ExpFlow, PoseFlow, LatentBank | None]:
+    """The two flows of a folder of weights, which share their listener, and the bank of latents."""
+    expflow, bank = load_flow(ExpFlow, "expflow", path)
+    listener = expflow.audio if isinstance(expflow.audio, Listener) else None
+    poseflow, _ = load_flow(PoseFlow, "poseflow", path, listener)
+    return expflow, poseflow, bank
 
 
 def load_generator(path: str | Path | None = None) -> VQIG:

@@ -18,7 +18,7 @@ from flowvqtalker.errors import UserError
 from flowvqtalker.face.crop import Paster, crop_box
 from flowvqtalker.face.fit import fit
 from flowvqtalker.face.model import CENTRE, EXPRESSION, FOCAL, IDENTITY, FaceModel
-from flowvqtalker.loading import choose_device, choose_dtype, fast_dtype, load_face_model, load_flow, load_generator
+from flowvqtalker.loading import choose_device, choose_dtype, fast_dtype, load_face_model, load_flows, load_generator
 from flowvqtalker.media import FPS, Picture, VideoWriter, check_output
 from flowvqtalker.motion.emotion_track import EmotionTrack, parse_emotion
 from flowvqtalker.motion.flow import ExpFlow, PoseFlow
@@ -129,8 +129,7 @@ class Talker:
         if "face" in wanted:
             face_model = load_face_model(weights)
         if "motion" in wanted:
-            expflow, bank = load_flow(ExpFlow, "expflow", weights)
-            poseflow, _ = load_flow(PoseFlow, "poseflow", weights)
+            expflow, poseflow, bank = load_flows(weights)
         if "render" in wanted:
             generator = load_generator(weights)
         return cls(face_model, expflow, poseflow, bank, generator, device=chosen, dtype=kind)

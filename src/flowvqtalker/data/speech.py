@@ -7,7 +7,7 @@ A speech set is a folder. Row t of every column is video frame t (25 fps) of all
 =================  ==================================================================================================
 ``index.npz``      per recording: name, speaker, split, first row, rows, first mel column, mel columns, rate; and the
                    principal components that the teacher's features were reduced to
-``mel.npy``        (M, 80) float16 log-mel, 80 columns a second (:func:`flowvqtalker.audio.features.log_mel`)
+``mel.npy``        (M, 80) float16 log-mel of the front end ``fine``, 100 columns a second (``audio.features``)
 ``teacher.npy``    (N, 256) float16: the teacher's features, standardised and reduced
 ``lips.npy``       (N, 64) float16: β around the recording's mean, of clips with a tracked face; NaN elsewhere
 ``units.npy``      (N, 17) float16: facial action units, standardised; NaN where there are none
@@ -174,7 +174,7 @@ def write(output: Path, shards: tuple[Path, ...], root: Path | None, teacher: An
             one = plain.at(rate)
             if one.frames == 0:
                 continue
-            mel = log_mel(one.wave)
+            mel = log_mel(one.wave, "fine")
             about.append((one.name, one.speaker, split_of(one.speaker), one.frames, len(mel), rate))
             mels.append(mel.astype(np.float16))
             rows["teacher"].append(teacher(one.wave, one.frames).astype(np.float16))

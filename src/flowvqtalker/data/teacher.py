@@ -1,4 +1,4 @@
-"""Features of a pretrained speech encoder (Whisper), which our own encoder is taught to reproduce.
+"""A pretrained speech encoder (Whisper): the features that our own is taught, and the layers that it starts from.
 
 Only ``flowvqtalker prepare-speech`` needs it: the weights of the package listen by themselves. The model is Whisper in
 the format of CTranslate2 (a folder with ``model.bin``); the encoder of the base model takes about 20 ms of one CPU core
@@ -7,15 +7,18 @@ for a second of speech.
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
 from flowvqtalker.errors import UserError
 
-__all__ = ["RATE", "WIDTH", "Teacher", "whisper_mel"]
+__all__ = ["RATE", "WIDTH", "Teacher", "read_variables", "whisper_mel"]
 
 #: Features a second, and the size of one of Whisper base.
 RATE, WIDTH = 50, 512
@@ -102,3 +105,53 @@ class Teacher:
         index = np.minimum(np.arange(2 * frames), len(found) - 1)
         pairs: Floats = found[index].reshape(frames, 2 * found.shape[1]).astype(np.float32)
         return pairs
+
+
+#: Types of the variables in CTranslate2's binary format, by number.
+_TYPES = {0: np.float32, 1: np.int8, 2: np.int16, 3: np.int32, 4: np.float16}
+
+
+def read_variables(folder: str | Path) -> dict[str, Tensor]:
+    """The variables of the encoder of a CTranslate2 model (``model.bin``; OpenNMT/CTranslate2: ``ctranslate2/specs``).
+
+    Only models that were stored in a floating type can be read; those stored in int8 keep their scales elsewhere.
+
+    Raises:
+        UserError: if the file is missing, of another format, or quantised.
+    """
+    path = Path(folder) / "model.bin"
+    if not path.is_file():
+        raise UserError(f"{folder} holds no model.bin; give the folder of a Whisper model for CTranslate2")
+    data, place = path.read_bytes(), 0
+
+    def number(kind: str) -> int:
+        nonlocal place
+        value: int = struct.unpack_from("<" + kind, data, place)[0]
+        place += struct.calcsize(kind)
+        return value
+
+    def text() -> str:
+        nonlocal place
+        length = number("H")
+        place += length
+        return data[place - length : place].rstrip(b"\0").decode()
+
+    try:
+        version, name = number("I"), text()
+        if version < 4 or not name.startswith("Whisper"):
+            raise UserError(f"{path} is no Whisper model of CTranslate2's format 4 or later; convert it again")
+        number("I")  # the revision of the model's kind
+        found = {}
+        for _ in range(number("I")):
+            key = text()
+            shape = [number("I") for _ in range(number("B"))]
+            kind, size = _TYPES[number("B")], number("I")
+            values = np.frombuffer(data, kind, size // np.dtype(kind).itemsize, place)
+            place += size
+            if key.startswith("encoder/"):
+                found[key] = torch.from_numpy(values.reshape(shape).copy())
+    except (struct.error, KeyError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as a model of CTranslate2 ({error}); convert it again") from error
+    if any(value.dtype == torch.int8 for value in found.values()):
+        raise UserError(f"{path} is quantised to int8; convert it with --quantization float16")
+    return found

@@ -18,11 +18,10 @@ from flowvqtalker.audio.decode import load as load_sound
 from flowvqtalker.coefficients import write_whole
 from flowvqtalker.errors import UserError
 from flowvqtalker.face.fit import fit
-from flowvqtalker.loading import choose_device, choose_dtype, fast_dtype, load_face_model, load_flow, load_generator
+from flowvqtalker.loading import choose_device, choose_dtype, fast_dtype, load_face_model, load_flows, load_generator
 from flowvqtalker.media import FPS, Picture, VideoWriter, read_image, read_video
 from flowvqtalker.metrics.analysis import read_wave
 from flowvqtalker.metrics.splits import Item
-from flowvqtalker.motion.flow import ExpFlow, PoseFlow
 from flowvqtalker.portrait import Portrait, find_portrait, track_landmarks
 from flowvqtalker.render.generator import VQIG
 from flowvqtalker.render.renderer import Renderer
@@ -115,8 +114,7 @@ class Animator:
         if motion not in self._talkers:
             expflow = poseflow = bank = None
             if motion:
-                expflow, bank = load_flow(ExpFlow, "expflow", self.weights)
-                poseflow, _ = load_flow(PoseFlow, "poseflow", self.weights)
+                expflow, poseflow, bank = load_flows(self.weights)
             self._talkers[motion] = Talker(
                 self.face, expflow, poseflow, bank, self.generator, device=self.device, dtype=self.dtype
             )

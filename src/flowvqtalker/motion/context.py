@@ -27,8 +27,7 @@ WINDOW_AHEAD_MS = 16 * 12.5 - 2 * FRAME_MS
 
 @dataclass(frozen=True)
 class AudioConfig:
-    """Size and reach of the audio encoder: a small one that is trained with its flow, or (with ``reach``) a deep one
-    that is trained on its own first (stage ``speech``)."""
+    """Size and reach of the small audio encoder, which is trained with its flow."""
 
     mels: int = 80
     """Mel bins of a window."""
@@ -37,34 +36,24 @@ class AudioConfig:
     width: int = 128
     """Size of an audio feature."""
     layers: int = 4
-    """Temporal convolutions of the small encoder, over 3 frames each: a feature sees 2 layers + 1 windows."""
+    """Temporal convolutions over 3 frames each, so a feature sees 2 layers + 1 windows."""
     lookahead: int = 3
-    """Windows after the frame that a feature sees; the rest lie before it."""
-    reach: tuple[tuple[int, int], ...] = ()
-    """Blocks of the deep encoder: how many frames back and ahead the outer taps of each convolution lie."""
-    hidden: int = 256
-    """Width of the deep encoder."""
+    """Windows after the frame that a feature sees (of the 2 layers); the rest lie before it."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "reach", tuple((int(back), int(ahead)) for back, ahead in self.reach))
-        positive = min(self.mels, self.width, self.layers, self.hidden) >= 1 and self.columns >= 4
-        if not positive or not 0 <= self.lookahead <= self.span:
-            raise UserError(f"audio: sizes must be positive and 0 <= lookahead <= {self.span}, got {self}")
-        if any(min(pair) < 0 for pair in self.reach):
-            raise UserError(f"audio: reach must not be negative, got {self.reach}")
-        if self.reach and self.lookahead != sum(ahead for _, ahead in self.reach):
-            ahead = sum(ahead for _, ahead in self.reach)
-            raise UserError(f"audio: reach looks {ahead} frames ahead, but lookahead is {self.lookahead}")
+        positive = min(self.mels, self.width, self.layers) >= 1 and self.columns >= 4
+        if not positive or not 0 <= self.lookahead <= 2 * self.layers:
+            raise UserError(f"audio: sizes must be positive and 0 <= lookahead <= 2 layers, got {self}")
 
     @property
-    def span(self) -> int:
-        """Windows that a feature sees beside the one of its frame."""
-        return sum(back + ahead for back, ahead in self.reach) if self.reach else 2 * self.layers
+    def front(self) -> str:
+        """The front end of its windows (:data:`flowvqtalker.audio.features.FRONTS`)."""
+        return "mel"
 
     @property
     def lookback(self) -> int:
         """Windows before the frame that a feature sees."""
-        return self.span - self.lookahead
+        return 2 * self.layers - self.lookahead
 
     @property
     def lookahead_ms(self) -> float:
@@ -78,12 +67,11 @@ class TemporalBlock(nn.Module):
     There is no padding: T frames become T - back - ahead.
     """
 
-    def __init__(self, width: int, back: int, ahead: int, inner: int = 0) -> None:
+    def __init__(self, width: int, back: int, ahead: int) -> None:
         super().__init__()
         self.back, self.ahead = back, ahead
         self.norm = nn.LayerNorm(width)
-        self.convolution = nn.Linear(3 * width, inner or width)
-        self.out = nn.Linear(inner, width) if inner else None
+        self.convolution = nn.Linear(3 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, width) to (B, T - back - ahead, width)."""
@@ -91,7 +79,27 @@ class TemporalBlock(nn.Module):
         y = self.norm(x)
         taps = [y[:, start : start + length] for start in (0, self.back, self.back + self.ahead)]
         y = functional.gelu(self.convolution(torch.cat(taps, dim=-1)), approximate="tanh")
-        result: Tensor = x[:, self.back : self.back + length] + (y if self.out is None else self.out(y))
+        result: Tensor = x[:, self.back : self.back + length] + y
+        return result
+
+    def start(self) -> _TemporalState:
+        """What a stream through this block needs to remember."""
+        return _TemporalState(self)
+
+
+class _TemporalState:
+    """A stream through a :class:`TemporalBlock`."""
+
+    def __init__(self, block: TemporalBlock) -> None:
+        self.block = block
+        self._held: deque[Tensor] = deque(maxlen=block.back + block.ahead + 1)
+
+    def push(self, x: Tensor) -> Tensor | None:
+        """Take a frame (1, width); returns the frame that is now complete, or None."""
+        self._held.append(x)
+        if len(self._held) < (self._held.maxlen or 0):
+            return None
+        result: Tensor = self.block(torch.stack(list(self._held), dim=1))[:, 0]
         return result
 
 
@@ -107,39 +115,38 @@ class AudioEncoder(nn.Module):
     def __init__(self, config: AudioConfig) -> None:
         super().__init__()
         self.config = config
-        inner = config.hidden if config.reach else config.width
+        width = config.width
         length = (config.columns + 3) // 4  # after two strides of two
-        deep = [nn.Conv1d(config.mels, inner, 3, padding=1), nn.GELU(approximate="tanh")] if config.reach else []
         self.window = nn.Sequential(
-            *deep,
-            nn.Conv1d(inner if deep else config.mels, inner, 3, stride=2, padding=1),
+            nn.Conv1d(config.mels, width, 3, stride=2, padding=1),
             nn.GELU(approximate="tanh"),
-            nn.Conv1d(inner, inner, 3, stride=2, padding=1),
+            nn.Conv1d(width, width, 3, stride=2, padding=1),
             nn.GELU(approximate="tanh"),
             nn.Flatten(),
-            nn.Linear(length * inner, inner),
-            nn.LayerNorm(inner),
+            nn.Linear(length * width, width),
+            nn.LayerNorm(width),
         )
-        reach = config.reach or ((1, 1),) * config.layers
-        wide = 2 * inner if config.reach else 0
-        self.blocks = nn.ModuleList(TemporalBlock(inner, back, ahead, wide) for back, ahead in reach)
-        self.head = nn.Linear(inner, config.width) if config.reach else nn.Identity()
-        self.final = nn.LayerNorm(config.width)
+        self.blocks = nn.ModuleList(TemporalBlock(width, 1, 1) for _ in range(config.layers))
+        self.final = nn.LayerNorm(width)
 
     def embed(self, windows: Tensor) -> Tensor:
-        """(N, mels, columns) log-mel in [-4, 4] to (N, inner width)."""
+        """(N, mels, columns) log-mel in [-4, 4] to (N, width)."""
         features: Tensor = self.window(windows / 4)
         return features
 
+    def behind(self, number: int, features: Tensor) -> Tensor:
+        """What follows block ``number`` directly: nothing."""
+        return features
+
     def finish(self, features: Tensor) -> Tensor:
-        """What the last block gives, (..., inner width), to audio features (..., width)."""
-        result: Tensor = self.final(self.head(features))
+        """What the last block gives to audio features."""
+        result: Tensor = self.final(features)
         return result
 
     def mix(self, features: Tensor) -> Tensor:
-        """(B, lookback + T + lookahead, inner width) window features to (B, T, width)."""
-        for block in self.blocks:
-            features = block(features)
+        """(B, lookback + T + lookahead, width) window features to (B, T, width)."""
+        for number, block in enumerate(self.blocks):
+            features = self.behind(number, block(features))
         return self.finish(features)
 
     def forward(self, windows: Tensor) -> Tensor:
@@ -153,8 +160,8 @@ class AudioEncoder(nn.Module):
         if len(windows) == 0:
             return windows.new_zeros(0, self.config.width)
         features = self.embed(windows)
-        before = features[:1].expand(self.config.lookback, -1)
-        after = features[-1:].expand(self.config.lookahead, -1)
+        before = features[:1].expand(self.config.lookback, *features.shape[1:])
+        after = features[-1:].expand(self.config.lookahead, *features.shape[1:])
         return self.mix(torch.cat([before, features, after])[None])[0]
 
 
@@ -167,15 +174,15 @@ class AudioStream:
     def __init__(self, encoder: AudioEncoder) -> None:
         self.encoder = encoder
         blocks = cast("list[TemporalBlock]", list(encoder.blocks))
-        self._blocks = [(block, deque[Tensor](maxlen=block.back + block.ahead + 1)) for block in blocks]
+        self._states = [block.start() for block in blocks]
         self._last: Tensor | None = None
 
     def _feed(self, feature: Tensor) -> list[Tensor]:
-        for block, held in self._blocks:
-            held.append(feature)
-            if len(held) < (held.maxlen or 0):
+        for number, state in enumerate(self._states):
+            done = state.push(feature)
+            if done is None:
                 return []
-            feature = block(torch.stack(list(held), dim=1))[:, 0]
+            feature = self.encoder.behind(number, done)
         return [self.encoder.finish(feature)]
 
     def push(self, window: Tensor) -> list[Tensor]:

@@ -22,6 +22,7 @@ from flowvqtalker.motion.bijections import (
 from flowvqtalker.motion.blink import BLINK_FRAMES
 from flowvqtalker.motion.context import AudioConfig, AudioEncoder, ContextEncoder, history_of
 from flowvqtalker.motion.latents import build_latent
+from flowvqtalker.motion.listener import Listener
 
 __all__ = ["ExpFlow", "ExpFlowConfig", "Flow", "FlowConfig", "FlowStep", "PoseFlow", "PoseFlowConfig", "Sequences"]
 
@@ -66,6 +67,8 @@ class FlowConfig:
     """Drawn frames stay within this many units (standard deviations): see :meth:`Flow.contain`."""
     audio: AudioConfig = field(default_factory=AudioConfig)
     """The audio encoder."""
+    listener: bool = False
+    """Hear with the listener (motion.listener), which is trained before and kept apart, instead of that encoder."""
     seed: int = 0
     """Of the means and of the rotations at the start."""
 
@@ -156,13 +159,17 @@ class Flow(Bijection):
 
     unit: Tensor
 
-    def __init__(self, config: FlowConfig) -> None:
+    def __init__(self, config: FlowConfig, listener: Listener | None = None) -> None:
         super().__init__()
+        if config.listener != (listener is not None):
+            needs = "needs a listener: give one" if config.listener else "has its own audio encoder: give no listener"
+            raise ValueError(f"this {type(self).__name__} {needs}")
         self.config = config
         generator = torch.Generator().manual_seed(config.seed + 1)
         self.register_buffer("unit", torch.ones(config.dim))
-        self.audio = AudioEncoder(config.audio)
-        self.voicing = nn.Linear(config.audio.width, config.dim) if config.voiced else None
+        self.audio = AudioEncoder(config.audio) if listener is None else listener
+        width = self.audio.config.width
+        self.voicing = nn.Linear(width, config.dim) if config.voiced else None
         if self.voicing is not None:
             nn.init.zeros_(self.voicing.weight)
             nn.init.zeros_(self.voicing.bias)
@@ -171,7 +178,7 @@ class Flow(Bijection):
             config.width,
             config.heads,
             config.history,
-            config.audio.width,
+            width,
             classes=config.classes,
             source=config.source,
             dropout=config.dropout,
@@ -188,21 +195,26 @@ class Flow(Bijection):
         )
 
     @classmethod
-    def load(cls: type[F], state: dict[str, Tensor], config: dict[str, Any]) -> F:
+    def load(cls: type[F], state: dict[str, Tensor], config: dict[str, Any], listener: Listener | None = None) -> F:
         """A flow in eval mode from weights (any float type; ``bank.*`` is left out) and a configuration as plain
-        values.
+        values; with its listener, if it hears with one.
 
         Raises:
             UserError: if the weights do not fit the configuration.
         """
-        flow = cls(config_from(cls.config_type(), config))
-        own = flow.state_dict()
+        flow = cls(config_from(cls.config_type(), config), listener)
+        own = flow.own_state()
         given = {key: value for key, value in state.items() if not key.startswith("bank.")}
         wrong = sorted(own.keys() ^ given.keys()) or [k for k in own if own[k].shape != given[k].shape]
         if wrong:
             raise UserError(f"weights do not fit the configuration of {cls.__name__}: {wrong[0]} ({len(wrong)} differ)")
-        flow.load_state_dict(given)
+        flow.load_state_dict(given, strict=False)
         return flow.eval()
+
+    def own_state(self) -> dict[str, Tensor]:
+        """Its weights and buffers without those of a listener."""
+        kept = "audio." if self.config.listener else "\0"
+        return {key: value for key, value in self.state_dict().items() if not key.startswith(kept)}
 
     @classmethod
     def config_type(cls) -> type[FlowConfig]:
@@ -400,8 +412,8 @@ class ExpFlow(Flow):
     blink_rate: Tensor
     opening: Tensor
 
-    def __init__(self, config: FlowConfig | None = None) -> None:
-        super().__init__(config or ExpFlowConfig())
+    def __init__(self, config: FlowConfig | None = None, listener: Listener | None = None) -> None:
+        super().__init__(config or ExpFlowConfig(), listener)
         self.register_buffer("blink", torch.zeros(BLINK_FRAMES, self.config.dim))
         self.register_buffer("blink_rate", torch.zeros(()))
         self.register_buffer("opening", torch.zeros(self.config.dim))
@@ -414,8 +426,8 @@ class ExpFlow(Flow):
 class PoseFlow(Flow):
     """Head pose flow: motion (N, 6) around a clip's mean pose given speech and previous frames."""
 
-    def __init__(self, config: FlowConfig | None = None) -> None:
-        super().__init__(config or PoseFlowConfig())
+    def __init__(self, config: FlowConfig | None = None, listener: Listener | None = None) -> None:
+        super().__init__(config or PoseFlowConfig(), listener)
 
     @classmethod
     def config_type(cls) -> type[FlowConfig]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -10,25 +9,30 @@ from typing import Any
 
 import torch
 from lightning.fabric import Fabric
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import default_collate
 
 from flowvqtalker import EMOTIONS
 from flowvqtalker.data.order import item_generator
-from flowvqtalker.errors import UserError
 from flowvqtalker.face.arkit import arkit_index
 from flowvqtalker.face.model import FaceModel
 from flowvqtalker.face.topology import LIPS
 from flowvqtalker.motion.blink import measure_blinks
-from flowvqtalker.motion.context import AudioConfig
 from flowvqtalker.motion.flow import ExpFlow, ExpFlowConfig
+from flowvqtalker.motion.listener import Listener
 from flowvqtalker.motion.manifold import LatentBank
-from flowvqtalker.train.config import LoopConfig, check, from_dict, to_dict
-from flowvqtalker.train.flow_stage import FlowStage, Losses, correlation, evaluating, whole_clips
+from flowvqtalker.train.config import LoopConfig, check, to_dict
+from flowvqtalker.train.flow_stage import (
+    FlowStage,
+    Hearing,
+    Losses,
+    correlation,
+    evaluating,
+    load_listener,
+    whole_clips,
+)
 from flowvqtalker.train.loop import Stage
-from flowvqtalker.train.sequences import Corpus, SequenceConfig, SequenceDataset, collate, hear, load_corpus
+from flowvqtalker.train.sequences import Corpus, SequenceConfig, SequenceDataset, collate, load_corpus
 
 __all__ = ["Config", "ExpFlowStage", "build", "face_model", "lip_directions", "lip_gap"]
 
@@ -46,11 +50,7 @@ class Config:
     """Folders of `python -m flowvqtalker.data.prepare`."""
     face_model: Path | None = None
     """Face model of the coefficients, which says what the lips do; None takes the package's own."""
-    speech: Path | None = None
-    """Run of the stage `speech`, or its weights: an audio encoder that is then not trained any further. None trains a
-    small one with the flow."""
-    voices: int = 2
-    """With `speech`: versions of each clip's sound, the first as it is and the others of varied voices."""
+    hearing: Hearing = field(default_factory=Hearing)
     flow: ExpFlowConfig = field(default_factory=ExpFlowConfig)
     sequences: SequenceConfig = field(default_factory=SequenceConfig)
     losses: Losses = field(default_factory=Losses)
@@ -63,7 +63,6 @@ class Config:
     def __post_init__(self) -> None:
         check(
             (self.bank > 0, f"bank must be positive, got {self.bank}"),
-            (self.voices > 0, f"voices must be positive, got {self.voices}"),
             (len(self.shards) > 0, "no shards were given"),
         )
 
@@ -89,8 +88,8 @@ class ExpFlowStage(FlowStage):
         train, val: clips of the two splits.
         expression: (64, 478, 3) basis of the face model, for the lips.
         lids: (65,) map from [β, 1] to the blendshape of shut lids; None: no blink is measured.
-        encoder: trained weights of the audio encoder and of its map to β, which fit ``config.flow.audio``; None: they
-            are trained with the flow.
+        heard: the listener and the weights of its map to β, which the flow's begins with; None: the flow has an audio
+            encoder of its own.
     """
 
     name = "expflow"
@@ -102,17 +101,12 @@ class ExpFlowStage(FlowStage):
         val: Corpus | None,
         expression: Tensor,
         lids: Tensor | None = None,
-        encoder: dict[str, Tensor] | None = None,
+        heard: tuple[Listener, dict[str, Tensor]] | None = None,
     ) -> None:
         torch.manual_seed(config.loop.seed)
-        flow = ExpFlow(config.flow)
-        self.frozen = encoder is not None
-        if encoder is not None:
-            flow.load_state_dict(encoder, strict=False)
-            flow.audio.requires_grad_(False)
-            for corpus, copies in ((train, config.voices), (val, 1)):
-                if corpus is not None:
-                    hear(corpus, flow.audio, copies, config.loop.seed)
+        flow = ExpFlow(config.flow, heard[0] if heard else None)
+        if heard and flow.voicing is not None:
+            flow.voicing.load_state_dict(heard[1])
         super().__init__(config, flow, train, val)
         self.lips, self.gap = lip_directions(expression), lip_gap(expression)
         flow.opening.copy_(self.gap)
@@ -120,10 +114,6 @@ class ExpFlowStage(FlowStage):
             template, rate = measure_blinks((clip.frames for clip in train.clips), lids.numpy())
             flow.blink.copy_(template)
             flow.blink_rate.fill_(rate)
-
-    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        frozen = set(self.flow.audio.parameters()) if self.frozen else set()
-        return {"flow": [parameter for parameter in self.module.parameters() if parameter not in frozen]}
 
     def auxiliary(self, batch: Any, audio: Tensor) -> tuple[Tensor | None, dict[str, Tensor]]:
         """Regression of the lips from the audio features, on frames with speech: their shape relative to the clip's
@@ -173,7 +163,7 @@ class ExpFlowStage(FlowStage):
         generator = torch.Generator().manual_seed(0)
         device = next(self.flow.parameters()).device
         plain = SequenceDataset(
-            self.train_corpus, self.config.sequences, self.flow.config.audio, self.flow.config.history, plain=True
+            self.train_corpus, self.config.sequences, self.flow.audio.config, self.flow.config.history, plain=True
         )
         latents, labels = [], []
         with evaluating(self.flow):
@@ -202,36 +192,24 @@ class ExpFlowStage(FlowStage):
 
     def export(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The flow and its latent bank."""
-        return {**self.flow.state_dict(), **self.bank().tensors()}, to_dict(self.flow.config)
+        return {**self.flow.own_state(), **self.bank().tensors()}, to_dict(self.flow.config)
 
 
 def build(config: Config) -> Stage:
     """The stage for a configuration; reads the shards."""
-    encoder = None
-    if config.speech is not None:
-        encoder, audio = _encoder(config.speech)
-        config = replace(config, flow=replace(config.flow, audio=audio))
+    heard = None if config.hearing.listener is None else load_listener(config.hearing.listener)
+    config = replace(config, flow=replace(config.flow, listener=heard is not None))
     face = face_model(config.face_model)
     expression = face.expression
     lids = face.arkit[[arkit_index("eyeBlinkLeft"), arkit_index("eyeBlinkRight")]].mean(0)
+    front = heard[0].config.front if heard else config.flow.audio.front
     basis = torch.linalg.qr(lip_directions(expression))[0]
     lips, gap = (basis @ basis.mT).numpy(), lip_gap(expression).numpy()
-    train, val = (load_corpus(config.shards, split, config.sequences, lips=lips, gap=gap) for split in ("train", "val"))
-    return ExpFlowStage(config, train, val, expression, lids, encoder)
-
-
-def _encoder(path: Path) -> tuple[dict[str, Tensor], AudioConfig]:
-    """Weights and configuration that the stage ``speech`` exported."""
-    file = path / "weights.safetensors" if path.is_dir() else path
-    settings = file.with_suffix(".json") if file.with_suffix(".json").is_file() else file.with_name("config.json")
-    try:
-        state = load_file(str(file))
-        about = json.loads(settings.read_text(encoding="utf-8"))
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"{file} is no finished run of `flowvqtalker train speech` ({error})") from error
-    if about.get("stage") != "speech":
-        raise UserError(f"{file} is of stage {about.get('stage')!r}; speech must be a run of stage 'speech'")
-    return {key: value.float() for key, value in state.items()}, from_dict(AudioConfig, about["config"])
+    train, val = (
+        load_corpus(config.shards, split, config.sequences, lips=lips, gap=gap, front=front)
+        for split in ("train", "val")
+    )
+    return ExpFlowStage(config, train, val, expression, lids, heard)
 
 
 def face_model(path: Path | None) -> FaceModel:

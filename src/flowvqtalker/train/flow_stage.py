@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset, default_collate
 
 from flowvqtalker.data.order import item_generator
+from flowvqtalker.errors import UserError
 from flowvqtalker.motion.flow import Flow, Sequences
-from flowvqtalker.train.config import LoopConfig, to_dict
+from flowvqtalker.motion.listener import Listener, ListenerConfig
+from flowvqtalker.train.config import LoopConfig, check, from_dict, to_dict
 from flowvqtalker.train.loop import Stage
-from flowvqtalker.train.sequences import Corpus, SequenceConfig, SequenceDataset, collate
+from flowvqtalker.train.sequences import Corpus, SequenceConfig, SequenceDataset, collate, hear
 
-__all__ = ["FlowStage", "Losses", "correlation", "evaluating", "whole_clips"]
+__all__ = ["FlowStage", "Hearing", "Losses", "correlation", "evaluating", "load_listener", "whole_clips"]
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +44,44 @@ class Losses:
     lips: float = 1.0
     """Weight of an auxiliary regression of the lips from the audio encoder's features (ours): likelihood alone teaches
     the encoder slowly, because the previous frames already tell most of the next one. 0: none."""
+
+
+@dataclass(frozen=True)
+class Hearing:
+    """Who listens for the flow."""
+
+    listener: Path | None = None
+    """Run of the stage `speech`, or its weights, which are then not trained any further; None trains a small audio
+    encoder with the flow."""
+    voices: int = 2
+    """With a listener: versions of each clip's sound, the first as it is and the others of varied voices."""
+
+    def __post_init__(self) -> None:
+        check((self.voices > 0, f"voices must be positive, got {self.voices}"))
+
+
+def load_listener(path: Path) -> tuple[Listener, dict[str, Tensor]]:
+    """The listener that the stage ``speech`` exported, and the weights of its map to β.
+
+    Raises:
+        UserError: if the path holds no such weights.
+    """
+    file = path / "weights.safetensors" if path.is_dir() else path
+    settings = file.with_suffix(".json") if file.with_suffix(".json").is_file() else file.with_name("config.json")
+    try:
+        state = load_file(str(file))
+        about = json.loads(settings.read_text(encoding="utf-8"))
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"{file} is no finished run of `flowvqtalker train speech` ({error})") from error
+    if about.get("stage") != "speech":
+        raise UserError(f"{file} is of stage {about.get('stage')!r}; hearing.listener must be a run of stage 'speech'")
+    listener = Listener(from_dict(ListenerConfig, about["config"]))
+    parts: dict[str, dict[str, Tensor]] = {"audio": {}, "voicing": {}}
+    for key, value in state.items():
+        part, _, name = key.partition(".")
+        parts[part][name] = value.float()
+    listener.load_state_dict(parts["audio"])
+    return listener.requires_grad_(False).eval(), parts["voicing"]
 
 
 @contextmanager
@@ -74,17 +118,22 @@ class FlowStage(Stage):
         self.config = config
         self.flow = flow
         self.module = nn.ModuleDict({"flow": flow})
+        if flow.config.listener:
+            for corpus, copies in ((train, config.hearing.voices), (val, 1)):
+                if corpus is not None and corpus.clips[0].features is None:
+                    hear(corpus, flow.audio, copies, config.loop.seed)
         self.losses: Losses = config.losses
         self.train_corpus, self.val_corpus = train, val or train
         loop: LoopConfig = config.loop
-        settings = config.sequences, flow.config.audio, flow.config.history
+        settings = config.sequences, flow.audio.config, flow.config.history
         self.train_data = SequenceDataset(train, *settings, loop.seed)
         self.val_data = SequenceDataset(self.val_corpus, *settings, 1, plain=True)
         counts = len(train.clips), train.frames, len(self.val_corpus.clips)
         logger.info("%d clips to train on (%d frames), %d to validate", *counts)
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        return {"flow": list(self.module.parameters())}
+        kept = set(self.flow.audio.parameters()) if self.flow.config.listener else set()
+        return {"flow": [parameter for parameter in self.module.parameters() if parameter not in kept]}
 
     def dataset(self, split: str) -> Dataset[Any]:
         return self.train_data if split == "train" else self.val_data

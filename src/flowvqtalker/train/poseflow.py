@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,9 @@ from lightning.fabric import Fabric
 from torch import Tensor
 
 from flowvqtalker.motion.flow import PoseFlow, PoseFlowConfig, Sequences
+from flowvqtalker.motion.listener import Listener
 from flowvqtalker.train.config import LoopConfig, check, to_dict
-from flowvqtalker.train.flow_stage import FlowStage, Losses, whole_clips
+from flowvqtalker.train.flow_stage import FlowStage, Hearing, Losses, load_listener, whole_clips
 from flowvqtalker.train.loop import Stage
 from flowvqtalker.train.sequences import Corpus, SequenceConfig, load_corpus
 
@@ -26,6 +27,7 @@ class Config:
 
     shards: tuple[Path, ...] = (Path("data/shard"),)
     """Folders of `python -m flowvqtalker.data.prepare`."""
+    hearing: Hearing = field(default_factory=Hearing)
     flow: PoseFlowConfig = field(default_factory=PoseFlowConfig)
     sequences: SequenceConfig = field(
         default_factory=lambda: SequenceConfig(frames=48, balanced=0.2, strength=0, shortest=25)
@@ -47,9 +49,9 @@ class PoseFlowStage(FlowStage):
 
     name = "poseflow"
 
-    def __init__(self, config: Config, train: Corpus, val: Corpus | None) -> None:
+    def __init__(self, config: Config, train: Corpus, val: Corpus | None, listener: Listener | None = None) -> None:
         torch.manual_seed(config.loop.seed)
-        super().__init__(config, PoseFlow(config.flow), train, val)
+        super().__init__(config, PoseFlow(config.flow, listener), train, val)
 
     def prepare(self, first: Sequences) -> None:
         """Radians and model units to numbers near one."""
@@ -76,7 +78,7 @@ class PoseFlowStage(FlowStage):
         }
 
     def export(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        return self.flow.state_dict(), to_dict(self.flow.config)
+        return self.flow.own_state(), to_dict(self.flow.config)
 
 
 def _motion(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -87,5 +89,10 @@ def _motion(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 
 def build(config: Config) -> Stage:
     """The stage for a configuration; reads the shards."""
-    train, val = (load_corpus(config.shards, split, config.sequences, pose=True) for split in ("train", "val"))
-    return PoseFlowStage(config, train, val)
+    listener = None if config.hearing.listener is None else load_listener(config.hearing.listener)[0]
+    config = replace(config, flow=replace(config.flow, listener=listener is not None))
+    front = listener.config.front if listener else config.flow.audio.front
+    train, val = (
+        load_corpus(config.shards, split, config.sequences, pose=True, front=front) for split in ("train", "val")
+    )
+    return PoseFlowStage(config, train, val, listener)

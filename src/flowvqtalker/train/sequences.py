@@ -2,13 +2,15 @@
 
 Most speech at hand is neutral or natural, and most emotional clips are short and silent. So a part of the items is
 drawn class by class, all classes alike (they teach the emotions), and the rest from the clips with speech (they teach
-the lips), where the people share the items by the square root of how much there is of each. Two augmentations (ours)
-fill in what few clips show: a *graft* puts the lips of a speech clip on an emotional clip, and a changed *strength*
-moves the mean expression of an emotional clip towards the person's neutral face or away from it.
+the lips), where the people share the items by the square root of how much there is of each. Three augmentations (ours)
+fill in what few clips show: a *graft* puts the lips of a speech clip on an emotional clip; a *transplant* then moves
+the emotion, as its difference to the person's neutral face, to the speaker's face; and a changed *strength* moves the
+mean expression of an emotional clip towards the person's neutral face or away from it.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,13 +23,15 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from flowvqtalker import EMOTIONS
-from flowvqtalker.audio.features import COLUMNS, MELS, log_mel
+from flowvqtalker.audio.features import FRONTS, MELS, log_mel
 from flowvqtalker.data.order import item_generator
 from flowvqtalker.data.shards import Shard
 from flowvqtalker.errors import UserError
+from flowvqtalker.loading import fast_dtype
 from flowvqtalker.motion.context import AudioConfig, AudioEncoder
 from flowvqtalker.motion.flow import Sequences
-from flowvqtalker.train.voices import vary
+from flowvqtalker.motion.listener import Listener
+from flowvqtalker.train.voices import vary, vary_fine
 
 __all__ = ["Corpus", "MotionClip", "SequenceConfig", "SequenceDataset", "collate", "hear", "load_corpus"]
 
@@ -46,6 +50,9 @@ class SequenceConfig:
     """T: consecutive frames of an item, each with its true past."""
     balanced: float = 0.5
     """Share of the items that is drawn class by class, all emotions alike."""
+    known: float = 0.7
+    """Of these, the share of people whose neutral face is known too, where a class has both: only with them does the
+    source tell the emotion from the face."""
     mute: float = 0.15
     """Share of the items with speech whose speech is hidden, so that the "no audio" token knows every face."""
     no_source: float = 0.2
@@ -54,6 +61,9 @@ class SequenceConfig:
     """Share of the items whose source is a frame of another clip of the same person, where there is one."""
     graft: float = 0.5
     """Share of the emotional items that get the lips and the sound of a neutral clip with speech."""
+    transplant: float = 0.6
+    """Share of the grafted items of people whose neutral face is known in which the emotion's difference to it moves to
+    the speaker's face, and the source is the speaker's: a calm portrait that is to show an emotion, as in use."""
     strength: float = 0.4
     """Share of the emotional items whose strength is changed; their class weights say to what (see motion.sampler)."""
     strongest: float = 1.6
@@ -70,12 +80,13 @@ class MotionClip:
 
     Attributes:
         frames: (L, D) coefficients.
-        mel: (m, 80) log-mel at 80 columns a second, or None without sound.
+        mel: (m, 80) log-mel of the front end ``front``, or None without sound.
         emotion: class number.
         speech: whether the sound is this face's speech.
         identity: who it is.
         features: (copies, L, width) audio features of a frozen encoder, the first of the speech as it is and the others
             of varied voices; None: the encoder is trained and needs windows.
+        front: name of the front end (:data:`flowvqtalker.audio.features.FRONTS`).
     """
 
     frames: Floats
@@ -84,17 +95,20 @@ class MotionClip:
     speech: bool
     identity: str
     features: npt.NDArray[np.float16] | None = None
+    front: str = "mel"
 
     def windows(self, index: npt.NDArray[np.int64], random: np.random.Generator | None = None) -> Floats:
-        """Windows (n, 80, 16) of some frames, the same as :func:`flowvqtalker.audio.features.windows` gives; with a
+        """Windows (n, 80, columns) of some frames, as :func:`flowvqtalker.audio.features.windows` gives them; with a
         generator, of another voice in another room."""
+        front = FRONTS[self.front]
         if self.mel is None:
-            return np.full((len(index), MELS, COLUMNS), -4, np.float32)
-        first = np.trunc((index - 2) * 16 / 5).astype(np.int64)
-        columns = np.clip(first[:, None] + np.arange(COLUMNS), 0, len(self.mel) - 1)
+            return np.full((len(index), MELS, front.columns), -4, np.float32)
+        first = np.array([front.first(int(i)) for i in index], np.int64)
+        columns = np.clip(first[:, None] + np.arange(front.columns), 0, len(self.mel) - 1)
         begin, end = int(columns.min()), int(columns.max()) + 1
         mel = np.asarray(self.mel[begin:end], np.float32)
-        mel = mel if random is None else vary(mel, random)
+        if random is not None:
+            mel = (vary if self.front == "mel" else vary_fine)(mel, random)
         return np.ascontiguousarray(mel[columns - begin].transpose(0, 2, 1))
 
 
@@ -105,9 +119,16 @@ class Corpus:
         clips: at least one.
         lips: (D, D) projection on the directions in which lips move; None: no grafts.
         gap: (D,) direction in which the lips open.
+        known: see :class:`SequenceConfig`.
     """
 
-    def __init__(self, clips: Sequence[MotionClip], lips: Floats | None = None, gap: Floats | None = None) -> None:
+    def __init__(
+        self,
+        clips: Sequence[MotionClip],
+        lips: Floats | None = None,
+        gap: Floats | None = None,
+        known: float = SequenceConfig.known,
+    ) -> None:
         if not clips:
             raise UserError("no clips to train on; check the split and the shards")
         self.clips = list(clips)
@@ -123,11 +144,17 @@ class Corpus:
         self._everyone = self.means[calm].mean(0) if calm else np.zeros_like(self.means[0])
         lengths = np.array([len(clip.frames) for clip in clips], np.float64)
         emotions = np.array([clip.emotion for clip in clips])
-        self.classes = [
-            (chosen, _shares(lengths[chosen]))
-            for label in range(len(EMOTIONS))
-            if len(chosen := np.flatnonzero(emotions == label))
-        ]
+        familiar = np.array([clip.identity in self._neutral for clip in clips])
+        self.classes = []
+        for label in range(len(EMOTIONS)):
+            chosen = np.flatnonzero(emotions == label)
+            if len(chosen) == 0:
+                continue
+            weights, own = lengths[chosen].copy(), familiar[chosen]
+            if own.any() and not own.all():
+                weights[own] *= known / weights[own].sum()
+                weights[~own] *= (1 - known) / weights[~own].sum()
+            self.classes.append((chosen, _shares(weights)))
         speech = [number for number, clip in enumerate(clips) if clip.speech] or list(range(len(clips)))
         people: dict[str, list[int]] = {}
         for number, clip in enumerate(clips):
@@ -148,6 +175,10 @@ class Corpus:
         """Mean neutral expression (D,) of the person of a clip; of everyone where there is none."""
         face: Floats = self._neutral.get(self.clips[number].identity, self._everyone)
         return face
+
+    def has_neutral(self, number: int) -> bool:
+        """Whether the neutral face of the person of a clip is known."""
+        return self.clips[number].identity in self._neutral
 
     def pick(self, random: np.random.Generator, balanced: float) -> int:
         """Number of a clip."""
@@ -192,6 +223,7 @@ def load_corpus(
     pose: bool = False,
     lips: Floats | None = None,
     gap: Floats | None = None,
+    front: str = "mel",
 ) -> Corpus:
     """Read the clips of a split into memory (a hundred minutes take about 150 MB).
 
@@ -200,6 +232,7 @@ def load_corpus(
         split: "train" or "val".
         config: what clips are wanted.
         lips, gap: see :class:`Corpus`.
+        front: front end of the speech.
         pose: head pose relative to the clip's mean instead of expression; then clips without a known emotion count too.
     """
     clips = []
@@ -212,12 +245,14 @@ def load_corpus(
             rows = shard.rows(int(number))
             frames = np.array(shard.pose[rows] if pose else shard.expression[rows], np.float32)
             speech = bool(shard.speech[number] and shard.sound[number])
-            mel = log_mel(shard.wave(int(number))).astype(np.float16) if speech else None
+            mel = log_mel(shard.wave(int(number)), front).astype(np.float16) if speech else None
             identity = str(shard.identity[number])
             clips.append(
-                MotionClip(frames - frames.mean(0) if pose else frames, mel, max(emotion, 0), speech, identity)
+                MotionClip(
+                    frames - frames.mean(0) if pose else frames, mel, max(emotion, 0), speech, identity, front=front
+                )
             )
-    return Corpus(clips, lips, gap)
+    return Corpus(clips, lips, gap, config.known)
 
 
 def hear(corpus: Corpus, encoder: AudioEncoder, copies: int = 1, seed: int = 0) -> None:
@@ -229,13 +264,15 @@ def hear(corpus: Corpus, encoder: AudioEncoder, copies: int = 1, seed: int = 0) 
         copies: 1, or more for varied voices beside the speech as it is.
         seed: of the voices.
     """
+    if isinstance(encoder, Listener):
+        encoder = copy.deepcopy(encoder).to(fast_dtype(torch.device("cpu")))  # as it will hear in use
     for number, clip in enumerate(corpus.clips):
         if not clip.speech:
             nothing = np.zeros((1, len(clip.frames), encoder.config.width), np.float16)
             corpus.clips[number] = replace(clip, features=nothing)
             continue
         index = np.arange(len(clip.frames))
-        voices = [None, *(item_generator(seed, number * copies + copy) for copy in range(1, copies))]
+        voices = [None, *(item_generator(seed, number * copies + other) for other in range(1, copies))]
         found = [encoder.of_clip(torch.from_numpy(clip.windows(index, voice))) for voice in voices]
         corpus.clips[number] = replace(clip, features=torch.stack(found).numpy().astype(np.float16))
 
@@ -290,7 +327,8 @@ class SequenceDataset(Dataset[dict[str, Any]]):
             strength: of its emotion.
         """
         config = self.config
-        clip, weights = self._clip(number, random, speaker, strength)
+        moved = speaker is not None and self.corpus.has_neutral(number) and random.random() < config.transplant
+        clip, weights = self._clip(number, random, speaker, strength, moved)
         total = self.history + config.frames
         frames = np.zeros((total, clip.frames.shape[1]), np.float32)
         before = min(start, self.history)
@@ -298,13 +336,14 @@ class SequenceDataset(Dataset[dict[str, Any]]):
         frames[self.history - before : self.history - before + len(part)] = part
         changed = config.perturb and clip.speech and not self.plain
         if clip.features is not None:
-            copy = int(random.integers(len(clip.features))) if changed else 0
+            which = int(random.integers(len(clip.features))) if changed else 0
             where = np.clip(start + np.arange(config.frames), 0, clip.features.shape[1] - 1)
-            windows = clip.features[copy, where].astype(np.float32)
+            windows = clip.features[which, where].astype(np.float32)
         else:
             reach = np.arange(-self.audio.lookback, config.frames + self.audio.lookahead)
             windows = clip.windows(np.clip(start + reach, 0, len(clip.frames) - 1), random if changed else None)
-        source = clip.frames[0] if self.plain else self.corpus.source(number, random, config)
+        shown = speaker if moved and speaker is not None else number
+        source = clip.frames[0] if self.plain else self.corpus.source(shown, random, config)
         return {
             "frames": torch.from_numpy(frames),
             "windows": torch.from_numpy(windows),
@@ -317,9 +356,9 @@ class SequenceDataset(Dataset[dict[str, Any]]):
         }
 
     def _clip(
-        self, number: int, random: np.random.Generator, speaker: int | None, strength: float
+        self, number: int, random: np.random.Generator, speaker: int | None, strength: float, moved: bool
     ) -> tuple[MotionClip, Floats]:
-        """The clip as it is, grafted or of another strength, and its class weights (9,)."""
+        """The clip as it is, grafted, moved to the speaker's face or of another strength, and class weights (9,)."""
         corpus = self.corpus
         clip, frames, mean = corpus.clips[number], corpus.clips[number].frames, corpus.means[number]
         weights = np.zeros(len(EMOTIONS), np.float32)
@@ -333,6 +372,8 @@ class SequenceDataset(Dataset[dict[str, Any]]):
             if corpus.gap is not None:  # a mouth that hangs open throughout would never close on a b, m or p
                 frames = frames - (mean - corpus.neutral(number)) @ corpus.gap * corpus.gap
             clip = replace(spoken, emotion=clip.emotion, identity=clip.identity)
+            if moved:
+                frames = frames + corpus.means[speaker] - corpus.neutral(number)
         if strength != 1:
             frames = frames + (strength - 1) * (mean - corpus.neutral(number))
         return replace(clip, frames=frames.astype(np.float32, copy=False)), weights

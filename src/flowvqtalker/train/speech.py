@@ -1,8 +1,9 @@
-"""Stage ``speech``: the deep audio encoder, taught on its own what to listen for before a flow is trained on it (ours).
+"""Stage ``speech``: the listener, taught on its own what to listen for before a flow is trained on it (ours).
 
-From log-mel windows it learns to reproduce the features of a large speech encoder (distillation), to foretell the lips
-of the clips whose face was tracked, and, as further tasks, facial action units and an animator's mouth curves. Voices
-and rooms are varied: pitch and formants by the speech set itself, the rest by :func:`flowvqtalker.train.voices.vary`.
+It starts from the first layers of Whisper (:mod:`flowvqtalker.motion.listener`) and learns to reproduce the features of
+all its layers (distillation), to foretell the lips of the clips whose face was tracked, and, as further tasks, facial
+action units and an animator's mouth curves. Voices and rooms are varied: pitch and formants by the speech set itself,
+the rest by :func:`flowvqtalker.train.voices.vary_fine`.
 """
 
 from __future__ import annotations
@@ -18,22 +19,20 @@ from lightning.fabric import Fabric
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from flowvqtalker.audio.features import COLUMNS
+from flowvqtalker.audio.features import FRONTS
 from flowvqtalker.data.order import item_generator
 from flowvqtalker.data.speech import CURVES, TEACHER, UNITS, SpeechSet
+from flowvqtalker.data.teacher import read_variables
 from flowvqtalker.errors import UserError
 from flowvqtalker.face.model import EXPRESSION
-from flowvqtalker.motion.context import AudioConfig, AudioEncoder
+from flowvqtalker.motion.listener import Listener, ListenerConfig
 from flowvqtalker.train.config import LoopConfig, check, to_dict
 from flowvqtalker.train.loop import Stage
-from flowvqtalker.train.voices import vary
+from flowvqtalker.train.voices import vary_fine
 
-__all__ = ["Config", "Listener", "SpeechStage", "build"]
+__all__ = ["Config", "SpeechStage", "Tasks", "build"]
 
 logger = logging.getLogger(__name__)
-
-#: Taps of the default encoder: 24 frames back (1 s), 4 ahead.
-REACH = ((1, 1), (1, 1), (2, 1), (4, 1), (8, 0), (8, 0))
 
 
 @dataclass(frozen=True)
@@ -54,9 +53,9 @@ class Config:
     """Folders of `flowvqtalker prepare-speech`."""
     face_model: Path | None = None
     """Face model of the coefficients, which says what the lips do; None takes the package's own."""
-    audio: AudioConfig = field(
-        default_factory=lambda: AudioConfig(reach=REACH, lookahead=sum(ahead for _, ahead in REACH))
-    )
+    whisper: Path | None = None
+    """Folder of Whisper base for CTranslate2, stored as float16, to start from; None starts from nothing."""
+    listener: ListenerConfig = field(default_factory=ListenerConfig)
     frames: int = 64
     """Frames of an item."""
     lips_share: float = 0.6
@@ -65,7 +64,7 @@ class Config:
     """Probability that an item's voice and room are varied."""
     weights: Weights = field(default_factory=Weights)
     loop: LoopConfig = field(
-        default_factory=lambda: LoopConfig(lr=1e-3, batch_size=16, warmup=200, decay="cosine", ema=0.998)
+        default_factory=lambda: LoopConfig(lr=4e-4, batch_size=16, warmup=200, decay="cosine", ema=0.998)
     )
 
     def __post_init__(self) -> None:
@@ -77,12 +76,12 @@ class Config:
         )
 
 
-class Listener(nn.Module):
-    """The encoder with the heads of its tasks. ``voicing`` (to β) goes on to the flow."""
+class Tasks(nn.Module):
+    """The listener with the heads of its tasks. ``voicing`` (to β) goes on to the flow."""
 
-    def __init__(self, config: AudioConfig) -> None:
+    def __init__(self, config: ListenerConfig) -> None:
         super().__init__()
-        self.audio = AudioEncoder(config)
+        self.audio = Listener(config)
         self.voicing = nn.Linear(config.width, EXPRESSION)
         nn.init.zeros_(self.voicing.weight)
         nn.init.zeros_(self.voicing.bias)
@@ -139,15 +138,17 @@ class _Items(Dataset[dict[str, Any]]):
 
     def item(self, which: int, number: int, start: int, frames: int, random: np.random.Generator) -> dict[str, Any]:
         """``frames`` frames of a recording from ``start`` on; targets are NaN where there are none."""
-        one, audio = self.sets[which], self.config.audio
+        one, audio = self.sets[which], self.config.listener
         length = int(one.length[number])
         first, columns = int(one.mel_start[number]), int(one.mel_length[number])
         index = np.clip(start + np.arange(-audio.lookback, frames + audio.lookahead), 0, length - 1)
-        low = np.clip(np.trunc((index - 2) * 16 / 5).astype(np.int64)[:, None] + np.arange(COLUMNS), 0, columns - 1)
+        front = FRONTS[audio.front]
+        starts = np.array([front.first(int(i)) for i in index])
+        low = np.clip(starts[:, None] + np.arange(front.columns), 0, columns - 1)
         begin, end = int(low.min()), int(low.max()) + 1
         mel = np.asarray(one.mel[first + begin : first + end], np.float32)
         if not self.plain and random.random() < self.config.vary:
-            mel = vary(mel, random)
+            mel = vary_fine(mel, random)
         windows = np.ascontiguousarray(mel[low - begin].transpose(0, 2, 1))
         rows = slice(int(one.start[number]) + start, int(one.start[number]) + min(start + frames, length))
         result: dict[str, Any] = {"windows": torch.from_numpy(windows)}
@@ -174,14 +175,16 @@ class SpeechStage(Stage):
     def __init__(self, config: Config, sets: list[SpeechSet], lips: Tensor, gap: Tensor) -> None:
         torch.manual_seed(config.loop.seed)
         self.config, self.sets = config, sets
-        self.module = Listener(config.audio)
+        self.module = Tasks(config.listener)
+        if config.whisper is not None:
+            self.module.audio.start_from_whisper(read_variables(config.whisper))
         self.lips, self.gap = lips, gap
         self.train_data = _Items(sets, "train", config, plain=False)
         self.val_data = _Items(sets, "val", config, plain=True)
         logger.info("%d recordings to train on, %d to validate", len(self.train_data.places), len(self.val_data.places))
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        return {"encoder": list(self.module.parameters())}
+        return {"listener": list(self.module.parameters())}
 
     def dataset(self, split: str) -> Dataset[Any]:
         return self.train_data if split == "train" else self.val_data
@@ -234,10 +237,10 @@ class SpeechStage(Stage):
         return results
 
     def export(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The encoder and the map to β."""
+        """The listener and the map to β."""
         kept = ("audio.", "voicing.")
         state = {key: value for key, value in self.module.state_dict().items() if key.startswith(kept)}
-        return state, to_dict(self.config.audio)
+        return state, to_dict(self.config.listener)
 
 
 def build(config: Config) -> Stage:

@@ -7,13 +7,12 @@ import numpy.typing as npt
 
 from flowvqtalker.audio.features import MELS
 
-__all__ = ["perturb", "vary"]
+__all__ = ["perturb", "reverberate", "vary", "vary_fine"]
 
 Floats = npt.NDArray[np.float32]
 
 #: A unit of the log-mel features is 12.5 dB; natural logarithm of power per unit.
 _NATURAL = 12.5 / 10 * np.log(10)
-_COLUMN_SECONDS = 1 / 80
 
 
 def perturb(mel: Floats, random: np.random.Generator) -> Floats:
@@ -38,15 +37,16 @@ def perturb(mel: Floats, random: np.random.Generator) -> Floats:
     return limited
 
 
-def vary(mel: Floats, random: np.random.Generator) -> Floats:
+def vary(mel: Floats, random: np.random.Generator, rate: int = 80) -> Floats:
     """:func:`perturb`, sometimes with reverberation before it and a telephone or codec's band limit after it.
 
     Arguments:
         mel: (m, 80) columns in [-4, 4].
         random: of the change.
+        rate: columns a second.
     """
     if random.random() < 0.4:
-        mel = reverberate(mel, seconds=random.uniform(0.15, 0.7), level=random.uniform(0.05, 0.4))
+        mel = reverberate(mel, random.uniform(0.15, 0.7), random.uniform(0.05, 0.4), rate)
     mel = perturb(mel, random)
     if random.random() < 0.3:
         cut = int(random.integers(50, MELS))  # 3 kHz and up
@@ -55,18 +55,26 @@ def vary(mel: Floats, random: np.random.Generator) -> Floats:
     return mel
 
 
-def reverberate(mel: Floats, seconds: float, level: float) -> Floats:
+def vary_fine(mel: Floats, random: np.random.Generator) -> Floats:
+    """:func:`vary` for columns (m, 80) of the front end ``fine``, where a unit is 40 decibels."""
+    units = (40 * np.asarray(mel, np.float32) - 40 + 80) / 12.5 - 4  # its -80 to 20 dB lie in [-4, 4]
+    changed: Floats = ((12.5 * (vary(units, random, rate=100) + 4) - 80 + 40) / 40).astype(np.float32)
+    return changed
+
+
+def reverberate(mel: Floats, seconds: float, level: float, rate: int = 80) -> Floats:
     """Add the decaying tail of a room to the power of each band.
 
     Arguments:
         mel: (m, 80) columns in [-4, 4].
         seconds: reverberation time: the tail falls by 60 dB in it.
         level: of the tail, as a share of the power that feeds it.
+        rate: columns a second.
     """
     from scipy.signal import lfilter
 
     power = np.exp(_NATURAL * mel.astype(np.float64))
-    keep = 10 ** (-6 * _COLUMN_SECONDS / seconds)
+    keep = 10 ** (-6 / (rate * seconds))
     tail = lfilter([0.0, 1 - keep], [1.0, -keep], power, axis=0)
     louder: Floats = np.clip(np.log(power + level * tail) / _NATURAL, -4, 4).astype(np.float32)
     return louder

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from flowvqtalker.errors import UserError
 
-__all__ = ["JUDGES", "NAMES", "TERMS", "Entry", "add", "folder", "load", "manifest", "restore", "sha256"]
+__all__ = ["JUDGES", "LISTENER", "NAMES", "TERMS", "Entry", "add", "folder", "load", "manifest", "needed", "restore", "sha256"]
 
 #: What a complete set holds, and the training stage that makes each.
 NAMES = {
@@ -30,6 +30,9 @@ NAMES = {
     "poseflow": "poseflow",
 }
 
+#: What the flows hear with, where they do not have an audio encoder of their own.
+LISTENER = {"listener": "speech"}
+
 #: Networks that only `evaluate` needs, and the training stage that makes each.
 JUDGES = {
     "sync": "sync",
@@ -37,12 +40,14 @@ JUDGES = {
     "motion_emotion": "motion-emotion",
 }
 
-_STAGES = {**NAMES, **JUDGES}
+_STAGES = {**NAMES, **LISTENER, **JUDGES}
 
 #: Terms of weights that were trained on the project's data.
 TERMS = "research and non-commercial use only; see docs/model_card.md"
 
 _MANIFEST = "manifest.json"
+#: What the name of a quantised matrix's scales ends with, and from how many numbers on a matrix is quantised.
+_SCALE, _LARGE = ".scale", 2**16
 
 
 @dataclass(frozen=True)
@@ -89,6 +94,12 @@ def manifest(path: str | Path | None = None) -> dict[str, Entry]:
         return {name: Entry(**entry) for name, entry in content.items()}
     except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"weights manifest {file} is broken ({error}); install the package again") from error
+
+
+def needed(path: str | Path | None = None) -> tuple[str, ...]:
+    """Names of what a folder must hold to animate portraits: the listener only if one of its flows hears with it."""
+    configs = (entry.config for entry in manifest(folder(path)).values())
+    return (*NAMES, *LISTENER) if any(config.get("listener") is True for config in configs) else tuple(NAMES)
 
 
 def load(name: str, path: str | Path | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -168,6 +179,8 @@ def add(
 ) -> Entry:
     """Put the weights of a training run into a folder of weights, as float16, and write their manifest entry.
 
+    The large matrices of the listener are stored as int8 with a scale for each row.
+
     Arguments:
         source: a run's folder (``weights.safetensors`` and ``config.json``), or a safetensors file. A tensor that
             float16 cannot hold stays float32.
@@ -204,6 +217,8 @@ def add(
     for key, tensor in tensors.items():
         half = tensor.half() if tensor.is_floating_point() else tensor
         halves[key] = (half if torch.isfinite(half).all() or not torch.isfinite(tensor).all() else tensor).contiguous()
+        if name in LISTENER and tensor.ndim == 2 and tensor.numel() >= _LARGE:
+            halves.update(_quantised(key, tensor))
     place = folder(path)
     place.mkdir(parents=True, exist_ok=True)
     target = place / f"{name}.safetensors"
@@ -217,7 +232,7 @@ def add(
         data=data,
         steps=int(steps if steps is not None else about.get("step", 0)),
         terms=terms,
-        parameters=sum(t.numel() for t in halves.values() if t.is_floating_point()),
+        parameters=sum(t.numel() for t in tensors.values() if t.is_floating_point()),
     )
     entries = {**manifest(place), target.name: entry}
     text = json.dumps({key: asdict(value) for key, value in sorted(entries.items())}, indent=1) + "\n"
@@ -225,6 +240,13 @@ def add(
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, place / _MANIFEST)
     return entry
+
+
+def _quantised(key: str, tensor: Tensor) -> dict[str, Tensor]:
+    """A matrix (n, m) as int8, and what each of its rows is a multiple of."""
+    scale = (tensor.abs().amax(1) / 127).clamp_min(1e-8).half()
+    steps = (tensor / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8)
+    return {key: steps, key + _SCALE: scale}
 
 
 def _read(file: Path) -> dict[str, Tensor]:
@@ -235,4 +257,9 @@ def _read(file: Path) -> dict[str, Tensor]:
         tensors = load_file(str(file))
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file} is not a readable safetensors file ({error}); copy it again") from error
-    return {key: value.float() if value.is_floating_point() else value for key, value in tensors.items()}
+    result = {key: value.float() if value.is_floating_point() else value for key, value in tensors.items()}
+    for key in [key for key in result if key.endswith(_SCALE)]:
+        scale = result.pop(key)
+        whole = key.removesuffix(_SCALE)
+        result[whole] = result[whole].float() * scale[:, None]
+    return result

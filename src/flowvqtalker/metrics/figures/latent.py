@@ -162,8 +162,8 @@ def make(panels: Sequence[Panel], methods: Sequence[Method] = ("tsne", "pca")) -
 # ------------------------------------------------------------------------------------------------------------ latents
 
 
-def pick_clips(shard: Shard, split: str, count: int, shortest: int = 12) -> list[MotionClip]:
-    """Up to ``count`` clips of every emotion of a split, spread over its people.
+def pick_clips(shard: Shard, split: str, count: int, shortest: int = 12, front: str = "mel") -> list[MotionClip]:
+    """Up to ``count`` clips of every emotion of a split, spread over its people; their speech by a front end.
 
     Raises:
         UserError: if there is none.
@@ -183,9 +183,9 @@ def pick_clips(shard: Shard, split: str, count: int, shortest: int = 12) -> list
         for _, number in sorted(order)[:count]:
             speech = bool(shard.speech[number] and shard.sound[number])
             rows = slice(shard.rows(number).start, min(shard.rows(number).stop, shard.rows(number).start + _LONGEST))
-            mel = log_mel(shard.wave(number)).astype(np.float16) if speech else None
+            mel = log_mel(shard.wave(number), front).astype(np.float16) if speech else None
             frames = np.array(shard.expression[rows], np.float32)
-            clips.append(MotionClip(frames, mel, label, speech, str(shard.identity[number])))
+            clips.append(MotionClip(frames, mel, label, speech, str(shard.identity[number]), front=front))
     if not clips:
         raise UserError(f"{shard.path} has no clip with a known emotion in split {split!r}; choose train or val")
     return clips
@@ -210,7 +210,7 @@ def encode(flow: ExpFlow, clips: Sequence[MotionClip], frames: int = 150) -> tup
     from flowvqtalker.train.sequences import Corpus, SequenceConfig, SequenceDataset
 
     corpus = Corpus(clips)
-    data = SequenceDataset(corpus, SequenceConfig(), flow.config.audio, flow.config.history, plain=True)
+    data = SequenceDataset(corpus, SequenceConfig(), flow.audio.config, flow.config.history, plain=True)
     latents, labels, guesses, truth = [], [], [], []
     with evaluating(flow):
         for start in range(0, len(clips), 8):
@@ -292,7 +292,9 @@ class Latent:
                 raise UserError(f"--weights {text!r}: give NAME=FOLDER, for instance --weights GMM=runs/gmm/weights")
         folders: dict[str, Path | None] = {**named(self.weights, "--weights")} or {"": None}
         flows = {name: load_flow(ExpFlow, "expflow", folder)[0] for name, folder in folders.items()}
-        clips = pick_clips(Shard(self.shard), self.split, self.clips)
-        return [
-            Panel(name or _KINDS[flow.config.latent], *encode(flow, clips, self.frames)) for name, flow in flows.items()
-        ]
+        shard = Shard(self.shard)
+        panels = []
+        for name, flow in flows.items():
+            clips = pick_clips(shard, self.split, self.clips, front=flow.audio.config.front)
+            panels.append(Panel(name or _KINDS[flow.config.latent], *encode(flow, clips, self.frames)))
+        return panels
