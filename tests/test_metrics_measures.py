@@ -73,7 +73,7 @@ def test_frechet_distance_of_shifted_features(random):
     whole = MEASURES["frechet-mobilenet"].start()
     for _ in range(2):
         real = random.normal(size=(T, 4))
-        whole.add(both({"mobilenet": real}, {"mobilenet": real + [3, 0, 0, 4]}))
+        whole.add(both({"mobilenet": real}, {"mobilenet": real + np.array([3, 0, 0, 4])}))
     assert whole.result() == {"frechet_mobilenet": pytest.approx(25), "frechet_mobilenet_images": 2 * T}
 
 

@@ -285,9 +285,12 @@ def _start(extractors: Sequence[AnyExtractor], jobs: int = 0) -> None:
     global _extractors
     _extractors = extractors
     if jobs:
+        from multiprocessing.util import Finalize
+
         import cv2
         import torch
 
+        Finalize(None, _start, ((),), exitpriority=10)  # native parts are closed before the process tears down
         threads = max(1, (os.cpu_count() or 1) // jobs)
         torch.set_num_threads(threads)
         cv2.setNumThreads(threads)
