@@ -206,7 +206,7 @@ class MotionGenerator:
         flows = [self.expflow] if self.poses is not None else [self.expflow, self.poseflow]
         encoders = list(dict.fromkeys(flow.audio for flow in flows))  # flows that share a listener listen once
         if len({encoder.config.front for encoder in encoders}) > 1:
-            raise ValueError("the two flows hear with different front ends: train both with the listener or both without")
+            raise ValueError("the flows hear with different front ends: train both with the listener or both without")
         self._audio = [AudioStream(encoder) for encoder in encoders]
         self._waiting: list[deque[Tensor]] = [deque() for _ in encoders]
         self._generators = tuple(torch.Generator().manual_seed(2 * self.seed + which) for which in (0, 1))

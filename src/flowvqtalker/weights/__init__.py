@@ -19,7 +19,20 @@ from torch import Tensor, nn
 
 from flowvqtalker.errors import UserError
 
-__all__ = ["JUDGES", "LISTENER", "NAMES", "TERMS", "Entry", "add", "folder", "load", "manifest", "needed", "restore", "sha256"]
+__all__ = [
+    "JUDGES",
+    "LISTENER",
+    "NAMES",
+    "TERMS",
+    "Entry",
+    "add",
+    "folder",
+    "load",
+    "manifest",
+    "needed",
+    "restore",
+    "sha256",
+]
 
 #: What a complete set holds, and the training stage that makes each.
 NAMES = {
