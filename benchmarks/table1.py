@@ -109,6 +109,8 @@ def main() -> None:
         start = time.process_time()
         found = analyse(made, list(extractors.values()), cache)
         total = time.process_time() - start
+    for extractor in extractors.values():
+        getattr(extractor, "close", int)()
     print("\n| extractor | ms a frame, one core |\n|---|---:|")
     for name, seconds in sorted(spent.items(), key=lambda item: -item[1]):
         print(f"| {name} | {1000 * seconds / found.frames:.1f} |")

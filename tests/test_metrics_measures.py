@@ -163,3 +163,23 @@ def test_frames_as_they_are(tmp_path, random):
     native = {measure.name: measure for measure in all_measures(Options(protocol="native"))}
     assert native["ssim"].compare is compare_frames and native["ssim"].extractors() == []
     assert native["frechet-mobilenet"].array == "mobilenet512"
+
+
+def test_portrait_that_is_named(tmp_path, random, astronaut):
+    """CSIM to the portrait is there only where pairs name it, and a portrait without a face gives no number."""
+    pytest.importorskip("dlib")
+    from dataclasses import replace
+
+    from PIL import Image
+
+    from flowvqtalker.metrics.identity import FaceIdentity
+
+    identity = {m.name: m for m in all_measures(Options())}["identity"]
+    Image.fromarray(astronaut).save(tmp_path / "face.png")
+    Image.fromarray(np.zeros_like(astronaut)).save(tmp_path / "none.png")
+    embedding = np.repeat(FaceIdentity().portrait(astronaut)[None], 4, axis=0)
+    pair = both({"identity_embedding": embedding}, {"identity_embedding": embedding.copy()})
+    assert "csim_portrait" not in identity.pair(pair)
+    named = [replace(pair, pair=replace(pair.pair, source=tmp_path / f"{name}.png")) for name in ("face", "none")]
+    assert identity.pair(named[0])["csim_portrait"] == pytest.approx(1, abs=1e-3)
+    assert math.isnan(identity.pair(named[1])["csim_portrait"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from pathlib import Path
 from typing import Any
 
@@ -41,14 +40,18 @@ class MeshExtractor:
             from flowvqtalker.face.tracker import FaceTracker
 
             self._tracker = FaceTracker()
-            # Closed with this object: at the end of the program would be too late for the native graph.
-            weakref.finalize(self, self._tracker.close).atexit = False
         mesh = np.full((len(frames), 478, 3), np.nan, np.float32)
         shapes = np.full((len(frames), 52), np.nan, np.float32)
         for i, frame in enumerate(frames):
             for face in self._tracker.detect(frame)[:1]:
                 mesh[i], shapes[i] = face.landmarks, face.blendshapes
         return {"mesh": mesh, "blendshapes": shapes}
+
+    def close(self) -> None:
+        """Free the native graph, before the program ends and it is too late; the next call makes a new one."""
+        if self._tracker is not None:
+            self._tracker.close()
+            self._tracker = None
 
 
 class FitExtractor:

@@ -139,6 +139,8 @@ def measure(
     columns = [column for m in chosen for column in m.columns]
     columns = [c for c in columns if any(row.values.get(c.key) is not None for row in rows)]
     everything = [*notes, _protocol_note(options), *(f"left out: {line}" for line in missing)]
+    if len({row.clips for row in rows if not row.reference}) > 1:
+        everything.append("the rows are of different numbers of clips: compare them with care")
     everything += [f"not compared: {problem}" for problem in dict.fromkeys(collector.problems)]
     return Table(title, tuple(columns), tuple(rows), _settings(chosen, extractors), tuple(everything))
 
@@ -253,12 +255,14 @@ def _in_parallel(
     jobs = min(options.jobs or min(os.cpu_count() or 1, _MOST_JOBS), len(calls))
     with tqdm(total=len(calls), desc=name, unit="video", disable=None, dynamic_ncols=True, leave=False) as bar:
         if jobs <= 1:
-            _start(extractors)
             results = []
-            for function, arguments in calls:
-                results.append(function(*arguments))
-                bar.update()
-            _start(())
+            try:
+                _start(extractors)
+                for function, arguments in calls:
+                    results.append(function(*arguments))
+                    bar.update()
+            finally:
+                _start(())
             return results
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(jobs, context, initializer=_start, initargs=(extractors, jobs)) as pool:
@@ -281,8 +285,12 @@ _extractors: Sequence[AnyExtractor] = ()  # of this process
 
 
 def _start(extractors: Sequence[AnyExtractor], jobs: int = 0) -> None:
-    """Set up a process: one of a pool of so many, or (0) this one."""
+    """Set up a process, one of a pool of so many or (0) this one; what it had before is closed."""
     global _extractors
+    for former in _extractors:
+        close = getattr(former, "close", None)
+        if close is not None:
+            close()
     _extractors = extractors
     if jobs:
         from multiprocessing.util import Finalize

@@ -11,7 +11,8 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from flowvqtalker.media import read_video
+from flowvqtalker.errors import MissingDependency, UserError
+from flowvqtalker.media import read_image, read_video
 from flowvqtalker.metrics.analysis import AnyExtractor, Settings
 from flowvqtalker.metrics.measures.base import Both, Measure, Options, Whole, landmark_extractors
 from flowvqtalker.metrics.mesh import MeshExtractor
@@ -258,7 +259,12 @@ class Identity(Measure):
         self.columns = (
             Column("csim", COLUMN, "higher", 3, "cosine of dlib's embeddings, generated and real, frame by frame"),
             Column("same_person", "Same %", "higher", 1, "frames that dlib takes for the same person", extra=True),
+            Column(
+                "csim_portrait", "CSIM portrait", "higher", 3, "cosine to the portrait, if pairs name it", extra=True
+            ),
         )
+        self._portraits: dict[Path, npt.NDArray[np.float32]] = {}
+        self._embedder: Any = None
 
     def extractors(self) -> list[AnyExtractor]:
         """Landmarks and embeddings."""
@@ -271,10 +277,27 @@ class Identity(Measure):
 
     def pair(self, both: Both) -> dict[str, float]:
         """Frame by frame."""
-        from flowvqtalker.metrics.identity import csim_to_clip, same_person
+        from flowvqtalker.metrics.identity import csim_to_clip, csim_to_portrait, same_person
 
         real, made = both.paired("identity_embedding")
-        return {"csim": csim_to_clip(real, made), "same_person": 100 * same_person(real, made)}
+        found = {"csim": csim_to_clip(real, made), "same_person": 100 * same_person(real, made)}
+        if both.pair.source is not None:
+            found["csim_portrait"] = csim_to_portrait(self._portrait(both.pair.source), made)
+        return found
+
+    def _portrait(self, path: Path) -> npt.NDArray[np.float32]:
+        """Embedding (128,) of a portrait; NaN if dlib finds no face in it."""
+        if path not in self._portraits:
+            from flowvqtalker.metrics.identity import FaceIdentity
+
+            self._embedder = self._embedder or FaceIdentity()
+            try:
+                self._portraits[path] = self._embedder.portrait(read_image(path))
+            except MissingDependency:
+                raise
+            except UserError:
+                self._portraits[path] = np.full(128, np.nan, np.float32)
+        return self._portraits[path]
 
 
 class Detection(Measure):
@@ -294,8 +317,6 @@ class Detection(Measure):
 
     def extractors(self) -> list[AnyExtractor]:
         """Both detectors, if dlib is there."""
-        from flowvqtalker.errors import MissingDependency
-
         try:
             return [MeshExtractor(), *(e for e in landmark_extractors(self.options) if e.name != "mesh")]
         except MissingDependency:
