@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from flowvqtalker.data.order import item_generator, shuffled
-from flowvqtalker.data.shards import SAMPLES, Clip, Shard, ShardWriter
+from flowvqtalker.data.shards import LAGS, SAMPLES, Clip, Shard, ShardWriter
 from flowvqtalker.data.splits import HDTF_TEST, hdtf_split, mead_split, split_of
 from flowvqtalker.errors import UserError
 
@@ -133,3 +133,25 @@ def test_every_epoch_is_a_permutation(n: int) -> None:
 def test_item_generators_are_independent() -> None:
     assert item_generator(0, 5).random() == item_generator(0, 5).random()
     assert len({item_generator(s, i).random() for s in range(3) for i in range(100)}) == 300
+
+
+def test_speech_is_moved_by_lags_that_are_sure(tmp_path: Path) -> None:
+    path = tmp_path / "shard"
+    with ShardWriter(path) as writer:
+        for number in range(3):
+            writer.add(make_clip(f"clip {number}", 12, number))
+    shard = Shard(path)
+    assert not shard.lags.any()
+    np.savez(path / LAGS, offset=np.array([2, -1, 3]), confidence=np.array([0.3, 0.3, 0.05], np.float32))
+    shard = Shard(path)
+    assert shard.lags.tolist() == [2, -1, 0]
+    for number, late in enumerate((2, -1, 0)):
+        moved, stored = shard.wave(number), shard.wave(number, stored=True)
+        assert moved.shape == stored.shape
+        for frame in range(12):
+            there = 0 <= frame - late < 12
+            want = stored[(frame - late) * 640 : (frame - late + 1) * 640] if there else np.zeros(640)
+            assert np.array_equal(moved[frame * 640 : (frame + 1) * 640], want)
+    np.savez(path / LAGS, offset=np.zeros(5, np.int64), confidence=np.zeros(5, np.float32))
+    with pytest.raises(UserError, match="of another shard"):
+        _ = Shard(path).lags

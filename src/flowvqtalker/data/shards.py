@@ -11,6 +11,7 @@ A shard is a folder. Everything in it is optional except ``index.npz``, so a sta
 ``residual.npy``          (N,) float16, reprojection error of the fit in eye distances; NaN where interpolated
 ``audio.npy``             (N * 640,) int16, 16 kHz mono, sample 640 t belongs to the start of frame t
 ``images.npz``            per stored picture: row, offset and size in ``images.bin``
+``lags.npz``              per clip: frames that its sound comes before its lips (:mod:`flowvqtalker.data.resync`)
 ``images.bin``            JPEGs of 512x512 crops, back to back
 ========================  =====================================================================================
 """
@@ -21,6 +22,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, cast
@@ -31,12 +33,15 @@ import numpy.typing as npt
 
 from flowvqtalker.errors import UserError
 
-__all__ = ["FPS", "SAMPLES", "Clip", "Shard", "ShardWriter"]
+__all__ = ["FPS", "LAGS", "SAMPLES", "Clip", "Shard", "ShardWriter"]
 
 FPS = 25
 #: Samples of 16 kHz audio that belong to one frame.
 SAMPLES = 640
 SIZE = 512
+#: File of the clips' lags, and which of them are believed: small ones, of a confidence that few wrong ones reach.
+LAGS = "lags.npz"
+_MOST_LAG, _SURE = 3, 0.12
 _VERSION = 1
 _LANDMARK_SCALE = 32.0
 _LANDMARK_CENTRE = 256.0
@@ -322,11 +327,32 @@ class Shard:
         points[stored == _NO_LANDMARK] = np.nan
         return points
 
-    def wave(self, clip: int) -> Floats:
-        """Speech (T * 640,) float32 in [-1, 1) of a clip."""
-        start = int(self.start[clip]) * SAMPLES
-        stored = self._map("audio.npy")[start : start + int(self.length[clip]) * SAMPLES]
-        return cast(Floats, stored.astype(np.float32) / np.float32(32768))
+    def wave(self, clip: int, stored: bool = False) -> Floats:
+        """Speech (T * 640,) float32 in [-1, 1) of a clip, in step with its lips as far as :attr:`lags` knows.
+
+        Arguments:
+            clip: its number.
+            stored: the speech as it was stored.
+        """
+        start, size = int(self.start[clip]) * SAMPLES, int(self.length[clip]) * SAMPLES
+        wave = self._map("audio.npy")[start : start + size].astype(np.float32) / np.float32(32768)
+        late = 0 if stored else int(self.lags[clip]) * SAMPLES
+        if late:
+            before, after = np.zeros(max(late, 0), np.float32), np.zeros(max(-late, 0), np.float32)
+            wave = np.concatenate([before, wave, after])[max(-late, 0) : max(-late, 0) + size]
+        return cast(Floats, wave)
+
+    @cached_property
+    def lags(self) -> npt.NDArray[np.int64]:
+        """Frames by which each clip's speech is to be moved back; zeros without ``lags.npz``."""
+        if not (self.path / LAGS).is_file():
+            return np.zeros(len(self), np.int64)
+        with np.load(self.path / LAGS, allow_pickle=False) as found:
+            offset, confidence = found["offset"], found["confidence"]
+        if len(offset) != len(self):
+            raise UserError(f"{self.path / LAGS} is of another shard; run python -m flowvqtalker.data.resync again")
+        sure = (np.abs(offset) <= _MOST_LAG) & (confidence >= _SURE)
+        return np.where(sure, offset, 0)
 
     def select(
         self,

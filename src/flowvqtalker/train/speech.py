@@ -27,6 +27,7 @@ from flowvqtalker.errors import UserError
 from flowvqtalker.face.model import EXPRESSION
 from flowvqtalker.motion.listener import Listener, ListenerConfig
 from flowvqtalker.train.config import LoopConfig, check, to_dict
+from flowvqtalker.train.flow_stage import load_listener
 from flowvqtalker.train.loop import Stage
 from flowvqtalker.train.voices import vary_fine
 
@@ -55,6 +56,8 @@ class Config:
     """Face model of the coefficients, which says what the lips do; None takes the package's own."""
     whisper: Path | None = None
     """Folder of Whisper base for CTranslate2, stored as float16, to start from; None starts from nothing."""
+    start: Path | None = None
+    """Weights of an earlier run of this stage to start from, instead."""
     listener: ListenerConfig = field(default_factory=ListenerConfig)
     frames: int = 64
     """Frames of an item."""
@@ -110,7 +113,8 @@ class _Items(Dataset[dict[str, Any]]):
         for which, one in enumerate(sets):
             for number in np.flatnonzero((one.split == split) & (one.length > 0)):
                 self.places.append((which, int(number)))
-                told.append(bool(np.isfinite(one.lips[one.start[number], 0])))
+                rows = slice(int(one.start[number]), int(one.start[number] + one.length[number]))
+                told.append(bool(np.isfinite(one.lips[rows, 0]).any()))
         if not self.places:
             raise UserError(f"the speech sets hold no {split} recordings")
         speakers = np.array([str(sets[which].speaker[number]) for which, number in self.places])
@@ -176,8 +180,13 @@ class SpeechStage(Stage):
         torch.manual_seed(config.loop.seed)
         self.config, self.sets = config, sets
         self.module = Tasks(config.listener)
-        if config.whisper is not None:
+        if config.whisper is not None and config.start is None:
             self.module.audio.start_from_whisper(read_variables(config.whisper))
+        if config.start is not None:
+            listener, voicing = load_listener(config.start)
+            self.module.audio.load_state_dict(listener.state_dict())
+            self.module.audio.requires_grad_(True)
+            self.module.voicing.load_state_dict(voicing)
         self.lips, self.gap = lips, gap
         self.train_data = _Items(sets, "train", config, plain=False)
         self.val_data = _Items(sets, "val", config, plain=True)
@@ -224,9 +233,10 @@ class SpeechStage(Stage):
             for key, share in self._shares(given, batch).items():
                 found.setdefault(key, []).append(float(share))
             real = batch["lips"][0] @ self.gap.to(batch["lips"])
-            if torch.isfinite(real).all() and length > 2:
+            there = torch.isfinite(real)
+            if int(there.sum()) > 2:
                 drawn = given["lips"][0].float() @ self.gap.to(real)
-                pair = torch.stack([drawn, real])
+                pair = torch.stack([drawn, real])[:, there]
                 score = float(torch.corrcoef(pair)[0, 1]) if float(pair.std(1).min()) > 0 else 0.0
                 people.setdefault(str(one.speaker[number]), []).append(score)
         results = {key: float(np.mean(values)) for key, values in found.items()}

@@ -91,7 +91,7 @@ def load_spoken(paths: Sequence[Path], split: str, shortest: int) -> list[Spoken
                 end = len(mouths[number]) - max(1, math.ceil(-moved))
                 if end - first < shortest:
                     continue
-                wave = shard.wave(number)[first * SAMPLES : end * SAMPLES]
+                wave = shard.wave(number, stored=True)[first * SAMPLES : end * SAMPLES]
                 energies = band_energies(wave).astype(np.float16)
                 whole = np.round(wave * 32768).astype(np.int16)
                 clips.append(Spoken(mouths[number][first:end], whole, energies, str(shard.identity[number])))
