@@ -7,12 +7,14 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
 
 from flowvqtalker import EMOTIONS, weights
-from flowvqtalker.data.emotion_faces import Faces
+from flowvqtalker.data.emotion_faces import Faces, FacesConfig, write_faces
+from flowvqtalker.data.shards import Clip, Shard, ShardWriter
 from flowvqtalker.errors import MissingDependency, UserError
 from flowvqtalker.face.arkit import ARKIT_NAMES
 from flowvqtalker.face.model import FaceModel
@@ -604,6 +606,92 @@ def test_a_shard_without_faces_says_how_to_make_them(tmp_path):
         UserError, match=r"has no emotion_faces.npz; make it with `python -m flowvqtalker.data.emotion_"
     ):
         Faces(tmp_path)
+
+
+def write_levels(path: Path, levels: list[int]) -> None:
+    """A lossless clip of 64x64 at 25 fps whose frames are of one grey level each."""
+    import av
+
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("ffv1", rate=25)
+        stream.width = stream.height = 64
+        stream.pix_fmt = "bgr0"
+        for number, level in enumerate(levels):
+            frame = av.VideoFrame.from_ndarray(np.full((64, 64, 3), level, np.uint8), format="rgb24")
+            frame.pts = number
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+def shard_with_faces(folder: Path, template: np.ndarray) -> tuple[Path, Path]:
+    """A folder of clips and its shard: a happy clip, four neutral ones, natural speech and a picture."""
+    data, out = folder / "data", folder / "shard"
+    (data / "clips").mkdir(parents=True)
+    rows = [("happy.mkv", "anna", "happy"), *((f"neutral{n}.mkv", "anna", "neutral") for n in range(4))]
+    rows += [("natural.mkv", "bob", "natural"), ("still.png", "carl", "")]
+    with open(data / "clips.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["file", "source", "identity", "emotion", "speech"])
+        writer.writerows((name, "test", who, emotion, "no") for name, who, emotion in rows[:-1])
+    _, jpeg = cv2.imencode(".jpg", np.full((512, 512, 3), 200, np.uint8))
+    with ShardWriter(out, about="{}") as writer:
+        for name, who, emotion in rows:
+            length = 1 if name.endswith("png") else 10
+            if length > 1:
+                write_levels(data / "clips" / name, [20 * t + 30 for t in range(length)])
+            mesh = np.zeros((length, 478, 3), np.float32)
+            mesh[:, list(RIGID), :2] = template * 512 / 112  # the face fills the crop
+            if name == "happy.mkv":
+                mesh[4] = np.nan
+            zeros = np.zeros((length, 64), np.float32)
+            writer.add(
+                Clip(
+                    name=name, source="test", identity=who, split="train",
+                    emotion=EMOTIONS.index(emotion) if emotion else -1, speech=False, picture=length == 1,
+                    identity_shape=np.zeros(80, np.float32), expression=zeros, pose=zeros[:, :6],
+                    blendshapes=np.tile(np.arange(length, dtype=np.float32)[:, None] / 10, (1, 52)), landmarks=mesh,
+                    residual=zeros[:, 0], audio=None, crop=np.array([[8.0, 0, 0], [0, 8.0, 0]]),
+                    valid=np.array([[0, 0], [512, 0], [512, 512], [0, 512]], np.float32), native=64.0,
+                    images=[(t, jpeg.tobytes()) for t in range(length)] if emotion in ("natural", "") else (),
+                )
+            )  # fmt: skip
+    return data, out
+
+
+def test_faces_are_cut_from_clips_and_stored_pictures(face, tmp_path):
+    template = face_template(face).numpy()
+    face.save(tmp_path / "face.safetensors")
+    data, out = shard_with_faces(tmp_path, template)
+    config = FacesConfig(data, out, frames=3, neutral=2, stored=2, face_model=tmp_path / "face.safetensors")
+    assert write_faces(config) == 3 + 2 * 3 + 2 + 1
+    faces, shard = Faces(out), Shard(out)
+    names = [str(shard.name[clip]) for clip in faces.clip]
+    assert names == ["happy.mkv"] * 3 + ["neutral0.mkv"] * 3 + ["neutral1.mkv"] * 3 + ["natural.mkv"] * 2 + [
+        "still.png"
+    ]
+    for number in range(9):  # the level of a decoded face tells the frame that it was cut from
+        tick = int(faces.row[number]) - shard.rows(int(faces.clip[number])).start
+        assert abs(float(faces.face(number)[72, 72].mean()) - (20 * tick + 30)) < 4
+    assert faces.face(11)[72, 72, 0] > 195 and faces.face(11).shape == (144, 144, 3)
+    assert faces.face(0)[0, 0, 0] < 10  # the border lies outside of the frame
+
+    clips = emotion_stage.load_faces(out, per_person=1)
+    assert [len(numbers) for numbers in clips.numbers] == [3, 3, 3, 2]
+    assert [CLASSES[label] for label in clips.data.labels] == ["happy", "neutral", "neutral", "neutral"]
+    assert clips.data.measured.tolist() == [True, True, False, False] and clips.natural.tolist() == [False] * 3 + [True]
+    held = {str(shard.identity[faces.clip[n]]) for people in clips.free for group in people for n in group}
+    held |= {str(shard.identity[faces.clip[n]]) for n in clips.validation}
+    assert held == {"bob", "carl"}  # nobody with an emotion is in the first step
+    assert np.allclose(clips.shapes[1], (faces.row[1] - shard.rows(0).start) / 10, atol=1e-3)
+
+
+def test_faces_of_missing_clips_are_an_error(face, tmp_path):
+    face.save(tmp_path / "face.safetensors")
+    data, out = shard_with_faces(tmp_path, face_template(face).numpy())
+    text = (data / "clips.csv").read_text().replace("happy.mkv,test,anna,happy,no\n", "")
+    (data / "clips.csv").write_text(text)
+    with pytest.raises(UserError, match=r"1 clips of the shard are not in .*, the first: happy\.mkv"):
+        write_faces(FacesConfig(data, out, face_model=tmp_path / "face.safetensors"))
 
 
 def test_configuration_lists_what_is_wrong():
