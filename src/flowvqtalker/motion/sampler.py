@@ -25,13 +25,15 @@ from flowvqtalker.options import check_limits
 __all__ = ["ARTICULATION", "TEMPERATURE", "MotionGenerator", "reference_latent"]
 
 #: Default temperatures of expression and pose: below one, a draw keeps to what the model is sure of.
-TEMPERATURE, POSE_TEMPERATURE = 1.0, 1.0
+TEMPERATURE, POSE_TEMPERATURE = 0.9, 1.0
 #: Share of the drawn lips' opening, around its mean over half a second, that is taken off (ours): what the speech does
 #: not foretell of it is noise to a viewer, who sees lips that open in silence. Smiles, brows and the mouth's slow
 #: posture stay as drawn.
-QUIET, _SLOW = 0.8, 12.5
+QUIET, _SLOW = 0.9, 12.5
 #: Gain on what the speech foretells: a regression halves a movement that it is not sure of, and such lips mumble.
-ARTICULATION = 1.8
+ARTICULATION = 1.4
+#: Share of the training clips' blinks that are laid over the motion by default: the flow draws the others itself.
+BLINKS = 0.7
 #: Share of the portrait's expression that the flow is given (ours). It holds the person's resting face, but also the
 #: smile or frown of the moment, which the emotion should replace: given whole, a smiling portrait kept smiling through
 #: anger.
@@ -113,7 +115,7 @@ class MotionGenerator:
         seed: of the noise.
         pose_temperature: of the pose.
         articulation: factor on what the speech foretells of the lips (ours), 0 to 3.
-        blink_rate: blinks a minute laid over the expression, 0 to 60; None is the training clips' rate.
+        blink_rate: blinks a minute laid over the expression, 0 to 60; None is :data:`BLINKS` of the training clips' rate.
         manifold: 0 (no projection) to 1.
         neighbours: 𝒦 of the projection.
         poses: head motion instead of PoseFlow's.
@@ -159,7 +161,7 @@ class MotionGenerator:
         self.expflow, self.poseflow = expflow.to(self.device).eval(), poseflow.to(self.device).eval()
         self.temperature, self.pose_temperature = temperature, pose_temperature
         self.articulation = articulation
-        self.blink_rate = float(expflow.blink_rate) if blink_rate is None else blink_rate
+        self.blink_rate = BLINKS * float(expflow.blink_rate) if blink_rate is None else blink_rate
         self.manifold, self.neighbours, self.seed = manifold, neighbours, seed
         self.source = SOURCE * beta0.to(self.device, torch.float32).reshape(1, -1)
         self.pose0 = pose0.to(self.device, torch.float32).reshape(1, -1)
