@@ -20,9 +20,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from flowvqtalker import EMOTIONS, weights
+from flowvqtalker import EMOTIONS
 from flowvqtalker.audio import decode
 from flowvqtalker.face.arkit import ARKIT_NAMES
+from flowvqtalker.loading import load_flows
 from flowvqtalker.motion.emotion_track import EmotionKey, EmotionTrack
 from flowvqtalker.motion.flow import ExpFlow, Flow, PoseFlow
 from flowvqtalker.motion.manifold import LatentBank
@@ -37,11 +38,10 @@ def load(folder: Path | None, untrained: bool) -> tuple[ExpFlow, PoseFlow, Laten
         expflow = ExpFlow().eval()
         emotion = torch.arange(9000) % 9
         return expflow, PoseFlow().eval(), LatentBank(expflow.latent.mean[emotion] + torch.randn(9000, 64), emotion)
-    state, config = weights.load("expflow", folder)
-    bank = LatentBank.load(state)
+    expflow, poseflow, bank = load_flows(folder)
     if bank is None:
         raise SystemExit("the weights hold no latent bank")
-    return ExpFlow.load(state, config), PoseFlow.load(*weights.load("poseflow", folder)), bank
+    return expflow, poseflow, bank
 
 
 def parameters(flow: Flow) -> str:
@@ -127,7 +127,8 @@ def main() -> None:
     print("ExpFlow parameters:", parameters(expflow))
     print("PoseFlow parameters:", parameters(poseflow))
     print(f"look-ahead: {expflow.audio.config.lookahead_ms:g} ms of speech after the start of a frame")
-    speech = torch.randn(options.frames, 80, 16, generator=torch.Generator().manual_seed(0))
+    shape = options.frames, expflow.audio.config.mels, expflow.audio.config.columns
+    speech = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     for threads in options.threads:
         torch.set_num_threads(threads)
         for projection in (0.5, 0.0):
