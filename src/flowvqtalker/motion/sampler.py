@@ -115,7 +115,7 @@ class MotionGenerator:
         seed: of the noise.
         pose_temperature: of the pose.
         articulation: factor on what the speech foretells of the lips (ours), 0 to 3.
-        blink_rate: blinks a minute laid over the expression, 0 to 60; None is :data:`BLINKS` of the training clips' rate.
+        blink_rate: blinks a minute laid over the expression, 0 to 60; None is most of the training clips' rate.
         manifold: 0 (no projection) to 1.
         neighbours: 𝒦 of the projection.
         poses: head motion instead of PoseFlow's.
