@@ -24,7 +24,7 @@ __all__ = ["Ablation", "configuration", "load_variant", "make", "train_missing"]
 
 logger = logging.getLogger(__name__)
 
-_CONFIG = Path("configs/ablation.yaml")
+_CONFIG = Path("configs/vqig-ablation.yaml")
 
 
 def make(pairs: Sequence[Pair], methods: Mapping[str, str], *, zoom: bool = True, cell: float = 1.3) -> Figure:
@@ -201,7 +201,7 @@ class Ablation:
     train: bool = False
     """Train what is missing in --runs first; an interrupted run goes on."""
     config: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-    """Training configuration of stage vqig that the variants share. Default: configs/ablation.yaml."""
+    """Training configuration of stage vqig that the variants share. Default: configs/vqig-ablation.yaml."""
     steps: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
     """Training steps of each variant instead of the configuration's."""
     blend: bool = False
