@@ -113,6 +113,12 @@ class Page:
 
     def dialog(self, name: str) -> None:
         self.driver.find_element(By.CSS_SELECTOR, f'#dialog button[value="{name}"]').click()
+        self.settle()
+
+    def settle(self) -> None:
+        """Until the events of a click have been dealt with: a dialog's close comes in a task of its own."""
+        self.wait(lambda: not self.driver.execute_script("return document.getElementById('dialog').open"), "the dialog")
+        self.driver.execute_async_script("const done = arguments[0]; setTimeout(() => setTimeout(done, 100), 100)")
 
     def requests(self) -> set[str]:
         """Addresses that were asked for."""
@@ -264,7 +270,7 @@ def test_served_to_the_database(page, study, served):
     assert page.clip() == order[0]
     page["pause"].click()
     page.dialog("drop")
-    assert "1 of 5 clips" in page["return-text"].text
+    page.wait(lambda: "1 of 5 clips" in page["return-text"].text, "the pause")
     page["resume"].click()
     assert page.clip() == order[1]
     assert page.answerable()
@@ -297,7 +303,7 @@ def test_served_to_the_database(page, study, served):
     page.wait(lambda: "have arrived" in page["end-title"].text, "the end again")
     page["leave"].click()
     page["other"].click()  # somebody else at the same computer
-    assert page["consent"].is_displayed()
+    page.wait(lambda: page["consent"].is_displayed(), "the start")
     root = served.split("?")[0]
     assert all(address.startswith(root) for address in page.requests())
     assert page.complaints() == []
