@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -151,11 +152,12 @@ def test_frames_as_they_are(tmp_path, random):
     """The protocol ``native``: real frames are brought to the size of the generated ones, lengths must agree."""
     low = random.integers(0, 256, (5, 16, 16, 3), np.uint8)
     frames = [np.kron(frame, np.ones((4, 4, 1), np.uint8)) for frame in low]  # 64x64 in flat blocks
-    for name, count, size in (("real", 5, 64), ("same", 5, 64), ("small", 5, 32), ("short", 4, 64)):
+    for name, count, size in (("real", 5, 64), ("small", 5, 32), ("short", 4, 64)):
         with VideoWriter(tmp_path / f"{name}.mp4", crf=1) as writer:
             for frame in frames[:count]:
                 writer.write(np.ascontiguousarray(frame[:: 64 // size, :: 64 // size]))
     real = tmp_path / "real.mp4"
+    shutil.copy(real, tmp_path / "same.mp4")  # two encodings of the same frames need not be equal to the last bit
     assert compare_frames(real, tmp_path / "same.mp4") == {"ssim": 1.0, "psnr": math.inf}
     small = compare_frames(real, tmp_path / "small.mp4")
     assert small["ssim"] > 0.9 and small["psnr"] > 25
