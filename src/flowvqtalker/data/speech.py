@@ -35,6 +35,7 @@ from tqdm import tqdm
 from flowvqtalker.audio.features import log_mel
 from flowvqtalker.data.order import item_generator
 from flowvqtalker.data.shards import FPS, SAMPLES, Shard
+from flowvqtalker.data.speech_set import COLUMNS, CURVES, TEACHER, UNITS, SpeechSet
 from flowvqtalker.data.splits import split_of
 from flowvqtalker.errors import UserError
 
@@ -42,9 +43,6 @@ __all__ = ["CURVES", "TEACHER", "UNITS", "PrepareSpeech", "Recording", "SpeechSe
 
 logger = logging.getLogger(__name__)
 
-#: Sizes of the targets.
-TEACHER, UNITS, CURVES = 256, 17, 12
-_COLUMNS = {"teacher": TEACHER, "lips": 64, "units": UNITS, "curves": CURVES}
 _SLOWEST, _FASTEST = 0.85, 1.18
 #: Clips whose lips hardly follow their sound teach the teacher's features, but no lips.
 _CORRELATION = 0.1
@@ -83,7 +81,7 @@ class Recording:
 
     def target(self, key: str) -> Floats:
         """A target at 25 fps, (frames, D), NaN after its end; all NaN without one."""
-        result = np.full((self.frames, _COLUMNS[key]), np.nan, np.float32)
+        result = np.full((self.frames, COLUMNS[key]), np.nan, np.float32)
         if key in self.targets:
             fps, values = self.targets[key]
             where = np.arange(self.frames) / FPS * fps
@@ -93,37 +91,6 @@ class Recording:
             between = values[low] * (1 - part) + values[np.minimum(low + 1, len(values) - 1)] * part
             result[there] = between[there]
         return result
-
-
-class SpeechSet:
-    """Reader.
-
-    Attributes:
-        mel, teacher, lips, units, curves: see the module (memory-mapped).
-        speaker, split: of each recording.
-        start, length: rows of each recording.
-        mel_start, mel_length: mel columns of each recording.
-    """
-
-    def __init__(self, folder: str | Path) -> None:
-        path = Path(folder)
-        try:
-            with np.load(path / "index.npz", allow_pickle=False) as index:
-                self.index = {key: index[key] for key in index.files}
-            self.mel = np.load(path / "mel.npy", mmap_mode="r")
-            columns = {key: np.load(path / f"{key}.npy", mmap_mode="r") for key in _COLUMNS}
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(
-                f"{path} is not a speech set ({error}); make one with flowvqtalker prepare-speech"
-            ) from error
-        self.teacher, self.lips = columns["teacher"], columns["lips"]
-        self.units, self.curves = columns["units"], columns["curves"]
-        self.speaker, self.split = self.index["speaker"], self.index["split"]
-        self.start, self.length = self.index["start"], self.index["length"]
-        self.mel_start, self.mel_length = self.index["mel_start"], self.index["mel_length"]
-
-    def __len__(self) -> int:
-        return len(self.start)
 
 
 @dataclass(frozen=True)
@@ -166,7 +133,7 @@ def write(output: Path, shards: tuple[Path, ...], root: Path | None, teacher: An
     found = list(_of_shards(shards)) + (list(_of_folder(root)) if root is not None else [])
     if not found:
         raise UserError("no recording was found; check the folders")
-    rows: dict[str, list[npt.NDArray[np.float16]]] = {key: [] for key in _COLUMNS}
+    rows: dict[str, list[npt.NDArray[np.float16]]] = {key: [] for key in COLUMNS}
     mels, about = [], []
     for number, plain in enumerate(tqdm(found, desc="speech", unit="recording", disable=None)):
         random = item_generator(seed, number)

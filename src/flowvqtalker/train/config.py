@@ -79,6 +79,8 @@ class LoopConfig:
     """Processes that load data; 0 loads the next batch in a thread, which is best on few cores."""
     channels_last: bool = False
     """Keep pictures and convolution weights channels-last: faster convolutions in bfloat16."""
+    compile: bool = False
+    """Let torch.compile translate the network's parts: a minute or more before the first step, faster ones after it."""
     overfit: bool = False
     """Train on the first batch only, to see whether a model can learn at all."""
     log_every: int = 50

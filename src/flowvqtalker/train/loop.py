@@ -12,7 +12,8 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +25,31 @@ from tqdm import tqdm
 from flowvqtalker.errors import UserError
 from flowvqtalker.train.config import LoopConfig
 from flowvqtalker.train.feed import RangeSampler, batches
+from flowvqtalker.train.hardware import Utilisation, peak_memory
 from flowvqtalker.train.log import CsvLog
 from flowvqtalker.train.stage import Stage
 from flowvqtalker.train.state import CHECKPOINT_VERSION, Ema, export, load_checkpoint, save_checkpoint
 
-__all__ = ["CHECKPOINT_VERSION", "Ema", "RangeSampler", "Stage", "fit", "learning_rate", "step_seed"]
+__all__ = ["CHECKPOINT_VERSION", "Ema", "RangeSampler", "Stage", "Watch", "fit", "learning_rate", "step_seed"]
 
 _MAX_SKIPPED = 20
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Watch:
+    """What the caller of a run wants of it besides training.
+
+    Attributes:
+        deadline: ``time.monotonic()`` by which the run has saved its state and returned.
+        saved: called after every checkpoint with the number of steps done.
+        shown: called before the run returns, as :meth:`Stage.validate` is: averaged weights, no gradients.
+    """
+
+    deadline: float = math.inf
+    saved: Callable[[int], None] | None = None
+    shown: Callable[[Fabric], None] | None = None
 
 
 def learning_rate(step: int, config: LoopConfig) -> float:
@@ -56,7 +73,9 @@ def step_seed(seed: int, step: int, rank: int = 0) -> int:
     return value >> 1
 
 
-def fit(stage: Stage, config: LoopConfig, out: str | Path, resume: bool = False) -> dict[str, float]:
+def fit(
+    stage: Stage, config: LoopConfig, out: str | Path, resume: bool = False, watch: Watch | None = None
+) -> dict[str, float]:
     """Train a stage.
 
     Writes into ``out``: ``config.json``, ``checkpoint.pt`` (whole state), ``log.csv``, ``validation.csv``,
@@ -68,6 +87,7 @@ def fit(stage: Stage, config: LoopConfig, out: str | Path, resume: bool = False)
         config: how to train.
         out: folder of the run.
         resume: go on from the checkpoint in ``out`` if there is one.
+        watch: a deadline, and what to call on the way.
 
     Returns:
         the numbers of the last validation, and ``step``.
@@ -76,6 +96,7 @@ def fit(stage: Stage, config: LoopConfig, out: str | Path, resume: bool = False)
         UserError: if ``out`` holds a run and ``resume`` is false, or its checkpoint is of something else.
         FloatingPointError: if the loss stops being finite.
     """
+    watch = watch or Watch()
     fabric = _fabric(config)
     out = Path(out)
     checkpoint = out / "checkpoint.pt"
@@ -87,6 +108,9 @@ def fit(stage: Stage, config: LoopConfig, out: str | Path, resume: bool = False)
     if config.channels_last:
         module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     module.train()
+    if config.compile:
+        for part in stage.compiled():
+            part.compile()
     groups = stage.parameter_groups()
     optimizers = {
         name: torch.optim.Adam(parameters, lr=config.lr, betas=config.betas, fused=True)
@@ -111,7 +135,13 @@ def fit(stage: Stage, config: LoopConfig, out: str | Path, resume: bool = False)
     scores = CsvLog(out / "validation.csv", keep_below=kept)
     results: dict[str, float] = {}
 
+    spent = {"validate": 0.0, "save": 0.0}  # the longest each has taken
+
+    def late(*coming: float) -> bool:
+        return time.monotonic() + sum(coming) > watch.deadline
+
     def validate() -> None:
+        begun = time.monotonic()
         results.clear()
         with ema.applied():
             module.eval()
@@ -126,13 +156,18 @@ def fit(stage: Stage, config: LoopConfig, out: str | Path, resume: bool = False)
         if fabric.is_global_zero:
             scores.write({"step": state["step"], **results})
             logger.info("step %d: %s", state["step"], ", ".join(f"{k} {v:.4g}" for k, v in results.items()))
+        spent["validate"] = max(spent["validate"], time.monotonic() - begun)
 
     def save() -> None:
+        begun = time.monotonic()
         _synchronise(fabric, module)
         if fabric.is_global_zero:
             save_checkpoint(checkpoint, stage, config, module, ema, optimizers, state)
             with ema.applied():
                 export(stage, config, state["step"], out / "weights.safetensors", results)
+            if watch.saved is not None:
+                watch.saved(state["step"])
+        spent["save"] = max(spent["save"], time.monotonic() - begun)
 
     if fresh:
         validate()  # finds faults of the validation before an hour of training, and is the number before training
@@ -140,8 +175,10 @@ def fit(stage: Stage, config: LoopConfig, out: str | Path, resume: bool = False)
     started, last_log, last_step = time.monotonic(), time.monotonic(), state["step"]
     meter, waited, skipped = _Meter(), 0.0, 0
     saved = -1
+    per_step = config.batch_size * config.accumulate * fabric.world_size
     with (
         _Signals() as stop,
+        Utilisation(fabric.device) as utilisation,
         tqdm(
             total=config.steps,
             initial=state["step"],
@@ -191,17 +228,20 @@ def fit(stage: Stage, config: LoopConfig, out: str | Path, resume: bool = False)
             bar.update()
 
             over = config.minutes > 0 and time.monotonic() - started > config.minutes * 60
+            over = over or late(spent["save"], 2 * (time.monotonic() - tick))
             ending = bool(fabric.broadcast(stop.set_ or over)) if fabric.world_size > 1 else stop.set_ or over
             if step % config.log_every == 0 or step == config.steps or ending:
                 now = time.monotonic()
                 speed = (step - last_step) / (now - last_log)
                 row = {"step": step, **meter.means(), "lr": learning_rate(step - 1, config), "steps_per_s": speed}
-                row["data_wait"] = waited / (now - last_log)
+                row |= {"items_per_s": speed * per_step, "data_wait": waited / (now - last_log)}
+                row |= utilisation.means() | {"memory_mib": peak_memory(fabric.device) / 2**20}
                 meter, waited, last_log, last_step = _Meter(), 0.0, now, step
                 if fabric.is_global_zero:
                     log.write(row)
                     bar.set_postfix({k.split("/")[0]: f"{v:.4g}" for k, v in row.items() if k.endswith("/loss")})
-            if config.validate_every and step % config.validate_every == 0 and step < config.steps and not ending:
+            due = config.validate_every and step % config.validate_every == 0 and step < config.steps
+            if due and not ending and not late(spent["validate"], spent["save"]):
                 validate()
             if step % config.save_every == 0 or ending:
                 save()
@@ -209,10 +249,16 @@ def fit(stage: Stage, config: LoopConfig, out: str | Path, resume: bool = False)
             if ending:
                 logger.info("stopped at step %d (%s)", step, "signal" if stop.set_ else "time limit")
                 break
-    if state["step"] == config.steps:
+    if state["step"] == config.steps and not late(spent["validate"], spent["save"]):
         validate()
     if saved != state["step"] or state["step"] == config.steps:
         save()
+    if watch.shown is not None and fabric.is_global_zero:
+        with ema.applied():
+            module.eval()
+            with torch.no_grad(), fabric.autocast():
+                watch.shown(fabric)
+            module.train()
     return {"step": float(state["step"]), **results}
 
 
@@ -222,9 +268,12 @@ def _fabric(config: LoopConfig) -> Fabric:
         raise UserError("loop.device cuda: no GPU that torch can use was found; choose cpu or auto, try cpu or auto")
     if config.threads:
         torch.set_num_threads(config.threads)
-    torch.set_float32_matmul_precision("high")
+    torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it
     many = config.devices * config.nodes > 1
     accelerator = "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
+    if accelerator == "cuda":
+        torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True  # pictures of a stage have one size
     fabric = Fabric(
         accelerator=accelerator,
         devices=config.devices,

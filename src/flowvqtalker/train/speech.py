@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 
 from flowvqtalker.audio.features import FRONTS
 from flowvqtalker.data.order import item_generator
-from flowvqtalker.data.speech import CURVES, TEACHER, UNITS, SpeechSet
+from flowvqtalker.data.speech_set import CURVES, TEACHER, UNITS, SpeechSet
 from flowvqtalker.data.teacher import read_variables
 from flowvqtalker.errors import UserError
 from flowvqtalker.face.model import EXPRESSION

@@ -61,6 +61,10 @@ class Stage(ABC):
     collate: Callable[[list[Any]], Any] | None = None
     """How items become a batch; None is torch's default."""
 
+    def compiled(self) -> list[nn.Module]:
+        """What ``loop.compile`` compiles: modules that are called (not only their methods) with inputs of one size."""
+        return [part for network in self.module.children() for part in network.children()]
+
     def lr_scale(self, group: str) -> float:
         """Factor on the learning rate of a group."""
         return 1.0
