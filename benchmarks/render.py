@@ -46,13 +46,14 @@ def main() -> None:
     batch, book = options.batch, config.codebook
     image = torch.rand(batch, 3, 512, 512).contiguous(memory_format=torch.channels_last) * 2 - 1
     motion, prior = torch.randn(batch, 27, 70), torch.zeros(batch, 2, config.warp.flow_size, config.warp.flow_size)
+    places = torch.zeros(batch, config.prior_channels, config.warp.flow_size, config.warp.flow_size)
     z = torch.randn(batch, book.dim, 16, 16)
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=options.dtype == "bfloat16")
     with torch.inference_mode(), autocast:
         source = model.prepare(image)
         assert model.mapping and model.warping and model.fuse and model.attention and model.transformer
         mapping, warping, fuse, attention = model.mapping, model.warping, model.fuse, model.attention
-        transformer, decoder = model.transformer, model.autoencoder.decoder
+        transformer, decoder = model.transformer, model.decoder or model.autoencoder.decoder
         sigma = mapping(motion)
         parts: dict[str, tuple[Callable[[], object], nn.Module | None]] = {
             "psi": (lambda: mapping(motion), mapping),
@@ -62,8 +63,8 @@ def main() -> None:
             "phi": (lambda: fuse(torch.cat([z, z], 1)), fuse),
             "MHCA": (lambda: attention(z, z), attention),
             "T": (lambda: transformer(z), transformer),
-            "D_h": (lambda: decoder(z), decoder),
-            "whole frame": (lambda: model(source, motion, prior), model),
+            "D_h": (lambda: decoder.out(decoder.features(z, window=config.window)), decoder),
+            "whole frame": (lambda: model(source, motion, places), model),
         }
         print(
             f"{options.config}, {options.dtype}, {options.threads} thread(s), batch {batch}, torch {torch.__version__}"

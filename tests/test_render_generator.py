@@ -12,8 +12,9 @@ import torch
 
 from flowvqtalker.errors import UserError
 from flowvqtalker.face.model import FaceModel
+from flowvqtalker.face.topology import INNER_LIPS, IRISES, LEFT_EYE, RIGHT_EYE
 from flowvqtalker.render.generator import ABLATION, VQIG, SpatialAdaIN, VQIGConfig
-from flowvqtalker.render.mesh import MeshFlow, warp
+from flowvqtalker.render.mesh import OPENINGS, MeshFlow, openings, warp
 from flowvqtalker.render.renderer import Renderer, _windows
 from flowvqtalker.render.warp import MappingNetwork, WarpConfig, WarpingNetwork
 from tests.test_render_codebook import TINY
@@ -166,6 +167,10 @@ def test_the_last_ablation_is_the_whole_generator_and_defaults_are_as_before() -
     for switch in ("use_warp", "use_fuse", "use_attention", "use_codes"):
         assert old.pop(switch) is True
     assert VQIGConfig.from_dict(old) == VQIGConfig.lite()
+    for switch in ("tune_decoder", "openings", "window"):  # nor had a file from before these
+        old.pop(switch)
+    before = replace(VQIGConfig.lite(), tune_decoder=False, openings=False, window=None)
+    assert VQIGConfig.from_dict(old) == before
     with pytest.raises(UserError, match=r"unknown variant '\+W' of the image generator; choose one of B, W, phi, M, C"):
         VQIGConfig().ablated("+W")
 
@@ -195,7 +200,7 @@ def test_configurations_build_and_lite_keeps_the_budget(name: str) -> None:
         model = VQIG(config).eval()
         source = model.prepare(torch.empty(1, 3, 512, 512))
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            out = model.predict(source, torch.empty(1, 27, 70), torch.empty(1, 2, 128, 128))[0]
+            out = model.predict(source, torch.empty(1, 27, 70), torch.empty(1, config.prior_channels, 128, 128))[0]
     assert out.logits is not None and out.logits.shape == (1, 256, 1024)
     if name == "lite":
         assert counter.get_total_flops() <= 14e9  # E_w <= 8 and the rest <= 6 GFLOP; D_h has its own test
@@ -230,3 +235,114 @@ def test_renderer_makes_a_frame_for_every_coefficient(face: FaceModel) -> None:
     assert np.abs(one.astype(int) - three).max() <= 1
     with pytest.raises(ValueError, match="512, 512, 3"):
         Renderer(VQIG(SMALL), face, portrait[:100], zero, torch.zeros(64), rho)
+
+
+def test_openings_are_signed_distances_to_the_rims() -> None:
+    """Against a brute force over densely sampled rims; the mouth is no convex polygon."""
+    rng = np.random.default_rng(0)
+    vertices = torch.zeros(1, 478, 3)
+    for rim, (x, y) in ((INNER_LIPS, (256, 380)), (RIGHT_EYE, (180, 220)), (LEFT_EYE, (330, 220))):
+        angle = torch.linspace(0, 2 * torch.pi, len(rim) + 1)[:-1]
+        radius = torch.from_numpy(rng.uniform(12, 30, len(rim))).float()
+        vertices[0, list(rim), 0], vertices[0, list(rim), 1] = x + radius * angle.cos(), y + radius * angle.sin()
+    for (centre, *rim), x in zip(IRISES, (180, 330), strict=True):
+        vertices[0, centre, :2] = torch.tensor([x, 220.0])
+        vertices[0, rim, :2] = torch.tensor([x, 220.0]) + 9 * torch.tensor([[1.0, 0], [0, 1], [-1, 0], [0, -1]])
+    size = 64
+    found = openings(vertices, size)[0].numpy()
+    assert found.shape == (OPENINGS, size, size)
+    place = (np.arange(size) + 0.5) * 8
+    grid = np.stack(np.meshgrid(place, place), -1).reshape(-1, 2)
+
+    def brute(rim: tuple[int, ...]) -> np.ndarray:
+        from matplotlib.path import Path as Polygon
+
+        corners = vertices[0, list(rim), :2].numpy()
+        share = np.linspace(0, 1, 200, endpoint=False)[:, None, None]
+        dense = (corners * (1 - share) + np.roll(corners, -1, 0) * share).reshape(-1, 2)
+        distance = np.linalg.norm(grid[:, None] - dense, axis=-1).min(1)
+        sign = np.where(Polygon(corners).contains_points(grid), 1, -1)
+        return (sign * distance / 12).clip(-1, 1).reshape(size, size)
+
+    assert np.abs(found[0] - brute(INNER_LIPS)).max() < 0.02
+    assert np.abs(found[1] - np.maximum(brute(RIGHT_EYE), brute(LEFT_EYE))).max() < 0.02
+    discs = [9 - np.linalg.norm(grid - [x, 220], axis=1) for x in (180, 330)]
+    assert np.abs(found[2] - (np.maximum(*discs) / 12).clip(-1, 1).reshape(size, size)).max() < 1e-4
+
+
+def test_mesh_flow_carries_both_views_openings(face: FaceModel) -> None:
+    """The source's openings, moved by a shift's flow, lie where the target's are."""
+    zero = torch.zeros(1, 80), torch.zeros(1, 64)
+    start = face.project(*zero, _pose(0, 0, 0, 0, 0, 16))
+    end = start + torch.tensor([16.0, -8.0, 0.0])
+    flow = MeshFlow(face, 64)(start, end)
+    both = MeshFlow(face, 64, openings=True)(start, end)
+    assert both.shape == (1, 2 + 2 * OPENINGS, 64, 64) and torch.equal(both[:, :2], flow)
+    theirs, ours = both[:, 2:].chunk(2, dim=1)
+    inside = theirs > 0
+    assert inside.any() and (theirs - ours)[inside].abs().mean() < 0.1
+
+
+def test_a_generator_with_openings_sees_them_once_it_has_learnt() -> None:
+    config = replace(SMALL, openings=True)
+    torch.manual_seed(0)
+    model = VQIG(config).eval()
+    source, motion = model.prepare(torch.rand(1, 3, 512, 512) * 2 - 1), torch.randn(1, 27, 70)
+    prior = torch.zeros(1, config.prior_channels, 32, 32)
+    shown = prior.clone()
+    shown[:, 2:] = torch.rand(1, 2 * OPENINGS, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(model(source, motion, prior).image, model(source, motion, shown).image)
+        assert model.openings is not None
+        model.openings.weight.normal_(std=0.1)
+        assert not torch.equal(model.predict(source, motion, prior)[0].latent,
+                               model.predict(source, motion, shown)[0].latent)  # fmt: skip
+    with pytest.raises(ValueError, match="needs a mesh flow with openings"):
+        model(source, motion, prior[:, :2])
+    with pytest.raises(ValueError, match=r"set warp.prior to \"mesh\""):
+        replace(config, warp=replace(SMALL.warp, prior="none"))
+
+
+def test_outside_its_window_the_frame_is_the_warped_picture() -> None:
+    config = replace(SMALL, window=(128, 96, 384, 320))
+    torch.manual_seed(0)
+    model = VQIG(config).eval()
+    source, motion = model.prepare(torch.rand(1, 3, 512, 512) * 2 - 1), torch.randn(1, 27, 70)
+    with torch.no_grad():
+        found = model(source, motion, torch.randn(1, 2, 32, 32) * 0.02)
+    assert found.decoded is not None and found.mask is not None
+    assert found.decoded.shape == (1, 3, 384, 320) and found.mask.shape == (1, 1, 384, 320)
+    outside = torch.ones(512, 512, dtype=torch.bool)
+    outside[128:, 96:416] = False
+    assert torch.equal(found.image[..., outside], found.warped[..., outside])
+    inside = found.image[..., 128:, 96:416]
+    behind = found.warped[..., 128:, 96:416]
+    assert torch.allclose(inside, behind + found.mask * (found.decoded - behind), atol=1e-6)
+    assert found.mask[..., 0, :].max() < 0.01 and found.mask[..., :, 0].max() < 0.01  # no seam at its sides
+    assert found.mask[..., -1, 100:200].min() > 0.02  # but none needed at the picture's
+
+
+@pytest.mark.parametrize(
+    ("window", "blend", "message"),
+    [
+        ((0, 0, 512, 512), False, "needs blend"),
+        ((256, 0, 384, 512), True, "does not lie in the picture"),
+        ((0, 0, 32, 512), True, "does not lie in the picture"),
+        ((8, 0, 256, 256), True, "steps of 16"),
+    ],
+)
+def test_bad_windows_are_refused(window: tuple[int, int, int, int], blend: bool, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(SMALL, blend=blend, window=window)
+
+
+def test_a_tuned_decoder_learns_and_the_codebook_stays() -> None:
+    model, _ = _run(replace(SMALL, blend=False, tune_decoder=True))
+    assert model.decoder is not None
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.decoder.parameters())
+    assert all(p.grad is None for p in model.autoencoder.parameters())
+    fresh = VQIG(replace(SMALL, tune_decoder=True))
+    fresh.load_codebook(model.autoencoder.state_dict())
+    assert fresh.decoder is not None
+    for key, value in model.autoencoder.decoder.state_dict().items():
+        assert torch.equal(fresh.decoder.state_dict()[key], value)

@@ -39,6 +39,8 @@ class PairDataset(Dataset[dict[str, Tensor]]):
     which the training stage does on its device: ``still`` is 1 and ``source_*`` hold the coefficients to move it to.
     The change is that between two frames of some clip, so it is one that faces make.
 
+    Of ``hardest_of`` drawn pairs of frames that with the greatest change of expression is taken.
+
     In training, item ``i`` depends on the seed and ``i`` alone. Identities are drawn evenly, whatever the number of
     their clips. In validation, items pair the first stored frame of a held-out clip with each of its others.
 
@@ -54,10 +56,12 @@ class PairDataset(Dataset[dict[str, Tensor]]):
         stills: float = 0.5,
         colour: float = 0.1,
         min_native: float = 0.0,
+        hardest_of: int = 1,
         seed: int = 0,
         limit: int = 0,
     ) -> None:
         self.shard, self.split, self.stills, self.seed = shard, split, stills, seed
+        self.hardest_of = hardest_of
         self.how = Augmentation(crop=0, flip=False, colour=colour)
         stored = np.flatnonzero(
             (shard.split[shard.image_clip] == split) & (shard.native[shard.image_clip] >= min_native)
@@ -94,6 +98,14 @@ class PairDataset(Dataset[dict[str, Tensor]]):
         return self._pair(first, second, rng)
 
     def _two_frames(self, rng: np.random.Generator) -> tuple[int, int]:
+        """Two frames of a clip; of several such draws the two whose expressions differ most."""
+        drawn = [self._draw(rng) for _ in range(self.hardest_of)]
+        if len(drawn) == 1:
+            return drawn[0]
+        difference = [float(np.linalg.norm(self._coefficients(a)[0] - self._coefficients(b)[0])) for a, b in drawn]
+        return drawn[int(np.argmax(difference))]
+
+    def _draw(self, rng: np.random.Generator) -> tuple[int, int]:
         person = self.people[int(rng.integers(len(self.people)))]
         numbers = self.clips[person[int(rng.integers(len(person)))]]
         first, second = rng.choice(len(numbers), 2, replace=False)

@@ -9,6 +9,7 @@ __all__ = [
     "EYES",
     "EYE_CORNERS",
     "INNER_LIPS",
+    "IRISES",
     "LEFT_EYE",
     "LIDS",
     "LIPS",
@@ -49,6 +50,9 @@ LIPS = tuple(
     )
 )
 LIDS = tuple(sorted({*RIGHT_EYE, *LEFT_EYE}))
+
+#: Centre and four points of the rim of both irises.
+IRISES = ((468, 469, 470, 471, 472), (473, 474, 475, 476, 477))
 
 #: Vertices over bone that expressions hardly move (standard deviation within clips below 1.3 % of the eye distance):
 #: forehead below the hairline, temples, bridge of the nose, eye corners.

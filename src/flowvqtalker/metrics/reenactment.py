@@ -109,8 +109,8 @@ class Reenactment:
             name: model.to(device=self.device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
             for name, model in generators.items()
         }
-        sizes = {model.config.warp.flow_size for model in generators.values()}
-        self.meshes = {size: MeshFlow(face, size).to(self.device) for size in sizes}
+        kinds = {_mesh_kind(model) for model in generators.values()}
+        self.meshes = {kind: MeshFlow(face, kind[0], openings=kind[1]).to(self.device) for kind in kinds}
         self.data = PairDataset(Shard(shard), "val", limit=limit)
         if not len(self.data):
             raise UserError(f"shard {shard} has no clip with two pictures in its validation split; prepare another")
@@ -134,13 +134,13 @@ class Reenactment:
         item = {key: value[None].to(self.device) for key, value in self.data[index].items()}
         start = self.face.project(item["identity"], item["source_expression"], item["source_pose"])
         end = self.face.project(item["identity"], item["target_expression"], item["target_pose"])
-        priors = {size: mesh(start, end) for size, mesh in self.meshes.items()}
+        priors = {kind: mesh(start, end) for kind, mesh in self.meshes.items()}
         images = {BASELINES[0]: item["source"]}
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             book = next(iter(self.generators.values())).autoencoder
             images[BASELINES[1]] = book(item["target"])[0]
             for name, model in self.generators.items():
-                found = model(model.prepare(item["source"]), item["motion"], priors[model.config.warp.flow_size])
+                found = model(model.prepare(item["source"]), item["motion"], priors[_mesh_kind(model)])
                 images[name] = found.image
                 if name in self.warped:
                     images[f"I_w of {name}"] = found.warped
@@ -154,6 +154,11 @@ class Reenactment:
             {name: picture(images[name][0]) for name in self.methods},
             (x, y),
         )
+
+
+def _mesh_kind(model: VQIG) -> tuple[int, bool]:
+    """What a generator wants of the mesh: the flow's side, and whether it needs the openings."""
+    return model.config.warp.flow_size, model.config.openings
 
 
 class Scores:

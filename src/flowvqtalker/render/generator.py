@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flowvqtalker.errors import UserError
-from flowvqtalker.render.codebook import CodebookConfig, Encoder, VQAutoencoder
+from flowvqtalker.render.codebook import WINDOWED, CodebookConfig, Decoder, Encoder, VQAutoencoder, cut
 from flowvqtalker.render.layers import Attention2d, ResBlock, adain
-from flowvqtalker.render.mesh import warp
+from flowvqtalker.render.mesh import OPENINGS, warp
 from flowvqtalker.render.warp import MOTION, MappingNetwork, WarpConfig, WarpingNetwork
 
 __all__ = ["ABLATION", "VQIG", "Generated", "Source", "VQIGConfig"]
@@ -47,6 +47,29 @@ class VQIGConfig:
     blend: bool = False
     """Mix the decoded picture with the warped one by a mask learned with them (ours): what the warp already shows
     sharply is kept to the pixel, the decoder fills in the rest. The paper's generator has no such mask."""
+    tune_decoder: bool = False
+    """Decode with a copy of D_h that the second stage trains (ours); off, D_h stays frozen as in the paper. Codes are
+    read and predicted with the frozen codebook either way."""
+    openings: bool = False
+    """Show E_w where the face mesh opens mouth and eyes and where the irises are (ours): the mesh flow carries them as
+    further channels (:class:`flowvqtalker.render.mesh.MeshFlow`). Needs ``warp.prior = "mesh"``. I_w alone does not
+    say whether stretched lips are lips or a mouth that opens."""
+    window: tuple[int, int, int, int] | None = None
+    """Top, left, height and width of the part of the picture that D_h's two finest levels decode (ours); the rest is
+    I_w. The crop puts every face at the same place, so one window does for all. None decodes everything. Needs
+    ``blend``, whose mask fades out at its rim."""
+
+    def __post_init__(self) -> None:
+        if self.openings and self.warp.prior != "mesh":
+            raise ValueError('image generator: openings come from the face mesh; set warp.prior to "mesh"')
+        if self.window is not None:
+            top, left, height, width = self.window
+            if not self.blend:
+                raise ValueError("image generator: a window needs blend, which shows the warped picture around it")
+            if min(top, left) < 0 or min(height, width) < 64 or max(top + height, left + width) > 512:
+                raise ValueError(f"image generator: window {self.window} does not lie in the picture of 512x512 pixels")
+            if any(value % 16 for value in self.window):
+                raise ValueError(f"image generator: window {self.window} must be in steps of 16 pixels")
 
     @classmethod
     def paper(cls) -> VQIGConfig:
@@ -64,12 +87,17 @@ class VQIGConfig:
             transformer_mlp=512,
             adain_width=32,
             blend=True,
+            tune_decoder=True,
+            openings=True,
+            window=(128, 96, 384, 320),
         )
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> VQIGConfig:
         """Inverse of :meth:`to_dict`; a switch that is left out keeps its default."""
         values = dict(values)
+        if values.get("window") is not None:
+            values["window"] = tuple(values["window"])
         return cls(
             codebook=CodebookConfig.from_dict(values.pop("codebook")), warp=WarpConfig(**values.pop("warp")), **values
         )
@@ -77,6 +105,11 @@ class VQIGConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain values for a checkpoint."""
         return asdict(self)
+
+    @property
+    def prior_channels(self) -> int:
+        """Channels of what the generator wants of the mesh: the flow, and with it the openings."""
+        return 2 + 2 * OPENINGS * self.openings
 
     def ablated(self, variant: str) -> VQIGConfig:
         """This configuration with the parts of one variant of fig. 7, a key of :data:`ABLATION`; sizes stay.
@@ -87,7 +120,14 @@ class VQIGConfig:
         if variant not in ABLATION:
             raise UserError(f"unknown variant {variant!r} of the image generator; choose one of {', '.join(ABLATION)}")
         parts = list(ABLATION).index(variant)
-        return replace(self, use_warp=parts >= 1, use_fuse=parts >= 2, use_attention=parts >= 3, use_codes=parts >= 4)
+        return replace(
+            self,
+            use_warp=parts >= 1,
+            use_fuse=parts >= 2,
+            use_attention=parts >= 3,
+            use_codes=parts >= 4,
+            openings=self.openings and parts >= 1,
+        )
 
 
 class Source(NamedTuple):
@@ -116,8 +156,10 @@ class Generated(NamedTuple):
     """Code predictions (B, 16 * 16, N); None without C."""
     latent: Tensor
     """Features z_f after fusion and attention, (B, d, 16, 16)."""
+    decoded: Tensor | None
+    """D_h's picture of the window, (B, 3, h, w), before it is mixed with I_w; None where nothing was decoded."""
     mask: Tensor | None
-    """Share of the decoded picture in each pixel, (B, 1, H, W); None without blending."""
+    """Share of the decoded picture in each pixel of the window, (B, 1, h, w); None without blending."""
 
 
 class CodeTransformer(nn.Module):
@@ -180,6 +222,23 @@ class _Modulation(nn.Module):
         return out
 
 
+def _rim(window: tuple[int, int, int, int], width: int = 24) -> Tensor:
+    """(1, 1, h, w) weights of a window: 1 inside, falling to 0 at its sides, but not at those of the picture."""
+    top, left, h, w = window
+
+    def ramp(length: int, near: bool, far: bool) -> Tensor:
+        place = torch.arange(length) + 0.5
+        weight = torch.ones(length)
+        if near:
+            weight = torch.minimum(weight, place / width)
+        if far:
+            weight = torch.minimum(weight, (length - place) / width)
+        return weight * weight * (3 - 2 * weight)
+
+    rows, columns = ramp(h, top > 0, top + h < 512), ramp(w, left > 0, left + w < 512)
+    return (rows[:, None] * columns)[None, None]
+
+
 class VQIG(nn.Module):
     """I_0 and motion to a talking frame: warp, encode, fuse with the source's codes, predict codes, decode.
 
@@ -188,6 +247,7 @@ class VQIG(nn.Module):
 
     motion_mean: Tensor
     motion_std: Tensor
+    rim: Tensor | None
 
     def __init__(self, config: VQIGConfig) -> None:
         super().__init__()
@@ -199,6 +259,13 @@ class VQIG(nn.Module):
         self.mapping = MappingNetwork(config.warp.descriptor) if config.use_warp else None
         self.warping = WarpingNetwork(config.warp) if config.use_warp else None
         self.encoder = Encoder(book)
+        self.decoder = Decoder(book) if config.tune_decoder else None
+        self.openings = (
+            nn.Conv2d(2 * OPENINGS, self.encoder.stem.out_channels, 3, padding=1) if config.openings else None
+        )
+        if self.openings is not None:  # begin as if there were none
+            nn.init.zeros_(self.openings.weight)
+            nn.init.zeros_(self.openings.bias)  # type: ignore[arg-type]
         self.fuse = (
             nn.Sequential(nn.Conv2d(2 * dim, dim, 3, padding=1), ResBlock(dim), nn.Conv2d(dim, dim, 3, padding=1))
             if config.use_fuse
@@ -238,6 +305,7 @@ class VQIG(nn.Module):
         )
         if self.blend is not None:  # begin close to the warped picture, which is the better one at first
             nn.init.constant_(self.blend[2].bias, -2.0)  # type: ignore[arg-type]
+        self.register_buffer("rim", None if config.window is None else _rim(config.window), persistent=False)
 
     def train(self, mode: bool = True) -> VQIG:
         """Training mode; the frozen codebook stays in evaluation mode."""
@@ -246,9 +314,11 @@ class VQIG(nn.Module):
         return self
 
     def load_codebook(self, state: dict[str, Tensor]) -> None:
-        """Take over E_h, C and D_h, and start E_w from E_h."""
+        """Take over E_h, C and D_h, and start E_w from E_h (and the decoder that is tuned from D_h)."""
         self.autoencoder.load_state_dict(state)
         self.encoder.load_state_dict(self.autoencoder.encoder.state_dict())
+        if self.decoder is not None:
+            self.decoder.load_state_dict(self.autoencoder.decoder.state_dict())
 
     @torch.no_grad()
     def prepare(self, image: Tensor) -> Source:
@@ -263,8 +333,16 @@ class VQIG(nn.Module):
         Arguments:
             source: from :meth:`prepare`.
             motion: (B, 27, 70) coefficients [beta, rho] around each frame.
-            prior: (B, 2, h, w) flow of the face mesh, for ``warp.prior = "mesh"``.
+            prior: (B, 2, h, w) flow of the face mesh, for ``warp.prior = "mesh"``; with ``openings`` (B, 8, h, w), the
+                flow and the openings.
         """
+        extra = None
+        if self.openings is not None:
+            if prior is None or prior.shape[1] != self.config.prior_channels:
+                raise ValueError("a generator with openings needs a mesh flow with openings (MeshFlow(openings=True))")
+            prior, places = prior[:, :2], prior[:, 2:]
+            side = self.encoder.stem_size(source.image.shape[-1])
+            extra = F.interpolate(self.openings(places.to(source.image.dtype)), (side, side), mode="bilinear")
         if self.warping is not None and self.mapping is not None:
             sigma = self.mapping(((motion - self.motion_mean) / self.motion_std).to(source.image.dtype))
             flow = self.warping(source.image, sigma, prior)
@@ -272,12 +350,12 @@ class VQIG(nn.Module):
         else:
             flow = source.image.new_zeros(len(motion), 2, self.config.warp.flow_size, self.config.warp.flow_size)
             warped = source.image
-        z_w, maps = self.encoder.features(warped)
+        z_w, maps = self.encoder.features(warped, extra)
         z = z_w if self.fuse is None else z_w + self.fuse(torch.cat([z_w, source.codes.to(z_w.dtype)], dim=1))
         if self.attention is not None:
             z = self.attention(z, source.codes.to(z.dtype))
         logits = None if self.transformer is None else self.transformer(z)
-        return Generated(warped, warped, flow, logits, z, None), maps
+        return Generated(warped, warped, flow, logits, z, None, None), maps
 
     def forward(self, source: Source, motion: Tensor, prior: Tensor | None = None) -> Generated:
         """Frames; arguments as :meth:`predict`."""
@@ -288,13 +366,34 @@ class VQIG(nn.Module):
             codes = self.autoencoder.codebook.lookup(found.logits.argmax(-1).view(len(z), side, side))
             # As in CodeFormer the looked-up codes carry no gradient; z_f reaches the picture through the AdaIN.
             z = adain(codes.to(z.dtype), z)
-        decoder = self.autoencoder.decoder
-        first = decoder.level_ids[-1]
+        decoder = self.autoencoder.decoder if self.decoder is None else self.decoder
+        first, window = decoder.level_ids[-1], self.config.window
+        if window is not None:
+            for i, level in enumerate(range(first, min(first + len(maps), WINDOWED + 1))):
+                maps[i] = cut(maps[i], window, level)
         guides = dict(zip(range(first, first + len(maps)), maps, strict=True))
-        features = decoder.features(z, _Modulation(self.modulation, guides))
+        features = decoder.features(z, _Modulation(self.modulation, guides), window)
         image = decoder.out(features)
-        mask = None
-        if self.blend is not None:
-            mask = torch.sigmoid(self.blend(torch.cat([features, guides[first]], dim=1)))
-            image = found.warped + mask * (image - found.warped)
-        return found._replace(image=image, mask=mask)
+        if self.blend is None:
+            return found._replace(image=image, decoded=image)
+        mask = torch.sigmoid(self.blend(torch.cat([features, guides[first]], dim=1)))
+        if self.rim is not None:
+            mask = mask * self.rim.to(mask.dtype)
+        return found._replace(image=self.mix(found.warped, image, mask), mask=mask, decoded=image)
+
+    def mix(self, warped: Tensor, decoded: Tensor, mask: Tensor) -> Tensor:
+        """The warped picture with the decoded one laid over it: (B, 3, 512, 512).
+
+        Arguments:
+            warped: (B, 3, 512, 512).
+            decoded, mask: (B, 3, h, w), (B, 1, h, w), of the size of the window.
+        """
+        window = self.config.window
+        if window is None:
+            return warped + mask * (decoded - warped)
+        behind = cut(warped, window)
+        mixed = behind + mask * (decoded - behind)
+        top, left, height, width = window
+        out = warped.clone()
+        out[:, :, top : top + height, left : left + width] = mixed
+        return out

@@ -9,13 +9,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flowvqtalker.face.model import FaceModel
+from flowvqtalker.face.topology import INNER_LIPS, IRISES, LEFT_EYE, RIGHT_EYE
 
-__all__ = ["MeshFlow", "identity_grid", "warp"]
+__all__ = ["OPENINGS", "MeshFlow", "identity_grid", "openings", "warp"]
+
+#: Channels of :func:`openings`: mouth, eyes, irises.
+OPENINGS = 3
 
 # How strongly the nearer of two surface points on the same cell wins: exp(-k * depth difference in eye distances).
 _DEPTH_SHARPNESS = 25.0
 # Width of the band around the face, in half face sizes, over which hair and neck follow the head.
 _FALL_OFF = 0.55
+# Pixels from an opening's rim at which its map reaches 1 or -1.
+_RIM = 12.0
 
 
 def identity_grid(height: int, width: int, device: torch.device | None = None) -> Tensor:
@@ -61,15 +67,24 @@ class MeshFlow(nn.Module):
     index: Tensor
     weight: Tensor
 
-    def __init__(self, model: FaceModel, size: int = 128, image_size: int = 512, samples: int = 12_000) -> None:
+    def __init__(
+        self,
+        model: FaceModel,
+        size: int = 128,
+        image_size: int = 512,
+        samples: int = 12_000,
+        *,
+        openings: bool = False,
+    ) -> None:
         super().__init__()
-        self.size, self.image_size = size, image_size
+        self.size, self.image_size, self.openings = size, image_size, openings
         index, weight = _sample_surface(model, samples)
         self.register_buffer("index", index, persistent=False)
         self.register_buffer("weight", weight, persistent=False)
 
     def forward(self, source: Tensor, target: Tensor) -> Tensor:
-        """Flow (B, 2, size, size) in units of half the crop's side.
+        """Flow (B, 2, size, size) in units of half the crop's side; with ``openings`` (B, 8, size, size): the flow, the
+        target's :func:`openings` and the source's, moved by the flow to where the target has them.
 
         Arguments:
             source, target: (B, 478, 3) projected vertices, u and v in crop pixels and the depth
@@ -92,7 +107,15 @@ class MeshFlow(nn.Module):
         grid = identity_grid(size, size, target.device)
         radius = ((grid - centre[:, None, None]) / half[:, None, None]).norm(dim=-1)
         fade = torch.exp(-0.5 * ((radius - 1).clamp(min=0) / _FALL_OFF) ** 2)
-        return filled * fade[:, None]
+        flow = filled * fade[:, None]
+        if not self.openings:
+            return flow
+        # Distances bear being enlarged, and cost much at full size.
+        theirs, ours = (
+            F.interpolate(openings(v, size // 2, self.image_size), (size, size), mode="bilinear")
+            for v in (target, source)
+        )
+        return torch.cat([flow, theirs, warp(ours.expand(batch, -1, -1, -1), flow)], dim=1)
 
     def _surface(self, vertices: Tensor) -> Tensor:
         """(B, 478, k) values at the vertices to (B, P, k) at the surface samples."""
@@ -119,6 +142,46 @@ class MeshFlow(nn.Module):
                 cell = (y.clamp(0, size - 1) * size + x.clamp(0, size - 1))[..., None].expand(-1, -1, channels)
                 out.scatter_add_(1, cell, weighted * share[..., None])
         return out.movedim(1, 2).reshape(batch, channels, size, size)
+
+
+def openings(vertices: Tensor, size: int, image_size: int = 512) -> Tensor:
+    """Where the face is open: signed distances to the rims of the mouth, the eyes and the irises.
+
+    Arguments:
+        vertices: (B, 478, 2 or 3) projected vertices in crop pixels.
+        size: side of the maps.
+        image_size: side of the crop in pixels.
+
+    Returns:
+        (B, 3, size, size): 1 from 12 pixels inside a rim on, 0 on it, -1 from 12 pixels outside on. A distance can be
+        enlarged without stairs, a mask of this size could not.
+    """
+    points = vertices[..., :2].float()
+    place = (torch.arange(size, device=points.device, dtype=torch.float32) + 0.5) * (image_size / size)
+    grid = torch.stack(torch.meshgrid(place, place, indexing="xy"), -1).view(1, -1, 2)
+    mouth = _inside(points[:, list(INNER_LIPS)], grid)
+    eyes = torch.maximum(*(_inside(points[:, list(rim)], grid) for rim in (RIGHT_EYE, LEFT_EYE)))
+    discs = []
+    for centre, *rim in IRISES:
+        middle = points[:, centre][:, None]
+        radius = (points[:, rim] - middle).norm(dim=-1).mean(1)[:, None]
+        discs.append(radius - (grid - middle).norm(dim=-1))
+    maps = torch.stack([mouth, eyes, torch.maximum(*discs)], 1).div_(_RIM).clamp_(-1, 1)
+    return maps.view(len(points), OPENINGS, size, size)
+
+
+def _inside(rim: Tensor, grid: Tensor) -> Tensor:
+    """Signed distance (B, P) of points (1, P, 2) to polygons (B, n, 2), positive inside."""
+    start, end = rim[:, :, None], rim.roll(-1, 1)[:, :, None]
+    edge, offset = end - start, grid[:, None] - start
+    along = ((offset * edge).sum(-1) / edge.square().sum(-1).clamp(min=1e-6)).clamp(0, 1)
+    distance = (offset - along[..., None] * edge).square().sum(-1).amin(1).sqrt()
+    # Even-odd rule: how many edges does a ray to the right cross?
+    py, y0, y1 = grid[:, None, :, 1], start[..., 1], end[..., 1]
+    crosses = ((y0 > py) != (y1 > py)) & (
+        grid[:, None, :, 0] < start[..., 0] + (py - y0) / torch.where(y1 == y0, 1.0, y1 - y0) * edge[..., 0]
+    )
+    return torch.where(crosses.sum(1) % 2 == 1, distance, -distance)
 
 
 def _fill(sums: Tensor, weights: Tensor) -> Tensor:

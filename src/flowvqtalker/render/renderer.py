@@ -53,7 +53,9 @@ class Renderer:
         self.device, self.dtype, self.batch_size = torch.device(device), dtype, batch_size
         self.generator = generator.to(device=self.device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
         self.face = face_model.to(self.device)
-        self.mesh = MeshFlow(face_model, generator.config.warp.flow_size).to(self.device)
+        self.mesh = MeshFlow(face_model, generator.config.warp.flow_size, openings=generator.config.openings).to(
+            self.device
+        )
         self.alpha = alpha.to(self.device, torch.float32)
         with torch.inference_mode():
             self._start = self.face.project(self.alpha, beta0.to(self.device).float(), rho0.to(self.device).float())[

@@ -19,6 +19,7 @@ from flowvqtalker.data.shards import Shard
 from flowvqtalker.errors import UserError
 from flowvqtalker.face.model import FaceModel
 from flowvqtalker.face.topology import EYES, LIPS
+from flowvqtalker.render.codebook import cut
 from flowvqtalker.render.discriminator import PatchDiscriminator, adversarial_loss, discriminator_loss
 from flowvqtalker.render.generator import VQIG, Generated, VQIGConfig
 from flowvqtalker.render.mesh import MeshFlow, warp
@@ -54,6 +55,9 @@ class Data:
     """Largest relative change of brightness, contrast and colour of a pair."""
     min_native: float = 0.0
     """Use only pictures whose crop had at least this many pixels of side in the original."""
+    hardest_of: int = 1
+    """Of so many pairs drawn, the one whose expressions differ most is learnt from (ours): most frames of a clip are
+    much alike, and what warping cannot do is seen where they are not."""
     validation: int = 32
     """Held-out pairs that are measured."""
 
@@ -85,6 +89,9 @@ class Config:
     """Weight of L_per."""
     mouth_weight: float = 1.0
     """Weight of a perceptual loss on the mouth alone, twice enlarged (ours): teeth are few pixels of the picture."""
+    mask_dropout: float = 0.5
+    """Share of the samples in which the blending mask is left out of the losses (ours, with ``model.blend``): a mask
+    that hides a poor decoder would also hide it from its gradient."""
     adversarial: Literal["hinge", "log"] = "hinge"
     """hinge as in CodeFormer's code, log as eq. 15 is written."""
     adversarial_weight: float = 0.05
@@ -118,6 +125,8 @@ class Config:
             (self.loop.accumulate == 1, "loop.accumulate must be 1: the discriminator sees the last batch's pictures"),
             (0 < self.patch <= 512, f"patch must be in (0, 512], got {self.patch}"),
             (0 <= self.data.stills <= 1, f"data.stills must be in [0, 1], got {self.data.stills}"),
+            (self.data.hardest_of >= 1, f"data.hardest_of must be at least 1, got {self.data.hardest_of}"),
+            (0 <= self.mask_dropout <= 1, f"mask_dropout must be in [0, 1], got {self.mask_dropout}"),
         )
 
 
@@ -147,7 +156,7 @@ class VQIGStage(Stage):
         self.module = nn.ModuleDict({"generator": self.generator, "discriminator": self.discriminator})
         self.shard = Shard(config.data.shard)
         self.face = FaceModel.load(config.data.face_model)
-        self.mesh = MeshFlow(self.face, config.model.warp.flow_size)
+        self.mesh = MeshFlow(self.face, config.model.warp.flow_size, openings=config.model.openings)
         self.perceptual = (
             None if config.perceptual == "none" else PerceptualLoss(config.perceptual, config.perceptual_weights)
         )
@@ -208,6 +217,7 @@ class VQIGStage(Stage):
             stills=data.stills,
             colour=data.colour,
             min_native=data.min_native,
+            hardest_of=data.hardest_of,
             seed=self.config.loop.seed,
             limit=limit,
         )
@@ -224,7 +234,7 @@ class VQIGStage(Stage):
             still = batch["still"].bool()
             if still.any():
                 source = source.clone()
-                source[still] = warp(batch["target"][still], mesh(end[still], start[still]))
+                source[still] = warp(batch["target"][still], mesh(end[still], start[still])[:, :2])
             return source, mesh(start, end), end
 
     def generate(self, batch: Batch, decode: bool) -> tuple[Generated, Tensor, Tensor]:
@@ -249,8 +259,10 @@ class VQIGStage(Stage):
             return discriminator_loss(real.float(), fake.float(), config.adversarial), logs
 
         found, _, vertices = self.generate(batch, decode)
+        window = config.model.window or (0, 0, *target.shape[-2:])
         valid = F.interpolate(batch["valid"][:, None], target.shape[-2:])
         region = self._region(vertices, target.shape[-1])
+        image = self._unmasked(found)
         with torch.no_grad():
             _, indices = self.generator.autoencoder.encode(target)
             codes = self.generator.autoencoder.codebook.lookup(indices)
@@ -264,26 +276,34 @@ class VQIGStage(Stage):
             logs |= {"code": entropy.detach(), "hits": hits}
         if self.generator.warping is not None:
             # At half the size: W moves what is there, so its perceptual loss needs no fine texture.
-            halves = [F.avg_pool2d(x, 2) for x in (found.warped, target, valid, region)]
+            halves = [F.avg_pool2d(cut(x, window), 2) for x in (found.warped, target, valid, region)]
             near, far = self._picture_losses(*halves)
             loss = loss + config.warp_weight * (near + config.perceptual_weight * far)
             logs |= {"warp_l1": near.detach(), "warp_perceptual": far.detach()}
         if decode:
-            near, far = self._picture_losses(found.image, target, valid, region)
+            near, far = self._picture_losses(*(cut(x, window) for x in (image, target, valid, region)))
             loss = loss + config.l1_weight * near + config.perceptual_weight * far
             logs |= {"l1": near.detach(), "perceptual": far.detach()}
             if self.perceptual is not None and config.mouth_weight > 0:
-                mouths = [F.interpolate(x, scale_factor=2) for x in self._cut(found.image, target, vertices, _MOUTH)]
+                mouths = [F.interpolate(x, scale_factor=2) for x in self._cut(image, target, vertices, _MOUTH)]
                 mouth = self.perceptual(*mouths)
                 loss = loss + config.mouth_weight * mouth
                 logs["mouth"] = mouth.detach()
         if adversarial:
-            fake, real = self._cut(found.image, target, vertices, config.patch, step)
+            fake, real = self._cut(image, target, vertices, config.patch, step)
             self._patches = (real.detach(), fake.detach())
             adv = adversarial_loss(self.discriminator(fake).float(), config.adversarial)
             loss = loss + config.adversarial_weight * adv
             logs["adversarial"] = adv.detach()
         return loss, logs
+
+    def _unmasked(self, found: Generated) -> Tensor:
+        """The generated pictures, some of them (``mask_dropout``) with the decoded one bare instead of blended."""
+        if found.mask is None or found.decoded is None or not self.config.mask_dropout:
+            return found.image
+        bare = torch.rand(len(found.image), 1, 1, 1, device=found.image.device) < self.config.mask_dropout
+        full = torch.ones_like(found.mask) if self.generator.rim is None else self.generator.rim.to(found.mask.dtype)
+        return self.generator.mix(found.warped, found.decoded, torch.where(bare, full, found.mask))
 
     def _picture_losses(self, image: Tensor, target: Tensor, valid: Tensor, region: Tensor) -> tuple[Tensor, Tensor]:
         """L1 with the regions' weight, and the perceptual distance, where the target shows something real."""
@@ -315,7 +335,8 @@ class VQIGStage(Stage):
         corner = vertices[:, list(LIPS), :2].mean(1).cpu() - patch / 2
         if step is not None:
             generator = torch.Generator().manual_seed(self.config.loop.seed * 7919 + step)
-            corner = corner + (torch.rand(len(image), 2, generator=generator) - 0.5) * 160
+            # From the chin up to the brows, and to both cheeks.
+            corner = corner + (torch.rand(len(image), 2, generator=generator) - torch.tensor([0.5, 0.8])) * 200
         corners = corner.round().long().clamp(0, side - patch).tolist()
         cut = [[x[i, :, t : t + patch, s : s + patch] for i, (s, t) in enumerate(corners)] for x in (image, target)]
         return torch.stack(cut[0]), torch.stack(cut[1])

@@ -57,9 +57,11 @@ def configuration(base: Any, variant: str, *, blend: bool = False) -> Any:
     Arguments:
         base: the configuration that all variants share.
         variant: a key of :data:`flowvqtalker.render.generator.ABLATION`.
-        blend: keep our mask between D_h's picture and I_w. The paper has none, and it hides what the parts add.
+        blend: keep our mask between D_h's picture and I_w, and with it the window that D_h decodes. The paper has
+            neither, and they hide what the parts add.
     """
-    return replace(base, model=replace(base.model.ablated(variant), blend=blend))
+    model = base.model.ablated(variant)
+    return replace(base, model=replace(model, blend=blend, window=model.window if blend else None))
 
 
 def train_missing(base: Any, variants: Sequence[str], folder: Path, *, blend: bool = False) -> dict[str, Path]:
