@@ -23,6 +23,7 @@ from flowvqtalker.train import expflow, poseflow
 from flowvqtalker.train.config import LoopConfig, from_dict, to_dict
 from flowvqtalker.train.flow_stage import Hearing, Losses, correlation, load_listener
 from flowvqtalker.train.loop import fit
+from flowvqtalker.train.resting import resting_faces
 from flowvqtalker.train.sequences import Corpus, MotionClip, SequenceConfig, SequenceDataset, hear
 from flowvqtalker.train.voices import perturb, reverberate, vary
 
@@ -122,6 +123,60 @@ def test_transplant_moves_an_emotion_to_the_speakers_face():
     assert (np.abs(speaker.frames - item["source"].numpy()).max(1) < 1e-6).any(), "the source is the calm speaker"
     stays = dataset(both, frames=60, transplant=0.0, perturb=False).item(1, 0, np.random.default_rng(0), speaker=2)
     assert np.allclose(stays["frames"][10:].numpy().mean(0), angry.frames.mean(0), atol=0.05)
+
+
+def test_an_emotion_of_a_stranger_moves_by_the_estimated_neutral_face():
+    random = np.random.default_rng(0)
+    neutral, shift = EMOTIONS.index("neutral"), np.linspace(-1, 1, 64)
+    faces = {f"person {n}": random.normal(size=64) for n in range(40)}
+    clips = []
+    for who, face in faces.items():
+        stranger = int(who.split()[1]) >= 30  # ten of forty are only seen angry
+        for label in (0,) if stranger else (neutral, 0):
+            rest = face + (shift if label == 0 else 0)
+            frames = (rest + 0.01 * random.normal(size=(20, 64))).astype(np.float32)
+            clips.append(replace(clip(0, 20, who=who), frames=frames, emotion=label))
+    known, estimated = (Corpus(clips, lips=np.zeros((64, 64), np.float32), estimate=e) for e in (False, True))
+    number = len(clips) - 1
+    assert not known.has_neutral(number) and estimated.has_neutral(number)
+    face = faces[clips[number].identity]
+    assert np.abs(estimated.neutral(number) - face).max() < 0.1 < np.abs(known.neutral(number) - face).mean()
+    data = dataset(estimated, frames=20, transplant=1.0, no_source=0.0, perturb=False)
+    moved = data.item(number, 0, np.random.default_rng(1), speaker=0)["frames"][10:].numpy().mean(0)
+    assert np.allclose(moved - clips[0].frames.mean(0), shift, atol=0.1)
+
+
+def test_resting_faces_are_the_best_linear_unbiased_prediction():
+    """Against generalised least squares with the whole covariance matrix, for the variances that were found."""
+    random = np.random.default_rng(1)
+    emotions = [0, 0, 5, 5, 6, 6, 0, 5]
+    people = ["a", "b", "a", "c", "c", "d", "d", "e"]
+    x = random.normal(size=(8, 3)) * [1, 2, 0.5]
+    found = resting_faces(x, emotions, people)
+    design = np.array([[e == c for c in (0, 5, 6)] for e in emotions], float)
+    member = np.array([[p == q for q in "abcde"] for p in people], float)
+    for d in range(3):
+        cover = found.person[d] * member @ member.T + found.rest[d] * np.eye(8)
+        inverse = np.linalg.inv(cover)
+        effect = np.linalg.solve(design.T @ inverse @ design, design.T @ inverse @ x[:, d])
+        person = found.person[d] * member.T @ inverse @ (x[:, d] - design @ effect)
+        assert np.allclose([found.emotions[c][d] for c in (0, 5, 6)], effect)
+        assert np.allclose([found.people[q][d] for q in "abcde"], person)
+    assert np.allclose(found.face("a", 6), found.emotions[6] + found.people["a"])
+    assert np.allclose(found.face("nobody", 6), found.emotions[6])
+    with pytest.raises(UserError, match="one emotion and one name"):
+        resting_faces(x, emotions[:3], people)
+
+
+def test_resting_faces_find_the_variances():
+    random = np.random.default_rng(2)
+    people = [f"p{n}" for n in range(200) for _ in range(3)]
+    emotions = random.integers(0, 4, size=600).tolist()
+    of_person = random.normal(size=(200, 2)) * [2, 0.5]
+    x = np.repeat(of_person, 3, axis=0) + random.normal(size=(600, 2)) * [1, 1]
+    found = resting_faces(x, emotions, people)
+    assert np.allclose(found.person, [4, 0.25], rtol=0.25)
+    assert np.allclose(found.rest, [1, 1], rtol=0.15)
 
 
 def test_people_share_the_speech_by_square_root():

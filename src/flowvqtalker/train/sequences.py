@@ -5,7 +5,8 @@ drawn class by class, all classes alike (they teach the emotions), and the rest 
 the lips), where the people share the items by the square root of how much there is of each. Three augmentations (ours)
 fill in what few clips show: a *graft* puts the lips of a speech clip on an emotional clip; a *transplant* then moves
 the emotion, as its difference to the person's neutral face, to the speaker's face; and a changed *strength* moves the
-mean expression of an emotional clip towards the person's neutral face or away from it.
+mean expression of an emotional clip towards the person's neutral face or away from it. Where no neutral clip of a
+person is known, the neutral face is estimated (:mod:`flowvqtalker.train.resting`).
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from flowvqtalker.loading import fast_dtype
 from flowvqtalker.motion.context import AudioConfig, AudioEncoder
 from flowvqtalker.motion.flow import Sequences
 from flowvqtalker.motion.listener import Listener
+from flowvqtalker.train.resting import resting_faces
 from flowvqtalker.train.voices import vary, vary_fine
 
 __all__ = ["Corpus", "MotionClip", "SequenceConfig", "SequenceDataset", "collate", "hear", "load_corpus"]
@@ -62,8 +64,10 @@ class SequenceConfig:
     graft: float = 0.5
     """Share of the emotional items that get the lips and the sound of a neutral clip with speech."""
     transplant: float = 0.6
-    """Share of the grafted items of people whose neutral face is known in which the emotion's difference to it moves to
-    the speaker's face, and the source is the speaker's: a calm portrait that is to show an emotion, as in use."""
+    """Share of the grafted items in which the emotion's difference to the person's neutral face moves to the speaker's
+    face, and the source is the speaker's: a calm portrait that is to show an emotion, as in use."""
+    estimate: bool = True
+    """Transplant the emotions of people whose neutral face is only estimated, too."""
     strength: float = 0.4
     """Share of the emotional items whose strength is changed; their class weights say to what (see motion.sampler)."""
     strongest: float = 1.6
@@ -119,7 +123,7 @@ class Corpus:
         clips: at least one.
         lips: (D, D) projection on the directions in which lips move; None: no grafts.
         gap: (D,) direction in which the lips open.
-        known: see :class:`SequenceConfig`.
+        known, estimate: see :class:`SequenceConfig`.
     """
 
     def __init__(
@@ -128,6 +132,7 @@ class Corpus:
         lips: Floats | None = None,
         gap: Floats | None = None,
         known: float = SequenceConfig.known,
+        estimate: bool = SequenceConfig.estimate,
     ) -> None:
         if not clips:
             raise UserError("no clips to train on; check the split and the shards")
@@ -142,6 +147,12 @@ class Corpus:
             neutral.setdefault(clips[number].identity, []).append(number)
         self._neutral = {who: self.means[numbers].mean(0) for who, numbers in neutral.items()}
         self._everyone = self.means[calm].mean(0) if calm else np.zeros_like(self.means[0])
+        self._estimated: dict[str, Floats] = {}
+        if estimate and calm:
+            alike = [_NEUTRAL if clip.emotion in _CALM else clip.emotion for clip in clips]
+            found = resting_faces(self.means, alike, [clip.identity for clip in clips])
+            strangers = {clip.identity for clip in clips} - self._neutral.keys()
+            self._estimated = {who: found.face(who, _NEUTRAL).astype(np.float32) for who in strangers}
         lengths = np.array([len(clip.frames) for clip in clips], np.float64)
         emotions = np.array([clip.emotion for clip in clips])
         familiar = np.array([clip.identity in self._neutral for clip in clips])
@@ -172,13 +183,14 @@ class Corpus:
         return sum(len(clip.frames) for clip in self.clips)
 
     def neutral(self, number: int) -> Floats:
-        """Mean neutral expression (D,) of the person of a clip; of everyone where there is none."""
-        face: Floats = self._neutral.get(self.clips[number].identity, self._everyone)
+        """Mean neutral expression (D,) of the person of a clip; where there is none, as estimated, or everyone's."""
+        who = self.clips[number].identity
+        face: Floats = self._neutral[who] if who in self._neutral else self._estimated.get(who, self._everyone)
         return face
 
     def has_neutral(self, number: int) -> bool:
-        """Whether the neutral face of the person of a clip is known."""
-        return self.clips[number].identity in self._neutral
+        """Whether the neutral face of the person of a clip is known or estimated."""
+        return self.clips[number].identity in self._neutral or self.clips[number].identity in self._estimated
 
     def pick(self, random: np.random.Generator, balanced: float) -> int:
         """Number of a clip."""
@@ -252,7 +264,7 @@ def load_corpus(
                     frames - frames.mean(0) if pose else frames, mel, max(emotion, 0), speech, identity, front=front
                 )
             )
-    return Corpus(clips, lips, gap, config.known)
+    return Corpus(clips, lips, gap, config.known, config.estimate and not pose)
 
 
 def hear(corpus: Corpus, encoder: AudioEncoder, copies: int = 1, seed: int = 0) -> None:
