@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -94,11 +95,21 @@ def save_checkpoint(
         "loop": to_dict(config),
         "rng": {"seed": config.seed, "step": state["step"]},  # see step_seed: there is no other random state
         "model": module.state_dict(),
+        "frozen": frozen(module, ema),
         "ema": ema.state_dict(),
         "optimizers": {name: optimizer.state_dict() for name, optimizer in optimizers.items()},
         **state,
     }
     replace_file(path, lambda p: torch.save(content, p))
+
+
+def frozen(module: nn.Module, ema: Ema) -> dict[str, Any]:
+    """Names of the parameters that are not trained, which building the stage restores, and a hash of their values."""
+    names = [name for name, _ in module.named_parameters() if name not in ema.parameters]
+    digest = hashlib.sha256()
+    for name in names:
+        digest.update(module.get_parameter(name).detach().cpu().contiguous().numpy().tobytes())
+    return {"names": names, "sha256": digest.hexdigest()}
 
 
 def load_checkpoint(
@@ -131,16 +142,33 @@ def load_checkpoint(
         if old != new:
             logger.warning("loop.%s was %s and is %s: the order of the data changes here", key, old, new)
     try:
-        module.load_state_dict(content["model"])
+        _load_model(path, module, ema, content)
         ema.load_state_dict(content["ema"])
         for name, optimizer in optimizers.items():
             optimizer.load_state_dict(content["optimizers"][name])
+            _align(optimizer)
     except (KeyError, RuntimeError, ValueError) as error:
         raise UserError(
             f"checkpoint {path} does not fit the model, the configuration differs in {changed or 'nothing'}; "
             "resume with its own configuration or choose another --out"
         ) from error
     state.update(step=int(content["step"]), best=float(content["best"]))
+
+
+def _load_model(path: Path, module: nn.Module, ema: Ema, content: Mapping[str, Any]) -> None:
+    """Parameters that are not trained may be left out of a checkpoint if the module has the same ones already."""
+    left_out = set(content.get("frozen", {}).get("names", ())) - set(content["model"])
+    if left_out and content["frozen"] != frozen(module, ema):
+        raise UserError(f"checkpoint {path} was made with other frozen parts; give the same codebook or listener again")
+    module.load_state_dict({name: module.get_parameter(name) for name in left_out} | content["model"])
+
+
+def _align(optimizer: Any) -> None:
+    """Give the moments the memory format of their parameters, which fused Adam takes for granted."""
+    for parameter, state in optimizer.state.items():
+        for key, value in state.items():
+            if value.shape == parameter.shape and value.stride() != parameter.stride():
+                state[key] = torch.empty_like(parameter).copy_(value)
 
 
 def _without_loop(config: Any) -> Any:
