@@ -261,7 +261,7 @@ def test_the_command_trains_measures_and_writes(
 def test_the_command_refuses_what_it_cannot_do(shard: Path, tmp_path: Path) -> None:
     (tmp_path / "w").mkdir()
     command = Ablation(shard=shard, output=tmp_path / "out.png", runs=tmp_path / "runs")
-    with pytest.raises(UserError, match="leave out --variant or --train"):
+    with pytest.raises(UserError, match="leave them or --variant out"):
         replace(command, train=True, variant=(f"a={tmp_path / 'w'}",)).run()
     with pytest.raises(UserError, match=r"weights\.safetensors do not exist"):
         replace(command, variant=(f"a={tmp_path / 'w'}",)).run()
@@ -285,3 +285,17 @@ def test_the_shared_configuration_fits_the_default_weights() -> None:
         own = VQIG(configuration(base, "C").model).state_dict()
     assert {k for k in own if not k.startswith("autoencoder.")} == {k for k in given if not k.startswith("blend.")}
     assert all(own[k].shape == given[k].shape for k in given if k in own)
+
+
+def test_extra_variants_change_one_thing() -> None:
+    base = Config()
+    whole = configuration(base, "C")
+    for name in ablation.EXTRA:
+        changed = configuration(base, name)
+        assert changed != whole or name == whole.perceptual
+    assert (
+        configuration(base, "no-mesh").model.warp.prior == "none" and not configuration(base, "no-mesh").model.openings
+    )
+    assert configuration(base, "vgg19") == replace(whole, perceptual="vgg19")
+    assert configuration(base, "frozen").model == replace(whole.model, tune_decoder=False)
+    assert configuration(base, "no-mesh", blend=True).model.window == base.model.window

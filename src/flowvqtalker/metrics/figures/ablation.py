@@ -20,11 +20,14 @@ if TYPE_CHECKING:
     from flowvqtalker.metrics.reenactment import Pair
     from flowvqtalker.render.generator import VQIG
 
-__all__ = ["Ablation", "configuration", "load_variant", "make", "train_missing"]
+__all__ = ["EXTRA", "Ablation", "configuration", "load_variant", "make", "train_missing"]
 
 logger = logging.getLogger(__name__)
 
 _CONFIG = Path("configs/vqig-ablation.yaml")
+
+#: Variants of ours beside the paper's: the whole generator with one thing changed, and their labels.
+EXTRA = {"no-mesh": "+C, no mesh", "frozen": "+C, frozen D_h", "vgg19": "+C, VGG19", "mobilenet": "+C, MobileNet"}
 
 
 def make(pairs: Sequence[Pair], methods: Mapping[str, str], *, zoom: bool = True, cell: float = 1.3) -> Figure:
@@ -56,12 +59,19 @@ def configuration(base: Any, variant: str, *, blend: bool = False) -> Any:
 
     Arguments:
         base: the configuration that all variants share.
-        variant: a key of :data:`flowvqtalker.render.generator.ABLATION`.
+        variant: a key of :data:`flowvqtalker.render.generator.ABLATION` or of :data:`EXTRA`.
         blend: keep our mask between D_h's picture and I_w, and with it the window that D_h decodes. The paper has
             neither, and they hide what the parts add.
     """
-    model = base.model.ablated(variant)
-    return replace(base, model=replace(model, blend=blend, window=model.window if blend else None))
+    model = base.model.ablated("C" if variant in EXTRA else variant)
+    model = replace(model, blend=blend, window=model.window if blend else None)
+    if variant == "no-mesh":
+        model = replace(model, warp=replace(model.warp, prior="none"), openings=False)
+    elif variant == "frozen":
+        model = replace(model, tune_decoder=False)
+    elif variant in EXTRA:
+        base = replace(base, perceptual=variant)
+    return replace(base, model=model)
 
 
 def train_missing(base: Any, variants: Sequence[str], folder: Path, *, blend: bool = False) -> dict[str, Path]:
@@ -198,8 +208,11 @@ class Ablation:
     variant: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="NAME=WEIGHTS")] = ()
     """Label and weights (a run's folder or a safetensors file) of a generator; repeat it. Default: the five variants
     in --runs."""
+    extra: tuple[Literal["no-mesh", "frozen", "vgg19", "mobilenet"], ...] = ()
+    """Variants beyond the paper's five: W without the flow of the face mesh, D_h frozen, and the perceptual loss on
+    VGG19 or MobileNet."""
     runs: Path = Path("runs/ablation")
-    """Where the five variants are, or are trained: B, W, phi, M, C."""
+    """Where the variants are, or are trained: B, W, phi, M, C, and those of --extra."""
     train: bool = False
     """Train what is missing in --runs first; an interrupted run goes on."""
     config: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
@@ -262,22 +275,24 @@ class Ablation:
 
         given = grid.named(self.variant, "--variant")
         if given:
-            if self.train:
-                raise UserError("--train trains the five variants in --runs; leave out --variant or --train")
+            if self.train or self.extra:
+                raise UserError("--train and --extra are about the variants in --runs; leave them or --variant out")
             return given, ()
+        wanted = dict(ABLATION)
+        wanted.update((name, EXTRA[name]) for name in self.extra)
         if self.train:
-            train_missing(self._training(), list(ABLATION), self.runs, blend=self.blend)
-        missing = [variant for variant in ABLATION if not _steps(self.runs / variant)]
+            train_missing(self._training(), list(wanted), self.runs, blend=self.blend)
+        missing = [variant for variant in wanted if not _steps(self.runs / variant)]
         if missing:
             raise UserError(
                 f"{self.runs} has no weights of {', '.join(missing)}; add --train, or give --variant NAME=WEIGHTS"
             )
-        steps = {variant: _steps(self.runs / variant) for variant in ABLATION}
+        steps = {variant: _steps(self.runs / variant) for variant in wanted}
         if len(set(steps.values())) > 1:
             logger.warning("the variants differ in their training: steps %s", steps)
         count = ", ".join(str(n) for n in sorted(set(steps.values())))
         return (
-            {label: self.runs / variant for variant, label in ABLATION.items()},
+            {label: self.runs / variant for variant, label in wanted.items()},
             (f"each variant trained for {count} steps{_beginning(self.runs / next(iter(ABLATION)))}",),
         )
 
