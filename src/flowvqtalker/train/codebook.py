@@ -8,10 +8,13 @@ from typing import Any, Literal
 
 import torch
 from lightning.fabric import Fabric
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flowvqtalker.data.pictures import Augmentation, PictureDataset, find_pictures
+from flowvqtalker.errors import UserError
 from flowvqtalker.render.codebook import CodebookConfig, VQAutoencoder
 from flowvqtalker.render.discriminator import PatchDiscriminator, adversarial_loss, discriminator_loss
 from flowvqtalker.render.perceptual import PerceptualLoss
@@ -29,6 +32,8 @@ class Data:
     """Folder of face crops (512x512)."""
     table: Path | None = None
     """csv with the columns file and identity, for a split by person."""
+    start: Path | None = None
+    """Weights of a codebook of the same size to begin with (fine-tuning); its codes are kept as they are."""
     augmentation: Augmentation = field(default_factory=lambda: Augmentation(crop=256, min_scale=0.5))
     """Random views of the training pictures."""
     validation: int = 48
@@ -93,6 +98,8 @@ class CodebookStage(Stage):
     def __init__(self, config: Config) -> None:
         self.config = config
         self.autoencoder = VQAutoencoder(config.model)
+        if config.data.start is not None:
+            self._begin_with(config.data.start)
         self.discriminator = PatchDiscriminator(config.discriminator_width, config.discriminator_layers)
         self.module = nn.ModuleDict({"autoencoder": self.autoencoder, "discriminator": self.discriminator})
         self.perceptual = (
@@ -103,6 +110,15 @@ class CodebookStage(Stage):
         self.pictures = find_pictures(config.data.pictures, config.data.table)
         self._fake: Tensor | None = None
         self._latents: Tensor | None = None
+
+    def _begin_with(self, file: Path) -> None:
+        """Take over the weights of a codebook."""
+        if not file.is_file():
+            raise UserError(f"{file} not found; set data.start to the weights of a codebook, or leave it out")
+        try:
+            self.autoencoder.load_state_dict({key: value.float() for key, value in load_file(file).items()})
+        except (RuntimeError, SafetensorError) as error:
+            raise UserError(f"{file} (data.start) does not hold a codebook of this size; leave it out") from error
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         return {
@@ -118,7 +134,9 @@ class CodebookStage(Stage):
         return self.config.discriminator_lr if group == "discriminator" else 1.0
 
     def on_start(self, batch: Tensor) -> None:
-        """Begin with codes that are latents of real pictures."""
+        """Begin with codes that are latents of real pictures, unless they come from ``data.start``."""
+        if self.config.data.start is not None:
+            return
         with torch.no_grad():
             z = self.autoencoder.encoder(batch)
         self.autoencoder.codebook.usage.zero_()
