@@ -12,7 +12,8 @@ A shard is a folder. Everything in it is optional except ``index.npz``, so a sta
 ``audio.npy``             (N * 640,) int16, 16 kHz mono, sample 640 t belongs to the start of frame t
 ``images.npz``            per stored picture: row, offset and size in ``images.bin``
 ``lags.npz``              per clip: frames that its sound comes before its lips (:mod:`flowvqtalker.data.resync`)
-``images.bin``            JPEGs of 512x512 crops, back to back
+``images.bin``            JPEGs (or WebPs) of 512x512 crops, back to back
+``decoded.npy``           (M, 512, 512, 3) uint8, the same decoded (:meth:`Shard.keep_decoded`)
 ========================  =====================================================================================
 """
 
@@ -21,6 +22,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -33,7 +35,7 @@ import numpy.typing as npt
 
 from flowvqtalker.errors import UserError
 
-__all__ = ["FPS", "LAGS", "SAMPLES", "Clip", "Shard", "ShardWriter"]
+__all__ = ["FPS", "LAGS", "SAMPLES", "SHARD_VERSION", "Clip", "Shard", "ShardWriter"]
 
 FPS = 25
 #: Samples of 16 kHz audio that belong to one frame.
@@ -42,7 +44,7 @@ SIZE = 512
 #: File of the clips' lags, and which of them are believed: small ones, of a confidence that few wrong ones reach.
 LAGS = "lags.npz"
 _MOST_LAG, _SURE = 3, 0.12
-_VERSION = 1
+SHARD_VERSION = 1
 _LANDMARK_SCALE = 32.0
 _LANDMARK_CENTRE = 256.0
 _NO_LANDMARK = -32768
@@ -195,7 +197,7 @@ class ShardWriter:
         self._images.close()
         fields = (*_CLIP_FIELDS, "start", "length", "sound")
         index = {name: np.array([row[name] for row in self._rows]) for name in fields}
-        np.savez(self._beside / "index.npz", version=_VERSION, about=self.about, **cast(Any, index))
+        np.savez(self._beside / "index.npz", version=SHARD_VERSION, about=self.about, **cast(Any, index))
         table = np.array(self._image_rows, np.int64).reshape(-1, 4)
         np.savez(
             self._beside / "images.npz",
@@ -270,8 +272,10 @@ class Shard:
         if not file.is_file():
             raise UserError(f"no shard at {path} (index.npz is missing); make one with `flowvqtalker prepare`")
         with np.load(file) as index:
-            if int(index["version"]) != _VERSION:
-                raise UserError(f"shard {path} has version {index['version']}, {_VERSION} is needed; prepare it again")
+            if int(index["version"]) != SHARD_VERSION:
+                raise UserError(
+                    f"shard {path} has version {index['version']}, {SHARD_VERSION} is needed; prepare it again"
+                )
             self.about = str(index["about"])
             for key in (*_CLIP_FIELDS, "start", "length", "sound"):
                 setattr(self, key, index[key])
@@ -378,6 +382,8 @@ class Shard:
 
     def image(self, number: int, size: int = SIZE) -> npt.NDArray[np.uint8]:
         """Picture (size, size, 3) uint8 RGB with a number in [0, M); smaller sizes are averaged."""
+        if self.decoded and size == SIZE:
+            return np.array(self._map("decoded.npy")[number])
         start = int(self._offset[number])
         picture = cv2.imdecode(self._map("images.bin")[start : start + int(self._size[number])], cv2.IMREAD_COLOR)
         if picture is None:
@@ -385,6 +391,24 @@ class Shard:
         if size != SIZE:
             picture = cv2.resize(picture, (size, size), interpolation=cv2.INTER_AREA)
         return cast("npt.NDArray[np.uint8]", np.ascontiguousarray(picture[..., ::-1]))
+
+    @cached_property
+    def decoded(self) -> bool:
+        """Whether the pictures are there decoded."""
+        return (self.path / "decoded.npy").is_file()
+
+    def keep_decoded(self, threads: int = 8) -> None:
+        """Store all pictures decoded, 0.75 MiB each, so that training need not decode: the system keeps the file in
+        memory where it fits, and processes share it."""
+        file, beside = self.path / "decoded.npy", self.path / "decoded.npy.tmp"
+        shape = (len(self.image_row), SIZE, SIZE, 3)
+        store = np.lib.format.open_memmap(beside, mode="w+", dtype=np.uint8, shape=shape)
+        with ThreadPoolExecutor(threads) as pool:
+            found = pool.map(lambda number: store.__setitem__(number, self.image(number)), range(len(store)))
+            list(found)  # raises what a thread raised
+        store.flush()
+        os.replace(beside, file)
+        self.__dict__.pop("decoded", None)
 
     def valid_mask(self, clip: int, size: int = SIZE) -> npt.NDArray[np.bool_]:
         """(size, size) bool: which pixels of a clip's crop lie inside its input; the others were made up."""
