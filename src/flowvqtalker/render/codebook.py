@@ -21,9 +21,9 @@ WINDOWED = 2
 class CodebookConfig:
     """Sizes of E_h, C and D_h. Level i works at image side / 2**i; the last level holds the codes (16x16 at 512)."""
 
-    channels: tuple[int, ...] = (64, 64, 128, 128, 256, 512)
-    """Encoder channels from full resolution down to the code map (CodeFormer: 64 x 1,1,2,2,4,8)."""
-    decoder_channels: tuple[int, ...] = (64, 64, 128, 128, 256, 512)
+    channels: tuple[int, ...] = (64, 128, 128, 256, 256, 512)
+    """Encoder channels from full resolution down to the code map (CodeFormer: 64 x 1,2,2,4,4,8)."""
+    decoder_channels: tuple[int, ...] = (64, 128, 128, 256, 256, 512)
     """Decoder channels, same order as ``channels``."""
     blocks: int = 2
     """Residual blocks a level."""
