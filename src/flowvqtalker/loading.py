@@ -13,6 +13,7 @@ from flowvqtalker.face.model import FaceModel
 from flowvqtalker.motion.flow import ExpFlow, Flow, PoseFlow
 from flowvqtalker.motion.listener import Listener, ListenerConfig
 from flowvqtalker.motion.manifold import LatentBank
+from flowvqtalker.motion.quantised import quantise
 from flowvqtalker.render.codebook import CodebookConfig
 from flowvqtalker.render.generator import VQIG, VQIGConfig
 
@@ -89,7 +90,10 @@ def load_listener(path: str | Path | None = None) -> Listener:
         raise weights.mismatch("listener", str(error), path) from error
     kept = {key.removeprefix("audio."): value for key, value in tensors.items() if key.startswith("audio.")}
     weights.restore(listener, kept, "listener", path)
-    return listener.to(fast_dtype(torch.device("cpu"))).eval()
+    listener = listener.to(fast_dtype(torch.device("cpu"))).eval()
+    if listener.offset.dtype == torch.bfloat16:
+        quantise(listener)
+    return listener
 
 
 def load_flow(

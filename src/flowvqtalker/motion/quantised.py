@@ -1,0 +1,74 @@
+"""Products with matrices of small integers, for the listener on a CPU.
+
+A frame of a stream is a product of two rows with seven million weights, so its time is the time to read them. Kept as
+bytes, as they are stored, they are read twice as fast as bfloat16 (measured: 42 million weights in 1.6 ms, not 3.2).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+__all__ = ["QuantisedConvolution", "QuantisedLinear", "quantise"]
+
+#: Products with more rows than this are computed by the ordinary product, which is faster then.
+_FEW = 8
+#: PyTorch's product of bfloat16 rows with such matrices; its product with float32 rows is not written for speed.
+_PRODUCT = getattr(torch, "_weight_int8pack_mm", None)
+
+
+class QuantisedLinear(nn.Module):
+    """A linear layer whose weights are small integers times a factor for each output.
+
+    Arguments:
+        weight: (M, N), rounded to a 127th of the largest number of its row; exact for what was stored that way.
+        bias: (M,).
+    """
+
+    steps: Tensor
+    scale: Tensor
+    bias: Tensor
+
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+        super().__init__()
+        scale = (weight.float().abs().amax(1) / 127).clamp_min(1e-8)
+        self.register_buffer("steps", (weight.float() / scale[:, None]).round().to(torch.int8))
+        self.register_buffer("scale", scale.to(weight.dtype))
+        self.register_buffer("bias", bias.detach().clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., N) to (..., M)."""
+        rows = x.reshape(-1, x.shape[-1])
+        if _PRODUCT is None or x.device.type != "cpu" or x.dtype != torch.bfloat16 or len(rows) > _FEW:
+            return functional.linear(x, self.steps.to(x.dtype) * self.scale[:, None], self.bias)
+        product: Tensor = _PRODUCT(rows, self.steps, self.scale)
+        return (product + self.bias).view(*x.shape[:-1], len(self.scale))
+
+
+class QuantisedConvolution(nn.Module):
+    """A convolution over time without padding or groups, as a :class:`QuantisedLinear` of what each tap reads."""
+
+    def __init__(self, convolution: nn.Conv1d) -> None:
+        super().__init__()
+        self.size, self.stride = convolution.kernel_size[0], convolution.stride[0]
+        assert convolution.bias is not None
+        self.product = QuantisedLinear(convolution.weight.detach().flatten(1), convolution.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, L) to (N, M, L')."""
+        seen = x.unfold(2, self.size, self.stride).transpose(1, 2).flatten(2)
+        result: Tensor = self.product(seen).mT
+        return result
+
+
+def quantise(module: nn.Module, least: int = 2**16) -> None:
+    """Replace the layers with at least so many weights inside a module: linear ones, and convolutions over time."""
+    for name, child in module.named_children():
+        plain = isinstance(child, nn.Conv1d) and child.padding == (0,) and child.groups == 1 and child.dilation == (1,)
+        if sum(p.numel() for p in child.parameters(recurse=False)) < least:
+            quantise(child, least)
+        elif isinstance(child, nn.Linear) and child.bias is not None:
+            setattr(module, name, QuantisedLinear(child.weight.detach(), child.bias))
+        elif isinstance(child, nn.Conv1d) and plain and child.bias is not None:
+            setattr(module, name, QuantisedConvolution(child))
