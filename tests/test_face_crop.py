@@ -1,4 +1,4 @@
-"""The crop: where it lies, how it is sampled, how it goes back."""
+"""The crop: where it lies, how it is sampled."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from flowvqtalker.errors import UserError
-from flowvqtalker.face.crop import SIZE, Crop, Paster, crop_box
+from flowvqtalker.face.crop import SIZE, Crop, crop_box
 from flowvqtalker.face.topology import EYES, MOUTH_CORNERS
 
 
@@ -111,61 +111,3 @@ def test_outside_is_mirrored_and_blurred() -> None:
     assert np.array_equal(image[:, 256:], picture[:, :256])
     assert image[:, :128].std() < 0.2 * picture.std()
     assert abs(image[:, :128].mean() - picture.mean()) < 5
-
-
-@pytest.mark.parametrize("scale", [0.4, 1.0, 2.7])
-def test_paste_changes_only_the_crop(scale: float) -> None:
-    generator = np.random.default_rng(1)
-    picture = generator.integers(0, 256, (700, 900, 3), dtype=np.uint8)
-    cosine, sine = scale * np.cos(0.3), scale * np.sin(0.3)
-    crop = Crop(np.array([[cosine, sine, -220 * scale], [-sine, cosine, -100 * scale]]))
-    face = np.full((SIZE, SIZE, 3), 200, np.uint8)
-    pasted = crop.paste(picture, face)
-    y, x = np.mgrid[:700, :900] + 0.5
-    where = crop.points(np.stack([x, y], axis=-1))
-    margin = 3 * max(1, scale)
-    outside = ((where < -margin) | (where > SIZE + margin)).any(-1)
-    inside = ((where > 120) & (where < SIZE - 120)).all(-1)
-    assert outside.any()
-    assert inside.any()
-    assert np.array_equal(pasted[outside], picture[outside])
-    assert pasted[inside].std(axis=0).max() < 1
-    assert picture is not pasted
-
-
-def test_paste_of_the_crop_itself_changes_little(astronaut: np.ndarray) -> None:
-    crop = Crop(np.array([[2.5, 0, -300], [0, 2.5, -50]]))
-    pasted = crop.paste(astronaut, crop.apply(astronaut))
-    assert np.abs(pasted.astype(float) - astronaut).mean() < 0.5
-
-
-def test_paste_follows_a_mask(astronaut: np.ndarray) -> None:
-    crop = Crop(np.array([[1.0, 0, 0], [0, 1, 0]]))
-    mask = np.zeros((SIZE, SIZE), np.float32)
-    mask[100:200, 150:250] = 1
-    face = np.zeros((SIZE, SIZE, 3), np.uint8)
-    pasted = crop.paste(astronaut, face, mask)
-    assert not pasted[100:200, 150:250].any()
-    assert np.array_equal(pasted[mask == 0], astronaut[mask == 0])
-    assert np.array_equal(crop.paste(astronaut, face, np.zeros((SIZE, SIZE))), astronaut)
-    with pytest.raises(UserError, match="mask"):
-        crop.paste(astronaut, face, mask[:100])
-    with pytest.raises(UserError, match="512"):
-        crop.paste(astronaut, face[:100])
-
-
-def test_paste_corrects_a_drift_of_colour(astronaut: np.ndarray) -> None:
-    crop = Crop(np.array([[2.0, 0, -200], [0, 2.0, 0]]))
-    face = crop.apply(astronaut)
-    drifted = np.clip(face.astype(int) + np.array([6, -5, 4]), 0, 255).astype(np.uint8)
-    paster = Paster(crop, astronaut)
-    assert np.abs(paster(drifted).astype(float) - paster(face)).mean() < 0.5
-    assert np.array_equal(paster(face), crop.paste(astronaut, face))  # carries no state
-
-
-def test_paste_of_a_crop_beyond_the_picture(astronaut: np.ndarray) -> None:
-    face = np.zeros((SIZE, SIZE, 3), np.uint8)
-    assert np.array_equal(Crop(np.array([[1.0, 0, 3000], [0, 1, 0]])).paste(astronaut, face), astronaut)
-    half = Crop(np.array([[1.0, 0, 256], [0, 1, 0]])).paste(astronaut, face)
-    assert np.array_equal(half[:, 260:], astronaut[:, 260:])
-    assert half[100:-100, :100].max() <= 12

@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
+import cv2
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -22,7 +23,7 @@ from flowvqtalker.face.model import FaceModel
 from flowvqtalker.face.tracker import Face, FaceTracker, largest_face
 from flowvqtalker.media import FPS, Picture, probe, read_image, read_video
 
-__all__ = ["MAX_YAW", "MIN_FACE", "Portrait", "Progress", "find_portrait", "track", "track_landmarks"]
+__all__ = ["MAX_FULL", "MAX_YAW", "MIN_FACE", "Portrait", "Progress", "find_portrait", "track", "track_landmarks"]
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +34,8 @@ Progress = Callable[[int, int], None]
 MIN_FACE = 64
 #: Largest turn of the head, in degrees.
 MAX_YAW = 50.0
+#: Longer side of the largest whole picture that is made into video, in pixels.
+MAX_FULL = 3840
 
 _MAX_FACES = 10
 
@@ -60,6 +63,20 @@ class Portrait:
     identity: Tensor
     expression: Tensor
     pose: Tensor
+
+    def reduced(self, side: int = MAX_FULL) -> Portrait:
+        """The same portrait in a picture whose longer side is at most ``side`` pixels, for video of all of it."""
+        height, width = self.picture.shape[:2]
+        if max(height, width) <= side:
+            return self
+        factor = side / max(height, width)
+        size = max(1, round(width * factor)), max(1, round(height * factor))
+        logger.warning("the picture of %dx%d pixels is reduced to %dx%d for video", width, height, *size)
+        stretch = np.array([size[0] / width, size[1] / height])
+        matrix = self.crop.matrix / [*stretch, 1]
+        picture = np.asarray(cv2.resize(self.picture, size, interpolation=cv2.INTER_AREA), np.uint8)
+        landmarks = self.landmarks * np.array([*stretch, factor], np.float32)
+        return replace(self, picture=picture, crop=Crop(matrix), landmarks=landmarks)
 
 
 def find_portrait(model: FaceModel, source: str | Path | Picture, face: int | None = None) -> Portrait:

@@ -15,7 +15,7 @@ from torch import Tensor
 from flowvqtalker.audio import decode
 from flowvqtalker.coefficients import Coefficients
 from flowvqtalker.errors import UserError
-from flowvqtalker.face.crop import Paster, crop_box
+from flowvqtalker.face.crop import crop_box
 from flowvqtalker.face.fit import fit
 from flowvqtalker.face.model import CENTRE, EXPRESSION, FOCAL, IDENTITY, FaceModel
 from flowvqtalker.loading import choose_device, choose_dtype, fast_dtype, load_face_model, load_flows, load_generator
@@ -29,6 +29,7 @@ from flowvqtalker.motion.stream import Block, MotionStream
 from flowvqtalker.options import MotionOptions
 from flowvqtalker.portrait import Portrait, Progress, find_portrait, track, track_landmarks
 from flowvqtalker.render.generator import VQIG
+from flowvqtalker.render.paste import Paster, limit_pose, paste_frames
 from flowvqtalker.render.renderer import Renderer
 
 __all__ = ["Block", "Result", "Talker", "check_emotion", "take_paths", "write_video"]
@@ -255,7 +256,9 @@ class Talker:
         Arguments:
             portrait: see :meth:`portrait`.
             motion: blocks of expression (t, 64) and pose (t, 6), for instance from :meth:`motion`.
-            full: paste each face back into the whole picture instead of giving the 512x512 crop.
+            full: paste each face back into the whole picture instead of giving the 512x512 crop; of a picture larger
+                than :data:`flowvqtalker.portrait.MAX_FULL` the reduced one. The pose is held near the portrait's, see
+                :func:`flowvqtalker.render.paste.limit_pose`.
 
         Yields:
             (512, 512, 3), or the size of the picture, uint8 RGB.
@@ -270,8 +273,19 @@ class Talker:
             device=self.device,
             dtype=self.dtype or fast_dtype(self.device),
         )
-        frames = renderer.render(motion)
-        return map(Paster(portrait.crop, portrait.picture), frames) if full else frames
+        if not full:
+            return renderer.render(motion)
+        whole = portrait.reduced()
+        paster = Paster(
+            self.face_model,
+            whole.crop,
+            whole.picture,
+            whole.image,
+            whole.identity,
+            whole.expression,
+            whole.pose,
+        )
+        return paste_frames(paster, renderer.render, limit_pose(motion, whole.pose))
 
     def animate(
         self,

@@ -1,4 +1,4 @@
-"""The 512x512 crop that every model sees: found from landmarks, sampled without aliasing, pasted back."""
+"""The 512x512 crop that every model sees: found from landmarks, sampled without aliasing."""
 
 from __future__ import annotations
 
@@ -12,17 +12,12 @@ import numpy.typing as npt
 from flowvqtalker.errors import UserError
 from flowvqtalker.face.topology import EYES, MOUTH_CORNERS, VERTICES
 
-__all__ = ["SIZE", "Crop", "Paster", "crop_box"]
+__all__ = ["SIZE", "Crop", "crop_box"]
 
 SIZE = 512
 
 Floats = npt.NDArray[np.floating]
 Picture = npt.NDArray[np.uint8]
-
-# Width of the soft edge of a pasted crop, and radius of its corners, in pixels of the crop.
-_FEATHER, _CORNER = 40.0, 64.0
-# Largest correction of a pasted crop's colour, in levels of 255: a drift of the generator, not a change of light.
-_COLOUR = 12.0
 
 
 @dataclass(frozen=True)
@@ -80,89 +75,10 @@ class Crop:
             result = cv2.blendLinear(blurred, result, share, 1 - share)
         return np.asarray(result, np.uint8)
 
-    def paste(self, picture: Picture, face: Picture, mask: Floats | None = None) -> Picture:
-        """Put a crop back into its picture; for many frames make one :class:`Paster`.
-
-        Arguments:
-            picture: (H, W, 3) uint8 from which the crop was cut.
-            face: (512, 512, 3) uint8.
-            mask: (512, 512) in [0, 1], how much of the face is seen; None is the whole crop with soft edges.
-
-        Returns:
-            (H, W, 3) uint8, equal to ``picture`` bit for bit where the mask is zero.
-        """
-        return Paster(self, picture, mask)(face)
-
-
-class Paster:
-    """Puts frame after frame of one crop back into one picture.
-
-    The colour of each frame is corrected by the median difference between it and the picture in the soft edge of the
-    mask, so that a drift of the generator's colours does not draw a box around the head.
-    """
-
-    def __init__(self, crop: Crop, picture: Picture, mask: Floats | None = None) -> None:
-        _check_picture(picture, "picture")
-        if mask is None:
-            mask = _soft_box()
-        if mask.shape != (SIZE, SIZE):
-            raise UserError(f"the mask of a crop must have shape ({SIZE}, {SIZE}), got {mask.shape}")
-        self._picture = picture
-        height, width = picture.shape[:2]
-        used = np.argwhere(mask > 0)
-        if not len(used):
-            used = np.zeros((2, 2), dtype=np.int64)
-        low, high = used.min(0)[::-1], used.max(0)[::-1] + 1
-        corners = _move(
-            crop.inverse, np.array([[x, y] for x in (low[0], high[0]) for y in (low[1], high[1])], dtype=float)
-        )
-        left, top = np.clip(np.floor(corners.min(0)).astype(int) - 1, 0, [width, height])
-        right, bottom = np.clip(np.ceil(corners.max(0)).astype(int) + 1, 0, [width, height])
-        self._area = slice(int(top), int(bottom)), slice(int(left), int(right))
-        self._size = int(right - left), int(bottom - top)
-        self._empty = min(self._size) <= 0
-        if self._empty:
-            return
-        self._matrix = crop.inverse
-        self._matrix[:, 2] -= (left, top)
-        weights = _sample(mask.astype(np.float32), self._matrix, self._size, cv2.BORDER_CONSTANT)
-        # Interpolation rings below zero, and the least weight still changes no level.
-        self._over = np.where(weights < 1 / 512, 0, np.minimum(weights, 1)).astype(np.float32)
-        self._rest = 1 - self._over
-        self._under = np.ascontiguousarray(picture[self._area])
-        self._used = (self._over > 0).astype(np.uint8)
-        edge = np.argwhere((self._over > 0.1) & (self._over < 0.9))
-        self._edge = tuple(edge[:: max(1, len(edge) // 4096)].T) if len(edge) >= 64 else None
-
-    def __call__(self, face: Picture) -> Picture:
-        """The picture (H, W, 3) with ``face`` (512, 512, 3) in it."""
-        _check_picture(face, "face")
-        if face.shape[:2] != (SIZE, SIZE):
-            raise UserError(f"a crop must have shape ({SIZE}, {SIZE}, 3), got {face.shape}")
-        result = self._picture.copy()
-        if self._empty:
-            return result
-        over = _sample(face, self._matrix, self._size, cv2.BORDER_REPLICATE)
-        if self._edge is not None:
-            difference = np.median(self._under[self._edge].astype(np.float32) - over[self._edge], axis=0)
-            over = cv2.add(over, (*np.clip(difference, -_COLOUR, _COLOUR).tolist(), 0.0))
-        mixed = cv2.blendLinear(over, self._under, self._over, self._rest)
-        cv2.copyTo(mixed, self._used, result[self._area])
-        return result
-
 
 def _check_picture(image: Picture, name: str) -> None:
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
         raise UserError(f"the {name} must have shape (H, W, 3) and type uint8, got {image.shape} {image.dtype}")
-
-
-def _soft_box() -> npt.NDArray[np.float32]:
-    """Mask (512, 512) of the crop: one inside, falling to zero at its rounded edge."""
-    y, x = np.abs(np.mgrid[:SIZE, :SIZE].astype(np.float32) + 0.5 - SIZE / 2)
-    inner = SIZE / 2 - _CORNER
-    outside = np.hypot(np.maximum(x - inner, 0), np.maximum(y - inner, 0))
-    depth = np.clip((_CORNER - outside) / _FEATHER, 0, 1)
-    return np.asarray(depth * depth * (3 - 2 * depth), dtype=np.float32)
 
 
 def _sample(
