@@ -23,7 +23,7 @@ from flowvqtalker.render.generator import ABLATION, VQIG
 from flowvqtalker.train.config import LoopConfig, save_yaml
 from flowvqtalker.train.vqig import Config, Data, build
 from tests.test_render_codebook import TINY
-from tests.test_render_generator import SMALL, face
+from tests.test_render_generator import PAPERLIKE, SMALL, face
 from tests.test_train_vqig import shard
 
 pytest.importorskip("matplotlib")
@@ -35,7 +35,7 @@ def base(shard: Path, face: FaceModel, tmp_path_factory: pytest.TempPathFactory)
     """A tiny configuration whose variants begin with the weights of one whole generator."""
     folder = tmp_path_factory.mktemp("ablation")
     torch.manual_seed(0)
-    model = VQIG(replace(SMALL, blend=False))
+    model = VQIG(PAPERLIKE)
     save_file(VQAutoencoder(TINY).state_dict(), folder / "codebook.safetensors")
     save_file(
         {k: v for k, v in model.state_dict().items() if not k.startswith("autoencoder.")}, folder / "start.safetensors"
@@ -67,8 +67,8 @@ def _pair(name: str, target: int, **images: int) -> Pair:
 
 def test_a_variant_begins_with_what_it_shares_with_the_given_weights(base: Config, tmp_path: Path) -> None:
     config = configuration(base, "phi")
-    assert config.model == replace(SMALL, use_attention=False, use_codes=False, blend=False)
-    assert configuration(base, "phi", blend=True).model.blend
+    assert config.model == replace(SMALL, use_attention=False, use_codes=False, residual=False)
+    assert configuration(base, "phi", residual=True).model.residual
     model = build(config).generator
     given = load_file(base.data.start)
     own = {k: v for k, v in model.state_dict().items() if not k.startswith("autoencoder.")}
@@ -283,7 +283,8 @@ def test_the_shared_configuration_fits_the_default_weights() -> None:
     given = weights.load("vqig")[0]
     with torch.device("meta"):
         own = VQIG(configuration(base, "C").model).state_dict()
-    assert {k for k in own if not k.startswith("autoencoder.")} == {k for k in given if not k.startswith("blend.")}
+    ours = {k for k in own if not k.startswith(("autoencoder.", "decoder.out."))}
+    assert ours == {k for k in given if not k.startswith("residual.")}
     assert all(own[k].shape == given[k].shape for k in given if k in own)
 
 
@@ -298,4 +299,4 @@ def test_extra_variants_change_one_thing() -> None:
     )
     assert configuration(base, "vgg19") == replace(whole, perceptual="vgg19")
     assert configuration(base, "frozen").model == replace(whole.model, tune_decoder=False)
-    assert configuration(base, "no-mesh", blend=True).model.window == base.model.window
+    assert configuration(base, "no-mesh", residual=True).model.window == base.model.window

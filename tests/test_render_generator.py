@@ -22,8 +22,13 @@ from tests.test_render_codebook import TINY
 SMALL = VQIGConfig(
     codebook=TINY,
     warp=WarpConfig(input_size=64, flow_size=32, width=4, max_width=8),
-    transformer_dim=16, transformer_layers=1, transformer_heads=2, transformer_mlp=16, adain_width=8, blend=True,
+    transformer_dim=16, transformer_layers=1, transformer_heads=2, transformer_mlp=16, adain_width=8, tune_decoder=True,
+    residual=True,
 )  # fmt: skip
+
+
+#: The same with the paper's frozen D_h, which draws the whole picture.
+PAPERLIKE = replace(SMALL, tune_decoder=False, residual=False)
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +140,7 @@ PARTS = {
 
 @pytest.mark.parametrize("variant", ABLATION)
 def test_every_ablation_learns_what_it_has_and_has_nothing_else(variant: str) -> None:
-    model, image = _run(replace(SMALL, blend=False).ablated(variant))
+    model, image = _run(PAPERLIKE.ablated(variant))
     assert image.shape == (2, 3, 512, 512)
     assert {name for name, _ in model.named_children()} == {"autoencoder", "encoder", "modulation"} | PARTS[variant]
     for name, parameter in model.named_parameters():
@@ -167,9 +172,9 @@ def test_the_last_ablation_is_the_whole_generator_and_defaults_are_as_before() -
     for switch in ("use_warp", "use_fuse", "use_attention", "use_codes"):
         assert old.pop(switch) is True
     assert VQIGConfig.from_dict(old) == VQIGConfig.lite()
-    for switch in ("tune_decoder", "openings", "window"):  # nor had a file from before these
+    for switch in ("tune_decoder", "openings", "residual", "window"):  # nor had a file from before these
         old.pop(switch)
-    before = replace(VQIGConfig.lite(), tune_decoder=False, openings=False, window=None)
+    before = replace(VQIGConfig.lite(), tune_decoder=False, openings=False, residual=False, window=None)
     assert VQIGConfig.from_dict(old) == before
     with pytest.raises(UserError, match=r"unknown variant '\+W' of the image generator; choose one of B, W, phi, M, C"):
         VQIGConfig().ablated("+W")
@@ -177,7 +182,7 @@ def test_the_last_ablation_is_the_whole_generator_and_defaults_are_as_before() -
 
 def test_without_the_mesh_the_warp_begins_as_the_identity() -> None:
     """``warp.prior: none`` is the paper's W, which finds all of the flow."""
-    config = replace(SMALL, blend=False, warp=replace(SMALL.warp, prior="none"))
+    config = replace(PAPERLIKE, warp=replace(SMALL.warp, prior="none"))
     model, _ = _run(config)
     assert model.warping.out.weight.grad.abs().sum() > 0
     image = torch.rand(1, 3, 512, 512) * 2 - 1
@@ -308,41 +313,45 @@ def test_outside_its_window_the_frame_is_the_warped_picture() -> None:
     torch.manual_seed(0)
     model = VQIG(config).eval()
     source, motion = model.prepare(torch.rand(1, 3, 512, 512) * 2 - 1), torch.randn(1, 27, 70)
+    prior = torch.randn(1, 2, 32, 32) * 0.02
+    assert model.residual is not None
     with torch.no_grad():
-        found = model(source, motion, torch.randn(1, 2, 32, 32) * 0.02)
-    assert found.decoded is not None and found.mask is not None
-    assert found.decoded.shape == (1, 3, 384, 320) and found.mask.shape == (1, 1, 384, 320)
+        found = model(source, motion, prior)
+        assert torch.equal(found.image, found.warped)  # an untrained residual adds nothing
+        torch.nn.init.constant_(model.residual[0].bias, 0.5)
+        found = model(source, motion, prior)
+    change = (found.image - found.warped)[0]
     outside = torch.ones(512, 512, dtype=torch.bool)
     outside[128:, 96:416] = False
-    assert torch.equal(found.image[..., outside], found.warped[..., outside])
-    inside = found.image[..., 128:, 96:416]
-    behind = found.warped[..., 128:, 96:416]
-    assert torch.allclose(inside, behind + found.mask * (found.decoded - behind), atol=1e-6)
-    assert found.mask[..., 0, :].max() < 0.01 and found.mask[..., :, 0].max() < 0.01  # no seam at its sides
-    assert found.mask[..., -1, 100:200].min() > 0.02  # but none needed at the picture's
+    assert change[:, outside].abs().max() == 0
+    assert torch.allclose(change[:, 160:, 130:380], torch.tensor(0.5), atol=1e-5)  # to the picture's own side, too
+    assert change[:, 128].abs().max() < 0.01 and change[:, 200:, 96].abs().max() < 0.01  # no seam at the window's sides
 
 
 @pytest.mark.parametrize(
-    ("window", "blend", "message"),
+    ("window", "residual", "message"),
     [
-        ((0, 0, 512, 512), False, "needs blend"),
+        ((0, 0, 512, 512), False, "needs residual"),
         ((256, 0, 384, 512), True, "does not lie in the picture"),
         ((0, 0, 32, 512), True, "does not lie in the picture"),
         ((8, 0, 256, 256), True, "steps of 16"),
     ],
 )
-def test_bad_windows_are_refused(window: tuple[int, int, int, int], blend: bool, message: str) -> None:
+def test_bad_windows_are_refused(window: tuple[int, int, int, int], residual: bool, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        replace(SMALL, blend=blend, window=window)
+        replace(SMALL, residual=residual, window=window)
 
 
 def test_a_tuned_decoder_learns_and_the_codebook_stays() -> None:
-    model, _ = _run(replace(SMALL, blend=False, tune_decoder=True))
+    model, _ = _run(replace(PAPERLIKE, tune_decoder=True))
     assert model.decoder is not None
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.decoder.parameters())
     assert all(p.grad is None for p in model.autoencoder.parameters())
-    fresh = VQIG(replace(SMALL, tune_decoder=True))
-    fresh.load_codebook(model.autoencoder.state_dict())
-    assert fresh.decoder is not None
-    for key, value in model.autoencoder.decoder.state_dict().items():
-        assert torch.equal(fresh.decoder.state_dict()[key], value)
+    for config in (SMALL, replace(PAPERLIKE, tune_decoder=True)):
+        fresh = VQIG(config)
+        fresh.load_codebook(model.autoencoder.state_dict())
+        assert fresh.decoder is not None
+        for key, value in fresh.decoder.state_dict().items():
+            assert torch.equal(model.autoencoder.decoder.state_dict()[key], value)
+    with pytest.raises(ValueError, match="residual needs tune_decoder"):
+        replace(SMALL, tune_decoder=False)

@@ -85,6 +85,8 @@ def test_pairs_are_reproducible_and_of_their_split(shard: Path) -> None:
     assert torch.equal(val[0]["source"], val[1]["source"])
     with pytest.raises(UserError, match="too few"):
         PairDataset(Shard(shard), "train", min_native=1000)
+    with pytest.raises(ValueError, match="hardest_of must be at least 1"):
+        Config(data=Data(hardest_of=0))
 
 
 def test_both_stages_of_training_run_and_leave_the_codebook_alone(shard: Path, face: FaceModel, tmp_path: Path) -> None:
@@ -106,30 +108,10 @@ def test_both_stages_of_training_run_and_leave_the_codebook_alone(shard: Path, f
     result = fit(stage, config.loop, tmp_path / "run")
     moved = {name for name, p in stage.module.named_parameters() if not torch.equal(p, before[name])}
     assert not any(".autoencoder." in name for name in moved)
-    for part in ("mapping", "warping", "encoder", "fuse", "attention", "transformer", "modulation", "blend"):
+    parts = ("mapping", "warping", "encoder", "fuse", "attention", "transformer", "modulation", "decoder", "residual")
+    for part in parts:
         assert any(name.startswith(f"generator.{part}.") for name in moved), part
     assert any(name.startswith("discriminator.") for name in moved)
     assert {"l1", "warp_l1", "copy_l1", "ssim"} <= result.keys()
     with pytest.raises(UserError, match="does not fit"):
         build(replace(config, model=replace(SMALL, codebook=replace(TINY, codes=16))))
-
-
-def test_mask_dropout_lays_the_bare_decoder_over_the_window(shard: Path, face: FaceModel, tmp_path: Path) -> None:
-    save_file(VQAutoencoder(TINY).state_dict(), tmp_path / "codebook.safetensors")
-    face.save(tmp_path / "face.safetensors")
-    data = Data(shard, tmp_path / "codebook.safetensors", tmp_path / "face.safetensors")
-    model = replace(SMALL, window=(128, 96, 384, 320))
-    for dropout in (0.0, 1.0):
-        stage = build(Config(data=data, model=model, mask_dropout=dropout, perceptual="none"))
-        item = {key: value[None] for key, value in stage.dataset("train")[0].items()}
-        with torch.no_grad():
-            found = stage.generate(item, True)[0]
-            image = stage._unmasked(found)
-        assert found.decoded is not None
-        middle = image[..., 200:400, 200:300], found.decoded[..., 72:272, 104:204]
-        assert torch.equal(image, found.image) == (dropout == 0)
-        assert torch.allclose(*middle, atol=1e-5) == (dropout == 1)
-    with pytest.raises(ValueError, match="mask_dropout must be in"):
-        Config(data=data, mask_dropout=1.5)
-    with pytest.raises(ValueError, match="hardest_of must be at least 1"):
-        Config(data=replace(data, hardest_of=0))

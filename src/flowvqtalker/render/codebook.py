@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flowvqtalker.render.layers import Attention2d, Downsample, ResBlock, Upsample, group_norm
+from flowvqtalker.render.layers import Attention2d, Downsample, ResBlock, Upsample, group_norm, silu
 
 __all__ = ["Codebook", "CodebookConfig", "Decoder", "Encoder", "Quantized", "VQAutoencoder"]
 
@@ -141,7 +141,7 @@ class Encoder(nn.Module):
             if i < len(self.downs):
                 maps.append(x)
                 x = self.downs[i](x)
-        return self.out(F.silu(self.norm(x))), maps
+        return self.out(silu(self.norm(x))), maps
 
     def forward(self, image: Tensor) -> Tensor:
         return self.features(image)[0]
@@ -197,7 +197,7 @@ class Decoder(nn.Module):
             x = level(x)
             if n < len(self.ups):
                 x = self.ups[n](x)
-        return F.silu(self.norm(x))
+        return silu(self.norm(x))
 
     def forward(self, z: Tensor, modulate: nn.Module | None = None) -> Tensor:
         image: Tensor = self.out(self.features(z, modulate))

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from flowvqtalker.errors import UserError
 from flowvqtalker.render.codebook import WINDOWED, CodebookConfig, Decoder, Encoder, VQAutoencoder, cut
-from flowvqtalker.render.layers import Attention2d, ResBlock, adain
+from flowvqtalker.render.layers import Attention2d, ResBlock, adain, silu
 from flowvqtalker.render.mesh import OPENINGS, warp
 from flowvqtalker.render.warp import MOTION, MappingNetwork, WarpConfig, WarpingNetwork
 
@@ -44,9 +44,6 @@ class VQIGConfig:
     """Code transformer T; the defaults are CodeFormer's."""
     adain_width: int = 64
     """Hidden channels of the image-level AdaIN."""
-    blend: bool = False
-    """Mix the decoded picture with the warped one by a mask learned with them (ours): what the warp already shows
-    sharply is kept to the pixel, the decoder fills in the rest. The paper's generator has no such mask."""
     tune_decoder: bool = False
     """Decode with a copy of D_h that the second stage trains (ours); off, D_h stays frozen as in the paper. Codes are
     read and predicted with the frozen codebook either way."""
@@ -54,18 +51,23 @@ class VQIGConfig:
     """Show E_w where the face mesh opens mouth and eyes and where the irises are (ours): the mesh flow carries them as
     further channels (:class:`flowvqtalker.render.mesh.MeshFlow`). Needs ``warp.prior = "mesh"``. I_w alone does not
     say whether stretched lips are lips or a mouth that opens."""
+    residual: bool = False
+    """D_h draws what is to be added to the warped picture, beginning with nothing (ours), instead of the picture
+    itself: what the warp already shows sharply is kept, the decoder corrects the rest. Needs ``tune_decoder``."""
     window: tuple[int, int, int, int] | None = None
-    """Top, left, height and width of the part of the picture that D_h's two finest levels decode (ours); the rest is
-    I_w. The crop puts every face at the same place, so one window does for all. None decodes everything. Needs
-    ``blend``, whose mask fades out at its rim."""
+    """Top, left, height and width of the part of the picture that D_h's finest levels decode (ours); the rest is I_w.
+    The crop puts every face at the same place, so one window does for all. None decodes everything. Needs
+    ``residual``, which fades out at the window's rim."""
 
     def __post_init__(self) -> None:
         if self.openings and self.warp.prior != "mesh":
             raise ValueError('image generator: openings come from the face mesh; set warp.prior to "mesh"')
+        if self.residual and not self.tune_decoder:
+            raise ValueError("image generator: residual needs tune_decoder: the codebook's D_h draws whole pictures")
         if self.window is not None:
             top, left, height, width = self.window
-            if not self.blend:
-                raise ValueError("image generator: a window needs blend, which shows the warped picture around it")
+            if not self.residual:
+                raise ValueError("image generator: a window needs residual, which adds to the warped picture around it")
             if min(top, left) < 0 or min(height, width) < 64 or max(top + height, left + width) > 512:
                 raise ValueError(f"image generator: window {self.window} does not lie in the picture of 512x512 pixels")
             if any(value % 16 for value in self.window):
@@ -78,7 +80,7 @@ class VQIGConfig:
 
     @classmethod
     def lite(cls) -> VQIGConfig:
-        """The embedded default, made for CPUs: at most 32 GFLOP a frame, with mesh prior and blending."""
+        """The embedded default, made for CPUs: at most 32 GFLOP a frame, with mesh prior and residual."""
         return cls(
             codebook=CodebookConfig.lite(),
             warp=WarpConfig(input_size=128, width=16, max_width=128),
@@ -86,9 +88,9 @@ class VQIGConfig:
             transformer_layers=4,
             transformer_mlp=512,
             adain_width=32,
-            blend=True,
             tune_decoder=True,
             openings=True,
+            residual=True,
             window=(128, 96, 384, 320),
         )
 
@@ -156,10 +158,6 @@ class Generated(NamedTuple):
     """Code predictions (B, 16 * 16, N); None without C."""
     latent: Tensor
     """Features z_f after fusion and attention, (B, d, 16, 16)."""
-    decoded: Tensor | None
-    """D_h's picture of the window, (B, 3, h, w), before it is mixed with I_w; None where nothing was decoded."""
-    mask: Tensor | None
-    """Share of the decoded picture in each pixel of the window, (B, 1, h, w); None without blending."""
 
 
 class CodeTransformer(nn.Module):
@@ -205,9 +203,13 @@ class SpatialAdaIN(nn.Module):
         nn.init.zeros_(self.out.bias)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor, guide: Tensor) -> Tensor:
-        gamma, beta = self.out(F.silu(self.hidden(guide))).chunk(2, dim=1)
-        out: Tensor = x + gamma * F.instance_norm(x) + beta
-        return out
+        gamma, beta = self.out(silu(self.hidden(guide))).chunk(2, dim=1)
+        # An instance norm is a group norm of one channel a group, which does not leave the channels-last layout.
+        normal = F.group_norm(x, x.shape[1])
+        if torch.is_grad_enabled():
+            out: Tensor = x + gamma * normal + beta
+            return out
+        return normal.mul_(gamma).add_(beta).add_(x)
 
 
 class _Modulation(nn.Module):
@@ -292,19 +294,11 @@ class VQIG(nn.Module):
                 for i in decoder.level_ids[1:]
             }
         )
-        first = decoder.level_ids[-1]
-        self.blend = (
-            nn.Sequential(
-                nn.Conv2d(book.decoder_channels[first] + book.channels[first], 16, 3, padding=1),
-                nn.SiLU(),
-                nn.Conv2d(16, 1 if book.full_resolution else 4, 3, padding=1),
-                nn.Identity() if book.full_resolution else nn.PixelShuffle(2),
-            )
-            if config.blend
-            else None
-        )
-        if self.blend is not None:  # begin close to the warped picture, which is the better one at first
-            nn.init.constant_(self.blend[2].bias, -2.0)  # type: ignore[arg-type]
+        self.residual = None
+        if config.residual and self.decoder is not None:
+            self.residual, self.decoder.out = self.decoder.out, nn.Identity()
+            for parameter in self.residual.parameters():  # begin with the warped picture
+                nn.init.zeros_(parameter)
         self.register_buffer("rim", None if config.window is None else _rim(config.window), persistent=False)
 
     def train(self, mode: bool = True) -> VQIG:
@@ -318,7 +312,8 @@ class VQIG(nn.Module):
         self.autoencoder.load_state_dict(state)
         self.encoder.load_state_dict(self.autoencoder.encoder.state_dict())
         if self.decoder is not None:
-            self.decoder.load_state_dict(self.autoencoder.decoder.state_dict())
+            own = self.decoder.state_dict()
+            self.decoder.load_state_dict({k: v for k, v in self.autoencoder.decoder.state_dict().items() if k in own})
 
     @torch.no_grad()
     def prepare(self, image: Tensor) -> Source:
@@ -355,7 +350,7 @@ class VQIG(nn.Module):
         if self.attention is not None:
             z = self.attention(z, source.codes.to(z.dtype))
         logits = None if self.transformer is None else self.transformer(z)
-        return Generated(warped, warped, flow, logits, z, None, None), maps
+        return Generated(warped, warped, flow, logits, z), maps
 
     def forward(self, source: Source, motion: Tensor, prior: Tensor | None = None) -> Generated:
         """Frames; arguments as :meth:`predict`."""
@@ -373,27 +368,12 @@ class VQIG(nn.Module):
                 maps[i] = cut(maps[i], window, level)
         guides = dict(zip(range(first, first + len(maps)), maps, strict=True))
         features = decoder.features(z, _Modulation(self.modulation, guides), window)
-        image = decoder.out(features)
-        if self.blend is None:
-            return found._replace(image=image, decoded=image)
-        mask = torch.sigmoid(self.blend(torch.cat([features, guides[first]], dim=1)))
-        if self.rim is not None:
-            mask = mask * self.rim.to(mask.dtype)
-        return found._replace(image=self.mix(found.warped, image, mask), mask=mask, decoded=image)
-
-    def mix(self, warped: Tensor, decoded: Tensor, mask: Tensor) -> Tensor:
-        """The warped picture with the decoded one laid over it: (B, 3, 512, 512).
-
-        Arguments:
-            warped: (B, 3, 512, 512).
-            decoded, mask: (B, 3, h, w), (B, 1, h, w), of the size of the window.
-        """
-        window = self.config.window
-        if window is None:
-            return warped + mask * (decoded - warped)
-        behind = cut(warped, window)
-        mixed = behind + mask * (decoded - behind)
+        if self.residual is None:
+            return found._replace(image=decoder.out(features))
+        change = self.residual(features)
+        if self.rim is None or window is None:
+            return found._replace(image=found.warped + change)
         top, left, height, width = window
-        out = warped.clone()
-        out[:, :, top : top + height, left : left + width] = mixed
-        return out
+        image = found.warped.clone()
+        image[:, :, top : top + height, left : left + width] += change * self.rim.to(change.dtype)
+        return found._replace(image=image)

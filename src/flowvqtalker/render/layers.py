@@ -7,7 +7,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["Attention2d", "Downsample", "ResBlock", "Upsample", "adain", "group_norm"]
+__all__ = ["Attention2d", "Downsample", "ResBlock", "Upsample", "adain", "group_norm", "silu"]
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
@@ -16,6 +16,11 @@ def group_norm(channels: int) -> nn.GroupNorm:
     while channels % groups:
         groups -= 1
     return nn.GroupNorm(groups, channels, eps=1e-6)
+
+
+def silu(x: Tensor) -> Tensor:
+    """SiLU of a tensor that nobody needs afterwards: in place where no gradient is taken."""
+    return F.silu(x, inplace=not torch.is_grad_enabled())
 
 
 def adain(content: Tensor, style: Tensor, eps: float = 1e-5) -> Tensor:
@@ -45,8 +50,8 @@ class ResBlock(nn.Module):
         self.skip = nn.Conv2d(channels, out_channels, 1) if out_channels != channels else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
+        h = self.conv1(silu(self.norm1(x)))
+        h = self.conv2(silu(self.norm2(h)))
         out: Tensor = h.add_(self.skip(x)) if not torch.is_grad_enabled() else h + self.skip(x)
         return out
 

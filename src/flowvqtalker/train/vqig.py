@@ -89,9 +89,6 @@ class Config:
     """Weight of L_per."""
     mouth_weight: float = 1.0
     """Weight of a perceptual loss on the mouth alone, twice enlarged (ours): teeth are few pixels of the picture."""
-    mask_dropout: float = 0.5
-    """Share of the samples in which the blending mask is left out of the losses (ours, with ``model.blend``): a mask
-    that hides a poor decoder would also hide it from its gradient."""
     adversarial: Literal["hinge", "log"] = "hinge"
     """hinge as in CodeFormer's code, log as eq. 15 is written."""
     adversarial_weight: float = 0.05
@@ -126,7 +123,6 @@ class Config:
             (0 < self.patch <= 512, f"patch must be in (0, 512], got {self.patch}"),
             (0 <= self.data.stills <= 1, f"data.stills must be in [0, 1], got {self.data.stills}"),
             (self.data.hardest_of >= 1, f"data.hardest_of must be at least 1, got {self.data.hardest_of}"),
-            (0 <= self.mask_dropout <= 1, f"mask_dropout must be in [0, 1], got {self.mask_dropout}"),
         )
 
 
@@ -262,7 +258,6 @@ class VQIGStage(Stage):
         window = config.model.window or (0, 0, *target.shape[-2:])
         valid = F.interpolate(batch["valid"][:, None], target.shape[-2:])
         region = self._region(vertices, target.shape[-1])
-        image = self._unmasked(found)
         with torch.no_grad():
             _, indices = self.generator.autoencoder.encode(target)
             codes = self.generator.autoencoder.codebook.lookup(indices)
@@ -281,29 +276,21 @@ class VQIGStage(Stage):
             loss = loss + config.warp_weight * (near + config.perceptual_weight * far)
             logs |= {"warp_l1": near.detach(), "warp_perceptual": far.detach()}
         if decode:
-            near, far = self._picture_losses(*(cut(x, window) for x in (image, target, valid, region)))
+            near, far = self._picture_losses(*(cut(x, window) for x in (found.image, target, valid, region)))
             loss = loss + config.l1_weight * near + config.perceptual_weight * far
             logs |= {"l1": near.detach(), "perceptual": far.detach()}
             if self.perceptual is not None and config.mouth_weight > 0:
-                mouths = [F.interpolate(x, scale_factor=2) for x in self._cut(image, target, vertices, _MOUTH)]
+                mouths = [F.interpolate(x, scale_factor=2) for x in self._cut(found.image, target, vertices, _MOUTH)]
                 mouth = self.perceptual(*mouths)
                 loss = loss + config.mouth_weight * mouth
                 logs["mouth"] = mouth.detach()
         if adversarial:
-            fake, real = self._cut(image, target, vertices, config.patch, step)
+            fake, real = self._cut(found.image, target, vertices, config.patch, step)
             self._patches = (real.detach(), fake.detach())
             adv = adversarial_loss(self.discriminator(fake).float(), config.adversarial)
             loss = loss + config.adversarial_weight * adv
             logs["adversarial"] = adv.detach()
         return loss, logs
-
-    def _unmasked(self, found: Generated) -> Tensor:
-        """The generated pictures, some of them (``mask_dropout``) with the decoded one bare instead of blended."""
-        if found.mask is None or found.decoded is None or not self.config.mask_dropout:
-            return found.image
-        bare = torch.rand(len(found.image), 1, 1, 1, device=found.image.device) < self.config.mask_dropout
-        full = torch.ones_like(found.mask) if self.generator.rim is None else self.generator.rim.to(found.mask.dtype)
-        return self.generator.mix(found.warped, found.decoded, torch.where(bare, full, found.mask))
 
     def _picture_losses(self, image: Tensor, target: Tensor, valid: Tensor, region: Tensor) -> tuple[Tensor, Tensor]:
         """L1 with the regions' weight, and the perceptual distance, where the target shows something real."""

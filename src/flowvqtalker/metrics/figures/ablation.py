@@ -54,17 +54,17 @@ def make(pairs: Sequence[Pair], methods: Mapping[str, str], *, zoom: bool = True
     )
 
 
-def configuration(base: Any, variant: str, *, blend: bool = False) -> Any:
+def configuration(base: Any, variant: str, *, residual: bool = False) -> Any:
     """The training configuration (:class:`flowvqtalker.train.vqig.Config`) of a variant of fig. 7.
 
     Arguments:
         base: the configuration that all variants share.
         variant: a key of :data:`flowvqtalker.render.generator.ABLATION` or of :data:`EXTRA`.
-        blend: keep our mask between D_h's picture and I_w, and with it the window that D_h decodes. The paper has
-            neither, and they hide what the parts add.
+        residual: let D_h draw what is added to I_w, in its window, as the default weights do. The paper's D_h draws
+            the whole picture, and only so is it seen what the parts add.
     """
     model = base.model.ablated("C" if variant in EXTRA else variant)
-    model = replace(model, blend=blend, window=model.window if blend else None)
+    model = replace(model, residual=residual, window=model.window if residual else None)
     if variant == "no-mesh":
         model = replace(model, warp=replace(model.warp, prior="none"), openings=False)
     elif variant == "frozen":
@@ -74,7 +74,7 @@ def configuration(base: Any, variant: str, *, blend: bool = False) -> Any:
     return replace(base, model=model)
 
 
-def train_missing(base: Any, variants: Sequence[str], folder: Path, *, blend: bool = False) -> dict[str, Path]:
+def train_missing(base: Any, variants: Sequence[str], folder: Path, *, residual: bool = False) -> dict[str, Path]:
     """Train the variants that are not trained to the last step yet, one after the other, into ``folder/VARIANT``.
 
     A run that was interrupted goes on where it was; one that is complete is left alone.
@@ -89,7 +89,7 @@ def train_missing(base: Any, variants: Sequence[str], folder: Path, *, blend: bo
     from flowvqtalker.train.config import load_yaml, to_dict
     from flowvqtalker.train.vqig import Config
 
-    configs = {variant: configuration(base, variant, blend=blend) for variant in variants}
+    configs = {variant: configuration(base, variant, residual=residual) for variant in variants}
     for variant, config in configs.items():
         kept = folder / variant / "config.yaml"
         if kept.is_file():
@@ -219,8 +219,9 @@ class Ablation:
     """Training configuration of stage vqig that the variants share. Default: configs/vqig-ablation.yaml."""
     steps: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
     """Training steps of each variant instead of the configuration's."""
-    blend: bool = False
-    """Train the variants with our mask between the decoded and the warped picture, which the paper does not have."""
+    residual: bool = False
+    """Train variants whose D_h draws what is added to the warped picture, as that of the default weights does, instead
+    of the whole picture."""
     limit: int = 60
     """Pairs to measure, spread evenly; 0 takes all."""
     rows: int = 4
@@ -281,7 +282,7 @@ class Ablation:
         wanted = dict(ABLATION)
         wanted.update((name, EXTRA[name]) for name in self.extra)
         if self.train:
-            train_missing(self._training(), list(wanted), self.runs, blend=self.blend)
+            train_missing(self._training(), list(wanted), self.runs, residual=self.residual)
         missing = [variant for variant in wanted if not _steps(self.runs / variant)]
         if missing:
             raise UserError(
