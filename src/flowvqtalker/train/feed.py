@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
+import cv2
 import torch
 from lightning.fabric import Fabric
 from torch import Tensor
@@ -51,11 +52,18 @@ def batches(stage: Stage, config: LoopConfig, fabric: Fabric, start: int, stop: 
         num_workers=config.workers,
         collate_fn=stage.collate,
         pin_memory=fabric.device.type == "cuda",
+        worker_init_fn=_begin_worker,
+        prefetch_factor=4 if config.workers else None,
         generator=torch.Generator().manual_seed(config.seed),  # else it draws from the generator of the steps
     )
     for batch in loader if config.workers else _in_thread(loader):
         batch = fabric.to_device(batch)
         yield _channels_last(batch) if config.channels_last else batch
+
+
+def _begin_worker(number: int) -> None:
+    """The workers share the cores, so none of them takes several."""
+    cv2.setNumThreads(1)
 
 
 def _channels_last(batch: Any) -> Any:
