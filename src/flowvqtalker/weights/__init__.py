@@ -59,6 +59,8 @@ _STAGES = {**NAMES, **LISTENER, **JUDGES}
 TERMS = "research and non-commercial use only; see docs/model_card.md"
 
 _MANIFEST = "manifest.json"
+#: Weights that would not fit the package's budget as float16.
+_QUANTISED = ("listener", "vqig")
 #: What the name of a quantised matrix's scales ends with, and from how many numbers on a matrix is quantised.
 _SCALE, _LARGE = ".scale", 2**16
 
@@ -192,7 +194,8 @@ def add(
 ) -> Entry:
     """Put the weights of a training run into a folder of weights, as float16, and write their manifest entry.
 
-    The large matrices of the listener are stored as int8 with a scale for each row.
+    The large matrices and convolutions of the listener and of the image generator are stored as int8 with a scale for
+    each row (output channel).
 
     Arguments:
         source: a run's folder (``weights.safetensors`` and ``config.json``), or a safetensors file. A tensor that
@@ -230,7 +233,7 @@ def add(
     for key, tensor in tensors.items():
         half = tensor.half() if tensor.is_floating_point() else tensor
         halves[key] = (half if torch.isfinite(half).all() or not torch.isfinite(tensor).all() else tensor).contiguous()
-        if name in LISTENER and tensor.ndim == 2 and tensor.numel() >= _LARGE:
+        if name in _QUANTISED and tensor.ndim >= 2 and tensor.numel() >= _LARGE:
             halves.update(_quantised(key, tensor))
     place = folder(path)
     place.mkdir(parents=True, exist_ok=True)
@@ -256,10 +259,12 @@ def add(
 
 
 def _quantised(key: str, tensor: Tensor) -> dict[str, Tensor]:
-    """A matrix (n, m) as int8, and what each of its rows is a multiple of."""
-    scale = (tensor.abs().amax(1) / 127).clamp_min(1e-8).half()
-    steps = (tensor / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8)
-    return {key: steps, key + _SCALE: scale}
+    """A matrix (n, m), or the weights of a convolution (n, m, ...), as int8, and what each of its rows is a multiple
+    of."""
+    rows = tensor.flatten(1)
+    scale = (rows.abs().amax(1) / 127).clamp_min(1e-7).half()
+    steps = (rows / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8)
+    return {key: steps.view(tensor.shape), key + _SCALE: scale}
 
 
 def _read(file: Path) -> dict[str, Tensor]:
@@ -274,5 +279,5 @@ def _read(file: Path) -> dict[str, Tensor]:
     for key in [key for key in result if key.endswith(_SCALE)]:
         scale = result.pop(key)
         whole = key.removesuffix(_SCALE)
-        result[whole] = result[whole].float() * scale[:, None]
+        result[whole] = result[whole].float() * scale.view(-1, *[1] * (result[whole].ndim - 1))
     return result
