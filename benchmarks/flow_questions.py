@@ -59,7 +59,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "estimated neutral faces": {"sequences.estimate": True},
 }
 #: How the emotional clips were drawn when the questions were asked; the default has learnt from the answers.
-_ASKED = {"sequences.estimate": False, "sequences.known": 0.7, "sequences.graft": 0.5, "sequences.transplant": 0.6}
+_ASKED = {
+    "sequences.estimate": False,
+    "sequences.known": 0.7,
+    "sequences.graft": 0.5,
+    "sequences.transplant": 0.6,
+    "sequences.worn": 0.0,
+}
 _COLUMNS = {
     "nll": "NLL (nats)",
     "M-LMD": "M-LMD",

@@ -453,3 +453,14 @@ def test_configurations_round_trip_and_name_problems():
         poseflow.Config(losses=Losses(lips=1))
     with pytest.raises(UserError, match=r"bank must be positive.*no shards"):
         expflow.Config(bank=0, shards=())
+
+
+def test_varied_speech_is_sometimes_worn():
+    one = clip(1)
+    assert one.mel is not None
+    index = np.arange(10)
+    worn = replace(one, worn=np.full_like(one.mel, 1.5), share=1.0)
+    assert np.array_equal(worn.windows(index), one.windows(index)), "only varied speech is"
+    varied = worn.windows(index, np.random.default_rng(0))
+    plain = replace(worn, share=0.0).windows(index, np.random.default_rng(0))
+    assert varied[..., 4].std(0).max() < 0.5 < plain[..., 4].std(0).max()

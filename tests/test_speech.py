@@ -49,8 +49,25 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def test_a_set_holds_every_recording_as_it_is_and_at_another_rate(folder, tmp_path):
+def test_training_recordings_are_there_worn_with_the_targets_of_what_was_said(folder, tmp_path):
     write(tmp_path / "set", (), folder, listen)
+    one = SpeechSet(tmp_path / "set")
+    names = [str(name) for name in one.index["name"]]
+    worn = [n for n, name in enumerate(names) if name.endswith(" worn")]
+    assert len(worn) == 4 and all(one.split[n] == "train" for n in worn)
+    changed = 0
+    for n in worn:
+        plain = names.index(names[n].removesuffix(" worn"))
+        a, b = (slice(int(one.start[i]), int(one.start[i] + one.length[i])) for i in (n, plain))
+        assert np.array_equal(one.teacher[a], one.teacher[b]) and one.length[n] == one.length[plain]
+        assert np.array_equal(one.units[a], one.units[b], equal_nan=True)
+        columns = [slice(int(s), int(s + m)) for s, m in zip(one.mel_start, one.mel_length, strict=True)]
+        changed += not np.array_equal(one.mel[columns[n]], one.mel[columns[plain]])
+    assert changed >= 2
+
+
+def test_a_set_holds_every_recording_as_it_is_and_at_another_rate(folder, tmp_path):
+    write(tmp_path / "set", (), folder, listen, worn=False)
     one = SpeechSet(tmp_path / "set")
     assert len(one) == 12
     assert one.index["rate"][::2].tolist() == [1.0] * 6

@@ -15,7 +15,9 @@ A speech set is a folder. Row t of every column is video frame t (25 fps) of all
 =================  ==================================================================================================
 
 Every recording is there twice: as it is, and played faster or slower (a rate between 0.85 and 1.18), which moves pitch
-and formants like another speaker's; the targets are moved with it, and the teacher hears the changed sound.
+and formants like another speaker's; the targets are moved with it, and the teacher hears the changed sound. Recordings
+of training speakers are there once more, through a room, noise and a line or codec (``audio.wear``); their targets are
+those of the recording as it is, so that the listener learns to hear through all that.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ import tyro
 from tqdm import tqdm
 
 from flowvqtalker.audio.features import log_mel
+from flowvqtalker.audio.wear import wear
 from flowvqtalker.data.order import item_generator
 from flowvqtalker.data.shards import FPS, SAMPLES, Shard
 from flowvqtalker.data.speech_set import COLUMNS, CURVES, TEACHER, UNITS, SpeechSet
@@ -105,15 +108,17 @@ class PrepareSpeech:
     """Folders of `flowvqtalker prepare`."""
     recordings: Annotated[Path | None, tyro.conf.arg(metavar="ROOT")] = None
     """Folder with speech.csv, and optionally ravdess_au/ and facegood/."""
+    worn: bool = True
+    """Add every training recording through a room, noise and a line or codec."""
     seed: int = 0
-    """Of the rates."""
+    """Of the rates and of what is worn."""
 
     def run(self) -> None:
         from flowvqtalker.data.teacher import Teacher
 
         if not self.shards and self.recordings is None:
             raise UserError("no speech was given; give --shards, --recordings or both")
-        write(self.output, self.shards, self.recordings, Teacher(self.teacher), self.seed)
+        write(self.output, self.shards, self.recordings, Teacher(self.teacher), self.seed, self.worn)
 
 
 def main(arguments: list[str]) -> None:
@@ -121,14 +126,17 @@ def main(arguments: list[str]) -> None:
     tyro.cli(PrepareSpeech, prog="flowvqtalker prepare-speech", args=arguments).run()
 
 
-def write(output: Path, shards: tuple[Path, ...], root: Path | None, teacher: Any, seed: int = 0) -> None:
+def write(
+    output: Path, shards: tuple[Path, ...], root: Path | None, teacher: Any, seed: int = 0, worn: bool = True
+) -> None:
     """Write a speech set; the folder appears when it is complete.
 
     Arguments:
         output: folder.
         shards, root: see :class:`PrepareSpeech`.
         teacher: (wave, frames) -> (frames, width) features.
-        seed: of the rates.
+        seed: of the rates and of what is worn.
+        worn: see :class:`PrepareSpeech`.
     """
     found = list(_of_shards(shards)) + (list(_of_folder(root)) if root is not None else [])
     if not found:
@@ -141,12 +149,18 @@ def write(output: Path, shards: tuple[Path, ...], root: Path | None, teacher: An
             one = plain.at(rate)
             if one.frames == 0:
                 continue
-            mel = log_mel(one.wave, "fine")
-            about.append((one.name, one.speaker, split_of(one.speaker), one.frames, len(mel), rate))
-            mels.append(mel.astype(np.float16))
-            rows["teacher"].append(teacher(one.wave, one.frames).astype(np.float16))
-            for key in ("lips", "units", "curves"):
-                rows[key].append(one.target(key).astype(np.float16))
+            split = split_of(one.speaker)
+            heard = [(one.name, one.wave)]
+            if worn and rate == 1 and split == "train":
+                heard.append((f"{one.name} worn", wear(one.wave, random, codecs=True)))
+            told = teacher(one.wave, one.frames).astype(np.float16)
+            for name, wave in heard:
+                mel = log_mel(wave, "fine")
+                about.append((name, one.speaker, split, one.frames, len(mel), rate))
+                mels.append(mel.astype(np.float16))
+                rows["teacher"].append(told)
+                for key in ("lips", "units", "curves"):
+                    rows[key].append(one.target(key).astype(np.float16))
     names, speakers, splits, lengths, columns, rates = (list(x) for x in zip(*about, strict=True))
     train = np.repeat(np.array(splits) == "train", lengths)
     features = np.concatenate(rows["teacher"])

@@ -25,6 +25,7 @@ from torch.utils.data import Dataset
 
 from flowvqtalker import EMOTIONS
 from flowvqtalker.audio.features import FRONTS, MELS, log_mel
+from flowvqtalker.audio.wear import wear
 from flowvqtalker.data.order import item_generator
 from flowvqtalker.data.shards import Shard
 from flowvqtalker.errors import UserError
@@ -40,6 +41,8 @@ __all__ = ["Corpus", "MotionClip", "SequenceConfig", "SequenceDataset", "collate
 Floats = npt.NDArray[np.float32]
 
 _NEUTRAL = EMOTIONS.index("neutral")
+#: Seed of what the speech is played through.
+_WORN = 7
 #: Classes without a marked emotion.
 _CALM = (_NEUTRAL, EMOTIONS.index("natural"))
 
@@ -74,6 +77,8 @@ class SequenceConfig:
     """Strengths are drawn evenly between 0 (neutral) and this."""
     perturb: bool = True
     """Vary the speech's voice and room (train.voices)."""
+    worn: float = 0.5
+    """Share of the varied speech that is first played through a room, noise and a line (audio.wear)."""
     shortest: int = 12
     """Clips with fewer frames are left out."""
 
@@ -91,6 +96,8 @@ class MotionClip:
         features: (copies, L, width) audio features of a frozen encoder, the first of the speech as it is and the others
             of varied voices; None: the encoder is trained and needs windows.
         front: name of the front end (:data:`flowvqtalker.audio.features.FRONTS`).
+        worn: ``mel`` of the same speech through a room, noise and a line; None: not needed.
+        share: of the varied windows that are taken from ``worn``.
     """
 
     frames: Floats
@@ -100,6 +107,8 @@ class MotionClip:
     identity: str
     features: npt.NDArray[np.float16] | None = None
     front: str = "mel"
+    worn: npt.NDArray[np.float16] | None = None
+    share: float = 0.5
 
     def windows(self, index: npt.NDArray[np.int64], random: np.random.Generator | None = None) -> Floats:
         """Windows (n, 80, columns) of some frames, as :func:`flowvqtalker.audio.features.windows` gives them; with a
@@ -110,7 +119,8 @@ class MotionClip:
         first = np.array([front.first(int(i)) for i in index], np.int64)
         columns = np.clip(first[:, None] + np.arange(front.columns), 0, len(self.mel) - 1)
         begin, end = int(columns.min()), int(columns.max()) + 1
-        mel = np.asarray(self.mel[begin:end], np.float32)
+        worn = self.worn is not None and random is not None and random.random() < self.share
+        mel = np.asarray((self.worn if worn and self.worn is not None else self.mel)[begin:end], np.float32)
         if random is not None:
             mel = (vary if self.front == "mel" else vary_fine)(mel, random)
         return np.ascontiguousarray(mel[columns - begin].transpose(0, 2, 1))
@@ -257,11 +267,20 @@ def load_corpus(
             rows = shard.rows(int(number))
             frames = np.array(shard.pose[rows] if pose else shard.expression[rows], np.float32)
             speech = bool(shard.speech[number] and shard.sound[number])
-            mel = log_mel(shard.wave(int(number)), front).astype(np.float16) if speech else None
-            identity = str(shard.identity[number])
+            wave = shard.wave(int(number)) if speech else None
+            changed = config.perturb and config.worn > 0 and split == "train"
+            worn = wear(wave, item_generator(_WORN, int(number))) if wave is not None and changed else None
+            mel, other = (None if w is None else log_mel(w, front).astype(np.float16) for w in (wave, worn))
             clips.append(
                 MotionClip(
-                    frames - frames.mean(0) if pose else frames, mel, max(emotion, 0), speech, identity, front=front
+                    frames - frames.mean(0) if pose else frames,
+                    mel,
+                    max(emotion, 0),
+                    speech,
+                    str(shard.identity[number]),
+                    front=front,
+                    worn=other,
+                    share=config.worn,
                 )
             )
     return Corpus(clips, lips, gap, config.known, config.estimate and not pose)
