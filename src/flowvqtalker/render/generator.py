@@ -139,10 +139,12 @@ class Source(NamedTuple):
     """I_0, (B, 3, 512, 512) in [-1, 1]."""
     codes: Tensor
     """z_c = q(E_h(I_0)), (B, d, 16, 16)."""
+    small: Tensor
+    """I_0 as W sees it, (B, 3, h, w)."""
 
     def expand(self, batch: int) -> Source:
         """The same source for a batch of frames."""
-        return Source(self.image.expand(batch, -1, -1, -1), self.codes.expand(batch, -1, -1, -1))
+        return Source(*(value.expand(batch, -1, -1, -1) for value in self))
 
 
 class Generated(NamedTuple):
@@ -319,7 +321,8 @@ class VQIG(nn.Module):
     def prepare(self, image: Tensor) -> Source:
         """Encode and quantise the source picture (B, 3, 512, 512) in [-1, 1]."""
         _, indices = self.autoencoder.encode(image)
-        return Source(image, self.autoencoder.codebook.lookup(indices).to(image.dtype))
+        codes = self.autoencoder.codebook.lookup(indices).to(image.dtype)
+        return Source(image, codes, image if self.warping is None else self.warping.reduce(image))
 
     def predict(self, source: Source, motion: Tensor, prior: Tensor | None = None) -> tuple[Generated, list[Tensor]]:
         """Everything up to the code predictions (the code-level stage needs no more); ``image`` is I_w. Also E_w's
@@ -340,7 +343,7 @@ class VQIG(nn.Module):
             extra = F.interpolate(self.openings(places.to(source.image.dtype)), (side, side), mode="bilinear")
         if self.warping is not None and self.mapping is not None:
             sigma = self.mapping(((motion - self.motion_mean) / self.motion_std).to(source.image.dtype))
-            flow = self.warping(source.image, sigma, prior)
+            flow = self.warping(source.small, sigma, prior)
             warped = warp(source.image, flow)
         else:
             flow = source.image.new_zeros(len(motion), 2, self.config.warp.flow_size, self.config.warp.flow_size)

@@ -158,29 +158,29 @@ def openings(vertices: Tensor, size: int, image_size: int = 512) -> Tensor:
     """
     points = vertices[..., :2].float()
     place = (torch.arange(size, device=points.device, dtype=torch.float32) + 0.5) * (image_size / size)
-    grid = torch.stack(torch.meshgrid(place, place, indexing="xy"), -1).view(1, -1, 2)
-    mouth = _inside(points[:, list(INNER_LIPS)], grid)
-    eyes = torch.maximum(*(_inside(points[:, list(rim)], grid) for rim in (RIGHT_EYE, LEFT_EYE)))
+    x, y = (axis.reshape(1, 1, -1) for axis in torch.meshgrid(place, place, indexing="xy"))
+    mouth = _inside(points[:, list(INNER_LIPS)], x, y)
+    eyes = torch.maximum(*(_inside(points[:, list(rim)], x, y) for rim in (RIGHT_EYE, LEFT_EYE)))
     discs = []
     for centre, *rim in IRISES:
-        middle = points[:, centre][:, None]
-        radius = (points[:, rim] - middle).norm(dim=-1).mean(1)[:, None]
-        discs.append(radius - (grid - middle).norm(dim=-1))
+        middle = points[:, centre, :, None]
+        radius = (points[:, rim] - points[:, centre, None]).norm(dim=-1).mean(1, keepdim=True)
+        discs.append(radius - torch.hypot(x[0] - middle[:, 0], y[0] - middle[:, 1]))
     maps = torch.stack([mouth, eyes, torch.maximum(*discs)], 1).div_(_RIM).clamp_(-1, 1)
     return maps.view(len(points), OPENINGS, size, size)
 
 
-def _inside(rim: Tensor, grid: Tensor) -> Tensor:
-    """Signed distance (B, P) of points (1, P, 2) to polygons (B, n, 2), positive inside."""
-    start, end = rim[:, :, None], rim.roll(-1, 1)[:, :, None]
-    edge, offset = end - start, grid[:, None] - start
-    along = ((offset * edge).sum(-1) / edge.square().sum(-1).clamp(min=1e-6)).clamp(0, 1)
-    distance = (offset - along[..., None] * edge).square().sum(-1).amin(1).sqrt()
+def _inside(rim: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """Signed distance (B, P) of points, x and y (1, 1, P), to polygons (B, n, 2); positive inside."""
+    x0, y0 = rim.unsqueeze(-1).unbind(2)  # (B, n, 1)
+    dx, dy = x0.roll(-1, 1) - x0, y0.roll(-1, 1) - y0
+    right, down = x - x0, y - y0
+    along = ((right * dx + down * dy) / (dx * dx + dy * dy).clamp(min=1e-6)).clamp_(0, 1)
+    squared = (right - along * dx).square_() + (down - along * dy).square_()
     # Even-odd rule: how many edges does a ray to the right cross?
-    py, y0, y1 = grid[:, None, :, 1], start[..., 1], end[..., 1]
-    crosses = ((y0 > py) != (y1 > py)) & (
-        grid[:, None, :, 0] < start[..., 0] + (py - y0) / torch.where(y1 == y0, 1.0, y1 - y0) * edge[..., 0]
-    )
+    slope = dx / torch.where(dy == 0, 1.0, dy)
+    crosses = ((down < 0) != (down < dy)) & (right < down * slope)
+    distance = squared.amin(1).sqrt_()
     return torch.where(crosses.sum(1) % 2 == 1, distance, -distance)
 
 

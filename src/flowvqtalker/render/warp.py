@@ -112,10 +112,14 @@ class WarpingNetwork(nn.Module):
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)  # type: ignore[arg-type]
 
+    def reduce(self, source: Tensor) -> Tensor:
+        """The source picture at the size in which W sees it; pictures of that size are returned as they are."""
+        size = self.config.input_size
+        return F.interpolate(source, (size, size), mode="area") if source.shape[-1] != size else source
+
     def forward(self, source: Tensor, sigma: Tensor, prior: Tensor | None = None) -> Tensor:
         size = self.config.input_size
-        image = F.interpolate(source, (size, size), mode="area") if source.shape[-1] != size else source
-        x = image
+        x = image = self.reduce(source)
         if self.config.prior == "mesh":
             if prior is None:
                 raise ValueError('a warping network with prior="mesh" needs the mesh flow')
