@@ -23,6 +23,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from flowvqtalker.errors import UserError
 from flowvqtalker.train import stage_module
 from flowvqtalker.train.config import to_dict
@@ -133,6 +135,7 @@ def _train(name: str, leg: Leg, about: dict[str, Any], runs: Mapping[str, Path],
     started = time.monotonic()
     if entry["config"] is None and entry["minutes"] > 0:
         config = fit_steps(name, config, entry["minutes"], min(leg.probe, (end - started) / 2))
+    torch.manual_seed(config.loop.seed)
     stage = stage_module(name).build(config)
     trained = sum(p.numel() for group in stage.parameter_groups().values() for p in group)
     others = sum(

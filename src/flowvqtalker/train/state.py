@@ -147,6 +147,8 @@ def load_checkpoint(
         for name, optimizer in optimizers.items():
             optimizer.load_state_dict(content["optimizers"][name])
             _align(optimizer)
+    except UserError:
+        raise
     except (KeyError, RuntimeError, ValueError) as error:
         raise UserError(
             f"checkpoint {path} does not fit the model, the configuration differs in {changed or 'nothing'}; "
