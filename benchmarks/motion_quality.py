@@ -1,6 +1,7 @@
 """What the flows generate, measured on held-out people of a shard, beside the real clips and two baselines.
 
     python benchmarks/motion_quality.py SHARD [--clips 24] [--seeds 10] [--json FILE] [--temperature X] [...]
+    python benchmarks/motion_quality.py SHARD --intensity [0 0.25 ...]   the classifier's score over intensity
 
 Prints: means over held-out clips of flowvqtalker.metrics.motion_scores (landmark and lip distances on the true pose and
 identity, beats, jitter, speed, head, correlation of mouth opening with loudness and with the real clip), generated with
@@ -70,7 +71,13 @@ class Bench:
         return [number for _, number in sorted(order)][: self.options.clips]
 
     def generate(
-        self, number: int, emotion: str, seed: int, beta0: np.ndarray | None = None, frames: int | None = None
+        self,
+        number: int,
+        emotion: str,
+        seed: int,
+        beta0: np.ndarray | None = None,
+        frames: int | None = None,
+        intensity: float = 1.0,
     ) -> Coefficients:
         """Motion for a clip's speech, from its first frame's expression or another, by the default path."""
         real = self.clip(number)
@@ -82,6 +89,7 @@ class Bench:
             beta0=torch.from_numpy(np.array(beta, np.float32)),
             pose0=torch.from_numpy(real.pose.mean(0)),
             emotion=emotion,
+            intensity=intensity,
             temperature=self.options.temperature,
             articulation=self.options.articulation,
             seed=seed,
@@ -90,6 +98,12 @@ class Bench:
         wave = self.wave(number)[: None if frames is None else frames * SAMPLES]
         made, pose = motion(windows(wave, motion.front), last=True)
         return Coefficients(made.numpy(), pose.numpy(), real.identity)
+
+    def portraits(self) -> list[np.ndarray]:
+        """Expressions (64,) of held-out pictures."""
+        pictures = self.shard.select("val", picture=True)
+        pictures = pictures[:: max(1, len(pictures) // self.options.portraits)][: self.options.portraits]
+        return [np.array(self.shard.expression[self.shard.start[n]]) for n in pictures]
 
     def label(self, number: int) -> str:
         """The emotion to generate a clip with: its own."""
@@ -154,8 +168,7 @@ def score_emotions(bench: Bench, number: int) -> dict[str, dict[str, float]]:
     verdict, blendshapes."""
     classify, classes = _classifier(bench.options.weights)
     shard, options, face = bench.shard, bench.options, bench.face
-    pictures = shard.select("val", picture=True)
-    pictures = pictures[:: max(1, len(pictures) // options.portraits)][: options.portraits]
+    portraits = bench.portraits()
     results: dict[str, dict[str, float]] = {}
     for label, emotion in enumerate(EMOTIONS):
         takes = [bench.generate(number, emotion, seed) for seed in range(options.seeds)]
@@ -163,8 +176,7 @@ def score_emotions(bench: Bench, number: int) -> dict[str, dict[str, float]]:
         same = same[:: 1 if label < 8 else 30][:60]
         real = [bench.clip(int(n)).expression for n in same]
         drawn = [
-            bench.generate(number, emotion, seed, np.array(shard.expression[shard.start[n]]), frames=75).expression
-            for seed, n in enumerate(pictures)
+            bench.generate(number, emotion, seed, beta0, frames=75).expression for seed, beta0 in enumerate(portraits)
         ]
         shapes = face.blendshapes(torch.from_numpy(np.concatenate(drawn))).mean(0)
         row: dict[str, float] = {
@@ -179,6 +191,41 @@ def score_emotions(bench: Bench, number: int) -> dict[str, dict[str, float]]:
             row[name] = float(np.mean([shapes[i] for i, other in enumerate(NAMES) if other.startswith(name)]))
         results[emotion] = row
     return results
+
+
+def score_intensity(bench: Bench, number: int, levels: list[float]) -> dict[str, list[float]]:
+    """For each emotion, the classifier's mean probability of it at each intensity, over held-out portraits."""
+    classify, classes = _classifier(bench.options.weights)
+    if classify is None:
+        raise SystemExit("the classifier's weights are missing")
+    results: dict[str, list[float]] = {}
+    calm: list[Tensor] | None = None
+    for emotion in (name for name in classes if name != "neutral"):
+        row = []
+        for level in levels:
+            if level == 0 and calm is not None:  # neutral, whichever emotion it is the start of
+                found = calm
+            else:
+                motion = (
+                    bench.generate(number, emotion, seed, beta0, frames=75, intensity=level).expression
+                    for seed, beta0 in enumerate(bench.portraits())
+                )
+                found = [classify(beta) for beta in motion]
+                calm = found if level == 0 else calm
+            row.append(float(torch.stack(found)[:, classes.index(emotion)].mean()))
+        results[emotion] = row
+    return results
+
+
+def report_intensity(levels: list[float], found: dict[str, list[float]]) -> None:
+    """Print it, with Spearman's rank correlation of intensity and probability."""
+    from scipy.stats import spearmanr
+
+    print("| emotion | " + " | ".join(f"{level:g}" for level in levels) + " | Spearman |")
+    print("|---" * (2 + len(levels)) + "|")
+    for emotion, row in found.items():
+        rank = float(spearmanr(levels, row).statistic)
+        print(f"| {emotion} | " + " | ".join(f"{value:.3f}" for value in row) + f" | {rank:.2f} |")
 
 
 def real_accuracy(bench: Bench) -> tuple[float, int]:
@@ -257,6 +304,7 @@ def main() -> None:
     parser.add_argument("--portraits", type=int, default=20, help="held-out pictures of the emotions' sequences")
     parser.add_argument("--temperature", type=float, default=TEMPERATURE)
     parser.add_argument("--articulation", type=float, default=ARTICULATION)
+    parser.add_argument("--intensity", type=float, nargs="*", help="measure the classifier's score over intensity only")
     parser.add_argument("--json", type=Path, help="file to write all numbers to")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -264,6 +312,10 @@ def main() -> None:
     chosen = bench.chosen()
     if not chosen:
         raise SystemExit(f"{options.shard} has no held-out clip with speech of 25 frames")
+    if options.intensity is not None:
+        levels = options.intensity or [0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0]
+        report_intensity(levels, score_intensity(bench, chosen[0], levels))
+        return
     emotions = score_emotions(bench, chosen[0])
     again = [bench.generate(chosen[0], "happy", 0).expression for _ in range(2)]
     accuracy, count = real_accuracy(bench)

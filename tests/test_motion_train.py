@@ -349,6 +349,26 @@ def test_expflow_stage_trains_exports_and_loads(corpus, tmp_path):
     assert bank.latents.shape[1] == 64
 
 
+def test_expflow_goes_on_from_an_earlier_run(corpus, tmp_path):
+    earlier = exp_stage(corpus)
+    fit(earlier, LOOP, tmp_path / "run")
+    stored = load_file(str(tmp_path / "run" / "weights.safetensors"))
+    stage = exp_stage(corpus)
+    stage.flow.blink.fill_(3)
+    expflow.start_from(stage.flow, tmp_path / "run")
+    state = stage.flow.own_state()
+    assert all(torch.equal(state[k], stored[k].to(state[k])) for k in state if not k.startswith("blink"))
+    assert float(stage.flow.blink.min()) == 3, "blinks are those of the new data"
+    scores = fit(stage, replace(LOOP, steps=1, lr=1e-9, ema=0.0), tmp_path / "next")
+    before = json.loads((tmp_path / "run" / "config.json").read_text())["scores"]
+    assert scores["nll"] == pytest.approx(before["nll"], abs=0.05), "the steps' start is not measured anew"
+    other = exp_stage(corpus, flow=ExpFlowConfig(steps=2, width=16, heads=2, audio=AUDIO))
+    with pytest.raises(UserError, match="does not fit this flow"):
+        expflow.start_from(other.flow, tmp_path / "run")
+    with pytest.raises(UserError, match="is no finished run"):
+        expflow.start_from(stage.flow, tmp_path / "none")
+
+
 def test_expflow_resume_is_exact(corpus, tmp_path):
     fit(exp_stage(corpus), LOOP, tmp_path / "whole")
     fit(exp_stage(corpus), replace(LOOP, steps=3), tmp_path / "parts")

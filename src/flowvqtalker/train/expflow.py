@@ -9,16 +9,19 @@ from typing import Any
 
 import torch
 from lightning.fabric import Fabric
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import default_collate
 
 from flowvqtalker import EMOTIONS
 from flowvqtalker.data.order import item_generator
+from flowvqtalker.errors import UserError
 from flowvqtalker.face.arkit import arkit_index
 from flowvqtalker.face.model import FaceModel
 from flowvqtalker.face.topology import LIPS
 from flowvqtalker.motion.blink import measure_blinks
-from flowvqtalker.motion.flow import ExpFlow, ExpFlowConfig
+from flowvqtalker.motion.flow import ExpFlow, ExpFlowConfig, Flow
 from flowvqtalker.motion.listener import Listener
 from flowvqtalker.motion.manifold import LatentBank
 from flowvqtalker.train.config import LoopConfig, check, to_dict
@@ -34,7 +37,7 @@ from flowvqtalker.train.flow_stage import (
 from flowvqtalker.train.loop import Stage
 from flowvqtalker.train.sequences import Corpus, SequenceConfig, SequenceDataset, collate, load_corpus
 
-__all__ = ["Config", "ExpFlowStage", "build", "face_model", "lip_directions", "lip_gap"]
+__all__ = ["Config", "ExpFlowStage", "build", "face_model", "lip_directions", "lip_gap", "start_from"]
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +53,8 @@ class Config:
     """Folders of `python -m flowvqtalker.data.prepare`."""
     face_model: Path | None = None
     """Face model of the coefficients, which says what the lips do; None takes the package's own."""
+    start: Path | None = None
+    """Run of this stage, or its weights, of the same shape, to go on from with new settings; None starts anew."""
     hearing: Hearing = field(default_factory=Hearing)
     flow: ExpFlowConfig = field(default_factory=ExpFlowConfig)
     sequences: SequenceConfig = field(default_factory=SequenceConfig)
@@ -209,7 +214,29 @@ def build(config: Config) -> Stage:
         load_corpus(config.shards, split, config.sequences, lips=lips, gap=gap, front=front)
         for split in ("train", "val")
     )
-    return ExpFlowStage(config, train, val, expression, lids, heard)
+    stage = ExpFlowStage(config, train, val, expression, lids, heard)
+    if config.start is not None:
+        start_from(stage.flow, config.start)
+    return stage
+
+
+def start_from(flow: Flow, path: Path) -> None:
+    """Take over the weights of an earlier run; what was measured on the data (blinks) stays.
+
+    Raises:
+        UserError: if they are missing or of another shape.
+    """
+    file = path / "weights.safetensors" if path.is_dir() else path
+    try:
+        given = load_file(str(file))
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"start: {file} is no finished run of `flowvqtalker train expflow` ({error})") from error
+    own = flow.own_state()
+    wrong = [key for key in own if key not in given or given[key].shape != own[key].shape]
+    if wrong:
+        raise UserError(f"start: {file} does not fit this flow: {wrong[0]} ({len(wrong)} differ); use its settings")
+    kept = {key: given[key] for key in own if not key.startswith("blink")}
+    flow.load_state_dict(kept, strict=False)
 
 
 def face_model(path: Path | None) -> FaceModel:
