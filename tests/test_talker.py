@@ -68,7 +68,8 @@ def test_of_several_faces_the_largest_is_taken_and_said(talker, astronaut, caplo
     both[300:500, 300:500] = np.asarray(Image.fromarray(astronaut[:260, 90:350]).resize((200, 200)))
     found = talker.portrait(both)
     assert found.landmarks[:, 1].mean() < 200
-    assert "shows 2 faces; the largest is taken, --face 1 takes the other" in caplog.text
+    assert "shows 2 faces; the largest is taken (at 22" in caplog.text
+    assert "--face 1 takes the other" in caplog.text
     other = talker.portrait(both, face=1)
     assert other.landmarks[:, 1].mean() > 300
     with pytest.raises(UserError, match=r"--face 2: the picture has 2 face"):
@@ -282,7 +283,7 @@ def test_stored_motion_moves_the_portrait(talker, portrait, astronaut, tmp_path)
 def test_track_of_a_picture(talker, portrait_file, portrait, tmp_path):
     found = talker.track(portrait_file)
     assert len(found) == 1
-    np.testing.assert_allclose(found.landmarks[0], portrait.landmarks)
+    np.testing.assert_allclose(found.landmarks[0], portrait.landmarks, atol=3)  # a portrait is looked at twice
     np.testing.assert_allclose(found.crop, portrait.crop.matrix, atol=1e-3)
     assert found.blendshapes.shape == (1, 52)
     found.save(tmp_path / "a.npz")
@@ -302,7 +303,7 @@ def test_frames_without_a_face_are_bridged(talker, astronaut, tmp_path, caplog):
 
 def test_landmarks_alone_need_no_model(portrait_file, portrait):
     found = track(None, portrait_file)
-    np.testing.assert_allclose(found.landmarks[0], portrait.landmarks)
+    np.testing.assert_allclose(found.landmarks[0], portrait.landmarks, atol=3)  # a portrait is looked at twice
     assert not found.expression.any()
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import uuid
+import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -73,7 +75,7 @@ def probe(path: str | Path) -> MediaInfo:
     from PIL import Image, UnidentifiedImageError
 
     try:
-        with Image.open(path) as image:
+        with _large_pictures(), Image.open(path) as image:
             if getattr(image, "n_frames", 1) == 1:
                 return MediaInfo("picture", image.width, image.height)
     except (UnidentifiedImageError, OSError, Image.DecompressionBombError):
@@ -106,7 +108,7 @@ def read_image(path: str | Path) -> Picture:
     """Read a picture as (H, W, 3) uint8 RGB.
 
     The camera's orientation (EXIF) is applied, transparency is laid on white, grey and 16-bit pictures become 8-bit
-    RGB. Of an animation the first frame is taken.
+    RGB. Of an animation the first frame is taken. Pictures of up to 178 million pixels are read.
 
     Raises:
         UserError: if the file does not exist, is no picture, or is damaged.
@@ -115,7 +117,7 @@ def read_image(path: str | Path) -> Picture:
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
-        with Image.open(path) as opened:
+        with _large_pictures(), Image.open(path) as opened:
             image: Any = ImageOps.exif_transpose(opened)
             if image.mode in ("I", "I;16", "I;16B", "I;16L"):
                 deep = np.asarray(image).astype(np.float64) / 257.0
@@ -128,11 +130,29 @@ def read_image(path: str | Path) -> Picture:
                 image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
             return np.asarray(image.convert("RGB")).copy()
     except UnidentifiedImageError as error:
-        raise UserError(f"{path} is not a picture that can be read; give a JPEG, PNG or WebP file") from error
+        what = "a HEIC picture, which cannot be read" if _is_heic(path) else "not a picture that can be read"
+        raise UserError(f"{path} is {what}; give a JPEG, PNG or WebP file") from error
     except Image.DecompressionBombError as error:
         raise UserError(f"{path} has too many pixels; scale it down, 512 to 4096 pixels a side are plenty") from error
     except (OSError, SyntaxError, ValueError) as error:
         raise UserError(f"{path} is a damaged picture ({error}); give a complete JPEG, PNG or WebP file") from error
+
+
+@contextmanager
+def _large_pictures() -> Iterator[None]:
+    """Pillow warns of pictures from 89 million pixels on and refuses those of twice as many: no warning here."""
+    from PIL import Image
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        yield
+
+
+def _is_heic(path: Path) -> bool:
+    """Whether a file says of itself that it holds HEIF pictures; Pillow reads them only with a plugin."""
+    with path.open("rb") as file:
+        head = file.read(12)
+    return head[4:8] == b"ftyp" and head[8:12] in (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1")
 
 
 def read_video(path: str | Path, fps: float = FPS) -> Iterator[Picture]:

@@ -18,8 +18,10 @@ from torch import Tensor
 from flowvqtalker.coefficients import Coefficients
 from flowvqtalker.errors import UserError
 from flowvqtalker.face.crop import Crop, crop_box
+from flowvqtalker.face.find import SURE, find_faces
 from flowvqtalker.face.fit import fit
 from flowvqtalker.face.model import FaceModel
+from flowvqtalker.face.topology import LIDS, LIPS
 from flowvqtalker.face.tracker import Face, FaceTracker, largest_face
 from flowvqtalker.media import FPS, Picture, probe, read_image, read_video
 
@@ -38,6 +40,12 @@ MAX_YAW = 50.0
 MAX_FULL = 3840
 
 _MAX_FACES = 10
+# A smaller face is enlarged more than three times, and looks it.
+_SMALL_FACE = 80
+# Turns of the head in degrees up to which portraits come out well (docs/portraits.md).
+_GOOD_YAW, _GOOD_PITCH = 30.0, 30.0
+# Shares of the landmarks beyond the picture's border that are worth a word, and that are too many.
+_SOME_BEYOND, _MAX_BEYOND = 0.02, 0.35
 
 Floats = npt.NDArray[np.float32]
 
@@ -93,30 +101,24 @@ def find_portrait(model: FaceModel, source: str | Path | Picture, face: int | No
     name = "the picture" if isinstance(source, np.ndarray) else str(source)
     picture = source if isinstance(source, np.ndarray) else read_image(source)
     with FaceTracker(max_faces=_MAX_FACES) as tracker:
-        faces = tracker.detect(picture) or _small_faces(tracker, picture)
-    if not faces:
+        found = find_faces(tracker, model, picture)
+    if not found:
         raise UserError(
             f"no face found in {name}; give a picture in which a face of {MIN_FACE} pixels or more is clearly visible"
         )
-    chosen = largest_face(faces, face)
-    if len(faces) > 1 and face is None:
+    chosen = largest_face([one.face for one in found], face)
+    if len(found) > 1 and face is None:
         others = (
-            "--face 1 takes the other" if len(faces) == 2 else f"--face 1 to --face {len(faces) - 1} take the others"
+            "--face 1 takes the other" if len(found) == 2 else f"--face 1 to --face {len(found) - 1} take the others"
         )
-        logger.warning("%s shows %d faces; the largest is taken, %s", name, len(faces), others)
-    left, _, right, _ = chosen.box
-    if right - left < MIN_FACE:
-        raise UserError(
-            f"the face in {name} is {right - left:.0f} pixels wide, {MIN_FACE} are needed; give a larger picture"
+        across, down = chosen.landmarks[:, :2].mean(0)
+        logger.warning(
+            "%s shows %d faces; the largest is taken (at %.0f, %.0f), %s", name, len(found), across, down, others
         )
+    residual = next(one.residual for one in found if one.face is chosen)
     crop = crop_box(chosen.landmarks)
     fitted = fit(model, crop.points(chosen.landmarks))
-    yaw = abs(math.degrees(float(fitted.pose[0, 1])))
-    if yaw > MAX_YAW:
-        raise UserError(
-            f"the head in {name} is turned by {yaw:.0f} degrees, at most {MAX_YAW:.0f} can be animated; "
-            "give a picture that shows both eyes"
-        )
+    _check(name, picture, chosen, fitted.pose[0], residual)
     return Portrait(
         picture=picture,
         image=crop.apply(picture),
@@ -128,41 +130,51 @@ def find_portrait(model: FaceModel, source: str | Path | Picture, face: int | No
     )
 
 
-def _small_faces(tracker: FaceTracker, picture: Picture) -> list[Face]:
-    """Faces that are small beside the picture, largest first.
-
-    MediaPipe's detector sees the whole picture at 128 pixels; here it sees overlapping squares, half and then a quarter
-    of the shorter side wide (of a picture that is much longer than wide, first its whole shorter side).
-    """
-    height, width = picture.shape[:2]
-    for parts in (1, 2, 4):
-        side = min(height, width) // parts
-        if side < 2 * MIN_FACE or (parts == 1 and max(height, width) == side):
-            continue
-        found: list[Face] = []
-        for top in _starts(height, side):
-            for left in _starts(width, side):
-                shift = np.array([left, top, 0], np.float32)
-                tile = np.ascontiguousarray(picture[top : top + side, left : left + side])
-                found += [Face(face.landmarks + shift, face.blendshapes) for face in tracker.detect(tile)]
-        kept: list[Face] = []
-        for face in sorted(found, key=lambda face: -face.area):
-            centre, reach = face.landmarks[:, :2].mean(0), (face.box[2] - face.box[0]) / 2
-            if all(np.linalg.norm(centre - other.landmarks[:, :2].mean(0)) > reach for other in kept):
-                kept.append(face)
-        if kept:
-            return kept
-    return []
-
-
-def _starts(length: int, side: int) -> list[int]:
-    """Starts of overlapping pieces, a half of ``side`` apart, that cover ``length``."""
-    count = max(1, -(-2 * (length - side) // side) + 1)
-    return [round(k * (length - side) / max(1, count - 1)) for k in range(count)]
+def _check(name: str, picture: Picture, face: Face, pose: Floats, residual: float) -> None:
+    """Refuse a face that cannot be animated, and say of one that can what will be seen; one line each."""
+    left, _, right, _ = face.box
+    if right - left < MIN_FACE:
+        raise UserError(
+            f"the face in {name} is {right - left:.0f} pixels wide, {MIN_FACE} are needed; give a larger picture"
+        )
+    size = np.array(picture.shape[1::-1])
+    points = face.landmarks[:, :2]
+    beyond = np.asarray(((points < 0) | (points > size)).any(-1))
+    if beyond[list(LIPS)].mean() > 0.5 or beyond[list(LIDS)].mean() > 0.5 or beyond.mean() > _MAX_BEYOND:
+        raise UserError(
+            f"the border of {name} cuts off {100 * beyond.mean():.0f} % of the face; "
+            "give a picture that shows both eyes, the mouth and the chin"
+        )
+    pitch, yaw = (math.degrees(float(angle)) for angle in pose[:2])
+    if abs(yaw) > MAX_YAW:
+        raise UserError(
+            f"the head in {name} is turned by {abs(yaw):.0f} degrees, at most {MAX_YAW:.0f} can be animated; "
+            "give a picture that shows both eyes"
+        )
+    if right - left < _SMALL_FACE:
+        logger.warning("the face in %s is %.0f pixels wide; from %d on it is sharp", name, right - left, _SMALL_FACE)
+    if beyond.mean() > _SOME_BEYOND:
+        logger.warning(
+            "the border of %s cuts off %.0f %% of the face; what is missing is made up", name, 100 * beyond.mean()
+        )
+    if abs(yaw) > _GOOD_YAW:
+        logger.warning(
+            "the head in %s is turned by %.0f degrees; beyond %.0f the far cheek is made up", name, abs(yaw), _GOOD_YAW
+        )
+    elif abs(pitch) > _GOOD_PITCH:
+        logger.warning(
+            "the head in %s looks %s by %.0f degrees; beyond %.0f the face is often misread",
+            *(name, "up" if pitch < 0 else "down", abs(pitch), _GOOD_PITCH),
+        )
+    elif residual > 2 * SURE:
+        logger.warning("the face in %s is hard to make out; look at the result, or give a clearer picture", name)
 
 
 def track_landmarks(
-    source: str | Path, limit: int | None = None, progress: Progress | None = None
+    source: str | Path,
+    limit: int | None = None,
+    progress: Progress | None = None,
+    model: FaceModel | None = None,
 ) -> tuple[Floats, Floats]:
     """Follow the largest face of a picture or video.
 
@@ -170,6 +182,7 @@ def track_landmarks(
         source: picture, or video (read at 25 fps).
         limit: number of frames to read at most.
         progress: called after each frame.
+        model: with it, a picture's face is found at any angle (:func:`flowvqtalker.face.find.find_faces`).
 
     Returns:
         landmarks (T, 478, 3) in pixels and blendshapes (T, 52), float32; NaN where no face was found.
@@ -181,7 +194,11 @@ def track_landmarks(
     faces: list[Face | None] = []
     with FaceTracker() as tracker:
         if info.kind == "picture":
-            faces = [next(iter(tracker.detect(read_image(source))), None)]
+            picture = read_image(source)
+            if model is None:
+                faces = [next(iter(tracker.detect(picture)), None)]
+            else:
+                faces = [next((one.face for one in find_faces(tracker, model, picture)), None)]
         else:
             expected = round(info.seconds * FPS)
             expected = min(expected, limit) if limit is not None else expected
@@ -213,7 +230,7 @@ def track(
     Raises:
         UserError: if the file is neither, or shows no face in any frame.
     """
-    landmarks, blendshapes = track_landmarks(source, progress=progress)
+    landmarks, blendshapes = track_landmarks(source, progress=progress, model=model)
     crop = crop_box(landmarks)
     count = len(landmarks)
     if model is None:

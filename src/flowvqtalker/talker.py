@@ -152,7 +152,7 @@ class Talker:
 
     def reference(self, source: str | Path) -> Tensor:
         """Expression (R, 64) of a picture or clip, to take the emotion from; of a clip the first 30 seconds."""
-        landmarks, _ = track_landmarks(source, limit=_REFERENCE_SECONDS * FPS)
+        landmarks, _ = track_landmarks(source, limit=_REFERENCE_SECONDS * FPS, model=self.face_model)
         fitted = fit(self.face_model, crop_box(landmarks).points(landmarks), smooth=True)
         return torch.from_numpy(fitted.expression)
 
