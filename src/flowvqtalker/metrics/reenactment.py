@@ -29,11 +29,13 @@ from flowvqtalker.metrics.frechet import (
     fit_gaussian,
     frechet_distance,
 )
+from flowvqtalker.metrics.regions import EYES, Box, regions
 from flowvqtalker.metrics.report import Column, Row, Table
 from flowvqtalker.metrics.ssim import psnr, ssim
 from flowvqtalker.render.generator import VQIG
 from flowvqtalker.render.mesh import MeshFlow
 from flowvqtalker.render.perceptual import PerceptualLoss
+from flowvqtalker.render.regions import places
 
 __all__ = ["BASELINES", "MOUTH", "Pair", "Reenactment", "Scores", "picture"]
 
@@ -60,6 +62,7 @@ class Pair:
         source, target: (512, 512, 3) uint8 RGB.
         images: by method.
         mouth: column and row of the middle of the target's lips, such that the crop of side :data:`MOUTH` fits.
+        eyes: left, top, width and height of the crop around the target's eyes; None is not judged.
     """
 
     name: str
@@ -67,6 +70,7 @@ class Pair:
     target: Picture
     images: Mapping[str, Picture]
     mouth: tuple[int, int]
+    eyes: Box | None = None
 
     @property
     def change(self) -> float:
@@ -140,7 +144,7 @@ class Reenactment:
             book = next(iter(self.generators.values())).autoencoder
             images[BASELINES[1]] = book(item["target"])[0]
             for name, model in self.generators.items():
-                found = model(model.prepare(item["source"]), item["motion"], priors[_mesh_kind(model)])
+                found = model(model.prepare(item["source"]), item["motion"], priors[_mesh_kind(model)], places(end))
                 images[name] = found.image
                 if name in self.warped:
                     images[f"I_w of {name}"] = found.warped
@@ -153,6 +157,7 @@ class Reenactment:
             picture(item["target"][0]),
             {name: picture(images[name][0]) for name in self.methods},
             (x, y),
+            regions(end[0].cpu().numpy()).get("eyes"),
         )
 
 
@@ -165,7 +170,8 @@ class Scores:
     """Numbers of every method over pairs.
 
     L1 of colours in [0, 1], PSNR in dB, SSIM (7x7 box), the perceptual distance of the whole picture and of the mouth's
-    crop enlarged twice, and the Fréchet distance between the methods' and the targets' MobileNetV2 features.
+    and the eyes' crops enlarged twice, and the Fréchet distance between the methods' and the targets' MobileNetV2
+    features.
 
     Arguments:
         perceptual: network of the perceptual distance.
@@ -199,8 +205,11 @@ class Scores:
                 "psnr": float(psnr(pair.target, image)[0]),
                 "ssim": float(ssim(pair.target, image)[0]),
                 "perceptual": self._distance(found, target),
-                "mouth": self._distance(self._mouth(found, pair), self._mouth(target, pair)),
+                "mouth": self._distance(*(self._enlarged(x, pair.mouth_box()) for x in (found, target))),
             }
+            if pair.eyes is not None:
+                eyes = self._distance(*(self._enlarged(x, pair.eyes) for x in (found, target)))
+                self.rows[name][pair.name]["eyes"] = eyes
         if self.features is not None:
             everyone = {"": pair.target, **pair.images}
             vectors = self.features(np.stack(list(everyone.values())), {})["mobilenet512"]
@@ -214,8 +223,8 @@ class Scores:
     def _distance(self, image: Tensor, target: Tensor) -> float:
         return float(self.perceptual(image, target))
 
-    def _mouth(self, image: Tensor, pair: Pair) -> Tensor:
-        x, y, w, h = (int(v) for v in pair.mouth_box())
+    def _enlarged(self, image: Tensor, box: tuple[float, float, float, float]) -> Tensor:
+        x, y, w, h = (int(v) for v in box)
         return F.interpolate(image[..., y : y + h, x : x + w], scale_factor=2)
 
     def table(self, title: str, notes: tuple[str, ...] = ()) -> Table:
@@ -234,11 +243,15 @@ class Scores:
             Column("perceptual", name, "lower", 3, "squared distance of features, relative to the target's"),
             Column("mouth", f"{name}, mouth", "lower", 3, f"the same of a {MOUTH}-pixel crop enlarged twice"),
         ]
+        if any("eyes" in row for pairs in self.rows.values() for row in pairs.values()):
+            size = f"{EYES[0]}x{EYES[1]}"
+            columns.append(
+                Column("eyes", f"{name}, eyes", "lower", 3, f"the same of a {size}-pixel crop enlarged twice")
+            )
         values: dict[str, dict[str, float | None]] = {}
         for method, pairs in self.rows.items():
-            values[method] = {
-                c.key: float(np.mean([row[c.key] for row in pairs.values()])) for c in columns  # type: ignore[arg-type]
-            }  # fmt: skip
+            known = {c.key: [v for row in pairs.values() if (v := row.get(c.key)) is not None] for c in columns}
+            values[method] = {key: float(np.mean(found)) if found else None for key, found in known.items()}
         settings: dict[str, dict[str, str | float | int]] = {"ssim": {"window": "uniform7"}}
         if self.features is not None and len(self.vectors[""]) > 1:
             count = len(self.vectors[""])

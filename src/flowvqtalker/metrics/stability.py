@@ -22,7 +22,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import cv2
 import numpy as np
@@ -30,6 +30,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from flowvqtalker.data.pairs import window
 from flowvqtalker.data.shards import Shard
 from flowvqtalker.errors import UserError
 from flowvqtalker.face.crop import Crop
@@ -48,6 +49,7 @@ __all__ = [
     "STILL",
     "Driven",
     "Stability",
+    "Subject",
     "Take",
     "consecutive_flows",
     "drive",
@@ -280,6 +282,17 @@ class Driven:
     codes: npt.NDArray[np.int64] | None
 
 
+class Subject(Protocol):
+    """Whom to drive; see :class:`Take`."""
+
+    @property
+    def portrait(self) -> Picture: ...
+    @property
+    def alpha(self) -> npt.NDArray[np.float32]: ...
+    @property
+    def start(self) -> npt.NDArray[np.float32]: ...
+
+
 class _Watched(Renderer):
     """The renderer itself, which also keeps the codes and I_w of the frames it gives."""
 
@@ -297,6 +310,12 @@ class _Watched(Renderer):
                 codes = best.view(round(len(best) ** 0.5), -1).cpu().numpy()
             self.seen.append((picture, codes))
 
+    def some(self, motion: npt.NDArray[np.float32], frames: Sequence[int]) -> Iterator[Picture]:
+        """The frames of these numbers alone."""
+        for first in range(0, len(frames), self.batch_size):
+            chosen = frames[first : first + self.batch_size]
+            yield from self._batch(torch.from_numpy(np.stack([window(motion, t) for t in chosen])))
+
     def close(self) -> None:
         """Stop watching."""
         self._hook.remove()
@@ -305,27 +324,37 @@ class _Watched(Renderer):
 def drive(
     generator: VQIG,
     face: FaceModel,
-    take: Take,
+    subject: Subject,
     motion: Tensor,
     *,
+    frames: Sequence[int] | None = None,
     batch_size: int = 4,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.bfloat16,
 ) -> Iterator[Driven]:
-    """The take's portrait driven by (T, 70) coefficients, frame by frame, by the renderer that users get."""
+    """A portrait driven by (T, 70) coefficients, frame by frame, by the renderer that users get.
+
+    Arguments:
+        generator, face: the models.
+        subject: whose portrait.
+        motion: (T, 70).
+        frames: numbers of the frames to render; None renders all.
+        batch_size, device, dtype: see :class:`flowvqtalker.render.renderer.Renderer`.
+    """
     renderer = _Watched(
         generator,
         face,
-        take.portrait,
-        torch.from_numpy(take.alpha),
-        torch.from_numpy(take.start[:64]),
-        torch.from_numpy(take.start[64:]),
+        subject.portrait,
+        torch.from_numpy(subject.alpha),
+        torch.from_numpy(subject.start[:64]),
+        torch.from_numpy(subject.start[64:]),
         batch_size=batch_size,
         device=device,
         dtype=dtype,
     )
     try:
-        for frame in renderer.render([(motion[:, :64], motion[:, 64:])]):
+        everything = renderer.render([(motion[:, :64], motion[:, 64:])])
+        for frame in everything if frames is None else renderer.some(motion.float().cpu().numpy(), frames):
             warped, codes = renderer.seen.popleft()
             yield Driven(frame, warped, codes)
     finally:
