@@ -68,8 +68,7 @@ def usage(counts: npt.NDArray[np.integer[Any]]) -> float:
     Arguments:
         counts: (N,) how often each code occurs.
     """
-    counts = _counts(counts)
-    return float((counts > 0).mean())
+    return float((_counts(counts) > 0).mean())
 
 
 def perplexity(counts: npt.NDArray[np.integer[Any]]) -> float:
@@ -79,8 +78,8 @@ def perplexity(counts: npt.NDArray[np.integer[Any]]) -> float:
     Arguments:
         counts: (N,) how often each code occurs.
     """
-    counts = _counts(counts)
-    share = counts[counts > 0] / counts.sum()
+    share = _counts(counts)
+    share = share[share > 0] / share.sum()
     return float(np.exp(-(share * np.log(share)).sum()))
 
 

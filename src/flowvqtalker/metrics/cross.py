@@ -31,6 +31,7 @@ from flowvqtalker.face.model import FaceModel
 from flowvqtalker.face.topology import LIPS
 from flowvqtalker.media import Picture
 from flowvqtalker.metrics import motion as measures
+from flowvqtalker.metrics.analysis import Settings
 from flowvqtalker.metrics.codebook_scores import spread
 from flowvqtalker.metrics.identity import COLUMN as CSIM
 from flowvqtalker.metrics.identity import csim_to_portrait, same_person
@@ -63,7 +64,7 @@ def transfer(start: Floats, driver: Floats) -> Floats:
     moved[:, :64] = np.clip(moved[:, :64], -5, 5)
     moved[:, 64:] = clamp_pose(moved[:, 64:])
     moved[:, 69] = start[69] * np.clip(driver[:, 69] / driver[0, 69], 1 - _TURN[0], 1 + _TURN[1])
-    return moved.astype(np.float32)
+    return np.asarray(moved, np.float32)
 
 
 @dataclass(frozen=True)
@@ -319,7 +320,7 @@ class CrossScores:
                 key: float(np.nanmean(found)) if np.isfinite(found).any() else None for key, found in known.items()
             }
             rows.append(Row(method, values, len(clips), self.frames, reference=method in (DRIVER, COPY), pairs=clips))
-        settings = getattr(self.embed, "settings", dict)()
+        settings: Settings = self.embed.settings() if isinstance(self.embed, _Embedded) else {}
         return Table(title, columns, tuple(rows), {"csim": settings}, notes)
 
 
@@ -342,7 +343,7 @@ class _Embedded:
 
         self._landmarks, self._identity = Dlib68(), FaceIdentity(every=1)
 
-    def settings(self) -> dict[str, str | float | int]:
+    def settings(self) -> Settings:
         """The network."""
         return self._identity.settings()
 

@@ -115,7 +115,7 @@ def still_blocks(flow: npt.NDArray[np.floating[Any]], blocks: int = 16, still: f
 def _length(flow: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.float32]:
     if flow.ndim != 3 or flow.shape[0] != 2:
         raise UserError(f"a flow has shape (2, h, w), got {flow.shape}")
-    return np.hypot(flow[0], flow[1]).astype(np.float32)
+    return np.asarray(np.hypot(flow[0], flow[1]), np.float32)
 
 
 def mouth_only(face: FaceModel, expression: Tensor, rest: Tensor, hold: float = 4.0) -> Tensor:
@@ -140,7 +140,8 @@ def mouth_only(face: FaceModel, expression: Tensor, rest: Tensor, hold: float = 
     size = float(lips.square().sum())
     normal = lips.T @ lips + held.T @ held + 1e-4 * size / len(basis) * torch.eye(len(basis), dtype=torch.float64)
     change = (expression - rest).double()
-    return rest + torch.linalg.solve(normal, lips.T @ lips @ change.T).T.to(rest.dtype)
+    moved: Tensor = rest + torch.linalg.solve(normal, lips.T @ lips @ change.T).T.to(rest.dtype)
+    return moved
 
 
 def motion_of(scenario: str, face: FaceModel, take: Take) -> Tensor:
@@ -205,9 +206,9 @@ def takes(shard: Shard, limit: int = 6, frames: int = 60) -> list[Take]:
     if frames < 3:
         raise UserError(f"flicker is seen in three frames or more, got {frames}")
     stored: dict[int, list[int]] = {}
-    for number, clip in enumerate(shard.image_clip):
+    for number, clip in enumerate(shard.image_clip.tolist()):
         if shard.split[clip] == "val" and not shard.picture[clip] and shard.length[clip] >= 3:
-            stored.setdefault(int(clip), []).append(number)
+            stored.setdefault(clip, []).append(number)
     clips = list(stored)
     if not clips:
         raise UserError(f"shard {shard.path} has no clip with pictures in its validation split; prepare another")
