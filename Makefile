@@ -1,6 +1,7 @@
 # make demo   animate the bundled portrait with the bundled speech into out/demo.mp4
 # make test   run the tests
 # make lint   ruff and mypy
+# make gallery FACES=folder   render portraits of every kind into sheets under out/gallery (without FACES, one portrait)
 # Each sets up everything it needs first, on a machine that has only Python 3.10 or newer with pip: a virtual
 # environment in .venv, and on Linux the four shared libraries that the mediapipe and OpenCV wheels link. A second run
 # finds all of it done.
@@ -20,7 +21,7 @@ STAMPS := $(VENV)/.stamps
 LIBRARIES := libEGL.so.1 libGLESv2.so.2 libGL.so.1 libglib-2.0.so.0
 PACKAGES := libegl1 libgles2 libgl1 libglib2.0-0
 
-.PHONY: help setup demo test lint clean
+.PHONY: help setup demo test lint gallery clean
 help:
 	@sed -n 's/^# make/make/p' Makefile
 
@@ -71,6 +72,9 @@ demo: setup out/astronaut.png
 
 test: setup
 	$(BIN)/python -m pytest
+
+gallery: setup
+	$(BIN)/python benchmarks/gallery.py $(FACES)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -163,6 +163,23 @@ class Paster:
         device = self._face.mean.device
         return self._face.project(self._alpha[None], beta.to(device).float()[None], rho.to(device).float()[None])
 
+    def field(
+        self, beta: Tensor, rho: Tensor
+    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+        """Motion around the crop, in cells of four pixels of the crop from 128 pixels beyond it on.
+
+        Returns:
+            Where the generator's warp looks in the portrait, from each place on, (192, 192, 2) in pixels of the crop;
+            where the bent picture does; and how much of the face is seen, (192, 192) in [0, 1].
+        """
+        end = self._project(beta, rho)
+        with torch.inference_mode():
+            flow = self._mesh(self._start, end)[0].permute(1, 2, 0).cpu().numpy() * np.float32(SIZE / 2)
+        # Beyond the crop its border goes on, and the window makes it fade.
+        more = _BEYOND // _CELL
+        flow = np.asarray(cv2.copyMakeBorder(flow, more, more, more, more, cv2.BORDER_REPLICATE), np.float32)
+        return flow, flow * self._window[..., None], _hull_mask(end[0, :, :2].cpu().numpy())
+
     def layers(
         self, frame: Picture, beta: Tensor, rho: Tensor
     ) -> tuple[Picture, Picture, npt.NDArray[np.float32], tuple[slice, slice]]:
@@ -172,15 +189,8 @@ class Paster:
             The bent picture (h, w, 3) uint8 of :attr:`area`; of the part of it where the face is seen, the rendered
             face (m, n, 3) uint8, how much of it is seen (m, n) in [0, 1], and where the part lies in the area.
         """
-        end = self._project(beta, rho)
-        with torch.inference_mode():
-            flow = self._mesh(self._start, end)[0].permute(1, 2, 0).cpu().numpy() * np.float32(SIZE / 2)
-        # Beyond the crop its border goes on, and the window makes it fade.
-        more = _BEYOND // _CELL
-        flow = cv2.copyMakeBorder(flow, more, more, more, more, cv2.BORDER_REPLICATE)
-        bend = flow * self._window[..., None]
+        flow, bend, mask = self.field(beta, rho)
         back = _moved_back(flow, bend)
-        mask = _hull_mask(end[0, :, :2].cpu().numpy())
         moved = _grid_to_area(bend @ self._linear.T.astype(np.float32), _CELL, self._crop_to_area, self._size)
         under = cv2.remap(self._under, self._still + moved, None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
         part = self._part(mask)
