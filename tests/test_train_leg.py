@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 import zipfile
@@ -26,7 +27,7 @@ from flowvqtalker.errors import UserError
 from flowvqtalker.train import stage_module
 from flowvqtalker.train.codebook import CodebookStage
 from flowvqtalker.train.config import LoopConfig, load_yaml, to_dict
-from flowvqtalker.train.hardware import Utilisation
+from flowvqtalker.train.hardware import Utilisation, process_age
 from flowvqtalker.train.leg import Leg, main, run_leg
 from flowvqtalker.train.leg_plan import parse_stages
 from flowvqtalker.train.leg_state import Limits, fitting, read_bundle, write_bundle
@@ -377,6 +378,15 @@ def test_vgg19_is_a_switch_of_the_stage(
     loss.backward()
     assert all(p.grad is None for p in stage.perceptual.parameters())
     assert stage.autoencoder.decoder.last_weight.grad.abs().sum() > 0
+
+
+def test_the_age_of_a_process_counts_its_imports() -> None:
+    code = "import time; time.sleep(0.3); from flowvqtalker.train.hardware import process_age; print(process_age())"
+    begun = time.monotonic()
+    found = float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    if sys.platform == "linux":
+        assert 0.3 <= found <= time.monotonic() - begun + 0.1
+    assert process_age() >= 0
 
 
 def test_utilisation_is_a_mean_and_survives_a_driver() -> None:

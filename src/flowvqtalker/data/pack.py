@@ -281,11 +281,11 @@ def _add_speech(pack: _Pack, config: PackConfig, room: float) -> None:
         groups: dict[str, list[int]] = {}
         for number in np.flatnonzero((one.split == split) & (one.length > 0)):
             groups.setdefault(str(one.speaker[number]), []).append(int(number))
-        for number in _in_turn(groups):
-            size = int(one.length[number]) * row + int(one.mel_length[number]) * 160
+        for recording in _in_turn(groups):
+            size = int(one.length[recording]) * row + int(one.mel_length[recording]) * 160
             if size <= left:
                 left -= size
-                chosen.append(number)
+                chosen.append(recording)
     if not chosen:
         raise UserError(f"{config.speech}: no recording fits {room / _MIB:.1f} MiB; give a larger --mib")
     chosen.sort()

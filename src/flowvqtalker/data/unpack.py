@@ -10,7 +10,7 @@ import shutil
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -88,7 +88,7 @@ def _write_shard(folder: Path, arrays: dict[str, npt.NDArray[Any]]) -> None:
     index = {k: v for k, v in arrays.items() if not k.startswith("image_") and k not in (*_COEFFICIENTS, "wave")}
     moved = index.pop("moved")
     start = np.concatenate([[0], np.cumsum(index["length"])[:-1]]).astype(np.int64)
-    np.savez(folder / "index.npz", version=SHARD_VERSION, about="data pack", start=start, **index)
+    np.savez(folder / "index.npz", version=SHARD_VERSION, about="data pack", start=start, **cast(Any, index))
     np.savez(folder / LAGS, offset=moved, confidence=np.ones(len(moved), np.float32))
     for name in _COEFFICIENTS:
         np.save(folder / f"{name}.npy", arrays[name].astype(np.float32))
@@ -125,7 +125,8 @@ def _write_speech(out: Path, arrays: dict[str, npt.NDArray[Any]], contents: dict
     folder = out / "speech"
     folder.mkdir()
     prefix = "index/"
-    np.savez(folder / "index.npz", **{k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)})
+    index = {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
+    np.savez(folder / "index.npz", **cast(Any, index))
     for name, values in arrays.items():
         if not name.startswith(prefix):
             np.save(folder / f"{name}.npy", values)

@@ -28,6 +28,7 @@ import torch
 from flowvqtalker.errors import UserError
 from flowvqtalker.train import stage_module
 from flowvqtalker.train.config import to_dict
+from flowvqtalker.train.hardware import process_age
 from flowvqtalker.train.leg_plan import CHAIN, configuration, fit_steps, parse_stages
 from flowvqtalker.train.leg_state import KINDS, MANIFEST, Limits, fitting, read_bundle, write_bundle
 
@@ -38,7 +39,8 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Leg:
-    """What a leg is to do; the command line describes each."""
+    """What a leg is to do; the command line describes each, but for ``begun``: when the time began to run
+    (``time.monotonic()``; None: now)."""
 
     data: Path
     out: Path
@@ -54,6 +56,7 @@ class Leg:
     samples: int = 6
     reserve: float = 20.0
     probe: float = 20.0
+    begun: float | None = None
 
 
 def run_leg(leg: Leg) -> dict[str, Any]:
@@ -65,9 +68,9 @@ def run_leg(leg: Leg) -> dict[str, Any]:
     Raises:
         UserError: if something given cannot be used, before anything is trained.
     """
-    begun = time.monotonic()
+    begun = time.monotonic() if leg.begun is None else leg.begun
     end = begun + leg.minutes * 60 - leg.reserve if leg.minutes else math.inf
-    if end <= begun:
+    if end <= time.monotonic():
         raise UserError(f"--minutes {leg.minutes:g} leaves no time beside --reserve {leg.reserve:g} seconds")
     about = _begin(leg)
     for name, entry in about["stages"].items():
@@ -95,7 +98,15 @@ def _begin(leg: Leg) -> dict[str, Any]:
             if any(folder.glob(sign)):
                 raise UserError(f"{folder} already holds a leg; give --from to go on with one, or choose other folders")
         plan = parse_stages(leg.stages, leg.data)
-        fresh = {"done": False, "step": 0, "steps": 0, "seconds": 0.0, "config": None, "kind": "full", "speed": {}}
+        fresh: dict[str, Any] = {
+            "done": False,
+            "step": 0,
+            "steps": 0,
+            "seconds": 0.0,
+            "config": None,
+            "kind": "full",
+            "speed": {},
+        }
         about: dict[str, Any] = {"stages": {name: {"minutes": m, **fresh} for name, m in plan.items()}, "legs": []}
     else:
         shutil.rmtree(leg.work, ignore_errors=True)
@@ -232,7 +243,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m flowvqta
     given = vars(parser.parse_args(arguments))
     limits = Limits(given.pop("max_files"), given.pop("max_file_mib"))
     given = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
-    return run_leg(replace(own, **given, limits=limits))
+    return run_leg(replace(own, **given, limits=limits, begun=time.monotonic() - process_age()))
 
 
 if __name__ == "__main__":

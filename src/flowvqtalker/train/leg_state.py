@@ -8,8 +8,8 @@ A *bundle* is a folder::
 
 What is kept of a stage that still trains, by kind: ``full``: everything as it is, float32 (going on is exact to the
 last bit); ``half``: weights and averages in float16, Adam's moments in bfloat16 (8 instead of 16 bytes a weight; going
-on is like a run whose weights were nudged by 0.02 % and whose moments by 0.4 %); ``weights``: weights and averages in
-float16 (4 bytes a weight; Adam begins anew). Parameters that are not trained come from the stage that trained them. Of
+on is like a run whose weights were nudged by up to 0.05 % and whose moments by 0.4 %); ``weights``: weights and
+averages in float16 (4 bytes a weight; Adam begins anew). Parameters that are not trained come from the stage that trained them. Of
 a finished stage only its exported weights are kept.
 """
 
@@ -23,6 +23,7 @@ import shutil
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -212,10 +213,10 @@ def read_bundle(folder: str | Path, runs: Mapping[str, Path] | None, work: Path)
         run.mkdir(parents=True, exist_ok=True)
         own = {key.partition("/")[2]: value for key, value in tensors.items() if key.startswith(f"{name}/")}
         if kept["kept"] == "export":
-            replace_file(run / "weights.safetensors", lambda p, own=own: save_file(own, p))
+            replace_file(run / "weights.safetensors", partial(save_file, own))
         else:
             content = _content(own, kept["rest"])
-            replace_file(run / "checkpoint.pt", lambda p, content=content: torch.save(content, p))
+            replace_file(run / "checkpoint.pt", partial(torch.save, content))
     return manifest
 
 
