@@ -9,8 +9,8 @@ A *bundle* is a folder::
 What is kept of a stage that still trains, by kind: ``full``: everything as it is, float32 (going on is exact to the
 last bit); ``half``: weights and averages in float16, Adam's moments in bfloat16 (8 instead of 16 bytes a weight; going
 on is like a run whose weights were nudged by up to 0.05 % and whose moments by 0.4 %); ``weights``: weights and
-averages in float16 (4 bytes a weight; Adam begins anew). Parameters that are not trained come from the stage that trained them. Of
-a finished stage only its exported weights are kept.
+averages in float16 (4 bytes a weight; Adam begins anew). Parameters that are not trained come from the stage that
+trained them. Of a finished stage only its exported weights are kept.
 """
 
 from __future__ import annotations
