@@ -4,7 +4,7 @@
 
 FACES is a folder of portraits of which held-out ones are taken from benchmarks/gallery.csv; without it the portrait in
 the public domain that comes with scikit-image is taken. Two ways of pasting the same rendered frames (natural speech,
-and the same with the head's movement three times as large) are compared: `box`, the crop with soft edges laid over the
+and the same with the head's movement twice as large) are compared: `box`, the crop with soft edges laid over the
 picture that stands still, its colour shifted by the median difference at the edge; and `mesh`, which is what
 `--full` does. Over the frames, in levels of 255:
 
@@ -134,7 +134,7 @@ def compare(talker: Talker, portraits: list[Picture], speech: Path, count: int) 
         box, paster = Box(portrait), paster_of(talker, portrait)
         touched = np.zeros(picture.shape[:2], bool)
         touched[paster.area] = paster.touched
-        for moves, scale in (("as spoken", 1.0), ("three times", 3.0)):
+        for moves, scale in (("as spoken", 1.0), ("twice", 2.0)):
             for frame, beta, rho in frames(talker, portrait, speech, scale, count):
                 over = box.over(frame)
                 mixed = box.mask[..., None] * over + (1 - box.mask[..., None]) * picture
