@@ -28,7 +28,7 @@ Block = tuple[Tensor, Tensor]
 
 #: How far the head may leave the portrait's pose in a whole picture: pitch, yaw and roll in radians, the shifts to the
 #: side and down in the model's unit (the width between the outer eye corners), the distance as a share of itself.
-POSE_LIMITS = (math.radians(15), math.radians(20), math.radians(15), 0.3, 0.3, 0.15)
+POSE_LIMITS = (math.radians(15), math.radians(20), math.radians(12), 0.2, 0.2, 0.15)
 # Share of a limit up to which a movement is left as it is; beyond it bends smoothly towards the limit.
 _FREE = 0.7
 
@@ -41,7 +41,7 @@ _SAMPLES = 4000
 # Distance from the middle of the face, in half face sizes, where its motion begins to fade and where nothing moves.
 _FADE, _STILL = 1.3, 2.4
 # Pixels of the crop over which motion fades to the border of the picture and to that of the field.
-_MARGIN = 64.0
+_MARGIN = 96.0
 # The mask is the hull of the mesh, grown by this much and blurred by this much, in pixels of the crop.
 _GROW, _SOFT = 20.0, 9.0
 # Largest correction of a rendered face's colour, in levels of 255: a drift of the generator, not a change of light.
@@ -77,7 +77,7 @@ def limit_pose(motion: Iterable[Block], pose0: Tensor) -> Iterator[Block]:
             what = (
                 f"the {names[worst]} of the head leaves the portrait's by more than {bound}"
                 if worst < 3
-                else "the head moves farther than a third of the distance between its eyes' corners"
+                else "the head moves farther than a fifth of the distance between its eyes' corners"
                 if worst < 5
                 else "the head comes nearer or farther by more than a seventh"
             )
