@@ -61,7 +61,7 @@ class VQIGConfig:
     ``residual``, which fades out at the window's rim."""
     painter_width: int = 0
     """Channels of the painters of mouth and eyes (ours, :mod:`flowvqtalker.render.regions`), which stage ``regions``
-    trains; 0 is none, as in the paper. Need ``openings``."""
+    trains and adds; 0 is none, as in the paper. Need ``openings``."""
 
     def __post_init__(self) -> None:
         if self.openings and self.warp.prior != "mesh":
@@ -98,7 +98,6 @@ class VQIGConfig:
             openings=True,
             residual=True,
             window=(128, 96, 384, 320),
-            painter_width=40,
         )
 
     @classmethod

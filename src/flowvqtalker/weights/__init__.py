@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from flowvqtalker.errors import UserError
 
 __all__ = [
+    "FINISHED",
     "JUDGES",
     "LISTENER",
     "NAMES",
@@ -54,8 +55,8 @@ JUDGES = {
 }
 
 _STAGES = {**NAMES, **LISTENER, **JUDGES}
-#: Stages that finish the weights of another one.
-_FINISHED = {"vqig": "regions"}
+#: Stages that finish the weights of another one: their files hold both.
+FINISHED = {"vqig": "regions"}
 
 #: Terms of weights that were trained on the project's data.
 TERMS = "research and non-commercial use only; see docs/model_card.md"
@@ -227,7 +228,7 @@ def add(
             about = json.loads(beside.read_text(encoding="utf-8"))
             break
     stage = str(about.get("stage", _STAGES[name]))
-    if stage not in (_STAGES[name], _FINISHED.get(name)):
+    if stage not in (_STAGES[name], FINISHED.get(name)):
         raise UserError(f"{file} is of stage {stage!r}, but {name} needs {_STAGES[name]!r}")
 
     tensors = _read(file)
