@@ -3,7 +3,8 @@
     python tools/release_weights.py RUNS --data "what they were trained on"
 
 RUNS holds one folder for each stage, named as ``flowvqtalker train`` names it (``face-model``, ``codebook``, ...); a
-stage without a folder keeps the weights it has. ``regions`` goes before ``vqig``, which it holds too. ``--best`` takes ``best.safetensors`` where a run has one.
+stage without a folder keeps the weights it has. ``regions`` goes before ``vqig``, which it holds too. ``--best`` takes
+``best.safetensors`` where a run has one.
 """
 
 from __future__ import annotations
