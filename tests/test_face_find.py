@@ -158,6 +158,15 @@ def test_turned_heads_are_said(model, astronaut, upright, caplog, monkeypatch, y
     assert any(part in said(caplog, model, picture) for part in line.split("|"))
 
 
+def test_a_wide_open_mouth_is_said(model, astronaut, upright, caplog, monkeypatch):
+    landmarks = upright.face.landmarks.copy()
+    landmarks[14] = landmarks[13] + [0, 0.5 * np.linalg.norm(landmarks[33] - landmarks[263]), 0]
+    moved = Face(landmarks, upright.face.blendshapes)
+    monkeypatch.setattr(FaceTracker, "detect", lambda self, image: [moved] if image.shape[0] != 512 else [])
+    picture = np.asarray(cv2.resize(astronaut, (514, 514)))
+    assert "the mouth in the picture is wide open" in said(caplog, model, picture)
+
+
 # ------------------------------------------------------------------------------------------------- kinds of files
 
 

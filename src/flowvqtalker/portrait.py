@@ -21,7 +21,7 @@ from flowvqtalker.face.crop import Crop, crop_box
 from flowvqtalker.face.find import SURE, find_faces
 from flowvqtalker.face.fit import fit
 from flowvqtalker.face.model import FaceModel
-from flowvqtalker.face.topology import LIDS, LIPS
+from flowvqtalker.face.topology import EYE_CORNERS, LIDS, LIPS
 from flowvqtalker.face.tracker import Face, FaceTracker, largest_face
 from flowvqtalker.media import FPS, Picture, probe, read_image, read_video
 
@@ -44,6 +44,8 @@ _MAX_FACES = 10
 _SMALL_FACE = 80
 # Turns of the head in degrees up to which portraits come out well (docs/portraits.md).
 _GOOD_YAW, _GOOD_PITCH = 30.0, 30.0
+# Middles of the upper and the lower lip's rims, and how far apart they may be in distances of the eyes' corners.
+_MOUTH, _WIDE_MOUTH = (13, 14), 0.33
 # Shares of the landmarks beyond the picture's border that are worth a word, and that are too many.
 _SOME_BEYOND, _MAX_BEYOND = 0.02, 0.35
 
@@ -145,6 +147,9 @@ def _check(name: str, picture: Picture, face: Face, pose: Floats, residual: floa
             f"the border of {name} cuts off {100 * beyond.mean():.0f} % of the face; "
             "give a picture that shows both eyes, the mouth and the chin"
         )
+    gap, eyes = (float(np.linalg.norm(face.landmarks[a, :2] - face.landmarks[b, :2])) for a, b in (_MOUTH, EYE_CORNERS))
+    if gap > _WIDE_MOUTH * eyes:
+        logger.warning("the mouth in %s is wide open and will hardly close; give a picture with it closed", name)
     pitch, yaw = (math.degrees(float(angle)) for angle in pose[:2])
     if abs(yaw) > MAX_YAW:
         raise UserError(

@@ -139,6 +139,7 @@ class Paster:
         self._crop_to_area[:, 2] -= (left, top)
         x, y = np.meshgrid(*(np.arange(n, dtype=np.float32) for n in self._size))
         self._still = np.stack([x, y], axis=-1)
+        self._map = np.empty_like(self._still)
         # Where the area's pixels lie in the crop, but for a shift.
         inverse = np.linalg.inv(self._linear)
         self._places = (self._still + np.float32(0.5)) @ inverse.T.astype(np.float32)
@@ -181,9 +182,13 @@ class Paster:
         return flow, flow * self._window[..., None], _hull_mask(end[0, :, :2].cpu().numpy())
 
     def layers(
-        self, frame: Picture, beta: Tensor, rho: Tensor
+        self, frame: Picture, beta: Tensor, rho: Tensor, out: Picture | None = None
     ) -> tuple[Picture, Picture, npt.NDArray[np.float32], tuple[slice, slice]]:
         """What a whole picture is made of.
+
+        Arguments:
+            frame, beta, rho: see :meth:`__call__`.
+            out: where the bent picture goes, of the area's size.
 
         Returns:
             The bent picture (h, w, 3) uint8 of :attr:`area`; of the part of it where the face is seen, the rendered
@@ -192,16 +197,19 @@ class Paster:
         flow, bend, mask = self.field(beta, rho)
         back = _moved_back(flow, bend)
         moved = _grid_to_area(bend @ self._linear.T.astype(np.float32), _CELL, self._crop_to_area, self._size)
-        under = cv2.remap(self._under, self._still + moved, None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+        # Memory that is used again: fresh pages for maps of this size would take as long as the sampling.
+        cv2.add(self._still, moved, dst=self._map)
+        under = np.empty_like(self._under) if out is None else out
+        cv2.remap(self._under, self._map, None, cv2.INTER_LINEAR, dst=under, borderMode=cv2.BORDER_REPLICATE)
         part = self._part(mask)
         size = part[1].stop - part[1].start, part[0].stop - part[0].start
         if min(size) <= 0:
-            return np.asarray(under, np.uint8), np.zeros((0, 0, 3), np.uint8), np.zeros((0, 0), np.float32), part
+            return under, np.zeros((0, 0, 3), np.uint8), np.zeros((0, 0), np.float32), part
         to_part = self._crop_to_area.copy()
         to_part[:, 2] -= (part[1].start, part[0].start)
         seen = _grid_to_area(mask, _CELL, to_part, size) * self._reach[part]
         over = self._over(self._matched(frame, mask, bend, back), mask, back, part, to_part)
-        return np.asarray(under, np.uint8), over, seen, part
+        return under, over, seen, part
 
     def _part(self, mask: Floats) -> tuple[slice, slice]:
         """The part of the area that holds all of a mask."""
@@ -274,10 +282,9 @@ class Paster:
             )
         result = self._picture.copy()
         if self.area[0].start < self.area[0].stop and self.area[1].start < self.area[1].stop:
-            under, over, mask, part = self.layers(frame, beta, rho)
+            under, over, mask, part = self.layers(frame, beta, rho, result[self.area])
             if mask.size:
                 under[part] = cv2.blendLinear(over, np.ascontiguousarray(under[part]), mask, 1 - mask)
-            result[self.area] = under
         return result
 
 
@@ -371,7 +378,7 @@ def _grid_to_area(
     matrix[:, 2] -= matrix[:, :2] @ [_BEYOND, _BEYOND]
     matrix[:, :2] *= cell
     # Cells that are many pixels wide are enlarged in two steps, most of the way without turning, which is faster.
-    coarse = max(1, int(np.hypot(*matrix[:, 0]) / 6))
+    coarse = max(1, int(np.hypot(*matrix[:, 0]) / 2.5))
     if coarse == 1:
         return _affine(np.asarray(values, np.float32), matrix, size)
     small = -(-size[0] // coarse) + 1, -(-size[1] // coarse) + 1
