@@ -78,7 +78,7 @@ class Animate(_MotionOptions):
     face: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
     """Which face of the picture; 0 is the largest. Default: the largest."""
     full: bool = False
-    """The whole picture with the face pasted back, instead of the 512x512 crop."""
+    """The whole picture, which bends with the head, instead of the 512x512 crop."""
     device: str = "auto"
     """auto, cpu, cuda or mps."""
     dtype: Annotated[str | None, tyro.conf.arg(metavar="TYPE")] = None
@@ -207,7 +207,7 @@ class Render:
     face: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
     """Which face of the picture; 0 is the largest. Default: the largest."""
     full: bool = False
-    """The whole picture with the face pasted back, instead of the 512x512 crop."""
+    """The whole picture, which bends with the head, instead of the 512x512 crop."""
     weights: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
     """Folder of weights with a manifest. Default: those of the package."""
     device: str = "auto"
