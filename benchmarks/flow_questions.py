@@ -172,6 +172,7 @@ def main() -> None:
         stored = load_file(str(run / "weights.safetensors"))
         state = {key: value.float() if value.is_floating_point() else value for key, value in stored.items()}
         bench.expflow = ExpFlow.load(state, about["config"], heard[0])
+        bench.expflow.shift.zero_()  # the flow's own emotions, not what train.calibrate adds
         bench.bank = bank_of(state, shared=sampling.get("sampling.bank") == "shared")
         bench.sampling = {"manifold": sampling.get("sampling.manifold", MANIFOLD)}
         results[name] = {"nll": float(about["scores"]["nll"]), **measure(bench, chosen, options)}

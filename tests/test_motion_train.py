@@ -19,9 +19,11 @@ from flowvqtalker.motion.context import AudioConfig, AudioEncoder
 from flowvqtalker.motion.flow import ExpFlow, ExpFlowConfig, PoseFlow, PoseFlowConfig
 from flowvqtalker.motion.listener import Listener, ListenerConfig
 from flowvqtalker.motion.manifold import LatentBank
+from flowvqtalker.motion.sampler import SOURCE, TEMPERATURE
 from flowvqtalker.train import expflow, poseflow
+from flowvqtalker.train.calibrate import calibrate
 from flowvqtalker.train.config import LoopConfig, from_dict, to_dict
-from flowvqtalker.train.flow_stage import Hearing, Losses, correlation, load_listener
+from flowvqtalker.train.flow_stage import Hearing, Losses, correlation, load_listener, whole_clips
 from flowvqtalker.train.loop import fit
 from flowvqtalker.train.resting import resting_faces
 from flowvqtalker.train.sequences import Corpus, MotionClip, SequenceConfig, SequenceDataset, hear
@@ -357,7 +359,8 @@ def test_expflow_goes_on_from_an_earlier_run(corpus, tmp_path):
     stage.flow.blink.fill_(3)
     expflow.start_from(stage.flow, tmp_path / "run")
     state = stage.flow.own_state()
-    assert all(torch.equal(state[k], stored[k].to(state[k])) for k in state if not k.startswith("blink"))
+    taken = [key for key in state if not key.startswith("blink") and key not in ExpFlow.optional]
+    assert all(torch.equal(state[key], stored[key].to(state[key])) for key in taken)
     assert float(stage.flow.blink.min()) == 3, "blinks are those of the new data"
     scores = fit(stage, replace(LOOP, steps=1, lr=1e-9, ema=0.0), tmp_path / "next")
     before = json.loads((tmp_path / "run" / "config.json").read_text())["scores"]
@@ -484,3 +487,48 @@ def test_varied_speech_is_sometimes_worn():
     varied = worn.windows(index, np.random.default_rng(0))
     plain = replace(worn, share=0.0).windows(index, np.random.default_rng(0))
     assert varied[..., 4].std(0).max() < 0.5 < plain[..., 4].std(0).max()
+
+
+def test_calibrated_emotions_have_the_strength_of_the_training_people():
+    """After calibration the drawn difference to neutral is that of the people, times the strength; whatever the flow
+    learnt (here nothing), and whoever is only seen in an emotion."""
+    random = np.random.default_rng(0)
+    neutral, happy = EMOTIONS.index("neutral"), EMOTIONS.index("happy")
+    smile, opening = np.linspace(-2, 2, 64), random.normal(size=64)
+    smile = smile - smile @ opening / (opening @ opening) * opening
+    clips = []
+    for n in range(30):
+        face = random.normal(size=64)
+        for label in (neutral, happy) if n < 20 else (happy,):
+            frames = face + (smile if label == happy else 0) + 0.1 * random.normal(size=(40, 64))
+            mel = clip(n).mel
+            clips.append(MotionClip(frames.astype(np.float32), mel, label, label == neutral, f"person {n}"))
+    corpus = Corpus(clips)
+    torch.manual_seed(0)
+    flow = ExpFlow(ExpFlowConfig(steps=2, width=8, heads=2, history=10, audio=AUDIO)).eval()
+    with torch.no_grad():
+        flow.opening.copy_(torch.from_numpy(0.02 * opening))
+    data = dataset(corpus)
+    calibrate(flow, corpus, data, strength=1.5)
+    assert not flow.shift[neutral].any()
+    assert not flow.shift[EMOTIONS.index("angry")].any(), "nobody is angry"
+    assert abs(float(flow.shift[happy] @ flow.opening)) < 1e-4, "nothing parts the lips throughout"
+
+    batch = whole_clips(corpus, [n for n, c in enumerate(clips) if c.speech][:24], data, 40)
+    source = SOURCE * torch.stack([torch.from_numpy(corpus.neutral(2 * n)) for n in range(20)])
+    means = []
+    for label in (neutral, happy):
+        drawn = flow.rollout(
+            batch.windows,
+            torch.full((20,), label),
+            torch.Generator().manual_seed(0),
+            source=source,
+            temperature=TEMPERATURE,
+        )
+        means.append(drawn[:, 15:].mean((0, 1)))
+    shown = (means[1] - means[0] + flow.shift[happy]).numpy()
+    shown = shown - shown @ opening / (opening @ opening) * opening
+    assert np.abs(shown - 1.5 * smile).max() < 0.25
+    before = flow.shift.clone()
+    calibrate(flow, corpus, data, strength=1.5)
+    assert torch.allclose(before, flow.shift, atol=1e-5), "calibrated twice is calibrated once"

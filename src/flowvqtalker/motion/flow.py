@@ -158,6 +158,8 @@ class Flow(Bijection):
     """
 
     unit: Tensor
+    #: Buffers that weights may lack.
+    optional: tuple[str, ...] = ()
 
     def __init__(self, config: FlowConfig, listener: Listener | None = None) -> None:
         super().__init__()
@@ -205,6 +207,7 @@ class Flow(Bijection):
         flow = cls(config_from(cls.config_type(), config), listener)
         own = flow.own_state()
         given = {key: value for key, value in state.items() if not key.startswith("bank.")}
+        given = {**{key: own[key] for key in cls.optional if key not in given}, **given}
         wrong = sorted(own.keys() ^ given.keys()) or [k for k in own if own[k].shape != given[k].shape]
         if wrong:
             raise UserError(f"weights do not fit the configuration of {cls.__name__}: {wrong[0]} ({len(wrong)} differ)")
@@ -406,17 +409,23 @@ class ExpFlow(Flow):
 
     The buffers ``blink`` (12, 64) and ``blink_rate`` (a minute) hold the typical blink of the training clips
     (:mod:`flowvqtalker.motion.blink`), and ``opening`` (64,) what of β parts the lips, by a scalar product.
+
+    The buffer ``shift`` (C, 64) holds what drawn frames of each class lack of the difference to neutral that the
+    training people show (:mod:`flowvqtalker.train.calibrate`).
     """
 
     blink: Tensor
     blink_rate: Tensor
     opening: Tensor
+    shift: Tensor
+    optional = ("shift",)
 
     def __init__(self, config: FlowConfig | None = None, listener: Listener | None = None) -> None:
         super().__init__(config or ExpFlowConfig(), listener)
         self.register_buffer("blink", torch.zeros(BLINK_FRAMES, self.config.dim))
         self.register_buffer("blink_rate", torch.zeros(()))
         self.register_buffer("opening", torch.zeros(self.config.dim))
+        self.register_buffer("shift", torch.zeros(self.config.classes, self.config.dim))
 
     @classmethod
     def config_type(cls) -> type[FlowConfig]:

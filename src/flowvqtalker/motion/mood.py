@@ -27,12 +27,14 @@ class Mood:
         centre: (1, D) of the latents.
         label: class that it mostly is; the draws are moved on to the training latents of this class.
         intensity: how much of its difference to neutral is shown; 1 is all of it.
+        shift: (1, D) of :class:`~flowvqtalker.motion.flow.ExpFlow`, added to what is drawn.
     """
 
     weights: Tensor
     centre: Tensor
     label: int
-    intensity: float = 1.0
+    intensity: float
+    shift: Tensor
 
     def towards(self, other: Mood, part: float) -> Mood:
         """A part of the way, 0 to 1, to another."""
@@ -41,7 +43,8 @@ class Mood:
         weights = torch.lerp(self.weights, other.weights, part)
         centre = torch.lerp(self.centre, other.centre, part)
         intensity = (1 - part) * self.intensity + part * other.intensity
-        return Mood(weights, centre, (self if part < 0.5 else other).label, intensity)
+        shift = torch.lerp(self.shift, other.shift, part)
+        return Mood(weights, centre, (self if part < 0.5 else other).label, intensity, shift)
 
     def faded(self) -> Mood:
         """The same, but neutral counts as an emotion of which nothing is shown; then intensities on the way from
@@ -66,6 +69,7 @@ def make_mood(flow: ExpFlow, emotion: str | None, intensity: float, reference: T
     if reference is None:
         expressive = neutral.new_tensor([weights or parse_emotion(EMOTIONS[label])])
         centre = expressive @ means
+        shift = expressive @ flow.shift
         intensity = 1.0 if torch.equal(expressive, neutral) else intensity
     else:
         if weights is not None and max(weights) < 1:
@@ -74,7 +78,8 @@ def make_mood(flow: ExpFlow, emotion: str | None, intensity: float, reference: T
         label, latent = reference_latent(flow, reference.to(means.device, torch.float32), given)
         expressive, centre = torch.zeros_like(neutral), latent[None]
         expressive[0, label] = 1
-    return Mood(expressive, centre, label, intensity)
+        shift = torch.zeros_like(latent[None])  # a reference says itself how it looks
+    return Mood(expressive, centre, label, intensity, shift)
 
 
 @torch.inference_mode()

@@ -87,6 +87,7 @@ class MotionGenerator:
     much later; ``last=True`` says that no window follows, and returns the rest.
 
     * Emotion label: z_t = μ_e + temperature · noise, then moved on to the manifold of training latents of that emotion.
+      What the drawn frames of an emotion lack of its mean difference to neutral is added (``ExpFlow.shift``).
     * Mixture: latent centre, multi-actnorm and emotion token are the weighted means of those of its emotions; the
       manifold is that of the heaviest.
     * Emotion over time: the flow holds on to what it has drawn, for seconds at times, so the next emotion is drawn on
@@ -295,7 +296,7 @@ class MotionGenerator:
         return part
 
     def _draw(self, chain: _Chain, audio: Tensor, noise: Tensor) -> Tensor:
-        """The next frame (1, D) of a chain, with its lips quietened."""
+        """The next frame (1, D) of a chain, with its lips quietened, and with what its emotion lacks."""
         mood = chain.mood
         if mood.weights is not self._set_to:
             self._inverse.set_emotion(mood.weights)
@@ -308,7 +309,7 @@ class MotionGenerator:
             noise = project(noise, self._banks[mood.label], self.neighbours, self.manifold)
         drawn = self.expflow.contain(self._inverse(mood.centre + noise, context))
         chain.history = torch.cat([chain.history[:, 1:], drawn[None]], dim=1)
-        return self._quieten(chain, drawn)
+        return self._quieten(chain, drawn) + mood.shift
 
     def _show(self, chain: _Chain, drawn: Tensor, calm: Tensor | None) -> Tensor:
         """As much of an emotion (1, D) beside neutral as its intensity says."""

@@ -24,6 +24,7 @@ from flowvqtalker.motion.blink import measure_blinks
 from flowvqtalker.motion.flow import ExpFlow, ExpFlowConfig, Flow
 from flowvqtalker.motion.listener import Listener
 from flowvqtalker.motion.manifold import LatentBank
+from flowvqtalker.train.calibrate import calibrate
 from flowvqtalker.train.config import LoopConfig, check, to_dict
 from flowvqtalker.train.flow_stage import (
     FlowStage,
@@ -113,6 +114,7 @@ class ExpFlowStage(FlowStage):
         if heard and flow.voicing is not None:
             flow.voicing.load_state_dict(heard[1])
         super().__init__(config, flow, train, val)
+        self.flow: ExpFlow
         self.lips, self.gap = lip_directions(expression), lip_gap(expression)
         flow.opening.copy_(self.gap)
         if lids is not None:
@@ -196,7 +198,9 @@ class ExpFlowStage(FlowStage):
         return LatentBank(torch.cat(latents), torch.cat(labels))
 
     def export(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The flow and its latent bank."""
+        """The flow, with what its emotions lack, and its latent bank."""
+        with evaluating(self.flow):
+            calibrate(self.flow, self.train_corpus, self.train_data)
         return {**self.flow.own_state(), **self.bank().tensors()}, to_dict(self.flow.config)
 
 
@@ -231,7 +235,7 @@ def start_from(flow: Flow, path: Path) -> None:
         given = load_file(str(file))
     except (OSError, SafetensorError) as error:
         raise UserError(f"start: {file} is no finished run of `flowvqtalker train expflow` ({error})") from error
-    own = flow.own_state()
+    own = {key: value for key, value in flow.own_state().items() if key not in flow.optional}
     wrong = [key for key in own if key not in given or given[key].shape != own[key].shape]
     if wrong:
         raise UserError(f"start: {file} does not fit this flow: {wrong[0]} ({len(wrong)} differ); use its settings")

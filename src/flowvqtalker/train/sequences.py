@@ -40,11 +40,11 @@ __all__ = ["Corpus", "MotionClip", "SequenceConfig", "SequenceDataset", "collate
 
 Floats = npt.NDArray[np.float32]
 
-_NEUTRAL = EMOTIONS.index("neutral")
+NEUTRAL = EMOTIONS.index("neutral")
 #: Seed of what the speech is played through.
 _WORN = 7
 #: Classes without a marked emotion.
-_CALM = (_NEUTRAL, EMOTIONS.index("natural"))
+CALM = (NEUTRAL, EMOTIONS.index("natural"))
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ class Corpus:
         self.lips = lips
         self.gap = None if gap is None else gap / np.linalg.norm(gap)
         self.means = np.stack([clip.frames.mean(0) for clip in clips])
-        calm = [number for number, clip in enumerate(clips) if clip.emotion in _CALM]
+        calm = [number for number, clip in enumerate(clips) if clip.emotion in CALM]
         self.speakers = any(clips[number].speech for number in calm)
         neutral: dict[str, list[int]] = {}
         for number in calm:
@@ -159,10 +159,10 @@ class Corpus:
         self._everyone = self.means[calm].mean(0) if calm else np.zeros_like(self.means[0])
         self._estimated: dict[str, Floats] = {}
         if estimate and calm:
-            alike = [_NEUTRAL if clip.emotion in _CALM else clip.emotion for clip in clips]
+            alike = [NEUTRAL if clip.emotion in CALM else clip.emotion for clip in clips]
             found = resting_faces(self.means, alike, [clip.identity for clip in clips])
             strangers = {clip.identity for clip in clips} - self._neutral.keys()
-            self._estimated = {who: found.face(who, _NEUTRAL).astype(np.float32) for who in strangers}
+            self._estimated = {who: found.face(who, NEUTRAL).astype(np.float32) for who in strangers}
         lengths = np.array([len(clip.frames) for clip in clips], np.float64)
         emotions = np.array([clip.emotion for clip in clips])
         familiar = np.array([clip.identity in self._neutral for clip in clips])
@@ -214,7 +214,7 @@ class Corpus:
         """Number of a neutral clip with speech, drawn as the clips with speech are."""
         while True:
             number = self.pick(random, 0)
-            if self.clips[number].emotion in _CALM:
+            if self.clips[number].emotion in CALM:
                 return number
 
     def source(self, number: int, random: np.random.Generator, config: SequenceConfig) -> Floats:
@@ -335,7 +335,7 @@ class SequenceDataset(Dataset[dict[str, Any]]):
     def __getitem__(self, i: int) -> dict[str, Any]:
         random = item_generator(self.seed, i)
         number = self.corpus.pick(random, self.config.balanced)
-        emotional = not self.plain and self.corpus.clips[number].emotion not in _CALM
+        emotional = not self.plain and self.corpus.clips[number].emotion not in CALM
         graft = emotional and self.corpus.lips is not None and self.corpus.speakers
         speaker = self.corpus.pick_speaker(random) if graft and random.random() < self.config.graft else None
         strength = 1.0
@@ -393,7 +393,7 @@ class SequenceDataset(Dataset[dict[str, Any]]):
         corpus = self.corpus
         clip, frames, mean = corpus.clips[number], corpus.clips[number].frames, corpus.means[number]
         weights = np.zeros(len(EMOTIONS), np.float32)
-        weights[_NEUTRAL] += 1 - strength
+        weights[NEUTRAL] += 1 - strength
         weights[clip.emotion] += strength
         if speaker is not None and corpus.lips is not None:
             spoken = corpus.clips[speaker]
