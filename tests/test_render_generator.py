@@ -172,17 +172,9 @@ def test_the_last_ablation_is_the_whole_generator_and_defaults_are_as_before() -
     for switch in ("use_warp", "use_fuse", "use_attention", "use_codes"):
         assert old.pop(switch) is True
     assert VQIGConfig.from_dict(old) == VQIGConfig.lite()
-    for switch in (
-        "tune_decoder",
-        "openings",
-        "residual",
-        "window",
-        "painter_width",
-    ):  # nor had a file from before these
+    for switch in ("tune_decoder", "openings", "residual", "window"):  # nor had a file from before these
         old.pop(switch)
-    before = replace(
-        VQIGConfig.lite(), tune_decoder=False, openings=False, residual=False, window=None, painter_width=0
-    )
+    before = replace(VQIGConfig.lite(), tune_decoder=False, openings=False, residual=False, window=None)
     assert VQIGConfig.from_dict(old) == before
     with pytest.raises(UserError, match=r"unknown variant '\+W' of the image generator; choose one of B, W, phi, M, C"):
         VQIGConfig().ablated("+W")
@@ -312,8 +304,6 @@ def test_a_generator_with_openings_sees_them_once_it_has_learnt() -> None:
                                model.predict(source, motion, shown)[0].latent)  # fmt: skip
     with pytest.raises(ValueError, match="needs a mesh flow with openings"):
         model(source, motion, prior[:, :2])
-    with pytest.raises(ValueError, match="painters need openings"):
-        replace(SMALL, painter_width=20)
     with pytest.raises(ValueError, match=r"set warp.prior to \"mesh\""):
         replace(config, warp=replace(SMALL.warp, prior="none"))
 

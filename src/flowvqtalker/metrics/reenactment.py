@@ -35,7 +35,6 @@ from flowvqtalker.metrics.ssim import psnr, ssim
 from flowvqtalker.render.generator import VQIG
 from flowvqtalker.render.mesh import MeshFlow
 from flowvqtalker.render.perceptual import PerceptualLoss
-from flowvqtalker.render.regions import places
 
 __all__ = ["BASELINES", "MOUTH", "Pair", "Reenactment", "Scores", "picture"]
 
@@ -144,7 +143,7 @@ class Reenactment:
             book = next(iter(self.generators.values())).autoencoder
             images[BASELINES[1]] = book(item["target"])[0]
             for name, model in self.generators.items():
-                found = model(model.prepare(item["source"]), item["motion"], priors[_mesh_kind(model)], places(end))
+                found = model(model.prepare(item["source"]), item["motion"], priors[_mesh_kind(model)])
                 images[name] = found.image
                 if name in self.warped:
                     images[f"I_w of {name}"] = found.warped

@@ -14,7 +14,6 @@ from flowvqtalker.errors import UserError
 from flowvqtalker.render.codebook import WINDOWED, CodebookConfig, Decoder, Encoder, VQAutoencoder, cut
 from flowvqtalker.render.layers import Attention2d, ResBlock, adain, silu
 from flowvqtalker.render.mesh import OPENINGS, warp
-from flowvqtalker.render.regions import RegionPainter
 from flowvqtalker.render.warp import MOTION, MappingNetwork, WarpConfig, WarpingNetwork
 
 __all__ = ["ABLATION", "VQIG", "Generated", "Source", "VQIGConfig"]
@@ -59,15 +58,10 @@ class VQIGConfig:
     """Top, left, height and width of the part of the picture that D_h's finest levels decode (ours); the rest is I_w.
     The crop puts every face at the same place, so one window does for all. None decodes everything. Needs
     ``residual``, which fades out at the window's rim."""
-    painter_width: int = 0
-    """Channels of the painters of mouth and eyes (ours, :mod:`flowvqtalker.render.regions`), which stage ``regions``
-    trains and adds; 0 is none, as in the paper. Need ``openings``."""
 
     def __post_init__(self) -> None:
         if self.openings and self.warp.prior != "mesh":
             raise ValueError('image generator: openings come from the face mesh; set warp.prior to "mesh"')
-        if self.painter_width and not self.openings:
-            raise ValueError("image generator: the painters need openings, which tell them where lips and lids open")
         if self.residual and not self.tune_decoder:
             raise ValueError("image generator: residual needs tune_decoder: the codebook's D_h draws whole pictures")
         if self.window is not None:
@@ -135,7 +129,6 @@ class VQIGConfig:
             use_attention=parts >= 3,
             use_codes=parts >= 4,
             openings=self.openings and parts >= 1,
-            painter_width=self.painter_width if parts >= 1 else 0,
         )
 
 
@@ -308,9 +301,6 @@ class VQIG(nn.Module):
             self.residual, self.decoder.out = self.decoder.out, nn.Identity()
             for parameter in self.residual.parameters():  # begin with the warped picture
                 nn.init.zeros_(parameter)
-        self.painter = RegionPainter(config.painter_width) if config.painter_width else None
-        if self.painter is not None:
-            self.painter.requires_grad_(False)  # stage regions trains it
         self.register_buffer("rim", None if config.window is None else _rim(config.window), persistent=False)
 
     def train(self, mode: bool = True) -> VQIG:
@@ -365,21 +355,9 @@ class VQIG(nn.Module):
         logits = None if self.transformer is None else self.transformer(z)
         return Generated(warped, warped, flow, logits, z), maps
 
-    def forward(
-        self, source: Source, motion: Tensor, prior: Tensor | None = None, middles: Tensor | None = None
-    ) -> Generated:
-        """Frames; arguments as :meth:`predict`.
-
-        ``middles`` (B, 3, 2) say where mouth and eyes are (:func:`flowvqtalker.render.regions.places` of the target's
-        vertices); without them they are not painted.
-        """
-        found = self._draw(*self.predict(source, motion, prior))
-        if self.painter is None or middles is None or prior is None:
-            return found
-        return found._replace(image=self.painter(found.image, found.warped, prior[:, 2:], middles))
-
-    def _draw(self, found: Generated, maps: list[Tensor]) -> Generated:
-        """Decode what :meth:`predict` found."""
+    def forward(self, source: Source, motion: Tensor, prior: Tensor | None = None) -> Generated:
+        """Frames; arguments as :meth:`predict`."""
+        found, maps = self.predict(source, motion, prior)
         z = found.latent
         if found.logits is not None:
             side = z.shape[-1]

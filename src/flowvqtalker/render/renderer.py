@@ -13,7 +13,6 @@ from torch import Tensor
 from flowvqtalker.face.model import FaceModel
 from flowvqtalker.render.generator import VQIG
 from flowvqtalker.render.mesh import MeshFlow
-from flowvqtalker.render.regions import places
 from flowvqtalker.render.warp import WINDOW
 
 __all__ = ["Renderer"]
@@ -90,12 +89,12 @@ class Renderer:
         """(B, 27, 70) windows to (B, 512, 512, 3) frames."""
         motion = motion.to(self.device, torch.float32)
         now = motion[:, _REACH]
-        prior = middles = None
+        prior = None
         if self.generator.config.warp.prior == "mesh" and self.generator.config.use_warp:
             target = self.face.project(self.alpha.expand(len(motion), -1), now[:, :64], now[:, 64:])
-            prior, middles = self.mesh(self._start, target), places(target)
+            prior = self.mesh(self._start, target)
         with self._autocast():
-            image = self.generator(self.source.expand(len(motion)), motion, prior, middles).image
+            image = self.generator(self.source.expand(len(motion)), motion, prior).image
         frames = image.float().add_(1).mul_(127.5).round_().clamp_(0, 255).to(torch.uint8)
         pictures: npt.NDArray[np.uint8] = frames.permute(0, 2, 3, 1).contiguous().cpu().numpy()
         return pictures

@@ -24,11 +24,10 @@ from flowvqtalker.render.discriminator import PatchDiscriminator, adversarial_lo
 from flowvqtalker.render.generator import VQIG, Generated, VQIGConfig
 from flowvqtalker.render.mesh import MeshFlow, warp
 from flowvqtalker.render.perceptual import PerceptualLoss
-from flowvqtalker.render.regions import places
 from flowvqtalker.train.config import LoopConfig, check
 from flowvqtalker.train.loop import Stage
 
-__all__ = ["Config", "VQIGStage", "build", "views"]
+__all__ = ["Config", "VQIGStage", "build"]
 
 Batch = dict[str, Tensor]
 
@@ -127,20 +126,6 @@ class Config:
         )
 
 
-@torch.no_grad()
-def views(face: FaceModel, mesh: MeshFlow, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """Source picture (stills moved by the mesh), mesh flow from target back to source, target's vertices."""
-    with torch.autocast(batch["target"].device.type, enabled=False):
-        start = face.project(batch["identity"], batch["source_expression"], batch["source_pose"])
-        end = face.project(batch["identity"], batch["target_expression"], batch["target_pose"])
-        source = batch["source"]
-        still = batch["still"].bool()
-        if still.any():
-            source = source.clone()
-            source[still] = warp(batch["target"][still], mesh(end[still], start[still])[:, :2])
-        return source, mesh(start, end), end
-
-
 class VQIGStage(Stage):
     """Trains psi, W, E_w, phi, MHCA, T and the image-level AdaIN; E_h, C and D_h stay as the codebook stage left
     them."""
@@ -212,7 +197,6 @@ class VQIGStage(Stage):
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         frozen = {id(p) for p in self.generator.autoencoder.parameters()}
-        frozen |= {id(p) for p in self.generator.painter.parameters()} if self.generator.painter else set()
         learned = [p for p in self.generator.parameters() if id(p) not in frozen]
         return {"generator": learned, "discriminator": list(self.discriminator.parameters())}
 
@@ -234,15 +218,28 @@ class VQIGStage(Stage):
             limit=limit,
         )
 
+    @torch.no_grad()
+    def views(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Source picture (stills moved by the mesh), mesh flow from target back to source, target's vertices."""
+        device = batch["target"].device
+        face, mesh = self.face.to(device), self.mesh.to(device)
+        with torch.autocast(device.type, enabled=False):
+            start = face.project(batch["identity"], batch["source_expression"], batch["source_pose"])
+            end = face.project(batch["identity"], batch["target_expression"], batch["target_pose"])
+            source = batch["source"]
+            still = batch["still"].bool()
+            if still.any():
+                source = source.clone()
+                source[still] = warp(batch["target"][still], mesh(end[still], start[still])[:, :2])
+            return source, mesh(start, end), end
+
     def generate(self, batch: Batch, decode: bool) -> tuple[Generated, Tensor, Tensor]:
         """The generator on a batch: result, source picture, target's vertices."""
-        device = batch["target"].device
-        source, prior, vertices = views(self.face.to(device), self.mesh.to(device), batch)
+        source, prior, vertices = self.views(batch)
         generator = self.generator
         prepared = generator.prepare(source)
         if decode:
-            middles = None if generator.training else places(vertices)
-            return generator(prepared, batch["motion"], prior, middles), source, vertices
+            return generator(prepared, batch["motion"], prior), source, vertices
         return generator.predict(prepared, batch["motion"], prior)[0], source, vertices
 
     def loss(self, group: str, batch: Batch, step: int) -> tuple[Tensor | None, dict[str, float | Tensor]]:

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from flowvqtalker.errors import UserError
 
 __all__ = [
-    "FINISHED",
     "JUDGES",
     "LISTENER",
     "NAMES",
@@ -55,8 +54,6 @@ JUDGES = {
 }
 
 _STAGES = {**NAMES, **LISTENER, **JUDGES}
-#: Stages that finish the weights of another one: their files hold both.
-FINISHED = {"vqig": "regions"}
 
 #: Terms of weights that were trained on the project's data.
 TERMS = "research and non-commercial use only; see docs/model_card.md"
@@ -228,7 +225,7 @@ def add(
             about = json.loads(beside.read_text(encoding="utf-8"))
             break
     stage = str(about.get("stage", _STAGES[name]))
-    if stage not in (_STAGES[name], FINISHED.get(name)):
+    if stage != _STAGES[name]:
         raise UserError(f"{file} is of stage {stage!r}, but {name} needs {_STAGES[name]!r}")
 
     tensors = _read(file)
@@ -246,7 +243,7 @@ def add(
     os.replace(temporary, target)
     entry = Entry(
         sha256=sha256(target),
-        stage=_STAGES[name],
+        stage=stage,
         config=dict(config if config is not None else about.get("config", {})),
         data=data,
         steps=int(steps if steps is not None else about.get("step", 0)),
