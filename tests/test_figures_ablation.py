@@ -23,7 +23,7 @@ from flowvqtalker.render.generator import ABLATION, VQIG
 from flowvqtalker.train.config import LoopConfig, save_yaml
 from flowvqtalker.train.vqig import Config, Data, build
 from tests.test_render_codebook import TINY
-from tests.test_render_generator import PAPERLIKE, SMALL, face
+from tests.test_render_generator import SMALL, face
 from tests.test_train_vqig import shard
 
 pytest.importorskip("matplotlib")
@@ -35,7 +35,7 @@ def base(shard: Path, face: FaceModel, tmp_path_factory: pytest.TempPathFactory)
     """A tiny configuration whose variants begin with the weights of one whole generator."""
     folder = tmp_path_factory.mktemp("ablation")
     torch.manual_seed(0)
-    model = VQIG(PAPERLIKE)
+    model = VQIG(replace(SMALL, residual=False))
     save_file(VQAutoencoder(TINY).state_dict(), folder / "codebook.safetensors")
     save_file(
         {k: v for k, v in model.state_dict().items() if not k.startswith("autoencoder.")}, folder / "start.safetensors"
