@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import cv2
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -227,11 +229,14 @@ def test_error_in_the_data_thread_is_raised(tmp_path: Path) -> None:
 
 def test_workers_read_the_same_items_as_the_thread(tmp_path: Path) -> None:
     losses = []
+    threads = cv2.getNumThreads()
     for workers in (0, 1):
+        cv2.resize(np.zeros((2000, 2000, 3), np.uint8), (1500, 1500))  # starts OpenCV's threads, which a fork loses
         stage = Toy()
         fit(stage, replace(CONFIG, steps=2, workers=workers), tmp_path / str(workers))
         losses.append(stage.losses)
     assert losses[0] == losses[1]
+    assert cv2.getNumThreads() == threads
 
 
 def test_bfloat16_and_channels_last(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import cv2
@@ -56,9 +57,21 @@ def batches(stage: Stage, config: LoopConfig, fabric: Fabric, start: int, stop: 
         prefetch_factor=4 if config.workers else None,
         generator=torch.Generator().manual_seed(config.seed),  # else it draws from the generator of the steps
     )
-    for batch in loader if config.workers else _in_thread(loader):
-        batch = fabric.to_device(batch)
-        yield _channels_last(batch) if config.channels_last else batch
+    with _forkable() if config.workers else nullcontext():
+        for batch in loader if config.workers else _in_thread(loader):
+            batch = fabric.to_device(batch)
+            yield _channels_last(batch) if config.channels_last else batch
+
+
+@contextmanager
+def _forkable() -> Iterator[None]:
+    """OpenCV without threads of its own: a forked worker waits for ever for those that its parent had."""
+    threads = cv2.getNumThreads()
+    cv2.setNumThreads(1)
+    try:
+        yield
+    finally:
+        cv2.setNumThreads(threads)
 
 
 def _begin_worker(number: int) -> None:
