@@ -3,7 +3,8 @@
     python tools/release_weights.py RUNS --data "what they were trained on"
 
 RUNS holds one folder for each stage, named as ``flowvqtalker train`` names it (``face-model``, ``codebook``, ...); a
-stage without a folder keeps the weights it has. ``--best`` takes ``best.safetensors`` where a run has one.
+stage without a folder keeps the weights it has. ``mouth`` goes before ``vqig``, which it holds too. ``--best`` takes
+``best.safetensors`` where a run has one.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ def main() -> int:
     options = parser.parse_args()
     try:
         for name, stage in {**weights.NAMES, **weights.LISTENER, **weights.JUDGES}.items():
-            run = options.runs / stage
+            run = options.runs / weights.FINISHED.get(name, stage)
+            if not run.is_dir():
+                run = options.runs / stage
             if not run.is_dir():
                 continue
             source = run / "best.safetensors" if options.best and (run / "best.safetensors").is_file() else run

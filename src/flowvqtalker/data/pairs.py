@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -12,15 +13,25 @@ from torch.utils.data import Dataset
 from flowvqtalker.data.pictures import Augmentation, augment, to_tensor
 from flowvqtalker.data.shards import Shard
 from flowvqtalker.errors import UserError
+from flowvqtalker.face.topology import INNER_LIPS
 
-__all__ = ["PairDataset", "clamp_pose", "window"]
+__all__ = ["PairDataset", "clamp_pose", "lip_gap", "window"]
 
 _MASK = 64
+#: Gaps between the lips (:func:`lip_gap`) up to which they are shut, and from which on they are open.
+_SHUT, _OPEN = 0.04, 0.12
 
 
 def window(frames: np.ndarray[Any, Any], centre: int, reach: int = 13) -> np.ndarray[Any, Any]:
     """(2 * reach + 1, k) rows around ``centre``, clamped to the ends of (T, k) ``frames`` (PIRender)."""
     return frames[np.clip(np.arange(centre - reach, centre + reach + 1), 0, len(frames) - 1)]
+
+
+def lip_gap(landmarks: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Height of the gap between the lips (N,) of landmarks (N, 478, 3), as a part of the mouth's width."""
+    rim = landmarks[:, list(INNER_LIPS), :2]
+    gap = np.linalg.norm(rim[:, 5] - rim[:, 15], axis=-1)  # middles of the upper and of the lower lip
+    return np.asarray(gap / np.linalg.norm(rim[:, 0] - rim[:, 10], axis=-1).clip(1e-6))
 
 
 def clamp_pose(pose: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
@@ -97,6 +108,42 @@ class PairDataset(Dataset[dict[str, Tensor]]):
             return self._still(int(rng.choice(self.pictures)), first, second, rng)
         return self._pair(first, second, rng)
 
+    def opening(self, rng: np.random.Generator) -> dict[str, Tensor]:
+        """A pair whose lips are shut in the source and open in the target, drawn from the whole split.
+
+        A still's source expression is that of some clip's frame with shut lips.
+
+        Raises:
+            UserError: if the split has no clip with such pictures.
+        """
+        people, shuts, opens, stills = self._lips
+        if not people:
+            raise UserError(
+                f"shard {self.shard.path} has no clip of split {self.split} with stored pictures of both shut and open "
+                "lips; prepare one with more clips, or set data.opening to 0"
+            )
+        person = people[int(rng.integers(len(people)))]
+        clip = person[int(rng.integers(len(person)))]
+        shut, opened = int(rng.choice(shuts[clip])), int(rng.choice(opens[clip]))
+        if rng.random() >= self.stills or not len(stills):
+            return self._pair(shut, opened, rng)
+        first, second = self._draw(rng)
+        return self._still(int(rng.choice(stills)), first, second, rng, self._coefficients(shut)[0])
+
+    @property
+    def opens(self) -> bool:
+        """Whether the split has pictures for :meth:`opening`."""
+        return bool(self._lips[0])
+
+    @cached_property
+    def _lips(self) -> tuple[list[list[int]], dict[int, list[int]], dict[int, list[int]], np.ndarray[Any, Any]]:
+        """Clips with shut and with open lips, by people; their pictures of both kinds; stills with open lips."""
+        gap = lip_gap(self.shard.landmarks(self.shard.image_row))
+        shuts = {k: found for k, numbers in enumerate(self.clips) if (found := [n for n in numbers if gap[n] < _SHUT])}
+        opens = {k: found for k, numbers in enumerate(self.clips) if (found := [n for n in numbers if gap[n] > _OPEN])}
+        people = [found for clips in self.people if (found := [k for k in clips if k in shuts and k in opens])]
+        return people, shuts, opens, self.pictures[gap[self.pictures] > _OPEN]
+
     def _two_frames(self, rng: np.random.Generator) -> tuple[int, int]:
         """Two frames of a clip; of several such draws the two whose expressions differ most."""
         drawn = [self._draw(rng) for _ in range(self.hardest_of)]
@@ -125,13 +172,21 @@ class PairDataset(Dataset[dict[str, Tensor]]):
         return self._item(images[:512], images[512:], clip, self._coefficients(source), self._coefficients(target),
                           window(motion, int(shard.image_row[target]) - rows.start), 0.0)  # fmt: skip
 
-    def _still(self, number: int, first: int, second: int, rng: np.random.Generator) -> dict[str, Tensor]:
+    def _still(
+        self,
+        number: int,
+        first: int,
+        second: int,
+        rng: np.random.Generator,
+        changed: np.ndarray[Any, Any] | None = None,
+    ) -> dict[str, Tensor]:
         image = augment(self.shard.image(number), self.how, rng)
         expression, pose = self._coefficients(number)
         (beta1, rho1), (beta2, rho2) = self._coefficients(first), self._coefficients(second)
         moved = clamp_pose(pose + (rho2 - rho1))
         moved[5] = pose[5] * np.clip(rho2[5] / rho1[5], 0.87, 1.15)
-        changed = np.clip(expression + (beta2 - beta1), -5, 5)
+        if changed is None:
+            changed = np.clip(expression + (beta2 - beta1), -5, 5)
         motion = np.repeat(np.concatenate([expression, pose])[None], 27, axis=0)
         clip = int(self.shard.image_clip[number])
         return self._item(image, image, clip, (changed, moved), (expression, pose), motion, 1.0)

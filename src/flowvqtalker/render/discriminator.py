@@ -9,19 +9,19 @@ __all__ = ["PatchDiscriminator", "adversarial_loss", "discriminator_loss"]
 
 
 class PatchDiscriminator(nn.Module):
-    """A map of logits, one for every overlapping patch: (B, 3, H, W) -> (B, 1, h, w).
+    """A map of logits, one for every overlapping patch: (B, channels, H, W) -> (B, 1, h, w).
 
     Isola et al. 2017 as used by VQGAN (``taming/modules/discriminator``), with spectral normalisation in place of
     BatchNorm: batches of a few pictures make BatchNorm's statistics noise.
     """
 
-    def __init__(self, width: int = 64, layers: int = 4) -> None:
+    def __init__(self, width: int = 64, layers: int = 4, channels: int = 3) -> None:
         super().__init__()
 
         def conv(i: int, o: int, stride: int) -> nn.Module:
             return nn.utils.parametrizations.spectral_norm(nn.Conv2d(i, o, 4, stride, 1))
 
-        blocks: list[nn.Module] = [nn.Conv2d(3, width, 4, 2, 1), nn.LeakyReLU(0.2)]
+        blocks: list[nn.Module] = [nn.Conv2d(channels, width, 4, 2, 1), nn.LeakyReLU(0.2)]
         channels = width
         for i in range(1, layers):
             out = width * min(2**i, 8)

@@ -14,6 +14,7 @@ from flowvqtalker.errors import UserError
 from flowvqtalker.render.codebook import WINDOWED, CodebookConfig, Decoder, Encoder, VQAutoencoder, cut
 from flowvqtalker.render.layers import Attention2d, ResBlock, adain, silu
 from flowvqtalker.render.mesh import OPENINGS, warp
+from flowvqtalker.render.mouth import MouthPainter
 from flowvqtalker.render.warp import MOTION, MappingNetwork, WarpConfig, WarpingNetwork
 
 __all__ = ["ABLATION", "VQIG", "Generated", "Source", "VQIGConfig"]
@@ -59,7 +60,13 @@ class VQIGConfig:
     The crop puts every face at the same place, so one window does for all. None decodes everything. Needs
     ``residual``, which fades out at the window's rim."""
 
+    painter_width: int = 0
+    """Channels of the painter of the mouth's inside (ours, :mod:`flowvqtalker.render.mouth`), which stage ``mouth``
+    trains and adds; 0 is none, as in the paper. Needs ``openings``."""
+
     def __post_init__(self) -> None:
+        if self.painter_width and not self.openings:
+            raise ValueError("image generator: the mouth's painter needs openings, which tell it where the lips open")
         if self.openings and self.warp.prior != "mesh":
             raise ValueError('image generator: openings come from the face mesh; set warp.prior to "mesh"')
         if self.residual and not self.tune_decoder:
@@ -129,6 +136,7 @@ class VQIGConfig:
             use_attention=parts >= 3,
             use_codes=parts >= 4,
             openings=self.openings and parts >= 1,
+            painter_width=self.painter_width if parts >= 1 else 0,
         )
 
 
@@ -301,6 +309,9 @@ class VQIG(nn.Module):
             self.residual, self.decoder.out = self.decoder.out, nn.Identity()
             for parameter in self.residual.parameters():  # begin with the warped picture
                 nn.init.zeros_(parameter)
+        self.painter = MouthPainter(config.painter_width) if config.painter_width else None
+        if self.painter is not None:
+            self.painter.requires_grad_(False)  # stage mouth trains it
         self.register_buffer("rim", None if config.window is None else _rim(config.window), persistent=False)
 
     def train(self, mode: bool = True) -> VQIG:
@@ -324,6 +335,18 @@ class VQIG(nn.Module):
         codes = self.autoencoder.codebook.lookup(indices).to(image.dtype)
         return Source(image, codes, image if self.warping is None else self.warping.reduce(image))
 
+    def flow(self, source: Source, motion: Tensor, prior: Tensor | None = None) -> Tensor:
+        """W's backward flow (B, 2, h, w); arguments as :meth:`predict`, the prior without openings.
+
+        Raises:
+            ValueError: if this generator has no W.
+        """
+        if self.warping is None or self.mapping is None:
+            raise ValueError("a generator without W does not warp")
+        sigma = self.mapping(((motion - self.motion_mean) / self.motion_std).to(source.image.dtype))
+        flow: Tensor = self.warping(source.small, sigma, prior)
+        return flow
+
     def predict(self, source: Source, motion: Tensor, prior: Tensor | None = None) -> tuple[Generated, list[Tensor]]:
         """Everything up to the code predictions (the code-level stage needs no more); ``image`` is I_w. Also E_w's
         maps.
@@ -341,9 +364,8 @@ class VQIG(nn.Module):
             prior, places = prior[:, :2], prior[:, 2:]
             side = self.encoder.stem_size(source.image.shape[-1])
             extra = F.interpolate(self.openings(places.to(source.image.dtype)), (side, side), mode="bilinear")
-        if self.warping is not None and self.mapping is not None:
-            sigma = self.mapping(((motion - self.motion_mean) / self.motion_std).to(source.image.dtype))
-            flow = self.warping(source.small, sigma, prior)
+        if self.warping is not None:
+            flow = self.flow(source, motion, prior)
             warped = warp(source.image, flow)
         else:
             flow = source.image.new_zeros(len(motion), 2, self.config.warp.flow_size, self.config.warp.flow_size)
@@ -357,7 +379,13 @@ class VQIG(nn.Module):
 
     def forward(self, source: Source, motion: Tensor, prior: Tensor | None = None) -> Generated:
         """Frames; arguments as :meth:`predict`."""
-        found, maps = self.predict(source, motion, prior)
+        found = self._draw(*self.predict(source, motion, prior))
+        if self.painter is None or prior is None:
+            return found
+        return found._replace(image=self.painter(found.image, found.warped, prior[:, 2:]))
+
+    def _draw(self, found: Generated, maps: list[Tensor]) -> Generated:
+        """Decode what :meth:`predict` found."""
         z = found.latent
         if found.logits is not None:
             side = z.shape[-1]

@@ -197,6 +197,7 @@ class VQIGStage(Stage):
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         frozen = {id(p) for p in self.generator.autoencoder.parameters()}
+        frozen |= {id(p) for p in self.generator.painter.parameters()} if self.generator.painter else set()
         learned = [p for p in self.generator.parameters() if id(p) not in frozen]
         return {"generator": learned, "discriminator": list(self.discriminator.parameters())}
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from flowvqtalker.errors import UserError
 
 __all__ = [
+    "FINISHED",
     "JUDGES",
     "LISTENER",
     "NAMES",
@@ -54,6 +55,8 @@ JUDGES = {
 }
 
 _STAGES = {**NAMES, **LISTENER, **JUDGES}
+#: Stages that finish the weights of another one: their files hold both.
+FINISHED = {"vqig": "mouth"}
 
 #: Terms of weights that were trained on the project's data.
 TERMS = "research and non-commercial use only; see docs/model_card.md"
@@ -225,7 +228,7 @@ def add(
             about = json.loads(beside.read_text(encoding="utf-8"))
             break
     stage = str(about.get("stage", _STAGES[name]))
-    if stage != _STAGES[name]:
+    if stage not in (_STAGES[name], FINISHED.get(name)):
         raise UserError(f"{file} is of stage {stage!r}, but {name} needs {_STAGES[name]!r}")
 
     tensors = _read(file)
@@ -243,7 +246,7 @@ def add(
     os.replace(temporary, target)
     entry = Entry(
         sha256=sha256(target),
-        stage=stage,
+        stage=_STAGES[name],
         config=dict(config if config is not None else about.get("config", {})),
         data=data,
         steps=int(steps if steps is not None else about.get("step", 0)),
