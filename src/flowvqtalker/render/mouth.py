@@ -80,7 +80,7 @@ class MouthPainter(nn.Module):
         width: channels of the finest level.
     """
 
-    def __init__(self, width: int = 40) -> None:
+    def __init__(self, width: int = 32) -> None:
         super().__init__()
         a, b, c = width, 2 * width, 4 * width
         self.stem = nn.Conv2d(12 + 2, a, 3, padding=1)

@@ -68,7 +68,7 @@ class Config:
     """Configuration of the painter's stage."""
 
     data: Data = field(default_factory=Data)
-    width: int = 40
+    width: int = 32
     """Channels of the painter at its finest level."""
     loop: LoopConfig = field(default_factory=lambda: LoopConfig(lr=4e-4, batch_size=8, ema=0.998))
     l1_weight: float = 1.0
@@ -78,7 +78,7 @@ class Config:
     perceptual_weights: Path | None = None
     """File of its ImageNet weights, if it is not found by itself."""
     perceptual_weight: float = 1.0
-    """Weight of the perceptual loss, of crops twice enlarged."""
+    """Weight of the perceptual loss, of the crops' middle, twice enlarged."""
     adversarial_weight: float = 0.1
     """Weight of the hinge adversarial loss."""
     adversarial_start: int = 1000
@@ -303,11 +303,12 @@ class MouthStage(Stage):
     def _distance(self, image: Tensor, target: Tensor) -> Tensor:
         assert self.perceptual is not None
         self.perceptual.to(target.device)
-        distance: Tensor = self.perceptual(*(F.interpolate(x.float(), scale_factor=2) for x in (image, target)))
+        middles = (x[..., 16:-16, 16:-16].float() for x in (image, target))
+        distance: Tensor = self.perceptual(*(F.interpolate(x, scale_factor=2) for x in middles))
         return distance
 
     def validate(self, fabric: Fabric) -> dict[str, float]:
-        """Perceptual distance (crops twice enlarged) and L1 of the painted crops of held-out pairs, and of those whose
+        """Perceptual distance (the crops' middle, twice enlarged) and L1 of the painted crops of held-out pairs, and of those whose
         lips open alone (``opening_``), beside those of the warped crops (``warp_``)."""
         data = self.dataset("val")
         sums: dict[str, float] = {}
