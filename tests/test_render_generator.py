@@ -13,8 +13,9 @@ import torch
 from flowvqtalker.errors import UserError
 from flowvqtalker.face.model import FaceModel
 from flowvqtalker.face.topology import INNER_LIPS, IRISES, LEFT_EYE, RIGHT_EYE
+from flowvqtalker.loading import load_face_model
 from flowvqtalker.render.generator import ABLATION, VQIG, SpatialAdaIN, VQIGConfig
-from flowvqtalker.render.mesh import OPENINGS, MeshFlow, openings, warp
+from flowvqtalker.render.mesh import OPENINGS, PRIOR, MeshFlow, enlarge, openings, warp
 from flowvqtalker.render.renderer import Renderer, _windows
 from flowvqtalker.render.warp import MappingNetwork, WarpConfig, WarpingNetwork
 from tests.test_render_codebook import TINY
@@ -282,10 +283,57 @@ def test_mesh_flow_carries_both_views_openings(face: FaceModel) -> None:
     end = start + torch.tensor([16.0, -8.0, 0.0])
     flow = MeshFlow(face, 64)(start, end)
     both = MeshFlow(face, 64, openings=True)(start, end)
-    assert both.shape == (1, 2 + 2 * OPENINGS, 64, 64) and torch.equal(both[:, :2], flow)
-    theirs, ours = both[:, 2:].chunk(2, dim=1)
+    assert both.shape == (1, PRIOR, 64, 64) and torch.equal(both[:, :2], flow)
+    theirs, ours = both[:, 2 : 2 + 2 * OPENINGS].chunk(2, dim=1)
     inside = theirs > 0
     assert inside.any() and (theirs - ours)[inside].abs().mean() < 0.1
+
+
+def _shut(face: FaceModel, rim: tuple[int, ...], start: torch.Tensor, pose: torch.Tensor) -> torch.Tensor:
+    """Vertices (1, 478, 3) with the least expression that brings the two sides of a rim together."""
+    half = len(rim) // 2
+    pairs = [list(rim[1:half]), list(rim[half + 1 :])[::-1]]
+
+    def gaps(vertices: torch.Tensor) -> torch.Tensor:
+        return vertices[:, pairs[1], 1] - vertices[:, pairs[0], 1]
+
+    moved = face.project(torch.zeros(64, 80), torch.eye(64), pose.expand(64, -1))
+    beta = -torch.linalg.lstsq((gaps(moved) - gaps(start)).T, gaps(start).T, driver="gelsd").solution
+    return face.project(torch.zeros(1, 80), beta.T, pose)
+
+
+@pytest.mark.parametrize("rim", [LEFT_EYE, RIGHT_EYE, INNER_LIPS])
+def test_what_shuts_shows_no_slit(rim: tuple[int, ...]) -> None:
+    """Just above and below a seam the skin of that side is seen, where the small flow alone still sees the opening."""
+    model = load_face_model()
+    pose = _pose(0.05, 0.1, -0.1, 0, 0, 16)
+    neutral = model.project(torch.zeros(1, 80), torch.zeros(1, 64), pose)
+    shut = _shut(model, rim, neutral, pose)
+    height = (neutral[:, list(rim), 1].amax() - neutral[:, list(rim), 1].amin()).item()
+    wide = neutral + 3 * (neutral - shut) if height < 12 else neutral  # the mean face's lips are nearly shut
+    prior = MeshFlow(model, 128, openings=True)(wide, shut)
+    fine = enlarge(prior[:, :2], prior, 512)
+    plain = torch.nn.functional.interpolate(prior[:, :2], (512, 512), mode="bilinear")
+    opening = openings(wide, 512)[:, :2].amax(1, keepdim=True)
+    seam = shut[0, [rim[4], rim[-4]], :2].mean(0)
+    slit = []
+    for flow in (plain, fine):
+        seen = warp(opening, flow)[0, 0] * 12  # pixels inside of the opening
+        column = seen[int(seam[1]) - 8 : int(seam[1]) + 9, int(seam[0])]
+        slit.append(int((column > 1).sum()))
+    assert slit[0] >= 3 and slit[1] <= 1
+    outside = (torch.arange(512) > seam[1] + 120) | (torch.arange(512) < seam[1] - 120)
+    assert torch.equal(
+        fine[:, :, outside & (torch.arange(512) < 100)], plain[:, :, outside & (torch.arange(512) < 100)]
+    )
+
+
+def test_nothing_that_moves_alike_is_changed_at_its_seams(face: FaceModel) -> None:
+    zero = torch.zeros(1, 80), torch.zeros(1, 64)
+    start = face.project(*zero, _pose(0, 0, 0, 0, 0, 16))
+    prior = MeshFlow(face, 64, openings=True)(start, start + torch.tensor([16.0, -8.0, 0.0]))
+    plain = torch.nn.functional.interpolate(prior[:, :2], (512, 512), mode="bilinear")
+    assert (enlarge(prior[:, :2], prior, 512) - plain).abs().max() < 0.05 * plain.abs().max()
 
 
 def test_a_generator_with_openings_sees_them_once_it_has_learnt() -> None:
@@ -295,7 +343,7 @@ def test_a_generator_with_openings_sees_them_once_it_has_learnt() -> None:
     source, motion = model.prepare(torch.rand(1, 3, 512, 512) * 2 - 1), torch.randn(1, 27, 70)
     prior = torch.zeros(1, config.prior_channels, 32, 32)
     shown = prior.clone()
-    shown[:, 2:] = torch.rand(1, 2 * OPENINGS, 32, 32)
+    shown[:, 2 : 2 + 2 * OPENINGS] = torch.rand(1, 2 * OPENINGS, 32, 32)
     with torch.no_grad():
         assert torch.equal(model(source, motion, prior).image, model(source, motion, shown).image)
         assert model.openings is not None

@@ -104,7 +104,7 @@ def test_a_generator_paints_the_mouth() -> None:
     torch.nn.init.constant_(model.painter.out.bias, 0.5)
     image, motion = torch.rand(1, 3, 512, 512) * 2 - 1, torch.randn(1, 27, 70)
     maps = openings(_vertices(256, 380, 80, 40), 32)
-    prior = torch.cat([torch.zeros(1, 2, 32, 32), maps, maps], 1)
+    prior = torch.cat([torch.zeros(1, 2, 32, 32), maps, maps, torch.zeros(1, 5, 32, 32)], 1)
     with torch.no_grad():
         without, found = (m(m.prepare(image), motion, prior) for m in (plain, model))
     change = (found.image - without.image)[0]

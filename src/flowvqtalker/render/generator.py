@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from flowvqtalker.errors import UserError
 from flowvqtalker.render.codebook import WINDOWED, CodebookConfig, Decoder, Encoder, VQAutoencoder, cut
 from flowvqtalker.render.layers import Attention2d, ResBlock, adain, silu
-from flowvqtalker.render.mesh import OPENINGS, warp
+from flowvqtalker.render.mesh import OPENINGS, PRIOR, enlarge, warp
 from flowvqtalker.render.mouth import MouthPainter
 from flowvqtalker.render.warp import MOTION, MappingNetwork, WarpConfig, WarpingNetwork
 
@@ -49,9 +49,9 @@ class VQIGConfig:
     """Decode with a copy of D_h that the second stage trains (ours); off, D_h stays frozen as in the paper. Codes are
     read and predicted with the frozen codebook either way."""
     openings: bool = False
-    """Show E_w where the face mesh opens mouth and eyes and where the irises are (ours): the mesh flow carries them as
-    further channels (:class:`flowvqtalker.render.mesh.MeshFlow`). Needs ``warp.prior = "mesh"``. I_w alone does not
-    say whether stretched lips are lips or a mouth that opens."""
+    """Show E_w where the face mesh opens mouth and eyes and where the irises are, and shut lips and lids without a slit
+    (ours): the mesh flow carries it as further channels (:class:`flowvqtalker.render.mesh.MeshFlow`). Needs
+    ``warp.prior = "mesh"``. I_w alone does not say whether stretched lips are lips or a mouth that opens."""
     residual: bool = False
     """D_h draws what is to be added to the warped picture, beginning with nothing (ours), instead of the picture
     itself: what the warp already shows sharply is kept, the decoder corrects the rest. Needs ``tune_decoder``."""
@@ -117,8 +117,8 @@ class VQIGConfig:
 
     @property
     def prior_channels(self) -> int:
-        """Channels of what the generator wants of the mesh: the flow, and with it the openings."""
-        return 2 + 2 * OPENINGS * self.openings
+        """Channels of what the generator wants of the mesh: the flow, and with it openings and seams."""
+        return PRIOR if self.openings else 2
 
     def ablated(self, variant: str) -> VQIGConfig:
         """This configuration with the parts of one variant of fig. 7, a key of :data:`ABLATION`; sizes stay.
@@ -336,7 +336,7 @@ class VQIG(nn.Module):
         return Source(image, codes, image if self.warping is None else self.warping.reduce(image))
 
     def flow(self, source: Source, motion: Tensor, prior: Tensor | None = None) -> Tensor:
-        """W's backward flow (B, 2, h, w); arguments as :meth:`predict`, the prior without openings.
+        """W's backward flow (B, 2, h, w); arguments as :meth:`predict`.
 
         Raises:
             ValueError: if this generator has no W.
@@ -344,7 +344,7 @@ class VQIG(nn.Module):
         if self.warping is None or self.mapping is None:
             raise ValueError("a generator without W does not warp")
         sigma = self.mapping(((motion - self.motion_mean) / self.motion_std).to(source.image.dtype))
-        flow: Tensor = self.warping(source.small, sigma, prior)
+        flow: Tensor = self.warping(source.small, sigma, None if prior is None else prior[:, :2])
         return flow
 
     def predict(self, source: Source, motion: Tensor, prior: Tensor | None = None) -> tuple[Generated, list[Tensor]]:
@@ -354,19 +354,20 @@ class VQIG(nn.Module):
         Arguments:
             source: from :meth:`prepare`.
             motion: (B, 27, 70) coefficients [beta, rho] around each frame.
-            prior: (B, 2, h, w) flow of the face mesh, for ``warp.prior = "mesh"``; with ``openings`` (B, 8, h, w), the
-                flow and the openings.
+            prior: (B, 2, h, w) flow of the face mesh, for ``warp.prior = "mesh"``; with ``openings`` (B, 13, h, w), all
+                of :class:`~flowvqtalker.render.mesh.MeshFlow` with openings.
         """
         extra = None
         if self.openings is not None:
             if prior is None or prior.shape[1] != self.config.prior_channels:
                 raise ValueError("a generator with openings needs a mesh flow with openings (MeshFlow(openings=True))")
-            prior, places = prior[:, :2], prior[:, 2:]
+            places = prior[:, 2 : 2 + 2 * OPENINGS]
             side = self.encoder.stem_size(source.image.shape[-1])
             extra = F.interpolate(self.openings(places.to(source.image.dtype)), (side, side), mode="bilinear")
         if self.warping is not None:
             flow = self.flow(source, motion, prior)
-            warped = warp(source.image, flow)
+            finer = enlarge(flow, prior, source.image.shape[-1]) if extra is not None and prior is not None else flow
+            warped = warp(source.image, finer)
         else:
             flow = source.image.new_zeros(len(motion), 2, self.config.warp.flow_size, self.config.warp.flow_size)
             warped = source.image
@@ -382,7 +383,7 @@ class VQIG(nn.Module):
         found = self._draw(*self.predict(source, motion, prior))
         if self.painter is None or prior is None:
             return found
-        return found._replace(image=self.painter(found.image, found.warped, prior[:, 2:]))
+        return found._replace(image=self.painter(found.image, found.warped, prior[:, 2 : 2 + 2 * OPENINGS]))
 
     def _draw(self, found: Generated, maps: list[Tensor]) -> Generated:
         """Decode what :meth:`predict` found."""

@@ -11,10 +11,12 @@ from torch.nn import functional as F
 from flowvqtalker.face.model import FaceModel
 from flowvqtalker.face.topology import INNER_LIPS, IRISES, LEFT_EYE, RIGHT_EYE
 
-__all__ = ["OPENINGS", "MeshFlow", "identity_grid", "openings", "warp"]
+__all__ = ["OPENINGS", "PRIOR", "MeshFlow", "enlarge", "identity_grid", "openings", "warp"]
 
 #: Channels of :func:`openings`: mouth, eyes, irises.
 OPENINGS = 3
+#: Channels of a mesh flow with openings: the flow, the openings of the target and of the source, the seams.
+PRIOR = 2 + 2 * OPENINGS + 5
 
 # How strongly the nearer of two surface points on the same cell wins: exp(-k * depth difference in eye distances).
 _DEPTH_SHARPNESS = 25.0
@@ -22,6 +24,10 @@ _DEPTH_SHARPNESS = 25.0
 _FALL_OFF = 0.55
 # Pixels from an opening's rim at which its map reaches 1 or -1.
 _RIM = 12.0
+# Rims of the openings that lips and lids shut. The first half of each runs along its upper side.
+_RIMS = (INNER_LIPS, RIGHT_EYE, LEFT_EYE)
+# How far above and below an opening its two sides reach, in widths of it: the eyes' less than to the brows.
+_REACH = 0.5
 
 
 def identity_grid(height: int, width: int, device: torch.device | None = None) -> Tensor:
@@ -41,7 +47,7 @@ def warp(image: Tensor, flow: Tensor) -> Tensor:
         flow: (B, 2, h, w), x and y in units of half the image's side; resized to the image if smaller.
     """
     size = image.shape[-2:]
-    flow = flow.float()
+    flow = flow.float().contiguous()  # two channels last are enlarged four times as slowly
     if flow.shape[-2:] != size:
         flow = F.interpolate(flow, size, mode="bilinear", align_corners=False)
     grid = identity_grid(size[0], size[1], image.device) + flow.permute(0, 2, 3, 1)
@@ -66,6 +72,8 @@ class MeshFlow(nn.Module):
 
     index: Tensor
     weight: Tensor
+    upper: Tensor
+    lower: Tensor
 
     def __init__(
         self,
@@ -78,13 +86,19 @@ class MeshFlow(nn.Module):
     ) -> None:
         super().__init__()
         self.size, self.image_size, self.openings = size, image_size, openings
-        index, weight = _sample_surface(model, samples)
+        index, weight, hole = _sample_surface(model, samples)
         self.register_buffer("index", index, persistent=False)
         self.register_buffer("weight", weight, persistent=False)
+        upper, lower = _sides(self._surface(model.mean[None])[0], model.mean, hole)
+        self.register_buffer("upper", upper, persistent=False)
+        self.register_buffer("lower", lower, persistent=False)
 
     def forward(self, source: Tensor, target: Tensor) -> Tensor:
-        """Flow (B, 2, size, size) in units of half the crop's side; with ``openings`` (B, 8, size, size): the flow, the
-        target's :func:`openings` and the source's, moved by the flow to where the target has them.
+        """Flow (B, 2, size, size) in units of half the crop's side; with ``openings`` (B, 13, size, size).
+
+        Those are the flow; the target's :func:`openings` and the source's, moved by the flow to where the target has
+        them; and what :func:`enlarge` needs to shut lips and lids: the motion of the upper sides and of the lower ones,
+        as differences from the flow, and how many rims (12 pixels) each place is above the seam.
 
         Arguments:
             source, target: (B, 478, 3) projected vertices, u and v in crop pixels and the depth
@@ -93,21 +107,23 @@ class MeshFlow(nn.Module):
         size = self.size
         batch = target.shape[0]
         source, target = source.float(), target.float()
-        start = self._surface(source[..., :2].expand(batch, -1, -1))
+        start = self._surface(source[..., :2])
         end = self._surface(target)
         displacement = (start - end[..., :2]) * (2.0 / self.image_size)
         nearness = torch.exp((end[..., 2].amin(1, keepdim=True) - end[..., 2]) * _DEPTH_SHARPNESS)
-        sums = self._splat(
-            end[..., :2], torch.cat([displacement, torch.ones_like(displacement[..., :1])], -1), nearness
-        )
-        filled = _fill(sums[:, :2], sums[:, 2:])
+        values = torch.cat([displacement, torch.ones_like(displacement[..., :1])], -1)
+        sums = [self._splat(end[..., :2], values, nearness)]
+        for side in (self.upper, self.lower) if self.openings else ():
+            sums.append(self._splat(end[:, side, :2], values[:, side], nearness[:, side]))
+        whole = torch.cat(sums)
+        filled = _fill(whole[:, :2], whole[:, 2:]).view(len(sums), batch, 2, size, size)
 
         low, high = target[..., :2].amin(1), target[..., :2].amax(1)
         centre, half = (low + high) / self.image_size - 1, (high - low) / self.image_size
         grid = identity_grid(size, size, target.device)
         radius = ((grid - centre[:, None, None]) / half[:, None, None]).norm(dim=-1)
         fade = torch.exp(-0.5 * ((radius - 1).clamp(min=0) / _FALL_OFF) ** 2)
-        flow = filled * fade[:, None]
+        flow: Tensor = filled[0] * fade[:, None]
         if not self.openings:
             return flow
         # Distances bear being enlarged, and cost much at full size.
@@ -115,7 +131,9 @@ class MeshFlow(nn.Module):
             F.interpolate(openings(v, size // 2, self.image_size), (size, size), mode="bilinear")
             for v in (target, source)
         )
-        return torch.cat([flow, theirs, warp(ours.expand(batch, -1, -1, -1), flow)], dim=1)
+        above, near = _seams(target, size, self.image_size)
+        apart = [(side * fade[:, None] - flow) * near for side in filled[1:]]
+        return torch.cat([flow, theirs, warp(ours.expand(batch, -1, -1, -1), flow), *apart, above], dim=1)
 
     def _surface(self, vertices: Tensor) -> Tensor:
         """(B, 478, k) values at the vertices to (B, P, k) at the surface samples."""
@@ -170,6 +188,97 @@ def openings(vertices: Tensor, size: int, image_size: int = 512) -> Tensor:
     return maps.view(len(points), OPENINGS, size, size)
 
 
+def enlarge(flow: Tensor, prior: Tensor, side: int) -> Tensor:
+    """A flow (B, 2, h, w) at the size of the picture (B, 2, side, side), in which shut lips and lids touch.
+
+    A flow of a few cells must pass, between the motions of two lids that meet, through all motions between them, and
+    so shows a slit of the open eye. Here every pixel outside of the openings moves with its own side of the seam.
+
+    Arguments:
+        flow: in units of half the picture's side.
+        prior: (B, 13, h, w), that of :class:`MeshFlow` with openings.
+        side: of the picture, a multiple of the flow's.
+    """
+    theirs, seams = prior[:, 2 : 2 + OPENINGS], prior[:, 2 + 2 * OPENINGS :]
+    whole = F.interpolate(flow.float().contiguous(), (side, side), mode="bilinear", align_corners=False)
+    box = _box(seams[:, :4])
+    if box is None:
+        return whole
+    maps = torch.cat([seams, theirs[:, :2].amax(1, keepdim=True)], 1)[..., box[0], box[1]].float().contiguous()
+    scale = side // flow.shape[-1]
+    maps = F.interpolate(maps, scale_factor=scale, mode="bilinear", align_corners=False)
+    shut = (0.5 - maps[:, 5:] * (_RIM / 2)).clamp_(0, 1)  # from a pixel inside of an opening to one outside
+    apart = torch.where(maps[:, 4:5] > 0, maps[:, :2], maps[:, 2:4])
+    rows, columns = (slice(part.start * scale, part.stop * scale) for part in box)
+    whole[..., rows, columns] += shut * apart
+    return whole
+
+
+def _box(maps: Tensor) -> tuple[slice, slice] | None:
+    """Rows and columns outside of which all maps (B, C, h, w) are nothing, and None if they are nothing anywhere."""
+    if maps.is_meta:  # shapes without values
+        return slice(0, maps.shape[2]), slice(0, maps.shape[3])
+    size = maps.abs().amax((0, 1)) > 1e-5
+    rows, columns = (torch.nonzero(size.any(axis))[:, 0].tolist() for axis in (1, 0))
+    return (slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)) if rows else None
+
+
+def _seams(vertices: Tensor, size: int, image_size: int) -> tuple[Tensor, Tensor]:
+    """How many rims each place is above the nearest seam, where lips or lids meet, and whether it is above or below one
+    at all: two maps (B, 1, size, size), the second from 0 to 1."""
+    points = vertices[..., :2].float()
+    place = (torch.arange(size, device=points.device, dtype=torch.float32) + 0.5) * (image_size / size)
+    heights, weights = [], []
+    for rim in _RIMS:
+        middle = _middle(points[:, list(rim)])
+        x = middle[..., 0].cummax(1).values  # rising, whichever way the head is turned
+        seam = _interpolate(x, middle[..., 1], place.expand(len(x), -1))
+        above = seam[:, None] - place[:, None]
+        reach = _REACH * (x[:, -1:] - x[:, :1]).clamp(min=1e-3)[..., None]
+        inside = torch.minimum(place - x[:, :1], x[:, -1:] - place)[:, None]
+        heights.append(above / _RIM)
+        weights.append((inside / 4 + 0.5).clamp(0, 1) * ((1 - above.abs() / reach) / 0.3).clamp(0, 1))
+    height, weight = torch.stack(heights, 1), torch.stack(weights, 1)
+    near, which = weight.max(1, keepdim=True)
+    return height.gather(1, which), near
+
+
+def _sides(points: Tensor, mean: Tensor, hole: Tensor) -> tuple[Tensor, Tensor]:
+    """Numbers of the samples around the openings without those of holes and of the skin just below an opening; and the
+    same without the skin just above one.
+
+    Arguments:
+        points: (P, 3) samples on the mean face, y downwards.
+        mean: (478, 3) the mean face.
+        hole: (P,) whether the sample lies in an opening.
+    """
+    around, under, over = (torch.zeros_like(hole) for _ in range(3))
+    for rim in _RIMS:
+        x, y = _middle(mean[None, list(rim), :2])[0].T
+        width = x[-1] - x[0]
+        above = _interpolate(x[None], y[None], points[None, :, 0])[0] - points[:, 1]
+        beside = (points[:, 0] > x[0]) & (points[:, 0] < x[-1]) & (above.abs() < _REACH * width)
+        under |= beside & (above < 0)
+        over |= beside & (above > 0)
+        around |= ((points[:, 0] - x.mean()).abs() < width) & (above.abs() < 1.5 * _REACH * width)
+    upper, lower = (torch.nonzero(around & ~hole & ~side)[:, 0] for side in (under, over))
+    return upper, lower
+
+
+def _middle(ring: Tensor) -> Tensor:
+    """(B, n / 2 + 1, 2) the line halfway between the upper and the lower side of rims (B, n, 2)."""
+    half = ring.shape[1] // 2
+    between = (ring[:, 1:half] + ring[:, half + 1 :].flip(1)) / 2
+    return torch.cat([ring[:, :1], between, ring[:, half : half + 1]], 1)
+
+
+def _interpolate(x: Tensor, y: Tensor, at: Tensor) -> Tensor:
+    """Values (B, P) at places (B, P) of lines through (B, n) points with rising x; constant beyond their ends."""
+    after = torch.searchsorted(x.contiguous(), at.contiguous()).clamp(1, x.shape[1] - 1)
+    x0, x1, y0, y1 = (values.gather(1, index) for values in (x, y) for index in (after - 1, after))
+    return y0 + (y1 - y0) * ((at - x0) / (x1 - x0).clamp(min=1e-6)).clamp(0, 1)
+
+
 def _inside(rim: Tensor, x: Tensor, y: Tensor) -> Tensor:
     """Signed distance (B, P) of points, x and y (1, 1, P), to polygons (B, n, 2); positive inside."""
     x0, y0 = rim.unsqueeze(-1).unbind(2)  # (B, n, 1)
@@ -195,9 +304,9 @@ def _fill(sums: Tensor, weights: Tensor) -> Tensor:
     return torch.where(known, value, F.interpolate(coarse, scale_factor=2, mode="bilinear", align_corners=False))
 
 
-def _sample_surface(model: FaceModel, samples: int) -> tuple[Tensor, Tensor]:
+def _sample_surface(model: FaceModel, samples: int) -> tuple[Tensor, Tensor, Tensor]:
     """Vertex numbers (P, 3) and barycentric weights (P, 3) of points spread evenly over the mesh, mouth and eyes
-    closed."""
+    closed; and which (P,) are not of the skin."""
     skin = model.triangles.cpu().numpy()
     holes = torch.cat([model.mouth_triangles, model.eye_triangles]).cpu().numpy()
     mean = model.mean.cpu().numpy()
@@ -212,4 +321,9 @@ def _sample_surface(model: FaceModel, samples: int) -> tuple[Tensor, Tensor]:
     fold = u + v > 1
     u, v = np.where(fold, 1 - u, u), np.where(fold, 1 - v, v)
     weights = np.stack([1 - u - v, u, v], axis=-1)
-    return torch.from_numpy(triangles.astype(np.int64)), torch.from_numpy(weights.astype(np.float32))
+    hole = np.repeat(np.arange(len(counts)) >= len(skin), counts)
+    return (
+        torch.from_numpy(triangles.astype(np.int64)),
+        torch.from_numpy(weights.astype(np.float32)),
+        torch.from_numpy(hole),
+    )

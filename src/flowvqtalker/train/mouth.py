@@ -25,7 +25,7 @@ from flowvqtalker.face.topology import INNER_LIPS
 from flowvqtalker.loading import load_face_model, load_generator
 from flowvqtalker.render.discriminator import PatchDiscriminator
 from flowvqtalker.render.generator import VQIG
-from flowvqtalker.render.mesh import MeshFlow, openings, warp
+from flowvqtalker.render.mesh import MeshFlow, enlarge, openings, warp
 from flowvqtalker.render.mouth import HEIGHT, WIDTH, MouthPainter, corners, crops, inside
 from flowvqtalker.render.perceptual import PerceptualLoss
 from flowvqtalker.train.config import LoopConfig, check
@@ -186,13 +186,15 @@ class MouthCrops(Dataset[Batch]):
         source = batch["source"]
         if bool(batch["still"]):
             source = without_teeth(item["target"], end[0])[None] if opening else batch["target"]
-            source = warp(source, self.mesh(end, start)[:, :2])
+            back = self.mesh(end, start)
+            source = warp(source, enlarge(back[:, :2], back, source.shape[-1]))
             if opening:  # shut lips meet in a dark line
                 far = F.interpolate(openings(start, 128)[:, :1], source.shape[-2:], mode="bilinear") * 12
                 shade = rng.uniform(0, 0.6) * torch.exp(-0.5 * (far / 1.5) ** 2)
                 source = (source + 1) * (1 - shade) - 1
         prior = self.mesh(start, end)
-        warped = warp(source, self.generator.flow(self.generator.prepare(source), batch["motion"], prior[:, :2]))
+        flow = self.generator.flow(self.generator.prepare(source), batch["motion"], prior)
+        warped = warp(source, enlarge(flow, prior, source.shape[-1]))
         told = prior[:, [2, 5]]
         places = corners(told[:, 0])
         if self.train:
@@ -308,8 +310,8 @@ class MouthStage(Stage):
         return distance
 
     def validate(self, fabric: Fabric) -> dict[str, float]:
-        """Perceptual distance (the crops' middle, twice enlarged) and L1 of the painted crops of held-out pairs, and of those whose
-        lips open alone (``opening_``), beside those of the warped crops (``warp_``)."""
+        """Perceptual distance (the crops' middle, twice enlarged) and L1 of the painted crops of held-out pairs, and
+        of those whose lips open alone (``opening_``), beside those of the warped crops (``warp_``)."""
         data = self.dataset("val")
         sums: dict[str, float] = {}
         for i in range(len(data)):
