@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from flowvqtalker.render.layers import blockwise, instance_norm
 from flowvqtalker.render.mesh import warp
 
 __all__ = ["MOTION", "WINDOW", "MappingNetwork", "WarpConfig", "WarpingNetwork"]
@@ -66,10 +67,16 @@ class MappingNetwork(nn.Module):
 
 
 class _AdaINBlock(nn.Module):
-    """Convolution of an input whose channel statistics sigma sets: InstanceNorm, (1 + gamma) x + beta."""
+    """Convolution of an input whose channel statistics sigma sets: InstanceNorm, (1 + gamma) x + beta.
 
-    def __init__(self, channels: int, out_channels: int, descriptor: int, stride: int = 1) -> None:
+    With ``enlarge`` the input is doubled by nearest neighbours: after the norm, which that does not change.
+    """
+
+    def __init__(
+        self, channels: int, out_channels: int, descriptor: int, stride: int = 1, *, enlarge: bool = False
+    ) -> None:
         super().__init__()
+        self.enlarge = enlarge
         self.style = nn.Linear(descriptor, 2 * channels)
         self.conv = nn.Conv2d(channels, out_channels, 3, stride, 1)
         nn.init.normal_(self.style.weight, std=0.02)
@@ -77,7 +84,10 @@ class _AdaINBlock(nn.Module):
 
     def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
         gamma, beta = self.style(sigma)[..., None, None].chunk(2, dim=1)
-        x = F.leaky_relu((1 + gamma) * F.instance_norm(x) + beta, 0.1)
+        x = torch.addcmul(beta, instance_norm(x), 1 + gamma)
+        x = F.leaky_relu(x, 0.1, inplace=True)
+        if self.enlarge:
+            x = F.interpolate(x, scale_factor=2, mode="nearest")
         out: Tensor = self.conv(x)
         return out
 
@@ -105,7 +115,7 @@ class WarpingNetwork(nn.Module):
         self.downs = nn.ModuleList(_AdaINBlock(widths[i], widths[i + 1], config.descriptor, 2) for i in range(downs))
         self.middle = _AdaINBlock(widths[-1], widths[-1], config.descriptor)
         self.ups = nn.ModuleList(
-            _AdaINBlock(widths[downs - i] + (widths[downs - i] if i else 0), widths[downs - i - 1], config.descriptor)
+            _AdaINBlock(widths[downs - i] * (2 if i else 1), widths[downs - i - 1], config.descriptor, enlarge=True)
             for i in range(3)
         )
         self.out = nn.Conv2d(widths[downs - 3] * 2, 2, 7, padding=3)
@@ -132,7 +142,8 @@ class WarpingNetwork(nn.Module):
             x = down(x, sigma)
         x = x + self.middle(x, sigma)
         for up in self.ups:
-            x = up(F.interpolate(x, scale_factor=2, mode="nearest"), sigma)
+            x = up(x, sigma)
             x = torch.cat([x, skips.pop()], dim=1)
-        flow: Tensor = self.out(F.leaky_relu(x, 0.1)).float()
+        x = F.leaky_relu(x, 0.1)
+        flow = (self.out(x) if torch.is_grad_enabled() else blockwise(self.out, x)).float()
         return flow if prior is None or self.config.prior == "none" else flow + prior
