@@ -95,8 +95,8 @@ class Renderer:
             prior = self.mesh(self._start, target)
         with self._autocast():
             image = self.generator(self.source.expand(len(motion)), motion, prior).image
-        frames = image.float().add_(1).mul_(127.5).round_().clamp_(0, 255).to(torch.uint8)
-        pictures: npt.NDArray[np.uint8] = frames.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+        levels = image.permute(0, 2, 3, 1).float().add(1).mul_(127.5).round_().clamp_(0, 255)
+        pictures: npt.NDArray[np.uint8] = levels.to(torch.uint8).contiguous().cpu().numpy()
         return pictures
 
 
