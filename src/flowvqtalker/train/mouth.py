@@ -187,14 +187,14 @@ class MouthCrops(Dataset[Batch]):
         if bool(batch["still"]):
             source = without_teeth(item["target"], end[0])[None] if opening else batch["target"]
             back = self.mesh(end, start)
-            source = warp(source, enlarge(back[:, :2], back, source.shape[-1]))
+            source = warp(source, enlarge(back[:, :2], back, 512))
             if opening:  # shut lips meet in a dark line
                 far = F.interpolate(openings(start, 128)[:, :1], source.shape[-2:], mode="bilinear") * 12
                 shade = rng.uniform(0, 0.6) * torch.exp(-0.5 * (far / 1.5) ** 2)
                 source = (source + 1) * (1 - shade) - 1
         prior = self.mesh(start, end)
         flow = self.generator.flow(self.generator.prepare(source), batch["motion"], prior)
-        warped = warp(source, enlarge(flow, prior, source.shape[-1]))
+        warped = warp(source, enlarge(flow, prior, 512))
         told = prior[:, [2, 5]]
         places = corners(told[:, 0])
         if self.train:
