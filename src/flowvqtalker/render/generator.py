@@ -216,10 +216,7 @@ class SpatialAdaIN(nn.Module):
         gamma, beta = self.out(silu(self.hidden(guide))).chunk(2, dim=1)
         # An instance norm is a group norm of one channel a group, which does not leave the channels-last layout.
         normal = F.group_norm(x, x.shape[1])
-        if torch.is_grad_enabled():
-            out: Tensor = x + gamma * normal + beta
-            return out
-        return normal.mul_(gamma).add_(beta).add_(x)
+        return torch.addcmul(beta, gamma, normal).add_(x)
 
 
 class _Modulation(nn.Module):
@@ -390,7 +387,7 @@ class VQIG(nn.Module):
         z = found.latent
         if found.logits is not None:
             side = z.shape[-1]
-            codes = self.autoencoder.codebook.lookup(found.logits.argmax(-1).view(len(z), side, side))
+            codes = self.autoencoder.codebook.lookup(found.logits.float().argmax(-1).view(len(z), side, side))
             # As in CodeFormer the looked-up codes carry no gradient; z_f reaches the picture through the AdaIN.
             z = adain(codes.to(z.dtype), z)
         decoder = self.autoencoder.decoder if self.decoder is None else self.decoder
@@ -407,5 +404,7 @@ class VQIG(nn.Module):
             return found._replace(image=found.warped + change)
         top, left, height, width = window
         image = found.warped.clone()
-        image[:, :, top : top + height, left : left + width] += change * self.rim.to(change.dtype)
+        part = image[:, :, top : top + height, left : left + width]
+        change = change.to(part.dtype, memory_format=torch.contiguous_format)
+        part.addcmul_(change, self.rim.to(part.dtype))
         return found._replace(image=image)
