@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -51,7 +53,8 @@ def test_w_gives_the_same_flow_with_and_without_gradients() -> None:
 def test_the_norm_may_come_before_the_enlargement() -> None:
     torch.manual_seed(3)
     network = WarpingNetwork(WarpConfig(input_size=64, flow_size=32, width=8, max_width=32, descriptor=16))
-    up, sigma, x = network.ups[1], torch.randn(2, 16), torch.randn(2, 64, 8, 8)
+    up: Any = network.ups[1]
+    sigma, x = torch.randn(2, 16), torch.randn(2, 64, 8, 8)
     gamma, beta = up.style(sigma)[..., None, None].chunk(2, dim=1)
     after = F.instance_norm(F.interpolate(x, scale_factor=2.0, mode="nearest"))
     torch.testing.assert_close(
