@@ -1,25 +1,38 @@
-"""Cost of the image generator: GFLOP, parameters and milliseconds a frame of every module, and of the whole.
+"""Cost of the image generator: GFLOP, parameters and milliseconds a frame of every module, and of the whole; and what
+of `flowvqtalker render` repeats with every frame, from coefficients to a written video.
 
     python benchmarks/render.py [--config lite|paper] [--threads 2] [--dtype bfloat16|float32] [--batch 4]
+    python benchmarks/render.py --video 250     end to end alone, over this many frames (0: modules alone)
 
-Medians over ten runs after two of warm-up. Weights are random: they do not change the cost.
+Modules: medians over ten runs after two of warm-up. Weights are random: they do not change the cost. End to end: the
+package's weights, scikit-image's astronaut and the bundled speech, from the 25th frame on, without and with two lanes
+(`Renderer(lanes=)`). Each runs in a process of its own, whose peak of memory the kernel reports (ru_maxrss).
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
+import resource
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
+from importlib.resources import files
+from pathlib import Path
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from flowvqtalker.loading import load_generator
 from flowvqtalker.render.generator import VQIG, VQIGConfig
 from flowvqtalker.render.mesh import warp
+from flowvqtalker.render.renderer import Renderer
+from flowvqtalker.talker import Talker, write_video
 
 RUNS = 10
+WARM = 25
 
 
 def milliseconds(run: Callable[[], object], frames: int) -> float:
@@ -32,14 +45,65 @@ def milliseconds(run: Callable[[], object], frames: int) -> float:
     return statistics.median(times[2:]) / frames * 1000
 
 
+def video(frames: int, lanes: int, options: argparse.Namespace) -> None:
+    """Print a row: milliseconds a frame and frames a second, end to end, and the peak of memory."""
+    from skimage.data import astronaut
+
+    torch.set_num_threads(options.threads)
+    speech = Path(str(files("flowvqtalker") / "assets" / "sample_speech.ogg"))
+    talker = Talker.load()
+    face = talker.portrait(astronaut())
+    blocks = list(talker.motion(speech, face))
+    blocks = (blocks * (frames // sum(len(beta) for beta, _ in blocks) + 1))[: -(-frames // len(blocks[0][0]))]
+    total = sum(len(beta) for beta, _ in blocks)
+    renderer = Renderer(
+        load_generator(),
+        talker.face_model,
+        face.image,
+        face.identity,
+        face.expression,
+        face.pose,
+        batch_size=options.batch,
+        dtype=getattr(torch, options.dtype),
+        lanes=lanes,
+    )
+    times = []
+    with tempfile.TemporaryDirectory() as folder:
+        write_video(
+            renderer.render(blocks),
+            Path(folder) / "out.mp4",
+            speech,
+            total,
+            lambda *_: times.append(time.perf_counter()),
+        )
+    each = (times[-1] - times[WARM]) / (len(times) - 1 - WARM)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(f"| {lanes} | {each * 1000:.1f} | {1 / each:.1f} | {peak:.0f} |", flush=True)
+
+
 def main() -> None:
-    """Print the table."""
+    """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", choices=["lite", "paper"], default="lite")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--video", type=int, metavar="FRAMES", help="frames of the video; default: modules and 250")
     options = parser.parse_args()
+    if not options.video:
+        modules(options)
+    if options.video != 0:
+        print("| lanes | ms a frame, end to end | frames a second | peak (MiB) |\n|---|---|---|---|", flush=True)
+        for lanes in (1, 2):
+            process = multiprocessing.get_context("spawn").Process(
+                target=video, args=(options.video or 250, lanes, options)
+            )
+            process.start()
+            process.join()
+
+
+def modules(options: argparse.Namespace) -> None:
+    """Print a row for each module."""
     torch.set_num_threads(options.threads)
     config = getattr(VQIGConfig, options.config)()
     model = VQIG(config).eval().to(memory_format=torch.channels_last)
