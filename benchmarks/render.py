@@ -37,7 +37,7 @@ WARM = 25
 
 def milliseconds(run: Callable[[], object], frames: int) -> float:
     """Median time of one frame."""
-    times = []
+    times: list[float] = []
     for _ in range(RUNS + 2):
         start = time.perf_counter()
         run()
@@ -67,7 +67,7 @@ def video(frames: int, lanes: int, options: argparse.Namespace) -> None:
         dtype=getattr(torch, options.dtype),
         lanes=lanes,
     )
-    times = []
+    times: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
         write_video(
             renderer.render(blocks),
