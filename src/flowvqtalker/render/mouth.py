@@ -74,7 +74,7 @@ class MouthPainter(nn.Module):
     """Paints the inside of the mouth into a picture.
 
     Works at half the resolution (pixel unshuffle), with three levels and attention on the coarsest. The last layer
-    starts at zero, so an untrained painter shows the warped picture.
+    starts at zero, so an untrained painter adds nothing.
 
     Arguments:
         width: channels of the finest level.
@@ -112,19 +112,18 @@ class MouthPainter(nn.Module):
         return change
 
     def forward(self, image: Tensor, warped: Tensor, openings: Tensor) -> Tensor:
-        """Lay the painted mouth over a picture.
+        """Add the painted mouth to a picture.
 
         Arguments:
             image: (B, 3, 512, 512), the generator's.
-            warped: (B, 3, 512, 512), the warped picture I_w, on which the mouth is painted.
+            warped: (B, 3, 512, 512), the warped picture I_w, which the painter sees.
             openings: (B, 6, s, s), the target's :func:`flowvqtalker.render.mesh.openings` and the source's, moved.
         """
         told = rearrange(openings, "b (view part) h w -> b view part h w", view=2)[:, :, 0]
         places = corners(told[:, 0])
-        crop, told = crops(warped, places), crops(told, places)
-        painted, weight = crop + self.paint(crop, told), inside(told).to(image.dtype)
+        told = crops(told, places)
+        change = (self.paint(crops(warped, places), told) * inside(told)).to(image.dtype)
         image = image.clone()
         for k, (left, top) in enumerate(places):
-            part = image[k, :, top : top + HEIGHT, left : left + WIDTH]
-            part.lerp_(painted[k].to(image.dtype), weight[k].expand_as(part))
+            image[k, :, top : top + HEIGHT, left : left + WIDTH] += change[k]
         return image
