@@ -16,13 +16,14 @@ from flowvqtalker.data.pairs import PairDataset, lip_gap
 from flowvqtalker.data.shards import Shard
 from flowvqtalker.errors import UserError
 from flowvqtalker.face.model import FaceModel
-from flowvqtalker.face.topology import INNER_LIPS
+from flowvqtalker.face.topology import INNER_LIPS, RIGHT_EYE
+from flowvqtalker.loading import load_face_model
 from flowvqtalker.render.generator import VQIG
 from flowvqtalker.render.mesh import openings
 from flowvqtalker.render.mouth import HEIGHT, WIDTH, MouthPainter, corners, crops, inside
 from flowvqtalker.train.config import ConfigError, LoopConfig
 from flowvqtalker.train.loop import fit
-from flowvqtalker.train.mouth import Config, Data, MouthCrops, build, without_teeth
+from flowvqtalker.train.mouth import Config, Data, MouthCrops, build, shut
 from tests.test_render_generator import SMALL, face
 from tests.test_train_vqig import shard
 
@@ -159,14 +160,18 @@ def test_opening_pairs_are_refused_without_such_pictures(shard: Path) -> None:
         PairDataset(Shard(shard), "train").opening(np.random.default_rng(0))
 
 
-def test_teeth_are_filled_with_lips() -> None:
-    rows, columns = torch.meshgrid(torch.arange(512.0), torch.arange(512.0), indexing="ij")
-    teeth = torch.hypot((columns + 0.5 - 256) / 40, (rows + 0.5 - 380) / 20) < 1
-    image = torch.where(teeth, 1.0, torch.tensor([0.2, -0.5, -0.4])[:, None, None])
-    found = without_teeth(image, _vertices(256, 380, 80, 40)[0])
-    assert (
-        found - torch.tensor([0.2, -0.5, -0.4])[:, None, None]
-    ).abs().max() < 0.06  # the teeth were 0.8 and more away
+def test_shut_lips_touch_and_little_else_moves() -> None:
+    model = load_face_model()
+    torch.manual_seed(0)
+    identity, expression = torch.randn(3, 80), torch.randn(3, 64)
+    found = shut(model, identity, expression)
+    upper, lower = list(INNER_LIPS[1:10]), list(INNER_LIPS[:10:-1])
+    pose = torch.tensor([[0.0, 0, 0, 0, 0, 16]]).expand(3, -1)
+    before, after = (model.project(identity, beta, pose) for beta in (expression, found))
+    gaps = [(v[:, lower, 1] - v[:, upper, 1]).abs() for v in (before, after)]
+    assert gaps[1].mean() < 0.1 * gaps[0].mean() and gaps[1].max() < 1.0
+    eyes = list(RIGHT_EYE)
+    assert (after - before)[:, eyes].abs().mean() < 0.2 * (after - before)[:, lower].abs().mean()
 
 
 def _config(shard: Path, face: FaceModel, folder: Path) -> Config:

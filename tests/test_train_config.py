@@ -107,7 +107,7 @@ def test_main_runs_a_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     training.main("toy", ["--resume", "--out", str(out), "--loop.steps", "3"])
     assert [(c.name, c.loop.steps, r) for c, _, r in calls] == [("n", 10_000, False), ("n", 3, True)]
     assert load_yaml(Config, out / "config.yaml").name == "n"
-    with pytest.raises(UserError, match="face-model, codebook, vqig, speech, expflow, poseflow"):
+    with pytest.raises(UserError, match="face-model, codebook, vqig, mouth, speech, expflow, poseflow"):
         training.main("sing", [])
 
 

@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import cv2
 import numpy as np
 import torch
 from lightning.fabric import Fabric
@@ -17,7 +16,6 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from flowvqtalker.data.pairs import PairDataset
-from flowvqtalker.data.pictures import to_tensor
 from flowvqtalker.data.shards import Shard
 from flowvqtalker.errors import UserError
 from flowvqtalker.face.model import FaceModel
@@ -31,7 +29,7 @@ from flowvqtalker.render.perceptual import PerceptualLoss
 from flowvqtalker.train.config import LoopConfig, check
 from flowvqtalker.train.loop import Stage
 
-__all__ = ["Config", "MouthCrops", "MouthStage", "build", "without_teeth"]
+__all__ = ["Config", "MouthCrops", "MouthStage", "build", "shut"]
 
 Batch = dict[str, Tensor]
 
@@ -104,20 +102,20 @@ class Config:
         )
 
 
-def without_teeth(image: Tensor, vertices: Tensor) -> Tensor:
-    """A picture whose mouth's inside is filled in from the lips around it, so that the mesh can shut them without
-    teeth shining through.
+def shut(face: FaceModel, identity: Tensor, expression: Tensor) -> Tensor:
+    """Expressions (B, 64) whose lips touch along their whole length: the nearest to those given (least squares).
 
-    Arguments:
-        image: (3, 512, 512) in [-1, 1].
-        vertices: (478, 2 or 3) projected vertices in crop pixels.
+    Lips that are nearly shut on one face are not on another, and the mesh would leave what is behind them to be seen.
     """
-    picture = image.add(1).mul(127.5).round().byte().permute(1, 2, 0).numpy()
-    mask = np.zeros(picture.shape[:2], np.uint8)
-    rim = np.round(vertices[list(INNER_LIPS), :2].numpy() * 16).astype(np.int32)
-    cv2.fillPoly(mask, [rim], 1, shift=4)
-    mask = cv2.dilate(mask, np.ones((5, 5), np.uint8))
-    return to_tensor(cv2.inpaint(np.ascontiguousarray(picture), mask, 3, cv2.INPAINT_TELEA))
+    half = len(INNER_LIPS) // 2
+    upper, lower = list(INNER_LIPS[1:half]), list(INNER_LIPS[half + 1 :])[::-1]
+
+    def gap(points: Tensor) -> Tensor:
+        return points[..., lower, 1] - points[..., upper, 1]
+
+    slope = gap(face.expression)  # (64, gaps)
+    gaps = gap(face.mean) + identity @ gap(face.identity) + expression @ slope
+    return expression - gaps @ torch.linalg.pinv(slope, rtol=1e-2)
 
 
 class MouthCrops(Dataset[Batch]):
@@ -181,13 +179,14 @@ class MouthCrops(Dataset[Batch]):
         opening = rng.random() < self.data.opening if self.train else slot % 2 == 1 and self.pairs.opens
         item = self.pairs.opening(rng) if opening else self.pairs[slot if self.train else slot // 2 % len(self.pairs)]
         batch = {key: value[None] for key, value in item.items()}
+        if opening and bool(batch["still"]):
+            batch["source_expression"] = shut(self.face, batch["identity"], batch["source_expression"])
         start = self.face.project(batch["identity"], batch["source_expression"], batch["source_pose"])
         end = self.face.project(batch["identity"], batch["target_expression"], batch["target_pose"])
         source = batch["source"]
         if bool(batch["still"]):
-            source = without_teeth(item["target"], end[0])[None] if opening else batch["target"]
             back = self.mesh(end, start)
-            source = warp(source, enlarge(back[:, :2], back, 512))
+            source = warp(batch["target"], enlarge(back[:, :2], back, 512))
             if opening:  # shut lips meet in a dark line
                 far = F.interpolate(openings(start, 128)[:, :1], source.shape[-2:], mode="bilinear") * 12
                 shade = rng.uniform(0, 0.6) * torch.exp(-0.5 * (far / 1.5) ** 2)
