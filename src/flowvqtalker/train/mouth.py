@@ -115,7 +115,8 @@ def shut(face: FaceModel, identity: Tensor, expression: Tensor) -> Tensor:
 
     slope = gap(face.expression)  # (64, gaps)
     gaps = gap(face.mean) + identity @ gap(face.identity) + expression @ slope
-    return expression - gaps @ torch.linalg.pinv(slope, rtol=1e-2)
+    nearest: Tensor = expression - gaps @ torch.linalg.pinv(slope, rtol=1e-2)
+    return nearest
 
 
 class MouthCrops(Dataset[Batch]):
