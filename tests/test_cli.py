@@ -253,7 +253,8 @@ def test_interrupt_is_clean(tmp_path, tiny_weights, portrait_file, number, code,
         time.sleep(0.05)
     running.send_signal(number)
     _, errors = running.communicate()
-    lines = [line for line in errors.splitlines() if "warning: " not in line]
+    doubt = f"flowvqtalker: warning: the face in {portrait_file} is hard to make out"
+    lines = [line for line in errors.splitlines() if not line.startswith(doubt)]
     assert (running.returncode, "\n".join(lines)) == (code, said)
     assert [p.name for p in tmp_path.iterdir()] == ["speech.wav"]
 

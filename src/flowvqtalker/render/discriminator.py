@@ -35,14 +35,15 @@ class PatchDiscriminator(nn.Module):
         return logits
 
 
-def discriminator_loss(real: Tensor, fake: Tensor, kind: str = "hinge") -> Tensor:
+def discriminator_loss(real: Tensor, fake: Tensor, kind: str = "hinge", weight: Tensor | float = 1.0) -> Tensor:
     """Loss of the discriminator: ``hinge`` (VQGAN, CodeFormer) or ``log`` (eq. 15 as written, negated to be
-    minimised)."""
+    minimised); ``weight`` is that of each patch."""
     if kind == "hinge":
-        return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
-    return 0.5 * (F.softplus(-real).mean() + F.softplus(fake).mean())
+        return 0.5 * ((weight * F.relu(1 - real)).mean() + (weight * F.relu(1 + fake)).mean())
+    return 0.5 * ((weight * F.softplus(-real)).mean() + (weight * F.softplus(fake)).mean())
 
 
-def adversarial_loss(fake: Tensor, kind: str = "hinge") -> Tensor:
-    """Loss of the generator: ``-D(fake)`` for hinge, the non-saturating ``-log D(fake)`` for ``log``."""
-    return -fake.mean() if kind == "hinge" else F.softplus(-fake).mean()
+def adversarial_loss(fake: Tensor, kind: str = "hinge", weight: Tensor | float = 1.0) -> Tensor:
+    """Loss of the generator: ``-D(fake)`` for hinge, the non-saturating ``-log D(fake)`` for ``log``; ``weight`` is
+    that of each patch."""
+    return (weight * (-fake if kind == "hinge" else F.softplus(-fake))).mean()

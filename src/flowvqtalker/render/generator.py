@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 from flowvqtalker.errors import UserError
 from flowvqtalker.render.codebook import WINDOWED, CodebookConfig, Decoder, Encoder, VQAutoencoder, cut
-from flowvqtalker.render.layers import Attention2d, ResBlock, adain, silu
-from flowvqtalker.render.mesh import OPENINGS, PRIOR, enlarge, warp
+from flowvqtalker.render.layers import Attention2d, ResBlock, adain, instance_norm, silu
+from flowvqtalker.render.mesh import OPENINGS, PRIOR, warp
 from flowvqtalker.render.mouth import MouthPainter
 from flowvqtalker.render.warp import MOTION, MappingNetwork, WarpConfig, WarpingNetwork
 
@@ -59,7 +59,6 @@ class VQIGConfig:
     """Top, left, height and width of the part of the picture that D_h's finest levels decode (ours); the rest is I_w.
     The crop puts every face at the same place, so one window does for all. None decodes everything. Needs
     ``residual``, which fades out at the window's rim."""
-
     painter_width: int = 0
     """Channels of the painter of the mouth's inside (ours, :mod:`flowvqtalker.render.mouth`), which stage ``mouth``
     trains and adds; 0 is none, as in the paper. Needs ``openings``."""
@@ -214,9 +213,7 @@ class SpatialAdaIN(nn.Module):
 
     def forward(self, x: Tensor, guide: Tensor) -> Tensor:
         gamma, beta = self.out(silu(self.hidden(guide))).chunk(2, dim=1)
-        # An instance norm is a group norm of one channel a group, which does not leave the channels-last layout.
-        normal = F.group_norm(x, x.shape[1])
-        return torch.addcmul(beta, gamma, normal).add_(x)
+        return torch.addcmul(beta, gamma, instance_norm(x)).add_(x)
 
 
 class _Modulation(nn.Module):
@@ -363,8 +360,7 @@ class VQIG(nn.Module):
             extra = F.interpolate(self.openings(places.to(source.image.dtype)), (side, side), mode="bilinear")
         if self.warping is not None:
             flow = self.flow(source, motion, prior)
-            finer = enlarge(flow, prior, source.image.shape[-1]) if extra is not None and prior is not None else flow
-            warped = warp(source.image, finer)
+            warped = warp(source.image, flow, None if self.openings is None else prior)
         else:
             flow = source.image.new_zeros(len(motion), 2, self.config.warp.flow_size, self.config.warp.flow_size)
             warped = source.image

@@ -37,7 +37,7 @@ def identity_grid(height: int, width: int, device: torch.device | None = None) -
     return torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)[None]
 
 
-def warp(image: Tensor, flow: Tensor) -> Tensor:
+def warp(image: Tensor, flow: Tensor, prior: Tensor | None = None) -> Tensor:
     """Sample ``image`` where ``flow`` points: out(p) = image(p + flow(p)).
 
     Always in float32: bfloat16 coordinates would be off by whole pixels.
@@ -45,8 +45,11 @@ def warp(image: Tensor, flow: Tensor) -> Tensor:
     Arguments:
         image: (B, C, H, W).
         flow: (B, 2, h, w), x and y in units of half the image's side; resized to the image if smaller.
+        prior: that of :class:`MeshFlow`; if it has openings, shut lips and lids touch (:func:`enlarge`).
     """
     size = image.shape[-2:]
+    if prior is not None and prior.shape[1] == PRIOR:
+        flow = enlarge(flow, prior, size[1])
     flow = flow.float().contiguous()  # two channels last are enlarged four times as slowly
     if flow.shape[-2:] != size:
         flow = F.interpolate(flow, size, mode="bilinear", align_corners=False)
@@ -89,9 +92,10 @@ class MeshFlow(nn.Module):
         index, weight, hole = _sample_surface(model, samples)
         self.register_buffer("index", index, persistent=False)
         self.register_buffer("weight", weight, persistent=False)
-        upper, lower = _sides(self._surface(model.mean[None])[0], model.mean, hole)
-        self.register_buffer("upper", upper, persistent=False)
-        self.register_buffer("lower", lower, persistent=False)
+        if openings:
+            upper, lower = _sides(self._surface(model.mean[None])[0], model.mean, hole)
+            self.register_buffer("upper", upper, persistent=False)
+            self.register_buffer("lower", lower, persistent=False)
 
     def forward(self, source: Tensor, target: Tensor) -> Tensor:
         """Flow (B, 2, size, size) in units of half the crop's side; with ``openings`` (B, 13, size, size).

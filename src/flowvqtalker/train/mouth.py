@@ -21,9 +21,9 @@ from flowvqtalker.errors import UserError
 from flowvqtalker.face.model import FaceModel
 from flowvqtalker.face.topology import INNER_LIPS
 from flowvqtalker.loading import load_face_model, load_generator
-from flowvqtalker.render.discriminator import PatchDiscriminator
+from flowvqtalker.render.discriminator import PatchDiscriminator, adversarial_loss, discriminator_loss
 from flowvqtalker.render.generator import VQIG
-from flowvqtalker.render.mesh import MeshFlow, enlarge, openings, warp
+from flowvqtalker.render.mesh import MeshFlow, openings, warp
 from flowvqtalker.render.mouth import HEIGHT, WIDTH, MouthPainter, corners, crops, inside
 from flowvqtalker.render.perceptual import PerceptualLoss
 from flowvqtalker.train.config import LoopConfig, check
@@ -187,19 +187,20 @@ class MouthCrops(Dataset[Batch]):
         source = batch["source"]
         if bool(batch["still"]):
             back = self.mesh(end, start)
-            source = warp(batch["target"], enlarge(back[:, :2], back, 512))
+            source = warp(batch["target"], back[:, :2], back)
             if opening:  # shut lips meet in a dark line
                 far = F.interpolate(openings(start, 128)[:, :1], source.shape[-2:], mode="bilinear") * 12
                 shade = rng.uniform(0, 0.6) * torch.exp(-0.5 * (far / 1.5) ** 2)
                 source = (source + 1) * (1 - shade) - 1
         prior = self.mesh(start, end)
         flow = self.generator.flow(self.generator.prepare(source), batch["motion"], prior)
-        warped = warp(source, enlarge(flow, prior, 512))
+        warped = warp(source, flow, prior)
         told = prior[:, [2, 5]]
         places = corners(told[:, 0])
         if self.train:
             shift = (rng.uniform(-1, 1, 2) * self.data.shift / 4).round().astype(int) * 4
-            places = [(min(max(places[0][0] + shift[0], 0), 512 - WIDTH), min(max(places[0][1] + shift[1], 0), 384))]
+            left, top = np.clip(np.add(places[0], shift), 0, (512 - WIDTH, 512 - HEIGHT)).tolist()
+            places = [(left, top)]
         for k, image in enumerate((warped, batch["target"])):
             crop = crops(image, places)[0]
             self.pictures[slot, k] = crop.clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8).numpy()
@@ -275,13 +276,15 @@ class MouthStage(Stage):
             fake, true, where = self._last
             real, made = self.discriminator(true).float(), self.discriminator(fake).float()
             weight = self._patches(where, real)
-            hinge = (0.5 * weight * (F.relu(1 - real) + F.relu(1 + made))).mean()
-            return hinge, {"real": (weight * real).detach().mean(), "fake": (weight * made).detach().mean()}
+            logs: dict[str, float | Tensor] = {
+                k: (weight * v).detach().mean() for k, v in (("real", real), ("fake", made))
+            }
+            return discriminator_loss(real, made, weight=weight), logs
         target, told = batch["target"], batch["told"]
         image, where = self.painted(batch)
         l1 = ((image - target).abs() * where).mean() / where.mean()
         loss: Tensor = config.l1_weight * l1
-        logs: dict[str, float | Tensor] = {"l1": l1.detach()}
+        logs = {"l1": l1.detach()}
         if self.perceptual is not None:
             far = self._distance(image, target)
             loss = loss + config.perceptual_weight * far
@@ -290,7 +293,7 @@ class MouthStage(Stage):
             seen = F.interpolate(told[:, :1], image.shape[-2:], mode="bilinear")
             fake = torch.cat([image, seen], 1)
             made = self.discriminator(fake).float()
-            adv = (self._patches(where, made) * -made).mean()
+            adv = adversarial_loss(made, weight=self._patches(where, made))
             loss = loss + config.adversarial_weight * adv
             logs["adversarial"] = adv.detach()
             self._last = fake.detach(), torch.cat([target, seen], 1), where

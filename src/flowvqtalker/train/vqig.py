@@ -22,7 +22,7 @@ from flowvqtalker.face.topology import EYES, LIPS
 from flowvqtalker.render.codebook import cut
 from flowvqtalker.render.discriminator import PatchDiscriminator, adversarial_loss, discriminator_loss
 from flowvqtalker.render.generator import VQIG, Generated, VQIGConfig
-from flowvqtalker.render.mesh import MeshFlow, enlarge, warp
+from flowvqtalker.render.mesh import MeshFlow, warp
 from flowvqtalker.render.perceptual import PerceptualLoss
 from flowvqtalker.train.config import LoopConfig, check
 from flowvqtalker.train.loop import Stage
@@ -232,8 +232,7 @@ class VQIGStage(Stage):
             if still.any():
                 source = source.clone()
                 back = mesh(end[still], start[still])
-                flow = enlarge(back[:, :2], back, source.shape[-1]) if mesh.openings else back
-                source[still] = warp(batch["target"][still], flow)
+                source[still] = warp(batch["target"][still], back[:, :2], back)
             return source, mesh(start, end), end
 
     def generate(self, batch: Batch, decode: bool) -> tuple[Generated, Tensor, Tensor]:
