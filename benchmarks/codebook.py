@@ -6,7 +6,7 @@
 SHARD is a shard of ``flowvqtalker prepare``: its stills and the frames of its clips are measured apart. A folder of
 pictures is measured as it is, with faces found by the tracker. The split is by identity; people are taken in turn.
 Rows: each codebook, the same without codes, and the picture reduced to as many bits by other means; columns as
-:class:`flowvqtalker.metrics.codebook_scores.CodebookScores` describes them. Writes OUT-stills and OUT-frames (.md,
+:class:`flowvqtalker_eval.metrics.codebook_scores.CodebookScores` describes them. Writes OUT-stills and OUT-frames (.md,
 .csv, .json) and a grid of pictures (.png, .pdf).
 """
 
@@ -24,16 +24,16 @@ from tqdm import tqdm
 from flowvqtalker.data.shards import Shard
 from flowvqtalker.errors import UserError
 from flowvqtalker.loading import choose_device, fast_dtype
-from flowvqtalker.metrics.codebook_scores import (
+from flowvqtalker.render.vqvae import VQAutoencoder
+from flowvqtalker_eval.figures import grid, style
+from flowvqtalker_eval.metrics.codebook_scores import (
     CodebookScores,
     Portrait,
     load_codebook,
     still_portraits,
     stored_portraits,
 )
-from flowvqtalker.metrics.figures import grid, style
-from flowvqtalker.metrics.report import markdown, write
-from flowvqtalker.render.codebook import VQAutoencoder
+from flowvqtalker_eval.tables.report import markdown, write
 
 
 def pictures(options: argparse.Namespace) -> dict[str, Iterable[Portrait]]:

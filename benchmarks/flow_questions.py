@@ -22,7 +22,6 @@ from motion_quality import Bench, mean, plain, score_emotions
 from safetensors.torch import load_file
 
 from flowvqtalker.face.arkit import arkit_index
-from flowvqtalker.metrics.motion_scores import motion_scores
 from flowvqtalker.motion.flow import ExpFlow
 from flowvqtalker.motion.manifold import LatentBank
 from flowvqtalker.motion.sampler import ARTICULATION, MANIFOLD, TEMPERATURE
@@ -31,6 +30,7 @@ from flowvqtalker.train.config import from_dict, load_yaml, to_dict
 from flowvqtalker.train.flow_stage import load_listener
 from flowvqtalker.train.loop import fit
 from flowvqtalker.train.sequences import Corpus, hear, load_corpus
+from flowvqtalker_eval.metrics.motion_scores import motion_scores
 
 #: Name -> what it changes: settings by their path, and options of the sampling.
 VARIANTS: dict[str, dict[str, Any]] = {

@@ -29,15 +29,15 @@ import torch
 from tqdm import tqdm
 
 from flowvqtalker import weights
-from flowvqtalker.audio import decode
 from flowvqtalker.data.splits import split_of
 from flowvqtalker.errors import UserError
+from flowvqtalker.face.portrait import Portrait
 from flowvqtalker.face.topology import EYE_CORNERS, LIPS
 from flowvqtalker.face.tracker import FaceTracker
-from flowvqtalker.media import read_image
-from flowvqtalker.metrics.identity import FaceIdentity, csim_to_portrait
-from flowvqtalker.portrait import Portrait
-from flowvqtalker.talker import Talker
+from flowvqtalker.io import audio as decode
+from flowvqtalker.io.media import read_image
+from flowvqtalker.pipeline import Talker
+from flowvqtalker_eval.metrics.identity import FaceIdentity, csim_to_portrait
 
 Picture = npt.NDArray[np.uint8]
 

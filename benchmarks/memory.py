@@ -26,7 +26,7 @@ _RATE = 16_000
 
 def long_speech(path: Path, minutes: float) -> None:
     """The bundled speech again and again, as WAV, written block by block."""
-    from flowvqtalker.audio import decode
+    from flowvqtalker.io import audio as decode
 
     sample = decode.load(Path(str(files("flowvqtalker") / "assets" / "sample_speech.ogg")))
     block = (np.clip(sample, -1, 1) * 32767).astype("<i2").tobytes()
@@ -44,7 +44,7 @@ def measure(minutes: float, video: bool, weights: str | None) -> None:
     """Run one length in this process and print a line."""
     import skimage.data
 
-    from flowvqtalker.talker import Talker
+    from flowvqtalker.pipeline import Talker
 
     with tempfile.TemporaryDirectory() as folder:
         speech = Path(folder) / "speech.wav"

@@ -21,14 +21,14 @@ import numpy as np
 import torch
 
 from flowvqtalker import EMOTIONS
-from flowvqtalker.audio import decode
 from flowvqtalker.face.arkit import ARKIT_NAMES
+from flowvqtalker.io import audio as decode
 from flowvqtalker.loading import load_flows
 from flowvqtalker.motion.emotion_track import EmotionKey, EmotionTrack
 from flowvqtalker.motion.flow import ExpFlow, Flow, PoseFlow
 from flowvqtalker.motion.manifold import LatentBank
 from flowvqtalker.motion.sampler import MotionGenerator
-from flowvqtalker.talker import Talker
+from flowvqtalker.pipeline import Talker
 
 
 def load(folder: Path | None, untrained: bool) -> tuple[ExpFlow, PoseFlow, LatentBank]:

@@ -3,7 +3,7 @@
     python benchmarks/motion_quality.py SHARD [--clips 24] [--seeds 10] [--json FILE] [--temperature X] [...]
     python benchmarks/motion_quality.py SHARD --intensity [0 0.25 ...]   the classifier's score over intensity
 
-Prints: means over held-out clips of flowvqtalker.metrics.motion_scores (landmark and lip distances on the true pose and
+Prints: means over held-out clips of flowvqtalker_eval.metrics.motion_scores (landmark and lip distances on the true pose and
 identity, beats, jitter, speed, head, correlation of mouth opening with loudness and with the real clip), generated with
 several seeds, beside the real clips; the distances of the mean face, of the source's expression held still, and of the
 training clips that sound most alike; whether one seed gives one motion to the last bit; and, for every emotion, how far
@@ -24,15 +24,15 @@ import torch
 from torch import Tensor
 
 from flowvqtalker import EMOTIONS
-from flowvqtalker.audio.features import windows
-from flowvqtalker.coefficients import Coefficients
 from flowvqtalker.data.shards import SAMPLES, Shard
 from flowvqtalker.errors import UserError
 from flowvqtalker.face.arkit import ARKIT_NAMES as NAMES
+from flowvqtalker.io.coefficients import Coefficients
 from flowvqtalker.loading import load_face_model, load_flows
-from flowvqtalker.metrics.motion import blink_rate, diversity, eye_closure, head_deviation
-from flowvqtalker.metrics.motion_scores import NearestSpeech, motion_scores
 from flowvqtalker.motion.sampler import ARTICULATION, TEMPERATURE, MotionGenerator
+from flowvqtalker.speech.features import windows
+from flowvqtalker_eval.metrics.motion import blink_rate, diversity, eye_closure, head_deviation
+from flowvqtalker_eval.metrics.motion_scores import NearestSpeech, motion_scores
 
 _DISTANCES = ("M-LMD", "F-LMD", "lip-vertex error (%)", "AED", "AED L2", "opening generated-real")
 _SHAPES = ("jawOpen", "mouthSmile", "mouthFrown", "browDown", "browInnerUp")
@@ -245,8 +245,8 @@ def real_accuracy(bench: Bench) -> tuple[float, int]:
 def _classifier(folder: Path | None) -> tuple[Any, tuple[str, ...]]:
     """The classifier of expression sequences, (T, 64) to (8,), and its classes; None where its weights are missing."""
     try:
-        from flowvqtalker.metrics.accuracy import CLASSES
-        from flowvqtalker.metrics.motion_emotion import load_motion_emotion
+        from flowvqtalker_eval.evaluators.motion_emotion import load_motion_emotion
+        from flowvqtalker_eval.metrics.accuracy import CLASSES
 
         model = load_motion_emotion(folder)
     except (ImportError, UserError):

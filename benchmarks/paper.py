@@ -32,11 +32,11 @@ from flowvqtalker import weights
 from flowvqtalker.data.shards import Clip, ShardWriter
 from flowvqtalker.data.splits import split_of
 from flowvqtalker.render import perceptual
-from flowvqtalker.render.codebook import VQAutoencoder
-from flowvqtalker.render.discriminator import PatchDiscriminator
-from flowvqtalker.render.generator import VQIG, VQIGConfig
+from flowvqtalker.render.vqig import VQIG, VQIGConfig
+from flowvqtalker.render.vqvae import VQAutoencoder
 from flowvqtalker.train import stage_module
 from flowvqtalker.train.config import load_yaml
+from flowvqtalker.train.gan import PatchDiscriminator
 from flowvqtalker.train.loop import fit
 
 CONFIGS = Path(__file__).parents[1] / "configs"

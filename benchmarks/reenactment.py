@@ -5,9 +5,9 @@
 
 SHARD is a ``frames`` shard of ``flowvqtalker prepare``; its validation split (by identity) is used. Rows: the copied
 source, the codebook's reconstruction of the target, the warped source alone (I_w), and VQIG; columns as
-:class:`flowvqtalker.metrics.reenactment.Scores` describes them. The grid shows source, target, I_w and ours.
+:class:`flowvqtalker_eval.metrics.reenactment.Scores` describes them. The grid shows source, target, I_w and ours.
 
-With --cross the portrait of one person is driven by the clip of another: :mod:`flowvqtalker.metrics.cross`. The grid
+With --cross the portrait of one person is driven by the clip of another: :mod:`flowvqtalker_eval.metrics.cross`. The grid
 shows the portrait, the driver, I_w and ours. The tables lie beside the grids (.md, .csv, .json).
 """
 
@@ -21,10 +21,10 @@ from tqdm import tqdm
 
 from flowvqtalker.errors import UserError
 from flowvqtalker.loading import fast_dtype, load_face_model, load_generator
-from flowvqtalker.metrics.cross import CrossAnimation, CrossScores
-from flowvqtalker.metrics.figures import ablation, grid, style
-from flowvqtalker.metrics.reenactment import Reenactment, Scores
-from flowvqtalker.metrics.report import Table, markdown, write
+from flowvqtalker_eval.figures import ablation, grid, style
+from flowvqtalker_eval.metrics.cross import CrossAnimation, CrossScores
+from flowvqtalker_eval.metrics.reenactment import Reenactment, Scores
+from flowvqtalker_eval.tables.report import Table, markdown, write
 
 
 def own(options: argparse.Namespace) -> Table:

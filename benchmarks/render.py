@@ -26,10 +26,10 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from flowvqtalker.loading import load_generator
-from flowvqtalker.render.generator import VQIG, VQIGConfig
-from flowvqtalker.render.mesh import warp
+from flowvqtalker.pipeline import Talker, write_video
+from flowvqtalker.render.mesh_flow import warp
 from flowvqtalker.render.renderer import Renderer
-from flowvqtalker.talker import Talker, write_video
+from flowvqtalker.render.vqig import VQIG, VQIGConfig
 
 RUNS = 10
 WARM = 25

@@ -19,14 +19,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from flowvqtalker.audio.features import log_mel
 from flowvqtalker.data.shards import Shard
 from flowvqtalker.loading import load_face_model, load_listener
-from flowvqtalker.metrics.motion import correlation
 from flowvqtalker.motion.context import AudioConfig, AudioEncoder
+from flowvqtalker.speech.features import log_mel
 from flowvqtalker.train.expflow import lip_directions, lip_gap
 from flowvqtalker.train.flow_stage import load_listener as load_run
 from flowvqtalker.train.sequences import MotionClip
+from flowvqtalker_eval.metrics.motion import correlation
 
 _FRAMES, _BATCH, _WORST = 32, 16, 0.1
 

@@ -5,7 +5,7 @@
 SHARD is a shard of ``flowvqtalker prepare`` with pictures; its validation split (by identity) is used, people in turn.
 Each portrait is driven by the clip's tracked motion, by that of the mouth alone, and by frozen coefficients, through
 the renderer that users get. Rows: VQIG, I_w alone, and, with --clips, the real clip and its frames through the codebook
-one by one (what the codes do without a generator). Columns: :mod:`flowvqtalker.metrics.stability`. Writes OUT-tracked,
+one by one (what the codes do without a generator). Columns: :mod:`flowvqtalker_eval.metrics.stability`. Writes OUT-tracked,
 OUT-mouth and OUT-frozen (.md, .csv, .json) and pictures of the first clip (.png, .pdf).
 """
 
@@ -23,13 +23,14 @@ from flowvqtalker.data.shards import Shard
 from flowvqtalker.errors import UserError
 from flowvqtalker.face.model import FaceModel
 from flowvqtalker.face.topology import LIPS
+from flowvqtalker.io.media import Picture
 from flowvqtalker.loading import choose_device, fast_dtype, load_face_model, load_generator
-from flowvqtalker.media import Picture
-from flowvqtalker.metrics.codebook_scores import rebuild
-from flowvqtalker.metrics.figures import stability as figure
-from flowvqtalker.metrics.figures import style
-from flowvqtalker.metrics.report import Row, Table, markdown, write
-from flowvqtalker.metrics.stability import (
+from flowvqtalker.render.mesh_flow import MeshFlow
+from flowvqtalker.render.vqig import VQIG
+from flowvqtalker_eval.figures import stability as figure
+from flowvqtalker_eval.figures import style
+from flowvqtalker_eval.metrics.codebook_scores import rebuild
+from flowvqtalker_eval.metrics.stability import (
     COLUMNS,
     SCENARIOS,
     STILL,
@@ -41,8 +42,7 @@ from flowvqtalker.metrics.stability import (
     real_frames,
     takes,
 )
-from flowvqtalker.render.generator import VQIG
-from flowvqtalker.render.mesh import MeshFlow
+from flowvqtalker_eval.tables.report import Row, Table, markdown, write
 
 Found = dict[str, tuple[Stability, Picture]]
 

@@ -2,7 +2,7 @@
 
     python benchmarks/sync.py SHARD [--weights FOLDER] [--split val]
 
-SHARD holds mouths (``python -m flowvqtalker.data.mouths``). The sound of each clip, or of each piece of it, is moved by
+SHARD holds mouths (``python -m flowvqtalker_eval.evaluators.mouths``). The sound of each clip, or of each piece of it, is moved by
 a known number of frames in [-8, 8]; an offset counts as found if the smallest distance lies within a frame of it,
 measured from where the whole clip's own smallest distance lies without the move (a shard knows the lag of a collection
 better than that of each clip). Chance is 3 of the 31 shifts.
@@ -17,9 +17,9 @@ import numpy as np
 import torch
 
 from flowvqtalker.data.order import item_generator
-from flowvqtalker.metrics.sync_expert import SyncExpert, load_sync_expert, sync_expert_score
-from flowvqtalker.train.stretches import Spoken, load_spoken, part_of
-from flowvqtalker.train.sync import offset_scores
+from flowvqtalker_eval.evaluators.speech_clips import Spoken, load_spoken, part_of
+from flowvqtalker_eval.evaluators.sync_expert import SyncExpert, load_sync_expert, sync_expert_score
+from flowvqtalker_eval.evaluators.sync_training import offset_scores
 
 MOST = 8
 

@@ -24,10 +24,10 @@ import cv2
 import numpy as np
 import torch
 
-from flowvqtalker.metrics.analysis import AnyExtractor, analyse
-from flowvqtalker.metrics.measures import Options, all_measures
-from flowvqtalker.metrics.pairs import Method, Pair
-from flowvqtalker.metrics.table1 import available, measure
+from flowvqtalker_eval.metrics.analysis import AnyExtractor, analyse
+from flowvqtalker_eval.tables.measures import Options, all_measures
+from flowvqtalker_eval.tables.pairs import Method, Pair
+from flowvqtalker_eval.tables.table1 import available, measure
 
 
 def clocked(extractor: AnyExtractor, spent: dict[str, float]) -> None:
@@ -49,7 +49,7 @@ def make_pair(folder: Path) -> tuple[Path, Path]:
     """Two takes of the bundled speech by the bundled portrait."""
     import skimage.data
 
-    from flowvqtalker.talker import Talker
+    from flowvqtalker.pipeline import Talker
 
     speech = Path(str(files("flowvqtalker") / "assets" / "sample_speech.ogg"))
     folder.mkdir(parents=True, exist_ok=True)

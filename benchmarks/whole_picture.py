@@ -34,10 +34,10 @@ from gallery import read_choice  # beside this file
 from tqdm import tqdm
 
 from flowvqtalker.face.crop import SIZE
-from flowvqtalker.media import read_image
-from flowvqtalker.portrait import Portrait
+from flowvqtalker.face.portrait import Portrait
+from flowvqtalker.io.media import read_image
+from flowvqtalker.pipeline import Talker
 from flowvqtalker.render.paste import POSE_LIMITS, Paster, limit_pose
-from flowvqtalker.talker import Talker
 
 Picture = npt.NDArray[np.uint8]
 NAMES = ("pitch", "yaw", "roll", "across", "down", "depth")

@@ -74,8 +74,8 @@ def tiny_weights(astronaut: np.ndarray, tmp_path_factory: pytest.TempPathFactory
     from flowvqtalker.motion.context import AudioConfig
     from flowvqtalker.motion.flow import ExpFlow, ExpFlowConfig, PoseFlow, PoseFlowConfig
     from flowvqtalker.motion.manifold import LatentBank
-    from flowvqtalker.render.codebook import CodebookConfig
-    from flowvqtalker.render.generator import VQIG, VQIGConfig
+    from flowvqtalker.render.vqig import VQIG, VQIGConfig
+    from flowvqtalker.render.vqvae import CodebookConfig
     from flowvqtalker.render.warp import WarpConfig
     from flowvqtalker.train.config import to_dict
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
-from flowvqtalker.media import VideoWriter
-from flowvqtalker.study import clips
-from flowvqtalker.study.answers import Answer
-from flowvqtalker.study.key import Clip, Expected, Key
-from flowvqtalker.study.plan import make_plan
+from flowvqtalker.io.media import VideoWriter
+from flowvqtalker_eval.study import clips
+from flowvqtalker_eval.study.answers import Answer
+from flowvqtalker_eval.study.key import Clip, Expected, Key
+from flowvqtalker_eval.study.plan import make_plan
 
 from .conftest import babble, write_wav
 

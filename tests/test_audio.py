@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from flowvqtalker.audio import decode, features
 from flowvqtalker.errors import UserError
+from flowvqtalker.io import audio as decode
+from flowvqtalker.speech import features
 
 from .conftest import babble, write_wav
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from flowvqtalker.audio.wear import CODECS, codec, noise, room, telephone, wear
+from flowvqtalker.speech.augment import CODECS, codec, noise, room, telephone, wear
 
 
 def speech(seconds: float = 1.0) -> np.ndarray:

@@ -16,9 +16,9 @@ from PIL import Image
 
 from flowvqtalker import EMOTIONS, __version__
 from flowvqtalker.cli import main
-from flowvqtalker.coefficients import Coefficients
-from flowvqtalker.export import COLUMNS
-from flowvqtalker.media import probe
+from flowvqtalker.io.coefficients import Coefficients
+from flowvqtalker.io.export import COLUMNS
+from flowvqtalker.io.media import probe
 
 from .conftest import babble, write_wav
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from flowvqtalker.coefficients import Coefficients
 from flowvqtalker.errors import UserError
+from flowvqtalker.io.coefficients import Coefficients
 
 
 def some(frames: int = 7, fps: float = 25.0) -> Coefficients:

@@ -16,7 +16,7 @@ import pytest
 
 from flowvqtalker import EMOTIONS
 from flowvqtalker.data import clips as material
-from flowvqtalker.data import sync
+from flowvqtalker.data import lip_sync as sync
 from flowvqtalker.data.clips import Raw, catalogue, read_audio, read_frames, read_timing, resample
 from flowvqtalker.data.identity import Describer, cluster, merge_known
 from flowvqtalker.data.prepare import prepare

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from flowvqtalker import weights
-from flowvqtalker.audio import decode
-from flowvqtalker.media import read_video
-from flowvqtalker.talker import Talker
+from flowvqtalker.io import audio as decode
+from flowvqtalker.io.media import read_video
+from flowvqtalker.pipeline import Talker
 
 from .conftest import write_wav
 

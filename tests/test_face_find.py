@@ -13,11 +13,11 @@ from PIL import Image
 
 from flowvqtalker.errors import UserError
 from flowvqtalker.face.crop import crop_box
-from flowvqtalker.face.find import SURE, find_faces
+from flowvqtalker.face.detect import SURE, find_faces
+from flowvqtalker.face.portrait import find_portrait
 from flowvqtalker.face.tracker import Face, FaceTracker
+from flowvqtalker.io.media import read_image
 from flowvqtalker.loading import load_face_model
-from flowvqtalker.media import read_image
-from flowvqtalker.portrait import find_portrait
 
 
 @pytest.fixture(scope="module")

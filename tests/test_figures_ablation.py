@@ -14,14 +14,14 @@ from safetensors.torch import load_file, save_file
 from flowvqtalker import weights
 from flowvqtalker.errors import UserError
 from flowvqtalker.face.model import FaceModel
-from flowvqtalker.metrics.figures import ablation
-from flowvqtalker.metrics.figures.ablation import Ablation, configuration, load_variant, make, train_missing
-from flowvqtalker.metrics.reenactment import BASELINES, Pair, Reenactment, Scores
-from flowvqtalker.metrics.ssim import ssim
-from flowvqtalker.render.codebook import VQAutoencoder
-from flowvqtalker.render.generator import ABLATION, VQIG
+from flowvqtalker.render.vqig import ABLATION, VQIG
+from flowvqtalker.render.vqvae import VQAutoencoder
 from flowvqtalker.train.config import LoopConfig, save_yaml
 from flowvqtalker.train.vqig import Config, Data, build
+from flowvqtalker_eval.figures import ablation
+from flowvqtalker_eval.figures.ablation import Ablation, configuration, load_variant, make, train_missing
+from flowvqtalker_eval.metrics.reenactment import BASELINES, Pair, Reenactment, Scores
+from flowvqtalker_eval.metrics.ssim import ssim
 from tests.test_render_codebook import TINY
 from tests.test_render_generator import SMALL, face
 from tests.test_train_vqig import shard
@@ -159,7 +159,7 @@ class _Distance(torch.nn.Module):
 
 
 def test_scores_have_closed_forms(monkeypatch: pytest.MonkeyPatch) -> None:
-    import flowvqtalker.metrics.reenactment as module
+    import flowvqtalker_eval.metrics.reenactment as module
 
     monkeypatch.setattr(module, "PerceptualLoss", _Distance)
     scores = Scores(fid=False)
@@ -182,7 +182,7 @@ def test_scores_have_closed_forms(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_frechet_distance_of_two_shifted_sets(monkeypatch: pytest.MonkeyPatch) -> None:
     """Equal covariances: the squared distance of the means, whatever the pictures are."""
-    import flowvqtalker.metrics.reenactment as module
+    import flowvqtalker_eval.metrics.reenactment as module
 
     class Mean:
         def __init__(self, *unused: object, **options: object) -> None: ...
@@ -220,8 +220,8 @@ def test_the_command_trains_measures_and_writes(
     base: Config, shard: Path, face: FaceModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
     import flowvqtalker.loading as loading
-    import flowvqtalker.metrics.reenactment as module
     import flowvqtalker.train as training
+    import flowvqtalker_eval.metrics.reenactment as module
 
     def untrained(stage: str, config: Config, out: Path, resume: bool) -> dict[str, float]:
         assert stage == "vqig" and config.data.shard == shard and resume

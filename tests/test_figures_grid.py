@@ -11,8 +11,8 @@ import pytest
 
 from flowvqtalker.errors import UserError
 from flowvqtalker.face.topology import LIPS
-from flowvqtalker.media import VideoWriter
-from flowvqtalker.metrics.figures.grid import Grid, choose, face_boxes, make, named, parse_box, read_frames
+from flowvqtalker.io.media import VideoWriter
+from flowvqtalker_eval.figures.grid import Grid, choose, face_boxes, make, named, parse_box, read_frames
 
 pytest.importorskip("matplotlib")
 
@@ -180,7 +180,7 @@ def test_the_command_says_what_is_wrong(tmp_path: Path) -> None:
 
 
 def test_no_face_asks_for_a_box(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import flowvqtalker.metrics.figures.grid as module
+    import flowvqtalker_eval.figures.grid as module
 
     monkeypatch.setattr(module, "face_boxes", lambda pictures, region: [None] * len(pictures))
     video = _video(tmp_path / "v.mp4", 5)

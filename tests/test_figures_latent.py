@@ -11,9 +11,9 @@ from PIL import Image
 
 from flowvqtalker.data.shards import SAMPLES, Clip, Shard, ShardWriter
 from flowvqtalker.errors import MissingDependency, UserError
-from flowvqtalker.metrics.figures import latent, style
 from flowvqtalker.motion.context import AudioConfig
 from flowvqtalker.motion.flow import ExpFlow, ExpFlowConfig
+from flowvqtalker_eval.figures import latent, style
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("sklearn")

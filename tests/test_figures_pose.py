@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flowvqtalker.coefficients import Coefficients
 from flowvqtalker.errors import MissingDependency, UserError
-from flowvqtalker.metrics.figures import pose, style
+from flowvqtalker.io.coefficients import Coefficients
+from flowvqtalker_eval.figures import pose, style
 
 pytest.importorskip("matplotlib")
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from flowvqtalker.errors import UserError
-from flowvqtalker.talker import Talker
+from flowvqtalker.pipeline import Talker
 
 from .conftest import babble
 

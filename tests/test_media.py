@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flowvqtalker import media
 from flowvqtalker.errors import UserError
+from flowvqtalker.io import media
 
 from .conftest import babble, write_wav
 
@@ -203,7 +203,7 @@ def test_colours_survive(tmp_path):
 
 
 def test_sound_survives_in_time(tmp_path):
-    from flowvqtalker.audio import decode
+    from flowvqtalker.io import audio as decode
 
     wave = np.zeros(32_000)
     wave[16_000:17_600] = 0.5 * np.sin(2 * np.pi * 500 * np.arange(1_600) / 16_000)

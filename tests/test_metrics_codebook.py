@@ -18,8 +18,10 @@ from flowvqtalker.data.shards import Shard
 from flowvqtalker.data.splits import split_of
 from flowvqtalker.errors import UserError
 from flowvqtalker.face.topology import LEFT_EYE, LIPS, RIGHT_EYE
-from flowvqtalker.metrics import codebook_scores
-from flowvqtalker.metrics.codebook_scores import (
+from flowvqtalker.render.vqvae import CodebookConfig, VQAutoencoder
+from flowvqtalker.train.codebook import Config, Data, build
+from flowvqtalker_eval.metrics import codebook_scores
+from flowvqtalker_eval.metrics.codebook_scores import (
     CodebookScores,
     Portrait,
     code_bits,
@@ -33,10 +35,8 @@ from flowvqtalker.metrics.codebook_scores import (
     usage,
     webp_within,
 )
-from flowvqtalker.metrics.regions import EYES, MOUTH, cut, distances, regions
-from flowvqtalker.metrics.ssim import psnr
-from flowvqtalker.render.codebook import CodebookConfig, VQAutoencoder
-from flowvqtalker.train.codebook import Config, Data, build
+from flowvqtalker_eval.metrics.regions import EYES, MOUTH, cut, distances, regions
+from flowvqtalker_eval.metrics.ssim import psnr
 from tests.test_render_codebook import TINY
 from tests.test_train_vqig import shard
 

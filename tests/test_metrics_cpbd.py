@@ -12,7 +12,7 @@ from scipy import ndimage
 from skimage.feature import canny
 
 from flowvqtalker.errors import UserError
-from flowvqtalker.metrics.cpbd import Sharpness, _edge_blocks, cpbd, cpbd_at, edge_widths
+from flowvqtalker_eval.metrics.cpbd import Sharpness, _edge_blocks, cpbd, cpbd_at, edge_widths
 
 
 def slow_edges(image: np.ndarray) -> np.ndarray:

@@ -13,16 +13,34 @@ import pytest
 import torch
 
 from flowvqtalker import EMOTIONS, weights
-from flowvqtalker.data.emotion_faces import Faces, FacesConfig, write_faces
 from flowvqtalker.data.shards import Clip, Shard, ShardWriter
 from flowvqtalker.errors import MissingDependency, UserError
+from flowvqtalker.face.alignment import align_faces, face_template, similarity, warp
 from flowvqtalker.face.arkit import ARKIT_NAMES
 from flowvqtalker.face.model import FaceModel
 from flowvqtalker.face.topology import RIGID
-from flowvqtalker.face.upright import align_faces, face_template, similarity, warp
-from flowvqtalker.metrics.accuracy import CLASSES, grouped_folds, score
-from flowvqtalker.metrics.emotion import EmotionClassifier, EmotionExtractor, EmotionScores, accuracy_of, load_emotion
-from flowvqtalker.metrics.emotion_fan import (
+from flowvqtalker.train.config import LoopConfig
+from flowvqtalker.train.loop import fit
+from flowvqtalker_eval.evaluators import emotion_training as emotion_stage
+from flowvqtalker_eval.evaluators import motion_emotion_training as stage
+from flowvqtalker_eval.evaluators.emotion import (
+    EmotionClassifier,
+    EmotionExtractor,
+    EmotionScores,
+    accuracy_of,
+    load_emotion,
+)
+from flowvqtalker_eval.evaluators.emotion_data import FaceItems, draw_look, plain
+from flowvqtalker_eval.evaluators.emotion_faces import Faces, FacesConfig, write_faces
+from flowvqtalker_eval.evaluators.folds import Labelled, cross_validate, fit_temperature, spread_out
+from flowvqtalker_eval.evaluators.motion_emotion import (
+    MIRRORED,
+    MotionEmotion,
+    MotionEmotionConfig,
+    load_motion_emotion,
+)
+from flowvqtalker_eval.metrics.accuracy import CLASSES, grouped_folds, score
+from flowvqtalker_eval.metrics.emotion_fan import (
     EmotionFan,
     EmotionFanExtractor,
     EmotionFanScores,
@@ -33,13 +51,6 @@ from flowvqtalker.metrics.emotion_fan import (
     related,
     to_project_order,
 )
-from flowvqtalker.metrics.motion_emotion import MIRRORED, MotionEmotion, MotionEmotionConfig, load_motion_emotion
-from flowvqtalker.train import emotion as emotion_stage
-from flowvqtalker.train import motion_emotion as stage
-from flowvqtalker.train.config import LoopConfig
-from flowvqtalker.train.emotion_data import FaceItems, draw_look, plain
-from flowvqtalker.train.emotion_folds import Labelled, cross_validate, fit_temperature, spread_out
-from flowvqtalker.train.loop import fit
 
 LOOP = LoopConfig(steps=25, batch_size=16, lr=5e-3, log_every=10, validate_every=0, save_every=100, device="cpu", ema=0)
 

@@ -13,8 +13,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from flowvqtalker.errors import MissingDependency, UserError
-from flowvqtalker.metrics import inception
-from flowvqtalker.metrics.frechet import (
+from flowvqtalker_eval.metrics import inception
+from flowvqtalker_eval.metrics.frechet import (
     FID,
     FRECHET_MOBILENET,
     Gaussian,

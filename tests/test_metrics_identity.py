@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from flowvqtalker.errors import UserError
-from flowvqtalker.metrics.identity import FaceIdentity, cosine, csim_to_clip, csim_to_portrait, same_person
-from flowvqtalker.metrics.landmarks68 import Dlib68
+from flowvqtalker_eval.metrics.identity import FaceIdentity, cosine, csim_to_clip, csim_to_portrait, same_person
+from flowvqtalker_eval.metrics.landmarks68 import Dlib68
 
 pytest.importorskip("dlib")
 

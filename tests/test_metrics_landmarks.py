@@ -11,10 +11,10 @@ import pytest
 from skimage.transform import SimilarityTransform
 
 from flowvqtalker.errors import MissingDependency, UserError
-from flowvqtalker.metrics import landmarks68
-from flowvqtalker.metrics.align import SIZE, TEMPLATE, AlignedFaces, align68, similarity, warp
-from flowvqtalker.metrics.landmarks68 import MESH68, Dlib68, Mesh68, find_dlib_model, mesh68
-from flowvqtalker.metrics.lmd import detection_rate, distances, landmark_distance
+from flowvqtalker_eval.metrics import landmarks68
+from flowvqtalker_eval.metrics.align import SIZE, TEMPLATE, AlignedFaces, align68, similarity, warp
+from flowvqtalker_eval.metrics.landmarks68 import MESH68, Dlib68, Mesh68, find_dlib_model, mesh68
+from flowvqtalker_eval.metrics.lmd import detection_rate, distances, landmark_distance
 
 pytest.importorskip("dlib")
 

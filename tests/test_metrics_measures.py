@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from flowvqtalker.errors import MissingDependency
-from flowvqtalker.media import VideoWriter
-from flowvqtalker.metrics.analysis import Analysis
-from flowvqtalker.metrics.measures import Both, Options, all_measures, pair_frames
-from flowvqtalker.metrics.measures.picture import compare_frames
-from flowvqtalker.metrics.pairs import Pair
+from flowvqtalker.io.media import VideoWriter
+from flowvqtalker_eval.metrics.analysis import Analysis
+from flowvqtalker_eval.tables.measures import Both, Options, all_measures, pair_frames
+from flowvqtalker_eval.tables.measures.picture import compare_frames
+from flowvqtalker_eval.tables.pairs import Pair
 
 MEASURES = {measure.name: measure for measure in all_measures(Options())}
 T = 40
@@ -174,7 +174,7 @@ def test_portrait_that_is_named(tmp_path, random, astronaut):
 
     from PIL import Image
 
-    from flowvqtalker.metrics.identity import FaceIdentity
+    from flowvqtalker_eval.metrics.identity import FaceIdentity
 
     identity = {m.name: m for m in all_measures(Options())}["identity"]
     Image.fromarray(astronaut).save(tmp_path / "face.png")

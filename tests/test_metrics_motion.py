@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from flowvqtalker.coefficients import Coefficients
 from flowvqtalker.errors import MissingDependency, UserError
 from flowvqtalker.face.model import FaceModel
 from flowvqtalker.face.topology import EYE_CORNERS, LIPS, RIGID
+from flowvqtalker.io.coefficients import Coefficients
 from flowvqtalker.loading import load_face_model
-from flowvqtalker.metrics import beats, motion
-from flowvqtalker.metrics import motion_scores as scores
-from flowvqtalker.metrics.align import TEMPLATE
-from flowvqtalker.metrics.landmarks68 import MESH68
+from flowvqtalker_eval.metrics import beats, motion
+from flowvqtalker_eval.metrics import motion_scores as scores
+from flowvqtalker_eval.metrics.align import TEMPLATE
+from flowvqtalker_eval.metrics.landmarks68 import MESH68
 
 
 @pytest.fixture(scope="module")

@@ -15,12 +15,12 @@ from flowvqtalker.data.splits import split_of
 from flowvqtalker.errors import UserError
 from flowvqtalker.face.model import FaceModel
 from flowvqtalker.face.topology import LIPS
-from flowvqtalker.metrics import cross, reenactment
-from flowvqtalker.metrics.cross import COPY, DRIVER, CrossAnimation, CrossClip, CrossScores, transfer
-from flowvqtalker.metrics.reenactment import Pair, Reenactment, Scores
-from flowvqtalker.metrics.regions import EYES, regions
-from flowvqtalker.metrics.stability import drive, motion_of, takes
-from flowvqtalker.render.generator import VQIG
+from flowvqtalker.render.vqig import VQIG
+from flowvqtalker_eval.metrics import cross, reenactment
+from flowvqtalker_eval.metrics.cross import COPY, DRIVER, CrossAnimation, CrossClip, CrossScores, transfer
+from flowvqtalker_eval.metrics.reenactment import Pair, Reenactment, Scores
+from flowvqtalker_eval.metrics.regions import EYES, regions
+from flowvqtalker_eval.metrics.stability import drive, motion_of, takes
 from tests.test_render_generator import SMALL, face
 from tests.test_train_vqig import _clip, shard
 

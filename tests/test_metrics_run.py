@@ -15,11 +15,11 @@ from flowvqtalker import EMOTIONS
 from flowvqtalker.cli import main
 from flowvqtalker.data.splits import HDTF_TEST, MEAD_TEST, split_of
 from flowvqtalker.errors import UserError
-from flowvqtalker.media import VideoWriter, probe, read_video
-from flowvqtalker.metrics import run as runner
-from flowvqtalker.metrics.methods import METHODS, Output
-from flowvqtalker.metrics.run import Run, Task, plan
-from flowvqtalker.metrics.splits import BUILTIN, Item, load_split
+from flowvqtalker.io.media import VideoWriter, probe, read_video
+from flowvqtalker_eval.tables import run as runner
+from flowvqtalker_eval.tables.methods import METHODS, Output
+from flowvqtalker_eval.tables.run import Run, Task, plan
+from flowvqtalker_eval.tables.splits import BUILTIN, Item, load_split
 
 from .conftest import babble, write_wav
 

@@ -8,7 +8,7 @@ import pytest
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from flowvqtalker.errors import UserError
-from flowvqtalker.metrics.ssim import psnr, ssim
+from flowvqtalker_eval.metrics.ssim import psnr, ssim
 
 
 @pytest.fixture(scope="module")

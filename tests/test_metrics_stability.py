@@ -13,8 +13,11 @@ from flowvqtalker.data.shards import Shard
 from flowvqtalker.errors import UserError
 from flowvqtalker.face.model import FaceModel
 from flowvqtalker.face.topology import LIPS, RIGID
-from flowvqtalker.media import VideoWriter
-from flowvqtalker.metrics.stability import (
+from flowvqtalker.io.media import VideoWriter
+from flowvqtalker.render.mesh_flow import MeshFlow
+from flowvqtalker.render.renderer import Renderer
+from flowvqtalker.render.vqig import VQIG
+from flowvqtalker_eval.metrics.stability import (
     COLUMNS,
     SCENARIOS,
     Stability,
@@ -27,9 +30,6 @@ from flowvqtalker.metrics.stability import (
     still_blocks,
     takes,
 )
-from flowvqtalker.render.generator import VQIG
-from flowvqtalker.render.mesh import MeshFlow
-from flowvqtalker.render.renderer import Renderer
 from tests.test_render_generator import SMALL, face
 from tests.test_train_vqig import shard
 
@@ -244,7 +244,7 @@ def test_real_frames_must_be_those_of_the_shard(shard: Path, tmp_path: Path) -> 
 
 def test_the_figure_has_a_column_for_each_video() -> None:
     pytest.importorskip("matplotlib")
-    from flowvqtalker.metrics.figures.stability import Video, make
+    from flowvqtalker_eval.figures.stability import Video, make
 
     found = measure(_flat(10, 20, 30), [_flow()] * 2, row=3)
     video = Video(_flat(1)[0], found.deviation, found.slice, 3)

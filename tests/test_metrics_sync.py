@@ -12,13 +12,23 @@ import pytest
 import torch
 
 from flowvqtalker import weights
-from flowvqtalker.data.mouths import HEIGHT, WIDTH, MouthsConfig, cut_mouths, mouth_matrices, mouths_of, write_mouths
 from flowvqtalker.data.shards import SAMPLES, Shard, ShardWriter
 from flowvqtalker.errors import MissingDependency, UserError
-from flowvqtalker.media import VideoWriter
-from flowvqtalker.metrics import syncnet, syncnet_input
-from flowvqtalker.metrics.sync import distance_curve, score_curve, sync_score
-from flowvqtalker.metrics.sync_expert import (
+from flowvqtalker.io.media import VideoWriter
+from flowvqtalker.train.config import ConfigError, LoopConfig, load_yaml, to_dict
+from flowvqtalker.train.loop import fit
+from flowvqtalker_eval.evaluators import sync_training as stage
+from flowvqtalker_eval.evaluators.mouths import (
+    HEIGHT,
+    WIDTH,
+    MouthsConfig,
+    cut_mouths,
+    mouth_matrices,
+    mouths_of,
+    write_mouths,
+)
+from flowvqtalker_eval.evaluators.speech_clips import Spoken, StretchConfig, StretchDataset, load_spoken
+from flowvqtalker_eval.evaluators.sync_expert import (
     MouthExtractor,
     SyncExpert,
     SyncExpertConfig,
@@ -27,10 +37,8 @@ from flowvqtalker.metrics.sync_expert import (
     load_sync_expert,
     sync_expert_score,
 )
-from flowvqtalker.train import sync as stage
-from flowvqtalker.train.config import ConfigError, LoopConfig, load_yaml, to_dict
-from flowvqtalker.train.loop import fit
-from flowvqtalker.train.stretches import Spoken, StretchConfig, StretchDataset, load_spoken
+from flowvqtalker_eval.metrics import syncnet, syncnet_input
+from flowvqtalker_eval.metrics.sync import distance_curve, score_curve, sync_score
 
 from .conftest import babble
 from .test_data_shards import make_clip

@@ -12,10 +12,10 @@ import pytest
 
 from flowvqtalker.cli import main
 from flowvqtalker.errors import MissingDependency, UserError
-from flowvqtalker.media import VideoWriter
-from flowvqtalker.metrics.analysis import analyse, cached, read_wave
-from flowvqtalker.metrics.measures import Measure, Options, all_measures, pair_frames
-from flowvqtalker.metrics.pairs import (
+from flowvqtalker.io.media import VideoWriter
+from flowvqtalker_eval.metrics.analysis import analyse, cached, read_wave
+from flowvqtalker_eval.tables.measures import Measure, Options, all_measures, pair_frames
+from flowvqtalker_eval.tables.pairs import (
     Method,
     Pair,
     common,
@@ -25,8 +25,8 @@ from flowvqtalker.metrics.pairs import (
     read_method,
     read_table,
 )
-from flowvqtalker.metrics.report import Column, Row, Table, markdown, write
-from flowvqtalker.metrics.table1 import measure
+from flowvqtalker_eval.tables.report import Column, Row, Table, markdown, write
+from flowvqtalker_eval.tables.table1 import measure
 
 from .conftest import babble, write_wav
 

@@ -9,18 +9,18 @@ import pytest
 import torch
 
 from flowvqtalker import EMOTIONS
-from flowvqtalker.audio import decode
-from flowvqtalker.audio.features import COLUMNS, MELS
-from flowvqtalker.audio.features import windows as windows_of
-from flowvqtalker.coefficients import Coefficients
 from flowvqtalker.errors import UserError
+from flowvqtalker.io import audio as decode
+from flowvqtalker.io.coefficients import Coefficients
 from flowvqtalker.loading import load_flows
 from flowvqtalker.motion.emotion_track import BLEND, EmotionKey, EmotionTrack, parse_emotion, smoothstep
-from flowvqtalker.motion.pose_track import PoseTrack
+from flowvqtalker.motion.head_pose import PoseTrack
 from flowvqtalker.motion.sampler import MotionGenerator
 from flowvqtalker.motion.stream import MotionStream
 from flowvqtalker.options import MotionOptions
-from flowvqtalker.talker import Talker, take_paths
+from flowvqtalker.pipeline import Talker, take_paths
+from flowvqtalker.speech.features import COLUMNS, MELS
+from flowvqtalker.speech.features import windows as windows_of
 
 from .conftest import babble, write_wav
 

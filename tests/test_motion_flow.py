@@ -20,7 +20,7 @@ from flowvqtalker.motion.bijections import (
 from flowvqtalker.motion.context import AudioConfig, AudioEncoder, AudioStream, ContextEncoder, history_of
 from flowvqtalker.motion.flow import ExpFlow, ExpFlowConfig, Flow, PoseFlow, PoseFlowConfig, Sequences
 from flowvqtalker.motion.fused import FusedInverse
-from flowvqtalker.motion.listener import Listener, ListenerConfig
+from flowvqtalker.speech.encoder import Listener, ListenerConfig
 
 AUDIO = AudioConfig(mels=6, columns=8, width=8, layers=2, lookahead=1)
 EXP = ExpFlowConfig(dim=8, classes=3, steps=3, width=8, heads=2, history=4, limit=50.0, audio=AUDIO)

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from flowvqtalker.motion.context import AudioStream
-from flowvqtalker.motion.listener import Listener, ListenerConfig
-from flowvqtalker.motion.quantised import QuantisedConvolution, QuantisedLinear, quantise
+from flowvqtalker.speech.encoder import Listener, ListenerConfig
+from flowvqtalker.speech.quantize import QuantisedConvolution, QuantisedLinear, quantise
 
 
 def integers(rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -12,14 +12,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from flowvqtalker import EMOTIONS
-from flowvqtalker.audio.features import log_mel
-from flowvqtalker.audio.features import windows as all_windows
 from flowvqtalker.errors import UserError
 from flowvqtalker.motion.context import AudioConfig, AudioEncoder
 from flowvqtalker.motion.flow import ExpFlow, ExpFlowConfig, PoseFlow, PoseFlowConfig
-from flowvqtalker.motion.listener import Listener, ListenerConfig
 from flowvqtalker.motion.manifold import LatentBank
 from flowvqtalker.motion.sampler import SOURCE, TEMPERATURE
+from flowvqtalker.speech.encoder import Listener, ListenerConfig
+from flowvqtalker.speech.features import log_mel
+from flowvqtalker.speech.features import windows as all_windows
+from flowvqtalker.speech.spectral_augment import perturb, reverberate, vary
 from flowvqtalker.train import expflow, poseflow
 from flowvqtalker.train.calibrate import calibrate
 from flowvqtalker.train.config import LoopConfig, from_dict, to_dict
@@ -27,7 +28,6 @@ from flowvqtalker.train.flow_stage import Hearing, Losses, correlation, load_lis
 from flowvqtalker.train.loop import fit
 from flowvqtalker.train.resting import resting_faces
 from flowvqtalker.train.sequences import Corpus, MotionClip, SequenceConfig, SequenceDataset, hear
-from flowvqtalker.train.voices import perturb, reverberate, vary
 
 AUDIO = AudioConfig(width=8, layers=2, lookahead=1)
 LOOP = LoopConfig(steps=6, batch_size=4, lr=3e-3, log_every=2, validate_every=3, save_every=3, device="cpu", ema=0.5)

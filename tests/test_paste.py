@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from flowvqtalker.face.crop import SIZE
+from flowvqtalker.face.portrait import find_portrait
 from flowvqtalker.loading import load_face_model
-from flowvqtalker.portrait import find_portrait
-from flowvqtalker.render.mesh import MeshFlow, warp
+from flowvqtalker.render.mesh_flow import MeshFlow, warp
 from flowvqtalker.render.paste import POSE_LIMITS, Paster, limit_pose, paste_frames
 
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from flowvqtalker.errors import MissingDependency, UserError
-from flowvqtalker.render.codebook import Codebook, CodebookConfig, VQAutoencoder
-from flowvqtalker.render.discriminator import PatchDiscriminator, adversarial_loss, discriminator_loss
 from flowvqtalker.render.layers import Attention2d, adain, group_norm
 from flowvqtalker.render.perceptual import MobileNetV2Features, VGG19Features, find_weights
+from flowvqtalker.render.vqvae import Codebook, CodebookConfig, VQAutoencoder
+from flowvqtalker.train.gan import PatchDiscriminator, adversarial_loss, discriminator_loss
 
 TINY = CodebookConfig(
     channels=(8, 8, 8, 8, 8, 16), decoder_channels=(8, 8, 8, 8, 8, 16), blocks=1, decoder_blocks=1, codes=32, dim=8,

@@ -14,9 +14,9 @@ from flowvqtalker.errors import UserError
 from flowvqtalker.face.model import FaceModel
 from flowvqtalker.face.topology import INNER_LIPS, IRISES, LEFT_EYE, RIGHT_EYE
 from flowvqtalker.loading import load_face_model
-from flowvqtalker.render.generator import ABLATION, VQIG, SpatialAdaIN, VQIGConfig
-from flowvqtalker.render.mesh import OPENINGS, PRIOR, MeshFlow, enlarge, openings, warp
+from flowvqtalker.render.mesh_flow import OPENINGS, PRIOR, MeshFlow, enlarge, openings, warp
 from flowvqtalker.render.renderer import Renderer, _windows
+from flowvqtalker.render.vqig import ABLATION, VQIG, SpatialAdaIN, VQIGConfig
 from flowvqtalker.render.warp import MappingNetwork, WarpConfig, WarpingNetwork
 from tests.test_render_codebook import TINY
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from flowvqtalker.render.layers import GroupNorm, blockwise, instance_norm
-from flowvqtalker.render.mesh import identity_grid, warp
+from flowvqtalker.render.mesh_flow import identity_grid, warp
 from flowvqtalker.render.warp import WarpConfig, WarpingNetwork
 
 

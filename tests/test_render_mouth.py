@@ -18,9 +18,9 @@ from flowvqtalker.errors import UserError
 from flowvqtalker.face.model import FaceModel
 from flowvqtalker.face.topology import INNER_LIPS, RIGHT_EYE
 from flowvqtalker.loading import load_face_model
-from flowvqtalker.render.generator import VQIG
-from flowvqtalker.render.mesh import openings
-from flowvqtalker.render.mouth import HEIGHT, WIDTH, MouthPainter, corners, crops, inside
+from flowvqtalker.render.mesh_flow import openings
+from flowvqtalker.render.refiner import HEIGHT, WIDTH, MouthPainter, corners, crops, inside
+from flowvqtalker.render.vqig import VQIG
 from flowvqtalker.train.config import ConfigError, LoopConfig
 from flowvqtalker.train.loop import fit
 from flowvqtalker.train.mouth import Config, Data, MouthCrops, build, shut

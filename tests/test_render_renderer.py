@@ -13,9 +13,9 @@ from torch import Tensor
 
 from flowvqtalker.face.model import FaceModel
 from flowvqtalker.loading import load_face_model
-from flowvqtalker.render.codebook import CodebookConfig
-from flowvqtalker.render.generator import VQIG, VQIGConfig
 from flowvqtalker.render.renderer import Renderer
+from flowvqtalker.render.vqig import VQIG, VQIGConfig
+from flowvqtalker.render.vqvae import CodebookConfig
 from flowvqtalker.render.warp import WarpConfig
 
 _POSE = torch.tensor([0.1, 0.0, 0.0, 0.0, 0.0, 13.0])

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from flowvqtalker.audio.features import log_mel
 from flowvqtalker.data.speech import CURVES, TEACHER, UNITS, PrepareSpeech, Recording, SpeechSet, write
 from flowvqtalker.data.splits import split_of
 from flowvqtalker.data.teacher import Teacher, read_variables, whisper_mel
 from flowvqtalker.errors import UserError
-from flowvqtalker.motion.listener import Listener, ListenerConfig
+from flowvqtalker.speech.encoder import Listener, ListenerConfig
+from flowvqtalker.speech.features import log_mel
 from flowvqtalker.train import speech
 from flowvqtalker.train.config import LoopConfig
 from flowvqtalker.train.loop import fit
@@ -146,8 +146,8 @@ def test_the_stage_learns_what_the_teacher_hears(folder, tmp_path):
 
 
 def test_windows_equal_those_of_the_front_end(folder, tmp_path):
-    from flowvqtalker.audio import decode
-    from flowvqtalker.audio.features import windows
+    from flowvqtalker.io import audio as decode
+    from flowvqtalker.speech.features import windows
 
     write(tmp_path / "set", (), folder, listen)
     one = SpeechSet(tmp_path / "set")
@@ -239,7 +239,7 @@ def test_variables_are_read_from_the_binary_format(tmp_path):
 
 
 def test_resync_names_a_missing_shard(tmp_path):
-    from flowvqtalker.data.resync import Resync, find_lags
+    from flowvqtalker_eval.evaluators.resync import Resync, find_lags
 
     with pytest.raises(UserError, match="no shard"):
         find_lags(Resync(tmp_path / "none"))

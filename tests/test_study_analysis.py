@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from flowvqtalker.errors import UserError
-from flowvqtalker.study.agreement import (
+from flowvqtalker_eval.study.agreement import (
     bootstrap_kappa,
     bootstrap_means,
     fleiss_kappa,
@@ -20,11 +20,11 @@ from flowvqtalker.study.agreement import (
     means,
     quadratic_weights,
 )
-from flowvqtalker.study.analysis import analyse
-from flowvqtalker.study.answers import collect, read_file, write_file
-from flowvqtalker.study.commands import Analyse
-from flowvqtalker.study.key import Key
-from flowvqtalker.study.report import as_json, as_markdown, write_reports
+from flowvqtalker_eval.study.analysis import analyse
+from flowvqtalker_eval.study.answers import collect, read_file, write_file
+from flowvqtalker_eval.study.commands import Analyse
+from flowvqtalker_eval.study.key import Key
+from flowvqtalker_eval.study.report import as_json, as_markdown, write_reports
 
 from .study_help import answer, answers_of, make_key
 

@@ -22,10 +22,10 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
-from flowvqtalker.study.analysis import analyse
-from flowvqtalker.study.answers import collect
-from flowvqtalker.study.commands import Build
-from flowvqtalker.study.key import Key
+from flowvqtalker_eval.study.analysis import analyse
+from flowvqtalker_eval.study.answers import collect
+from flowvqtalker_eval.study.commands import Build
+from flowvqtalker_eval.study.key import Key
 
 from .study_help import ITEMS, METHODS, quick_clips, write_methods, write_video
 
@@ -163,7 +163,7 @@ def page(driver, study, tmp_path) -> Page:
 @pytest.fixture
 def served(study) -> Iterator[str]:
     """Address of the study, served by the real command."""
-    code = "import sys, pathlib; from flowvqtalker.study.commands import Serve; "
+    code = "import sys, pathlib; from flowvqtalker_eval.study.commands import Serve; "
     code += "Serve(study=pathlib.Path(sys.argv[1]), port=0).run()"
     process = subprocess.Popen([sys.executable, "-c", code, str(study)], stdout=subprocess.PIPE, text=True)
     try:

@@ -17,13 +17,13 @@ import numpy as np
 import pytest
 
 from flowvqtalker.errors import UserError
-from flowvqtalker.media import VideoWriter, probe, read_video
-from flowvqtalker.study import clips as clips_module
-from flowvqtalker.study.commands import Build
-from flowvqtalker.study.key import CHOICES, Expected, Key
-from flowvqtalker.study.page import build
-from flowvqtalker.study.plan import assign, insert_checks, make_plan, order, williams
-from flowvqtalker.study.sources import differences, find_sources, method_folders
+from flowvqtalker.io.media import VideoWriter, probe, read_video
+from flowvqtalker_eval.study import clips as clips_module
+from flowvqtalker_eval.study.commands import Build
+from flowvqtalker_eval.study.key import CHOICES, Expected, Key
+from flowvqtalker_eval.study.page import build
+from flowvqtalker_eval.study.plan import assign, insert_checks, make_plan, order, williams
+from flowvqtalker_eval.study.sources import differences, find_sources, method_folders
 
 from .study_help import ITEMS, METHODS, quick_clips, write_methods, write_video
 
@@ -354,7 +354,7 @@ def test_bad_folders(methods, tmp_path):
 
 
 def test_nothing_is_left_of_a_build_that_fails(methods, tmp_path, monkeypatch):
-    monkeypatch.setattr("flowvqtalker.study.page.blind_copy", lambda *paths: 1 / 0)
+    monkeypatch.setattr("flowvqtalker_eval.study.page.blind_copy", lambda *paths: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         bad(tmp_path, methods)()
     assert list(tmp_path.iterdir()) == []

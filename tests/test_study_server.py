@@ -11,11 +11,11 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from flowvqtalker.errors import UserError
-from flowvqtalker.study.answers import collect, read_file
-from flowvqtalker.study.commands import Export
-from flowvqtalker.study.key import Key
-from flowvqtalker.study.page import page_source
-from flowvqtalker.study.server import create_app, serve
+from flowvqtalker_eval.study.answers import collect, read_file
+from flowvqtalker_eval.study.commands import Export
+from flowvqtalker_eval.study.key import Key
+from flowvqtalker_eval.study.page import page_source
+from flowvqtalker_eval.study.server import create_app, serve
 
 from .study_help import make_key
 

@@ -12,14 +12,14 @@ import torch
 from PIL import Image
 
 from flowvqtalker import EMOTIONS, weights
-from flowvqtalker.audio import decode
-from flowvqtalker.coefficients import Coefficients
 from flowvqtalker.errors import UserError
+from flowvqtalker.face.portrait import find_portrait, track
 from flowvqtalker.face.tracker import Face, FaceTracker
+from flowvqtalker.io import audio as decode
+from flowvqtalker.io.coefficients import Coefficients
+from flowvqtalker.io.media import VideoWriter, read_video
 from flowvqtalker.loading import choose_device, choose_dtype
-from flowvqtalker.media import VideoWriter, read_video
-from flowvqtalker.portrait import find_portrait, track
-from flowvqtalker.talker import Talker
+from flowvqtalker.pipeline import Talker
 
 from .conftest import babble, write_wav
 

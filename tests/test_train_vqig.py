@@ -16,7 +16,7 @@ from flowvqtalker.data.shards import Clip, Shard, ShardWriter
 from flowvqtalker.data.splits import split_of
 from flowvqtalker.errors import UserError
 from flowvqtalker.face.model import FaceModel
-from flowvqtalker.render.codebook import VQAutoencoder
+from flowvqtalker.render.vqvae import VQAutoencoder
 from flowvqtalker.train.config import LoopConfig
 from flowvqtalker.train.loop import fit
 from flowvqtalker.train.vqig import Config, Data, build

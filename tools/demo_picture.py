@@ -14,7 +14,7 @@ import numpy as np
 import skimage.data
 
 from flowvqtalker import Talker
-from flowvqtalker.media import Picture
+from flowvqtalker.io.media import Picture
 
 SPEECH = Path(__file__).parents[1] / "src" / "flowvqtalker" / "assets" / "sample_speech.ogg"
 EMOTIONS = ("neutral", "happy", "angry", "surprised")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from flowvqtalker.talker import Talker
+    from flowvqtalker.pipeline import Talker
 
 __all__ = ["EMOTIONS", "Talker", "__version__"]
 
@@ -19,7 +19,7 @@ EMOTIONS = ("angry", "contempt", "disgusted", "fear", "happy", "neutral", "sad",
 def __getattr__(name: str) -> Any:
     # Talker pulls in torch and mediapipe; whoever needs only a name of this package does not wait for them.
     if name == "Talker":
-        from flowvqtalker.talker import Talker
+        from flowvqtalker.pipeline import Talker
 
         return Talker
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -20,7 +20,7 @@ from flowvqtalker.errors import UserError
 from flowvqtalker.options import MotionOptions
 
 if TYPE_CHECKING:
-    from flowvqtalker.talker import Talker
+    from flowvqtalker.pipeline import Talker
 
 # What is slow to import (torch, mediapipe, PyAV) is imported inside the commands, so that --help is quick.
 
@@ -53,7 +53,7 @@ class _MotionOptions(MotionOptions):
         """Checks nothing: an error in here would be the parser's. :meth:`motion` checks."""
 
     def motion(self) -> MotionOptions:
-        """The options as :meth:`flowvqtalker.talker.Talker.motion` takes them."""
+        """The options as :meth:`flowvqtalker.pipeline.Talker.motion` takes them."""
         _check_inputs(self.emotion_reference, self.emotion_track, self.pose_from)
         return MotionOptions(**{f.name: getattr(self, f.name) for f in fields(MotionOptions)})
 
@@ -85,8 +85,8 @@ class Animate(_MotionOptions):
     """float32 or bfloat16. Default: what is fastest on the device."""
 
     def run(self) -> None:
-        from flowvqtalker.media import check_output
-        from flowvqtalker.talker import Talker, take_paths
+        from flowvqtalker.io.media import check_output
+        from flowvqtalker.pipeline import Talker, take_paths
 
         for path in take_paths(self.output, self.takes):
             check_output(path)
@@ -126,8 +126,8 @@ class Track:
     """Folder of weights with a manifest. Default: those of the package."""
 
     def run(self) -> None:
-        from flowvqtalker.media import check_output
-        from flowvqtalker.portrait import track
+        from flowvqtalker.face.portrait import track
+        from flowvqtalker.io.media import check_output
 
         check_output(self.output, (".npz", ".csv"))
         _check_inputs(self.input)
@@ -139,7 +139,7 @@ class Track:
         with _progress("track") as progress:
             found = track(model, self.input, smooth=self.smooth, progress=progress)
         if self.output.suffix.lower() == ".csv":
-            from flowvqtalker.export import save_live_link
+            from flowvqtalker.io.export import save_live_link
 
             assert found.blendshapes is not None  # a tracker's result has them
             save_live_link(self.output, found, found.blendshapes)
@@ -164,11 +164,11 @@ class Motion(_MotionOptions):
         import numpy as np
         import torch
 
-        from flowvqtalker.audio.decode import scan
-        from flowvqtalker.coefficients import Coefficients
-        from flowvqtalker.export import SUFFIXES, check_fps, export_motion
-        from flowvqtalker.media import check_output
-        from flowvqtalker.talker import Talker, take_paths
+        from flowvqtalker.io.audio import scan
+        from flowvqtalker.io.coefficients import Coefficients
+        from flowvqtalker.io.export import SUFFIXES, check_fps, export_motion
+        from flowvqtalker.io.media import check_output
+        from flowvqtalker.pipeline import Talker, take_paths
 
         paths = [check_output(path, SUFFIXES) for path in take_paths(self.output, self.takes)]
         check_fps(self.fps)
@@ -216,9 +216,9 @@ class Render:
     """float32 or bfloat16. Default: what is fastest on the device."""
 
     def run(self) -> None:
-        from flowvqtalker.coefficients import Coefficients
-        from flowvqtalker.media import check_output
-        from flowvqtalker.talker import Talker
+        from flowvqtalker.io.coefficients import Coefficients
+        from flowvqtalker.io.media import check_output
+        from flowvqtalker.pipeline import Talker
 
         check_output(self.output)
         _check_inputs(self.portrait, self.speech)
@@ -350,7 +350,7 @@ def _dispatch(given: list[str]) -> None:
         (prepare if given[0] == "prepare" else speech).main(given[1:])
         return
     if len(given) > 1 and given[0] == "evaluate":
-        from flowvqtalker.metrics import evaluate
+        from flowvqtalker_eval import commands as evaluate
 
         evaluate.main(given[1:])
         return

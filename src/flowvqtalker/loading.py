@@ -1,4 +1,4 @@
-"""From weights on disk to the parts of a :class:`~flowvqtalker.talker.Talker`, on the right device."""
+"""From weights on disk to the parts of a :class:`~flowvqtalker.pipeline.Talker`, on the right device."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from flowvqtalker import weights
 from flowvqtalker.errors import UserError
 from flowvqtalker.face.model import FaceModel
 from flowvqtalker.motion.flow import ExpFlow, Flow, PoseFlow
-from flowvqtalker.motion.listener import Listener, ListenerConfig
 from flowvqtalker.motion.manifold import LatentBank
-from flowvqtalker.motion.quantised import quantise
-from flowvqtalker.render.codebook import CodebookConfig
-from flowvqtalker.render.generator import VQIG, VQIGConfig
+from flowvqtalker.render.vqig import VQIG, VQIGConfig
+from flowvqtalker.render.vqvae import CodebookConfig
+from flowvqtalker.speech.encoder import Listener, ListenerConfig
+from flowvqtalker.speech.quantize import quantise
 
 __all__ = [
     "choose_device",

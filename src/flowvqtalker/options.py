@@ -13,7 +13,7 @@ from flowvqtalker.motion.emotion_track import EmotionTrack, parse_emotion
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from flowvqtalker.coefficients import Coefficients
+    from flowvqtalker.io.coefficients import Coefficients
 
     Reference: TypeAlias = str | Path | Tensor
     Course: TypeAlias = str | Path | EmotionTrack

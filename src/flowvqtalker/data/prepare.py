@@ -28,9 +28,10 @@ from tqdm import tqdm
 
 from flowvqtalker import EMOTIONS
 from flowvqtalker.data import clips as material
-from flowvqtalker.data import sync
+from flowvqtalker.data import lip_sync as sync
 from flowvqtalker.data.clips import Source
 from flowvqtalker.data.identity import Describer, cluster, merge_known, to_describe
+from flowvqtalker.data.lip_sync import Alignment
 from flowvqtalker.data.shards import Clip, ShardWriter
 from flowvqtalker.data.source import (
     MakeTracker,
@@ -42,7 +43,6 @@ from flowvqtalker.data.source import (
     split_jpegs,
 )
 from flowvqtalker.data.splits import split_of
-from flowvqtalker.data.sync import Alignment
 from flowvqtalker.errors import UserError
 
 __all__ = ["PrepareConfig", "Report", "main", "prepare"]

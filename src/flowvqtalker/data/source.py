@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from flowvqtalker.data import clips as material
-from flowvqtalker.data import sync
+from flowvqtalker.data import lip_sync as sync
 from flowvqtalker.data.clips import Source, Tracker
 from flowvqtalker.data.identity import Describer
 from flowvqtalker.data.shards import SIZE

@@ -34,13 +34,13 @@ import numpy.typing as npt
 import tyro
 from tqdm import tqdm
 
-from flowvqtalker.audio.features import log_mel
-from flowvqtalker.audio.wear import wear
 from flowvqtalker.data.order import item_generator
 from flowvqtalker.data.shards import FPS, SAMPLES, Shard
 from flowvqtalker.data.speech_set import COLUMNS, CURVES, TEACHER, UNITS, SpeechSet
 from flowvqtalker.data.splits import split_of
 from flowvqtalker.errors import UserError
+from flowvqtalker.speech.augment import wear
+from flowvqtalker.speech.features import log_mel
 
 __all__ = ["CURVES", "TEACHER", "UNITS", "PrepareSpeech", "Recording", "SpeechSet", "main"]
 
@@ -221,7 +221,7 @@ def _of_shards(shards: tuple[Path, ...]) -> Iterator[Recording]:
 def _of_folder(root: Path) -> Iterator[Recording]:
     """``speech.csv`` (columns file and speaker, files under ``speech/``), with the action units of
     ``ravdess_au/frames.npz`` where it has them, and the sequences of ``facegood/``."""
-    from flowvqtalker.audio import decode
+    from flowvqtalker.io import audio as decode
 
     table = root / "speech.csv"
     if not table.is_file():
@@ -242,7 +242,7 @@ def _of_folder(root: Path) -> Iterator[Recording]:
 
 
 def _of_curves(folder: Path) -> Iterator[Recording]:
-    from flowvqtalker.audio import decode
+    from flowvqtalker.io import audio as decode
 
     found = [(path, np.load(path)) for path in sorted(folder.glob("*.npz"))]
     if not found:

@@ -47,7 +47,7 @@ class AudioConfig:
 
     @property
     def front(self) -> str:
-        """The front end of its windows (:data:`flowvqtalker.audio.features.FRONTS`)."""
+        """The front end of its windows (:data:`flowvqtalker.speech.features.FRONTS`)."""
         return "mel"
 
     @property

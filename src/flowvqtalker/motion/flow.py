@@ -22,7 +22,7 @@ from flowvqtalker.motion.bijections import (
 from flowvqtalker.motion.blink import BLINK_FRAMES
 from flowvqtalker.motion.context import AudioConfig, AudioEncoder, ContextEncoder, history_of
 from flowvqtalker.motion.latents import build_latent
-from flowvqtalker.motion.listener import Listener
+from flowvqtalker.speech.encoder import Listener
 
 __all__ = ["ExpFlow", "ExpFlowConfig", "Flow", "FlowConfig", "FlowStep", "PoseFlow", "PoseFlowConfig", "Sequences"]
 

@@ -14,12 +14,12 @@ from flowvqtalker import EMOTIONS
 from flowvqtalker.errors import UserError
 from flowvqtalker.motion.blink import Blinks
 from flowvqtalker.motion.context import AudioStream
+from flowvqtalker.motion.emotion import Mood, make_mood, reference_latent
 from flowvqtalker.motion.emotion_track import EmotionTrack
 from flowvqtalker.motion.flow import ExpFlow, PoseFlow
 from flowvqtalker.motion.fused import FusedInverse
+from flowvqtalker.motion.head_pose import PoseTrack
 from flowvqtalker.motion.manifold import LatentBank, project
-from flowvqtalker.motion.mood import Mood, make_mood, reference_latent
-from flowvqtalker.motion.pose_track import PoseTrack
 from flowvqtalker.options import check_limits
 
 __all__ = ["ARTICULATION", "TEMPERATURE", "MotionGenerator", "reference_latent"]
@@ -191,7 +191,7 @@ class MotionGenerator:
 
     @property
     def front(self) -> str:
-        """The front end whose windows it takes (:data:`flowvqtalker.audio.features.FRONTS`)."""
+        """The front end whose windows it takes (:data:`flowvqtalker.speech.features.FRONTS`)."""
         return self.expflow.audio.config.front
 
     @property

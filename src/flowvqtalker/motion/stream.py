@@ -11,9 +11,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from flowvqtalker.audio import features
-from flowvqtalker.audio.decode import SAMPLE_RATE
+from flowvqtalker.io.audio import SAMPLE_RATE
 from flowvqtalker.motion.sampler import MotionGenerator
+from flowvqtalker.speech import features
 
 __all__ = ["Block", "MotionStream", "front_end_ms"]
 
@@ -26,7 +26,7 @@ _FRAME = SAMPLE_RATE // 25
 @lru_cache(maxsize=4)
 def front_end_ms(front: str = "mel") -> float:
     """Speech after the start of a frame, in milliseconds, that the features of the frame need; found by trying, so that
-    it holds for whatever :class:`flowvqtalker.audio.features.FeatureStream` does."""
+    it holds for whatever :class:`flowvqtalker.speech.features.FeatureStream` does."""
     step, stream, needed, ready = 40, features.FeatureStream(front), 0, 0
     for heard in range(step, 16 * _FRAME, step):
         for _ in stream.push(np.zeros(step, np.float32)):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from flowvqtalker.face.crop import SIZE, Crop
 from flowvqtalker.face.model import FaceModel
-from flowvqtalker.render.mesh import MeshFlow
+from flowvqtalker.render.mesh_flow import MeshFlow
 
 __all__ = ["POSE_LIMITS", "Paster", "limit_pose", "paste_frames"]
 

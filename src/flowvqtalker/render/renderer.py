@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from flowvqtalker.face.model import FaceModel
-from flowvqtalker.render.generator import VQIG
-from flowvqtalker.render.mesh import MeshFlow
+from flowvqtalker.render.mesh_flow import MeshFlow
+from flowvqtalker.render.vqig import VQIG
 from flowvqtalker.render.warp import WINDOW
 
 __all__ = ["Renderer"]

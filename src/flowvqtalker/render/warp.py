@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flowvqtalker.render.layers import blockwise, instance_norm
-from flowvqtalker.render.mesh import warp
+from flowvqtalker.render.mesh_flow import warp
 
 __all__ = ["MOTION", "WINDOW", "MappingNetwork", "WarpConfig", "WarpingNetwork"]
 

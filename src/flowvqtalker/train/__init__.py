@@ -25,9 +25,9 @@ STAGES = {
     "speech": "flowvqtalker.train.speech",
     "expflow": "flowvqtalker.train.expflow",
     "poseflow": "flowvqtalker.train.poseflow",
-    "sync": "flowvqtalker.train.sync",
-    "emotion": "flowvqtalker.train.emotion",
-    "motion-emotion": "flowvqtalker.train.motion_emotion",
+    "sync": "flowvqtalker_eval.evaluators.sync_training",
+    "emotion": "flowvqtalker_eval.evaluators.emotion_training",
+    "motion-emotion": "flowvqtalker_eval.evaluators.motion_emotion_training",
 }
 
 

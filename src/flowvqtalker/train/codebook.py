@@ -15,10 +15,10 @@ from torch.nn import functional as F
 
 from flowvqtalker.data.pictures import Augmentation, PictureDataset, find_pictures
 from flowvqtalker.errors import UserError
-from flowvqtalker.render.codebook import CodebookConfig, VQAutoencoder
-from flowvqtalker.render.discriminator import PatchDiscriminator, adversarial_loss, discriminator_loss
 from flowvqtalker.render.perceptual import PerceptualLoss
+from flowvqtalker.render.vqvae import CodebookConfig, VQAutoencoder
 from flowvqtalker.train.config import LoopConfig, check
+from flowvqtalker.train.gan import PatchDiscriminator, adversarial_loss, discriminator_loss
 from flowvqtalker.train.loop import Stage
 
 __all__ = ["CodebookStage", "Config", "build"]
@@ -90,7 +90,7 @@ class Config:
 
 
 class CodebookStage(Stage):
-    """Trains :class:`~flowvqtalker.render.codebook.VQAutoencoder` against a patch discriminator."""
+    """Trains :class:`~flowvqtalker.render.vqvae.VQAutoencoder` against a patch discriminator."""
 
     name = "codebook"
     monitor = "perceptual"

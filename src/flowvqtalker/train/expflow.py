@@ -22,8 +22,8 @@ from flowvqtalker.face.model import FaceModel
 from flowvqtalker.face.topology import LIPS
 from flowvqtalker.motion.blink import measure_blinks
 from flowvqtalker.motion.flow import ExpFlow, ExpFlowConfig, Flow
-from flowvqtalker.motion.listener import Listener
 from flowvqtalker.motion.manifold import LatentBank
+from flowvqtalker.speech.encoder import Listener
 from flowvqtalker.train.calibrate import calibrate
 from flowvqtalker.train.config import LoopConfig, check, to_dict
 from flowvqtalker.train.flow_stage import (

@@ -19,7 +19,7 @@ from torch.utils.data import Dataset, default_collate
 from flowvqtalker.data.order import item_generator
 from flowvqtalker.errors import UserError
 from flowvqtalker.motion.flow import Flow, Sequences
-from flowvqtalker.motion.listener import Listener, ListenerConfig
+from flowvqtalker.speech.encoder import Listener, ListenerConfig
 from flowvqtalker.train.config import LoopConfig, check, from_dict, to_dict
 from flowvqtalker.train.loop import Stage
 from flowvqtalker.train.sequences import Corpus, SequenceConfig, SequenceDataset, collate, hear

@@ -21,12 +21,12 @@ from flowvqtalker.errors import UserError
 from flowvqtalker.face.model import FaceModel
 from flowvqtalker.face.topology import INNER_LIPS
 from flowvqtalker.loading import load_face_model, load_generator
-from flowvqtalker.render.discriminator import PatchDiscriminator, adversarial_loss, discriminator_loss
-from flowvqtalker.render.generator import VQIG
-from flowvqtalker.render.mesh import MeshFlow, openings, warp
-from flowvqtalker.render.mouth import HEIGHT, WIDTH, MouthPainter, corners, crops, inside
+from flowvqtalker.render.mesh_flow import MeshFlow, openings, warp
 from flowvqtalker.render.perceptual import PerceptualLoss
+from flowvqtalker.render.refiner import HEIGHT, WIDTH, MouthPainter, corners, crops, inside
+from flowvqtalker.render.vqig import VQIG
 from flowvqtalker.train.config import LoopConfig, check
+from flowvqtalker.train.gan import PatchDiscriminator, adversarial_loss, discriminator_loss
 from flowvqtalker.train.loop import Stage
 
 __all__ = ["Config", "MouthCrops", "MouthStage", "build", "shut"]
@@ -224,7 +224,7 @@ class MouthCrops(Dataset[Batch]):
 
 
 class MouthStage(Stage):
-    """Trains :class:`~flowvqtalker.render.mouth.MouthPainter` against a patch discriminator that is told the opening
+    """Trains :class:`~flowvqtalker.render.refiner.MouthPainter` against a patch discriminator that is told the opening
     too."""
 
     name = "mouth"

@@ -12,7 +12,7 @@ from lightning.fabric import Fabric
 from torch import Tensor
 
 from flowvqtalker.motion.flow import PoseFlow, PoseFlowConfig, Sequences
-from flowvqtalker.motion.listener import Listener
+from flowvqtalker.speech.encoder import Listener
 from flowvqtalker.train.config import LoopConfig, check, to_dict
 from flowvqtalker.train.flow_stage import FlowStage, Hearing, Losses, load_listener, whole_clips
 from flowvqtalker.train.loop import Stage

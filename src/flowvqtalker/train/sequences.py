@@ -24,17 +24,17 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from flowvqtalker import EMOTIONS
-from flowvqtalker.audio.features import FRONTS, MELS, log_mel
-from flowvqtalker.audio.wear import wear
 from flowvqtalker.data.order import item_generator
 from flowvqtalker.data.shards import Shard
 from flowvqtalker.errors import UserError
 from flowvqtalker.loading import fast_dtype
 from flowvqtalker.motion.context import AudioConfig, AudioEncoder
 from flowvqtalker.motion.flow import Sequences
-from flowvqtalker.motion.listener import Listener
+from flowvqtalker.speech.augment import wear
+from flowvqtalker.speech.encoder import Listener
+from flowvqtalker.speech.features import FRONTS, MELS, log_mel
+from flowvqtalker.speech.spectral_augment import vary, vary_fine
 from flowvqtalker.train.resting import resting_faces
-from flowvqtalker.train.voices import vary, vary_fine
 
 __all__ = ["Corpus", "MotionClip", "SequenceConfig", "SequenceDataset", "collate", "hear", "load_corpus"]
 
@@ -95,7 +95,7 @@ class MotionClip:
         identity: who it is.
         features: (copies, L, width) audio features of a frozen encoder, the first of the speech as it is and the others
             of varied voices; None: the encoder is trained and needs windows.
-        front: name of the front end (:data:`flowvqtalker.audio.features.FRONTS`).
+        front: name of the front end (:data:`flowvqtalker.speech.features.FRONTS`).
         worn: ``mel`` of the same speech through a room, noise and a line; None: not needed.
         share: of the varied windows that are taken from ``worn``.
     """
@@ -111,7 +111,7 @@ class MotionClip:
     share: float = 0.5
 
     def windows(self, index: npt.NDArray[np.int64], random: np.random.Generator | None = None) -> Floats:
-        """Windows (n, 80, columns) of some frames, as :func:`flowvqtalker.audio.features.windows` gives them; with a
+        """Windows (n, 80, columns) of some frames, as :func:`flowvqtalker.speech.features.windows` gives them; with a
         generator, of another voice in another room."""
         front = FRONTS[self.front]
         if self.mel is None:

@@ -1,9 +1,9 @@
 """Stage ``speech``: the listener, taught on its own what to listen for before a flow is trained on it (ours).
 
-It starts from the first layers of Whisper (:mod:`flowvqtalker.motion.listener`) and learns to reproduce the features of
+It starts from the first layers of Whisper (:mod:`flowvqtalker.speech.encoder`) and learns to reproduce the features of
 all its layers (distillation), to foretell the lips of the clips whose face was tracked, and, as further tasks, facial
 action units and an animator's mouth curves. Voices and rooms are varied: pitch and formants by the speech set itself,
-the rest by :func:`flowvqtalker.train.voices.vary_fine`.
+the rest by :func:`flowvqtalker.speech.spectral_augment.vary_fine`.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from lightning.fabric import Fabric
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from flowvqtalker.audio.features import FRONTS
 from flowvqtalker.data.order import item_generator
 from flowvqtalker.data.speech_set import CURVES, TEACHER, UNITS, SpeechSet
 from flowvqtalker.data.teacher import read_variables
 from flowvqtalker.errors import UserError
 from flowvqtalker.face.model import EXPRESSION
-from flowvqtalker.motion.listener import Listener, ListenerConfig
+from flowvqtalker.speech.encoder import Listener, ListenerConfig
+from flowvqtalker.speech.features import FRONTS
+from flowvqtalker.speech.spectral_augment import vary_fine
 from flowvqtalker.train.config import LoopConfig, check, to_dict
 from flowvqtalker.train.flow_stage import load_listener
 from flowvqtalker.train.loop import Stage
-from flowvqtalker.train.voices import vary_fine
 
 __all__ = ["Config", "SpeechStage", "Tasks", "build"]
 

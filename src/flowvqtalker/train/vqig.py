@@ -19,12 +19,12 @@ from flowvqtalker.data.shards import Shard
 from flowvqtalker.errors import UserError
 from flowvqtalker.face.model import FaceModel
 from flowvqtalker.face.topology import EYES, LIPS
-from flowvqtalker.render.codebook import cut
-from flowvqtalker.render.discriminator import PatchDiscriminator, adversarial_loss, discriminator_loss
-from flowvqtalker.render.generator import VQIG, Generated, VQIGConfig
-from flowvqtalker.render.mesh import MeshFlow, warp
+from flowvqtalker.render.mesh_flow import MeshFlow, warp
 from flowvqtalker.render.perceptual import PerceptualLoss
+from flowvqtalker.render.vqig import VQIG, Generated, VQIGConfig
+from flowvqtalker.render.vqvae import cut
 from flowvqtalker.train.config import LoopConfig, check
+from flowvqtalker.train.gan import PatchDiscriminator, adversarial_loss, discriminator_loss
 from flowvqtalker.train.loop import Stage
 
 __all__ = ["Config", "VQIGStage", "build"]

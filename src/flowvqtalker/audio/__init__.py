@@ -1,1 +1,0 @@
-"""Speech: decoding and the features that the flows listen to."""

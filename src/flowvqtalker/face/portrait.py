@@ -1,0 +1,248 @@
+"""From files to faces: a portrait to animate, a clip to follow."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from flowvqtalker.errors import UserError
+from flowvqtalker.face.crop import Crop, crop_box
+from flowvqtalker.face.detect import SURE, find_faces
+from flowvqtalker.face.fit import fit
+from flowvqtalker.face.model import FaceModel
+from flowvqtalker.face.topology import EYE_CORNERS, LIDS, LIPS
+from flowvqtalker.face.tracker import Face, FaceTracker, largest_face
+from flowvqtalker.io.coefficients import Coefficients
+from flowvqtalker.io.media import FPS, Picture, probe, read_image, read_video
+
+__all__ = ["MAX_FULL", "MAX_YAW", "MIN_FACE", "Portrait", "Progress", "find_portrait", "track", "track_landmarks"]
+
+logger = logging.getLogger(__name__)
+
+#: Called with the frames done and the frames in all (0: unknown).
+Progress = Callable[[int, int], None]
+
+#: Narrowest face, in pixels of the picture.
+MIN_FACE = 64
+#: Largest turn of the head, in degrees.
+MAX_YAW = 50.0
+#: Longer side of the largest whole picture that is made into video, in pixels.
+MAX_FULL = 3840
+
+_MAX_FACES = 10
+# A smaller face is enlarged more than three times, and looks it.
+_SMALL_FACE = 80
+# Turns of the head in degrees up to which portraits come out well (docs/portraits.md).
+_GOOD_YAW, _GOOD_PITCH = 30.0, 30.0
+# Middles of the upper and the lower lip's rims, and how far apart they may be in distances of the eyes' corners.
+_MOUTH, _WIDE_MOUTH = (13, 14), 0.33
+# Shares of the landmarks beyond the picture's border that are worth a word, and that are too many.
+_SOME_BEYOND, _MAX_BEYOND = 0.02, 0.35
+
+Floats = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Portrait:
+    """A portrait, ready to be animated.
+
+    Attributes:
+        picture: (H, W, 3) uint8, the whole picture.
+        image: (512, 512, 3) uint8, the crop.
+        crop: the transform between them.
+        landmarks: (478, 3) in pixels of the picture.
+        identity: (80,) α.
+        expression: (64,) β0.
+        pose: (6,) ρ0.
+    """
+
+    picture: Picture
+    image: Picture
+    crop: Crop
+    landmarks: Floats
+    identity: Tensor
+    expression: Tensor
+    pose: Tensor
+
+    def reduced(self, side: int = MAX_FULL) -> Portrait:
+        """The same portrait in a picture whose longer side is at most ``side`` pixels, for video of all of it."""
+        height, width = self.picture.shape[:2]
+        if max(height, width) <= side:
+            return self
+        factor = side / max(height, width)
+        size = max(1, round(width * factor)), max(1, round(height * factor))
+        logger.warning("the picture of %dx%d pixels is reduced to %dx%d for video", width, height, *size)
+        stretch = np.array([size[0] / width, size[1] / height])
+        matrix = self.crop.matrix / [*stretch, 1]
+        picture = np.asarray(cv2.resize(self.picture, size, interpolation=cv2.INTER_AREA), np.uint8)
+        landmarks = self.landmarks * np.array([*stretch, factor], np.float32)
+        return replace(self, picture=picture, crop=Crop(matrix), landmarks=landmarks)
+
+
+def find_portrait(model: FaceModel, source: str | Path | Picture, face: int | None = None) -> Portrait:
+    """Find the face of a picture and fit the model to it.
+
+    Arguments:
+        model: the face model.
+        source: file, or (H, W, 3) uint8 RGB.
+        face: which face, 0 is the largest; None takes the largest and says so if there are several.
+
+    Raises:
+        UserError: if there is no picture or no such face, or the face is too small or turned too far.
+    """
+    name = "the picture" if isinstance(source, np.ndarray) else str(source)
+    picture = source if isinstance(source, np.ndarray) else read_image(source)
+    with FaceTracker(max_faces=_MAX_FACES) as tracker:
+        found = find_faces(tracker, model, picture)
+    if not found:
+        raise UserError(
+            f"no face found in {name}; give a picture in which a face of {MIN_FACE} pixels or more is clearly visible"
+        )
+    chosen = largest_face([one.face for one in found], face)
+    if len(found) > 1 and face is None:
+        others = (
+            "--face 1 takes the other" if len(found) == 2 else f"--face 1 to --face {len(found) - 1} take the others"
+        )
+        across, down = chosen.landmarks[:, :2].mean(0)
+        logger.warning(
+            "%s shows %d faces; the largest is taken (at %.0f, %.0f), %s", name, len(found), across, down, others
+        )
+    residual = next(one.residual for one in found if one.face is chosen)
+    crop = crop_box(chosen.landmarks)
+    fitted = fit(model, crop.points(chosen.landmarks))
+    _check(name, picture, chosen, fitted.pose[0], residual)
+    return Portrait(
+        picture=picture,
+        image=crop.apply(picture),
+        crop=crop,
+        landmarks=chosen.landmarks,
+        identity=torch.from_numpy(fitted.identity),
+        expression=torch.from_numpy(fitted.expression[0]),
+        pose=torch.from_numpy(fitted.pose[0]),
+    )
+
+
+def _check(name: str, picture: Picture, face: Face, pose: Floats, residual: float) -> None:
+    """Refuse a face that cannot be animated, and say of one that can what will be seen; one line each."""
+    left, _, right, _ = face.box
+    if right - left < MIN_FACE:
+        raise UserError(
+            f"the face in {name} is {right - left:.0f} pixels wide, {MIN_FACE} are needed; give a larger picture"
+        )
+    size = np.array(picture.shape[1::-1])
+    points = face.landmarks[:, :2]
+    beyond = np.asarray(((points < 0) | (points > size)).any(-1))
+    if beyond[list(LIPS)].mean() > 0.5 or beyond[list(LIDS)].mean() > 0.5 or beyond.mean() > _MAX_BEYOND:
+        raise UserError(
+            f"the border of {name} cuts off {100 * beyond.mean():.0f} % of the face; "
+            "give a picture that shows both eyes, the mouth and the chin"
+        )
+    gap, eyes = (float(np.linalg.norm(face.landmarks[a, :2] - face.landmarks[b, :2])) for a, b in (_MOUTH, EYE_CORNERS))
+    if gap > _WIDE_MOUTH * eyes:
+        logger.warning("the mouth in %s is wide open and will hardly close; give a picture with it closed", name)
+    pitch, yaw = (math.degrees(float(angle)) for angle in pose[:2])
+    if abs(yaw) > MAX_YAW:
+        raise UserError(
+            f"the head in {name} is turned by {abs(yaw):.0f} degrees, at most {MAX_YAW:.0f} can be animated; "
+            "give a picture that shows both eyes"
+        )
+    if right - left < _SMALL_FACE:
+        logger.warning("the face in %s is %.0f pixels wide; from %d on it is sharp", name, right - left, _SMALL_FACE)
+    if beyond.mean() > _SOME_BEYOND:
+        logger.warning(
+            "the border of %s cuts off %.0f %% of the face; what is missing is made up", name, 100 * beyond.mean()
+        )
+    if abs(yaw) > _GOOD_YAW:
+        logger.warning(
+            "the head in %s is turned by %.0f degrees; beyond %.0f the far cheek is made up", name, abs(yaw), _GOOD_YAW
+        )
+    elif abs(pitch) > _GOOD_PITCH:
+        logger.warning(
+            "the head in %s looks %s by %.0f degrees; beyond %.0f the face is often misread",
+            *(name, "up" if pitch < 0 else "down", abs(pitch), _GOOD_PITCH),
+        )
+    elif residual > 2 * SURE:
+        logger.warning("the face in %s is hard to make out; look at the result, or give a clearer picture", name)
+
+
+def track_landmarks(
+    source: str | Path,
+    limit: int | None = None,
+    progress: Progress | None = None,
+    model: FaceModel | None = None,
+) -> tuple[Floats, Floats]:
+    """Follow the largest face of a picture or video.
+
+    Arguments:
+        source: picture, or video (read at 25 fps).
+        limit: number of frames to read at most.
+        progress: called after each frame.
+        model: with it, a picture's face is found at any angle (:func:`flowvqtalker.face.detect.find_faces`).
+
+    Returns:
+        landmarks (T, 478, 3) in pixels and blendshapes (T, 52), float32; NaN where no face was found.
+
+    Raises:
+        UserError: if the file is neither, or shows no face in any frame.
+    """
+    info = probe(source)
+    faces: list[Face | None] = []
+    with FaceTracker() as tracker:
+        if info.kind == "picture":
+            picture = read_image(source)
+            if model is None:
+                faces = [next(iter(tracker.detect(picture)), None)]
+            else:
+                faces = [next((one.face for one in find_faces(tracker, model, picture)), None)]
+        else:
+            expected = round(info.seconds * FPS)
+            expected = min(expected, limit) if limit is not None else expected
+            for face in tracker.track(islice(read_video(source), limit)):
+                faces.append(face)
+                if progress is not None:
+                    progress(len(faces), max(expected, len(faces)))
+    if not any(faces):
+        raise UserError(f"no face found in {source}; give a picture or clip in which a face is clearly visible")
+    missing = sum(face is None for face in faces)
+    if missing:
+        logger.warning("%s: no face in %d of %d frames; their motion is interpolated", source, missing, len(faces))
+    nothing = np.full((478, 3), np.nan, np.float32), np.full(52, np.nan, np.float32)
+    pairs = [nothing if face is None else (face.landmarks, face.blendshapes) for face in faces]
+    return np.stack([pair[0] for pair in pairs]), np.stack([pair[1] for pair in pairs])
+
+
+def track(
+    model: FaceModel | None, source: str | Path, *, smooth: bool = True, progress: Progress | None = None
+) -> Coefficients:
+    """Landmarks and coefficients of a picture or of every frame of a video (at 25 fps).
+
+    Arguments:
+        model: the face model; None leaves the coefficients at zero (landmarks only).
+        source: picture or video.
+        smooth: smooth the coefficients of a clip over time, lips and lids excepted.
+        progress: called after each frame.
+
+    Raises:
+        UserError: if the file is neither, or shows no face in any frame.
+    """
+    landmarks, blendshapes = track_landmarks(source, progress=progress, model=model)
+    crop = crop_box(landmarks)
+    count = len(landmarks)
+    if model is None:
+        expression, pose = np.zeros((count, 64), np.float32), np.zeros((count, 6), np.float32)
+        identity = np.zeros(80, np.float32)
+    else:
+        fitted = fit(model, crop.points(landmarks), smooth=smooth)
+        expression, pose, identity = fitted.expression, fitted.pose, fitted.identity
+    matrix = crop.matrix.astype(np.float32)
+    return Coefficients(expression, pose, identity, landmarks=landmarks, blendshapes=blendshapes, crop=matrix)

@@ -1,0 +1,155 @@
+"""Motion on disk: what ``track`` and ``motion`` write and ``render`` reads."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from zipfile import BadZipFile
+
+import numpy as np
+import numpy.typing as npt
+
+from flowvqtalker.errors import UserError
+from flowvqtalker.io.media import FPS
+
+__all__ = ["Coefficients", "write_whole"]
+
+Array = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Coefficients:
+    """Motion of T frames (T = 1 for a picture).
+
+    Attributes:
+        expression: (T, 64) β.
+        pose: (T, 6) ρ = (pitch, yaw, roll, tx, ty, tz), in radians and the face model's unit (the distance between the
+            outer eye corners of the mean face).
+        identity: (80,) α; zeros where there is no face.
+        fps: frames per second.
+        landmarks: (T, 478, 3) pixels of the input, NaN where no face was found; None where there is no input.
+        blendshapes: (T, 52) of the tracker in MediaPipe's order, or None.
+        crop: (2, 3) affine map from pixels of the input to pixels of the 512x512 crop, or None.
+    """
+
+    expression: Array
+    pose: Array
+    identity: Array
+    fps: float = float(FPS)
+    landmarks: Array | None = None
+    blendshapes: Array | None = None
+    crop: Array | None = None
+
+    def __len__(self) -> int:
+        return len(self.expression)
+
+    def save(self, path: str | Path) -> None:
+        """Write ``.npz``; the file appears whole or not at all."""
+        arrays = {
+            "expression": self.expression,
+            "pose": self.pose,
+            "identity": self.identity,
+            "fps": np.float32(self.fps),
+            "landmarks": self.landmarks,
+            "blendshapes": self.blendshapes,
+            "crop": self.crop,
+        }
+        kept = {name: np.asarray(value, dtype=np.float32) for name, value in arrays.items() if value is not None}
+        write_whole(Path(path), lambda temporary: _savez(temporary, kept))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Coefficients:
+        """Read an ``.npz`` file.
+
+        Raises:
+            UserError: if it is missing, no such file, or its arrays do not fit together.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise UserError(
+                f"motion file {path} does not exist; make one with `flowvqtalker motion` or `flowvqtalker track`"
+            )
+        try:
+            with np.load(path) as content:
+                arrays = {name: np.asarray(content[name], dtype=np.float32) for name in content.files}
+        except (OSError, ValueError, BadZipFile, EOFError, AttributeError) as error:
+            raise UserError(f"{path} is not an .npz file of motion ({str(error).splitlines()[0]})") from error
+        problems = [f"it has no {name}" for name in ("expression", "pose") if name not in arrays]
+        if not problems:
+            frames = len(arrays["expression"])
+            for name, shape in (("expression", (frames, 64)), ("pose", (frames, 6))):
+                if arrays[name].shape != shape or frames == 0:
+                    problems.append(f"{name} has shape {arrays[name].shape}, (T, {shape[1]}) is needed")
+                elif not np.isfinite(arrays[name]).all():
+                    problems.append(f"{name} holds values that are not numbers")
+        if problems:
+            raise UserError(
+                f"{path} is not a file of motion: {'; '.join(problems)}; "
+                "make one with `flowvqtalker motion` or `flowvqtalker track`"
+            )
+        return cls(
+            expression=arrays["expression"],
+            pose=arrays["pose"],
+            identity=arrays.get("identity", np.zeros(80, np.float32)),
+            fps=float(arrays.get("fps", np.float32(FPS))),
+            landmarks=arrays.get("landmarks"),
+            blendshapes=arrays.get("blendshapes"),
+            crop=arrays.get("crop"),
+        )
+
+    def at(self, fps: float) -> Coefficients:
+        """The expression and pose at another rate; the rest is dropped.
+
+        Values follow a smooth curve that does not overshoot, so lips that touch do not cross; the head turns along
+        rotations, not along its three angles one by one. After the last frame the face holds.
+        """
+        if abs(self.fps - fps) < 1e-6 or len(self) == 1:
+            return self
+        count = max(1, round(len(self) * fps / self.fps))
+        times = np.minimum(np.arange(count) * (self.fps / fps), len(self) - 1)  # in frames
+        pose = np.concatenate([_turned(self.pose[:, :3], times), _moved(self.pose[:, 3:], times)], axis=1)
+        return Coefficients(_moved(self.expression, times), pose.astype(np.float32), self.identity, fps)
+
+
+def _moved(values: Array, times: npt.NDArray[np.float64]) -> Array:
+    """Values (T, n) at times counted in frames, by monotone cubic pieces (their first derivative is continuous)."""
+    from scipy.interpolate import PchipInterpolator
+
+    moved: Array = PchipInterpolator(np.arange(len(values)), values.astype(np.float64))(times).astype(np.float32)
+    return moved
+
+
+def _turned(angles: Array, times: npt.NDArray[np.float64]) -> Array:
+    """(pitch, yaw, roll) (T, 3) at times counted in frames, by a spline of rotations.
+
+    Like a cubic spline of the angles where they are small, and like slerp along a steady turn about any axis.
+    """
+    from scipy.spatial.transform import Rotation, RotationSpline
+
+    turns = Rotation.from_euler("ZYX", angles[:, ::-1].astype(np.float64))  # R = Rz(roll) Ry(yaw) Rx(pitch)
+    found: Array = RotationSpline(np.arange(len(angles)), turns)(times).as_euler("ZYX")[:, ::-1].astype(np.float32)
+    return found
+
+
+def write_whole(path: Path, write: Callable[[Path], None]) -> None:
+    """Write a file under a temporary name beside ``path`` and rename it; nothing is left after an error.
+
+    Raises:
+        UserError: if it cannot be written.
+    """
+    temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.part")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"output {path} cannot be written ({error.strerror}); check the folder and the disk") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _savez(path: Path, arrays: dict[str, Array]) -> None:
+    with open(path, "wb") as file:
+        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]

@@ -1,0 +1,150 @@
+"""Motion for other programs: Live Link Face's csv of the ARKit blendshapes, and animated glTF."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from flowvqtalker.errors import UserError
+from flowvqtalker.face.arkit import ARKIT_NAMES
+from flowvqtalker.face.model import FaceModel, rotation_matrix
+from flowvqtalker.io.coefficients import Coefficients, write_whole
+
+__all__ = ["COLUMNS", "SUFFIXES", "check_fps", "export_motion", "head_angles", "live_link_rows", "save_live_link"]
+
+#: What motion can be written as.
+SUFFIXES = (".npz", ".csv", ".glb")
+
+_EYE = ("EyeBlink", "EyeLookDown", "EyeLookIn", "EyeLookOut", "EyeLookUp", "EyeSquint", "EyeWide")
+#: Columns of a recording of Epic's Live Link Face app, after the timecode and the number of values.
+COLUMNS = (
+    *(name + "Left" for name in _EYE),
+    *(name + "Right" for name in _EYE),
+    *("JawForward", "JawRight", "JawLeft", "JawOpen", "MouthClose", "MouthFunnel", "MouthPucker"),
+    *("MouthRight", "MouthLeft", "MouthSmileLeft", "MouthSmileRight", "MouthFrownLeft", "MouthFrownRight"),
+    *("MouthDimpleLeft", "MouthDimpleRight", "MouthStretchLeft", "MouthStretchRight", "MouthRollLower"),
+    *("MouthRollUpper", "MouthShrugLower", "MouthShrugUpper", "MouthPressLeft", "MouthPressRight"),
+    *("MouthLowerDownLeft", "MouthLowerDownRight", "MouthUpperUpLeft", "MouthUpperUpRight"),
+    *("BrowDownLeft", "BrowDownRight", "BrowInnerUp", "BrowOuterUpLeft", "BrowOuterUpRight"),
+    *("CheekPuff", "CheekSquintLeft", "CheekSquintRight", "NoseSneerLeft", "NoseSneerRight", "TongueOut"),
+    *("HeadYaw", "HeadPitch", "HeadRoll"),
+    *("LeftEyeYaw", "LeftEyePitch", "LeftEyeRoll", "RightEyeYaw", "RightEyePitch", "RightEyeRoll"),
+)
+#: Turn of an eye, in radians, at a look blendshape of one (ours; ARKit does not say): 30 degrees.
+GAZE = np.pi / 6
+
+Floats = npt.NDArray[np.floating]
+
+
+def check_fps(fps: float | None) -> None:
+    """Raise a :class:`UserError` if motion cannot be written at this rate; None, its own rate, always can."""
+    if fps is not None and not 1 <= fps <= 240:
+        raise UserError(f"fps must be between 1 and 240, for instance 25, 30 or 60, got {fps:g}")
+
+
+def export_motion(
+    path: str | Path,
+    motion: Coefficients,
+    model: FaceModel,
+    fps: float | None = None,
+    blendshapes: Floats | None = None,
+) -> Coefficients:
+    """Write motion as the suffix of the file says; the file appears whole or not at all.
+
+    Arguments:
+        path: ``.npz`` (see :meth:`Coefficients.save`), ``.csv`` (see :func:`save_live_link`) or ``.glb`` (see
+            :func:`flowvqtalker.io.gltf.save_glb`).
+        motion: what to write.
+        model: the face model that the motion is of.
+        fps: frames per second; None keeps those of the motion.
+        blendshapes: (T, 52) for a csv; None is the model's.
+
+    Returns:
+        the motion as it was written, at the asked rate.
+
+    Raises:
+        UserError: for another suffix or rate, or if the file cannot be written.
+    """
+    path = Path(path)
+    check_fps(fps)
+    moved = motion if fps is None else motion.at(fps)
+    suffix = path.suffix.lower()
+    if suffix == ".npz":
+        moved.save(path)
+    elif suffix == ".csv":
+        if blendshapes is None or moved is not motion:
+            blendshapes = model.blendshapes(torch.from_numpy(moved.expression)).numpy()
+        save_live_link(path, moved, blendshapes)
+    elif suffix == ".glb":
+        from flowvqtalker.io.gltf import save_glb
+
+        save_glb(path, moved, model)
+    else:
+        raise UserError(f"output {path}: the name must end in one of {', '.join(SUFFIXES)}")
+    return moved
+
+
+def head_angles(pose: Floats) -> Floats:
+    """Yaw, pitch and roll (T, 3) in radians about the axes of ARKit's face anchor, from poses (T, 6).
+
+    ARKit's axes: x to the person's left, y up, z out of the face. Yaw is positive when the head turns to its left,
+    pitch when it looks down, roll when it leans to its right. The turns apply in the order roll, pitch, yaw, as those
+    of Unreal's rotators.
+    """
+    flip = np.diag([1.0, -1.0, -1.0])  # the model's y points down and its z away from the camera
+    turn = flip @ rotation_matrix(torch.from_numpy(np.asarray(pose[:, :3], np.float64))).numpy() @ flip
+    yaw = np.arctan2(turn[:, 0, 2], turn[:, 2, 2])
+    pitch = np.arcsin(np.clip(-turn[:, 1, 2], -1, 1))
+    roll = np.arctan2(turn[:, 1, 0], turn[:, 1, 1])
+    angles: Floats = np.stack([yaw, pitch, roll], axis=1)
+    return angles
+
+
+def live_link_rows(motion: Coefficients, blendshapes: Floats) -> Iterable[list[str]]:
+    """Rows of :func:`save_live_link`, without the line of names."""
+    named = {name[0].upper() + name[1:]: column for name, column in zip(ARKIT_NAMES, blendshapes.T, strict=True)}
+    zero = np.zeros(len(motion))
+    named["TongueOut"] = zero  # MediaPipe does not see the tongue
+    named["HeadYaw"], named["HeadPitch"], named["HeadRoll"] = head_angles(motion.pose).T
+    for side, sign in (("Left", 1.0), ("Right", -1.0)):  # the left eye looks out to the left
+        look = {way: named[f"EyeLook{way}{side}"] for way in ("In", "Out", "Up", "Down")}
+        named[f"{side}EyeYaw"] = sign * GAZE * (look["Out"] - look["In"])
+        named[f"{side}EyePitch"] = GAZE * (look["Down"] - look["Up"])
+        named[f"{side}EyeRoll"] = zero
+    values = np.stack([named[name] for name in COLUMNS], axis=1)
+    for frame, row in enumerate(values):
+        yield [_timecode(frame, motion.fps), str(len(COLUMNS)), *(f"{value:.6f}" for value in row)]
+
+
+def save_live_link(path: str | Path, motion: Coefficients, blendshapes: Floats) -> None:
+    """Write the csv of Epic's Live Link Face app, which Unreal, MotionBuilder, Blender and Maya can import.
+
+    A line of names, then one line a frame: timecode ``HH:MM:SS:FF.fff`` (FF counts frames), the number of values (61),
+    52 blendshapes in [0, 1], and the angles of the head and the eyes in radians (see :func:`head_angles`).
+
+    Arguments:
+        path: file to write.
+        motion: T frames.
+        blendshapes: (T, 52) in MediaPipe's order.
+    """
+
+    def write(temporary: Path) -> None:
+        with open(temporary, "w", newline="", encoding="utf-8") as file:
+            rows = csv.writer(file, lineterminator="\n")
+            rows.writerow(["Timecode", "BlendshapeCount", *COLUMNS])
+            rows.writerows(live_link_rows(motion, blendshapes))
+
+    write_whole(Path(path), write)
+
+
+def _timecode(frame: int, fps: float) -> str:
+    """Hours, minutes, seconds and frames (with thousandths, for a rate that is no whole number) of a frame."""
+    second = int(frame / fps + 1e-9)
+    thousandths = max(0, round(1000 * (frame - second * fps)))
+    hours, minutes = second // 3600, second // 60 % 60
+    return f"{hours:02d}:{minutes:02d}:{second % 60:02d}:{thousandths // 1000:02d}.{thousandths % 1000:03d}"

@@ -1,0 +1,441 @@
+"""The whole path behind one class: portrait + speech + emotion -> frames -> video."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flowvqtalker.errors import UserError
+from flowvqtalker.face.crop import crop_box
+from flowvqtalker.face.fit import fit
+from flowvqtalker.face.model import CENTRE, EXPRESSION, FOCAL, IDENTITY, FaceModel
+from flowvqtalker.face.portrait import Portrait, Progress, find_portrait, track, track_landmarks
+from flowvqtalker.io import audio as decode
+from flowvqtalker.io.coefficients import Coefficients
+from flowvqtalker.io.media import FPS, Picture, VideoWriter, check_output
+from flowvqtalker.loading import choose_device, choose_dtype, fast_dtype, load_face_model, load_flows, load_generator
+from flowvqtalker.motion.emotion_track import EmotionTrack, parse_emotion
+from flowvqtalker.motion.flow import ExpFlow, PoseFlow
+from flowvqtalker.motion.head_pose import PoseTrack
+from flowvqtalker.motion.manifold import LatentBank
+from flowvqtalker.motion.sampler import ARTICULATION, TEMPERATURE, MotionGenerator
+from flowvqtalker.motion.stream import Block, MotionStream
+from flowvqtalker.options import MotionOptions
+from flowvqtalker.render.paste import Paster, limit_pose, paste_frames
+from flowvqtalker.render.renderer import Renderer
+from flowvqtalker.render.vqig import VQIG
+
+__all__ = ["Block", "Result", "Talker", "check_emotion", "take_paths", "write_video"]
+
+_REFERENCE_SECONDS = 30
+_BLOCK_SECONDS = 1.0
+_FRONT_DEPTH = 13.0
+
+P = TypeVar("P")
+
+
+@dataclass(frozen=True)
+class Result:
+    """What was written.
+
+    Attributes:
+        path: the video.
+        frames: number of frames, 25 a second.
+        width: pixels.
+        height: pixels.
+    """
+
+    path: Path
+    frames: int
+    width: int
+    height: int
+
+
+def check_emotion(emotion: str | None) -> None:
+    """Raise a :class:`UserError` that lists the nine if the emotion is none of them and no mixture of them."""
+    if emotion is not None:
+        parse_emotion(emotion)
+
+
+def take_paths(path: str | Path, takes: int) -> list[Path]:
+    """Names of several takes: ``OUT_1.mp4`` to ``OUT_N.mp4``; of a single one, the name itself.
+
+    Raises:
+        UserError: for less than one take, or more than a thousand.
+    """
+    if not 1 <= takes <= 1000:
+        raise UserError(f"takes must be a number from 1 to 1000, got {takes}")
+    path = Path(path)
+    return [path] if takes == 1 else [path.with_stem(f"{path.stem}_{take}") for take in range(1, takes + 1)]
+
+
+class Talker:
+    """Animates portraits. Load it once, use it often; everything streams, in memory that does not grow with the speech.
+
+    ::
+
+        talker = Talker.load()
+        talker.animate("portrait.jpg", "speech.wav", "out.mp4", emotion="happy")
+
+    Arguments:
+        face_model, expflow, poseflow, bank, generator: the parts; None where a part is not needed.
+        device: where the generator runs.
+        dtype: of the generator; None chooses what is fastest on the device.
+    """
+
+    def __init__(
+        self,
+        face_model: FaceModel | None = None,
+        expflow: ExpFlow | None = None,
+        poseflow: PoseFlow | None = None,
+        bank: LatentBank | None = None,
+        generator: VQIG | None = None,
+        *,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self._face_model, self._expflow, self._poseflow = face_model, expflow, poseflow
+        self._bank, self._generator = bank, generator
+        self.device, self.dtype = torch.device(device), dtype
+
+    @classmethod
+    def load(
+        cls,
+        weights: str | Path | None = None,
+        device: str = "auto",
+        dtype: str | torch.dtype | None = None,
+        parts: Iterable[str] = ("face", "motion", "render"),
+    ) -> Talker:
+        """Load the weights.
+
+        Arguments:
+            weights: folder with a manifest; None takes those of the package.
+            device: ``auto``, ``cpu``, ``cuda`` or ``mps``.
+            dtype: of the generator, ``float32`` or ``bfloat16``; None chooses what is fastest on the device.
+            parts: ``face`` alone can track, with ``motion`` it can make motion, with ``render`` pictures.
+
+        Raises:
+            UserError: if weights are missing, damaged (named by their sha256) or do not fit.
+        """
+        wanted = set(parts)
+        chosen, kind = choose_device(device), choose_dtype(dtype)
+        face_model = expflow = poseflow = bank = generator = None
+        if "face" in wanted:
+            face_model = load_face_model(weights)
+        if "motion" in wanted:
+            expflow, poseflow, bank = load_flows(weights)
+        if "render" in wanted:
+            generator = load_generator(weights)
+        return cls(face_model, expflow, poseflow, bank, generator, device=chosen, dtype=kind)
+
+    @property
+    def face_model(self) -> FaceModel:
+        """The 3D morphable model."""
+        return _part(self._face_model, "face")
+
+    # ---------------------------------------------------------------------------------------------------- inputs
+
+    def portrait(self, source: str | Path | Picture, face: int | None = None) -> Portrait:
+        """A picture made ready, once for many speeches; see :func:`flowvqtalker.face.portrait.find_portrait`."""
+        return find_portrait(self.face_model, source, face)
+
+    def track(self, source: str | Path, *, smooth: bool = True, progress: Progress | None = None) -> Coefficients:
+        """Landmarks and coefficients of a picture or video; see :func:`flowvqtalker.face.portrait.track`."""
+        return track(self.face_model, source, smooth=smooth, progress=progress)
+
+    def reference(self, source: str | Path) -> Tensor:
+        """Expression (R, 64) of a picture or clip, to take the emotion from; of a clip the first 30 seconds."""
+        landmarks, _ = track_landmarks(source, limit=_REFERENCE_SECONDS * FPS, model=self.face_model)
+        fitted = fit(self.face_model, crop_box(landmarks).points(landmarks), smooth=True)
+        return torch.from_numpy(fitted.expression)
+
+    def front_pose(self) -> Tensor:
+        """Pose (6,) of a face seen from the front, as large as the crop makes every face."""
+        model = self.face_model
+        zeros = model.mean.new_zeros(IDENTITY), model.mean.new_zeros(EXPRESSION)
+        seen = (
+            model.project(*zeros, model.mean.new_tensor([0.0, 0.0, 0.0, 0.0, 0.0, _FRONT_DEPTH]))[:, :2].cpu().numpy()
+        )
+        crop = crop_box(seen)
+        depth = _FRONT_DEPTH / crop.scale  # to scale the picture by s is to come s times nearer
+        across, down = (crop.points(np.full(2, CENTRE, seen.dtype)) - CENTRE) * depth / FOCAL
+        return torch.tensor([0.0, 0.0, 0.0, float(across), float(down), depth])
+
+    # ---------------------------------------------------------------------------------------------------- motion
+
+    def stream(
+        self, portrait: Portrait | None = None, options: MotionOptions | None = None, **choices: Any
+    ) -> MotionStream:
+        """Motion for speech that arrives in blocks; see :class:`flowvqtalker.motion.stream.MotionStream`.
+
+        Arguments:
+            portrait: whose face starts the motion; None is the mean face seen from the front.
+            options: see :class:`flowvqtalker.options.MotionOptions`.
+            choices: fields of the options by name, for instance ``emotion="happy"``; they go before ``options``.
+
+        Raises:
+            UserError: if an option cannot be used.
+        """
+        chosen = self.resolve(MotionOptions.of(options, choices))
+        pose0 = self.front_pose() if portrait is None else portrait.pose
+        given = chosen.emotion_reference is not None or chosen.emotion_track is not None
+        generator = MotionGenerator(
+            _part(self._expflow, "motion"),
+            _part(self._poseflow, "motion"),
+            self._bank,
+            beta0=torch.zeros(EXPRESSION) if portrait is None else portrait.expression,
+            pose0=pose0,
+            emotion="neutral" if chosen.emotion is None and not given else chosen.emotion,
+            reference=chosen.emotion_reference,  # type: ignore[arg-type]  # resolved
+            track=chosen.emotion_track,  # type: ignore[arg-type]
+            intensity=chosen.intensity,
+            temperature=TEMPERATURE if chosen.temperature is None else chosen.temperature,
+            articulation=ARTICULATION if chosen.articulation is None else chosen.articulation,
+            blink_rate=chosen.blink_rate,
+            seed=chosen.seed,
+            poses=_pose_track(chosen),
+            device="cpu",  # small matrices: a GPU would not be faster, and one seed is the same everywhere
+        )
+        return MotionStream(generator, pose0, chosen.pose_scale)
+
+    def resolve(self, options: MotionOptions) -> MotionOptions:
+        """The options with files read and clips tracked, so that several takes need it once.
+
+        Raises:
+            UserError: if a file cannot be used.
+        """
+        reference, track, poses = options.emotion_reference, options.emotion_track, options.pose_from
+        if track is not None and not isinstance(track, EmotionTrack):
+            options = replace(options, emotion_track=EmotionTrack.load(track))
+        if reference is not None and not isinstance(reference, Tensor):
+            options = replace(options, emotion_reference=self.reference(reference))
+        if poses is not None and not isinstance(poses, Coefficients):
+            stored = Path(poses).suffix.lower() == ".npz"
+            options = replace(options, pose_from=Coefficients.load(poses) if stored else self.track(poses))
+        return options
+
+    def motion(
+        self,
+        speech: str | Path | decode.Speech,
+        portrait: Portrait | None = None,
+        options: MotionOptions | None = None,
+        **choices: Any,
+    ) -> Iterator[Block]:
+        """Motion for speech, block by block.
+
+        Arguments:
+            speech: any file with sound, or what :func:`flowvqtalker.io.audio.scan` found in it. (For speech that is
+                still being spoken, see :meth:`stream`.)
+            portrait: whose face starts the motion; None is the mean face seen from the front.
+            options: see :class:`flowvqtalker.options.MotionOptions`.
+            choices: fields of the options by name, for instance ``emotion="happy"``; they go before ``options``.
+
+        Yields:
+            expression (t, 64) and pose (t, 6), float32 on the CPU; together one row for each of the speech's frames
+            (:attr:`flowvqtalker.io.audio.Speech.frames`).
+
+        Raises:
+            UserError: at once, if the speech or an option cannot be used.
+        """
+        chosen = MotionOptions.of(options, choices)
+        found = speech if isinstance(speech, decode.Speech) else decode.scan(speech)
+        return self.stream(portrait, chosen).run(decode.stream(found.path, _BLOCK_SECONDS))
+
+    # -------------------------------------------------------------------------------------------------- pictures
+
+    def render(self, portrait: Portrait, motion: Iterable[Block], *, full: bool = False) -> Iterator[Picture]:
+        """Pictures for motion, one for each frame of it.
+
+        Arguments:
+            portrait: see :meth:`portrait`.
+            motion: blocks of expression (t, 64) and pose (t, 6), for instance from :meth:`motion`.
+            full: paste each face back into the whole picture instead of giving the 512x512 crop; of a picture larger
+                than :data:`flowvqtalker.face.portrait.MAX_FULL` the reduced one. The pose is held near the portrait's, see
+                :func:`flowvqtalker.render.paste.limit_pose`.
+
+        Yields:
+            (512, 512, 3), or the size of the picture, uint8 RGB.
+        """
+        renderer = Renderer(
+            _part(self._generator, "render"),
+            self.face_model,
+            portrait.image,
+            portrait.identity,
+            portrait.expression,
+            portrait.pose,
+            device=self.device,
+            dtype=self.dtype or fast_dtype(self.device),
+        )
+        if not full:
+            return renderer.render(motion)
+        whole = portrait.reduced()
+        paster = Paster(
+            self.face_model,
+            whole.crop,
+            whole.picture,
+            whole.image,
+            whole.identity,
+            whole.expression,
+            whole.pose,
+        )
+        return paste_frames(paster, renderer.render, limit_pose(motion, whole.pose))
+
+    def animate(
+        self,
+        portrait: str | Path | Picture | Portrait,
+        speech: str | Path,
+        output: str | Path,
+        options: MotionOptions | None = None,
+        *,
+        face: int | None = None,
+        full: bool = False,
+        progress: Progress | None = None,
+        **choices: Any,
+    ) -> Result:
+        """Animate a portrait with speech into a video as long as the speech.
+
+        Arguments:
+            portrait: picture file, (H, W, 3) uint8 RGB, or what :meth:`portrait` returned.
+            speech: any file with sound; it becomes the sound of the video.
+            output: ``.mp4``, ``.mov`` or ``.mkv``; appears when it is complete.
+            options: see :class:`flowvqtalker.options.MotionOptions`.
+            face: which face of the picture, 0 is the largest; None takes the largest.
+            full: the whole picture instead of the 512x512 crop.
+            progress: called after each frame.
+            choices: fields of the options by name, for instance ``emotion="happy"``; they go before ``options``.
+
+        Raises:
+            UserError: if an input cannot be used or the output cannot be written; then there is no output.
+        """
+        chosen = MotionOptions.of(options, choices)
+        (result,) = self.animate_takes(portrait, speech, output, 1, chosen, face=face, full=full, progress=progress)
+        return result
+
+    def animate_takes(
+        self,
+        portrait: str | Path | Picture | Portrait,
+        speech: str | Path,
+        output: str | Path,
+        takes: int,
+        options: MotionOptions | None = None,
+        *,
+        face: int | None = None,
+        full: bool = False,
+        progress: Progress | None = None,
+        **choices: Any,
+    ) -> Iterator[Result]:
+        """Several takes of :meth:`animate`, with the seeds ``seed``, ``seed + 1``, ...; the portrait, a reference and a
+        clip with head motion are prepared once.
+
+        Arguments:
+            output: the takes go to ``OUT_1.mp4`` to ``OUT_N.mp4`` (see :func:`take_paths`), each when it is complete.
+            takes: N.
+            progress: called after each frame, with the frames of all takes.
+
+        Yields:
+            a result after each take.
+
+        Raises:
+            UserError: at once, if an input cannot be used or an output cannot be written.
+        """
+        chosen = MotionOptions.of(options, choices)
+        paths = [check_output(path) for path in take_paths(output, takes)]
+        inputs = (portrait, speech, chosen.emotion_reference, chosen.emotion_track, chosen.pose_from)
+        for path in paths:
+            _check_not_input(path, *inputs)
+        found = decode.scan(speech)
+        ready = portrait if isinstance(portrait, Portrait) else self.portrait(portrait, face)
+        chosen = self.resolve(chosen)
+        every = [replace(chosen, seed=chosen.seed + take) for take in range(takes)]  # a seed too large is said at once
+        first = self.motion(found, ready, every[0])
+
+        def write() -> Iterator[Result]:
+            total = found.frames * takes
+            for take, path in enumerate(paths):
+                motion, before = self.motion(found, ready, every[take]) if take else first, take * found.frames
+
+                def advance(done: int, of: int, before: int = before) -> None:
+                    if progress is not None:
+                        progress(before + done, total)
+
+                yield write_video(self.render(ready, motion, full=full), path, speech, found.frames, advance)
+
+        return write()
+
+    def reenact(
+        self,
+        portrait: str | Path | Picture | Portrait,
+        motion: Coefficients,
+        output: str | Path,
+        *,
+        speech: str | Path | None = None,
+        absolute: bool = False,
+        face: int | None = None,
+        full: bool = False,
+        progress: Progress | None = None,
+    ) -> Result:
+        """Animate a portrait with stored motion.
+
+        Arguments:
+            portrait: picture file, (H, W, 3) uint8 RGB, or what :meth:`portrait` returned.
+            motion: for instance of :meth:`track`, or from a file.
+            output: ``.mp4``, ``.mov`` or ``.mkv``.
+            speech: sound for the video; None is silent.
+            absolute: take the poses as they are; else their difference to the first one moves the portrait's own pose.
+            face, full, progress: see :meth:`animate`.
+
+        Raises:
+            UserError: if an input cannot be used or the output cannot be written; then there is no output.
+        """
+        path = check_output(output)
+        _check_not_input(path, portrait, speech)
+        if speech is not None:
+            decode.scan(speech)
+        ready = portrait if isinstance(portrait, Portrait) else self.portrait(portrait, face)
+        moved = motion.at(FPS)
+        expression, pose = torch.from_numpy(moved.expression), torch.from_numpy(moved.pose)
+        if not absolute:
+            pose = ready.pose + pose - pose[:1]
+        blocks = ((expression[i : i + FPS], pose[i : i + FPS]) for i in range(0, len(expression), FPS))
+        return write_video(self.render(ready, blocks, full=full), path, speech, len(expression), progress)
+
+
+def write_video(
+    frames: Iterable[Picture], path: Path, speech: str | Path | None, total: int, progress: Progress | None = None
+) -> Result:
+    """Stream frames into a file; see :class:`flowvqtalker.io.media.VideoWriter`."""
+    height = width = 0
+    with VideoWriter(path, speech) as writer:
+        for frame in frames:
+            height, width = frame.shape[:2]
+            writer.write(frame)
+            if progress is not None:
+                progress(writer.frames, total)
+    return Result(path, writer.frames, width, height)
+
+
+def _pose_track(options: MotionOptions) -> PoseTrack | None:
+    if options.still or options.pose_scale == 0:
+        return PoseTrack.still()
+    if options.pose_from is None:
+        return None
+    return PoseTrack(torch.from_numpy(options.pose_from.at(FPS).pose))  # type: ignore[union-attr]  # resolved
+
+
+def _check_not_input(path: Path, *inputs: object) -> None:
+    for given in inputs:
+        if isinstance(given, str | Path) and path.exists() and Path(given).exists() and os.path.samefile(path, given):
+            raise UserError(f"output {path} is also an input; choose another name")
+
+
+def _part(part: P | None, name: str) -> P:
+    if part is None:
+        raise UserError(f"this Talker was loaded without {name!r}; add it to parts in Talker.load")
+    return part

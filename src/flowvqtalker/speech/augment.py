@@ -1,0 +1,136 @@
+"""The same speech in another room, with noise, over another line: changes of the wave for training.
+
+Changes of log-mel columns (:mod:`flowvqtalker.speech.spectral_augment`) are cheap, but no room, telephone or codec is a change of
+log-mel columns. Everything here keeps the time: what was said at a sample is still said there.
+"""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import numpy.typing as npt
+
+from flowvqtalker.errors import MissingDependency, UserError
+from flowvqtalker.io.audio import SAMPLE_RATE
+
+__all__ = ["CODECS", "codec", "noise", "room", "telephone", "wear"]
+
+Floats = npt.NDArray[np.float32]
+
+#: Name -> container, encoder of FFmpeg and its sampling rate, bit rates that are drawn.
+CODECS: dict[str, tuple[str, str, int, tuple[int, ...]]] = {
+    "mp3": ("mp3", "libmp3lame", 16_000, (16_000, 24_000, 48_000)),
+    "opus": ("ogg", "libopus", 48_000, (8_000, 12_000, 24_000)),
+}
+#: Largest shift of a codec's output that is looked for, in samples (a tenth of a second).
+_SHIFT = 1600
+
+
+def room(wave: Floats, random: np.random.Generator, seconds: float, level: float) -> Floats:
+    """Reverberate: the direct sound and a tail of noise that decays exponentially from 5 ms after it.
+
+    Arguments:
+        wave: (n,) samples.
+        random: of the tail.
+        seconds: reverberation time, in which the tail falls by 60 dB.
+        level: power of the whole tail as a share of the direct sound's.
+    """
+    from scipy.signal import fftconvolve
+
+    time = np.arange(int(seconds * SAMPLE_RATE)) / SAMPLE_RATE
+    tail = random.normal(size=len(time)) * 10 ** (-3 * time / seconds) * (time > 0.005)
+    tail *= np.sqrt(level / np.square(tail).sum())
+    result: Floats = (wave + fftconvolve(wave, tail)[: len(wave)]).astype(np.float32)
+    return result
+
+
+def noise(wave: Floats, random: np.random.Generator, decibels: float, slope: float) -> Floats:
+    """Add steady noise whose power falls as frequency to the power ``slope`` (0 white, 1 pink, 2 brown), ``decibels``
+    below the speech."""
+    spectrum = np.fft.rfft(random.normal(size=len(wave)))
+    spectrum *= np.maximum(np.fft.rfftfreq(len(wave), 1 / SAMPLE_RATE), 50.0) ** (-slope / 2)
+    added = np.fft.irfft(spectrum, len(wave))
+    power = np.square(wave).mean() / np.maximum(np.square(added).mean(), 1e-20)
+    result: Floats = (wave + added * np.sqrt(power * 10 ** (-decibels / 10))).astype(np.float32)
+    return result
+
+
+def telephone(wave: Floats, low: float = 300.0, high: float = 3400.0) -> Floats:
+    """Band limit without a delay, then 8 bits by the mu-law (ITU-T G.711)."""
+    from scipy.signal import butter, sosfiltfilt
+
+    if len(wave) < 64:  # shorter than the filter's start
+        return wave
+    limited = sosfiltfilt(butter(3, [low, high], "bandpass", fs=SAMPLE_RATE, output="sos"), wave)
+    loudest = np.abs(limited).max() + 1e-9
+    squeezed = np.sign(limited) * np.log1p(255 * np.abs(limited) / loudest) / np.log(256)
+    steps = np.round(squeezed * 127) / 127
+    result: Floats = (np.sign(steps) * (256 ** np.abs(steps) - 1) / 255 * loudest).astype(np.float32)
+    return result
+
+
+def codec(wave: Floats, name: str, bit_rate: int) -> Floats:
+    """Encode and decode by one of :data:`CODECS`, moved back by whatever delay the codec has.
+
+    Raises:
+        MissingDependency: without PyAV.
+        UserError: if its FFmpeg has no such encoder.
+    """
+    try:
+        import av
+    except ImportError as error:
+        raise MissingDependency("PyAV is not installed; run `pip install 'av>=13'`") from error
+    container, encoder, rate, _ = CODECS[name]
+    file = io.BytesIO()
+    try:
+        with av.open(file, "w", format=container) as output:
+            track = output.add_stream(encoder, rate=rate, layout="mono")
+            track.bit_rate = bit_rate
+            resampler = av.AudioResampler(format=track.format, layout="mono", rate=rate, frame_size=track.frame_size)
+            frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(wave, np.float32)[None], "fltp", "mono")
+            frame.sample_rate = SAMPLE_RATE
+            for part in (*resampler.resample(frame), *resampler.resample(None), None):
+                output.mux(track.encode(part))
+    except (av.FFmpegError, ValueError) as error:
+        raise UserError(f"this PyAV cannot encode {name} ({error}); install one from PyPI or do without") from error
+    file.seek(0)
+    back = av.AudioResampler(format="fltp", layout="mono", rate=SAMPLE_RATE)
+    with av.open(file) as given:
+        parts = [part for frame in given.decode(audio=0) for part in back.resample(frame)]
+    decoded = np.concatenate([part.to_ndarray()[0] for part in (*parts, *back.resample(None))])
+    return _aligned(decoded, wave)
+
+
+def _aligned(decoded: Floats, wave: Floats) -> Floats:
+    """The stretch of ``decoded`` that is most like ``wave``, as long as it."""
+    from scipy.signal import fftconvolve
+
+    padded = np.concatenate([np.zeros(_SHIFT, np.float32), decoded, np.zeros(len(wave), np.float32)])
+    likeness = fftconvolve(padded[: len(wave) + 2 * _SHIFT], wave[::-1], mode="valid")
+    start = int(np.argmax(likeness))
+    result: Floats = padded[start : start + len(wave)].astype(np.float32)
+    return result
+
+
+def wear(wave: Floats, random: np.random.Generator, codecs: bool = False) -> Floats:
+    """Some of: a room, noise, a line.
+
+    Arguments:
+        wave: (n,) samples at 16 kHz.
+        random: of the changes.
+        codecs: whether the line may be one of :data:`CODECS` (needs PyAV, ten milliseconds a second of speech or so).
+    """
+    if len(wave) == 0 or not np.any(wave):
+        return wave
+    if random.random() < 0.6:
+        wave = room(wave, random, float(random.uniform(0.15, 0.8)), float(random.uniform(0.05, 0.6)))
+    if random.random() < 0.6:
+        wave = noise(wave, random, float(random.uniform(5, 30)), float(random.uniform(0, 2)))
+    line = random.random()
+    if line < 0.2:
+        wave = telephone(wave, float(random.uniform(100, 350)), float(random.uniform(3000, 5000)))
+    elif codecs and line < 0.6:
+        name = str(random.choice(sorted(CODECS)))
+        wave = codec(wave, name, int(random.choice(CODECS[name][3])))
+    return wave

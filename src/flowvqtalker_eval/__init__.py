@@ -1,0 +1,1 @@
+"""The paper's evaluation: metrics, tables, figures and the user study (extra ``eval``)."""

@@ -1,0 +1,1 @@
+"""Evaluators that this project trains itself, where published weights are missing."""

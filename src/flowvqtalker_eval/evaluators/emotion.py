@@ -1,0 +1,206 @@
+"""Our own classifier of the emotion of a talking face, with the two attentions of Emotion-FAN on a small backbone.
+
+What differs from :mod:`flowvqtalker_eval.metrics.emotion_fan`: a MobileNetV2 instead of a ResNet-18 (1.8 million weights),
+faces of 112 pixels aligned by the points over bone (so that a smile does not move the crop), and hardly any labelled
+clips. Its accuracy is reported under its own name (``Acc emo (ours)``), never in the column of Emotion-FAN; beside it
+stands its accuracy on real clips.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from flowvqtalker import weights
+from flowvqtalker.errors import UserError
+from flowvqtalker.face.alignment import SIZE, align_faces
+from flowvqtalker.face.topology import RIGID
+from flowvqtalker.render.perceptual import MobileNetV2Features
+from flowvqtalker_eval.metrics.accuracy import CLASSES
+from flowvqtalker_eval.metrics.analysis import Array, Settings
+from flowvqtalker_eval.metrics.emotion_fan import clip_vector, related
+
+__all__ = [
+    "EmotionClassifier",
+    "EmotionConfig",
+    "EmotionExtractor",
+    "EmotionScores",
+    "accuracy_of",
+    "load_emotion",
+]
+
+DIM = 320
+
+Pixels = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class EmotionConfig:
+    """Shape of the classifier."""
+
+    dropout: float = 0.5
+    """Before α and β, as in Emotion-FAN."""
+    dropout2: float = 0.6
+    """Before the last layer, as in Emotion-FAN."""
+
+
+class EmotionClassifier(nn.Module):
+    """Faces (B, T, 3, 112, 112) RGB in [0, 1] -> logits (B, 8) in the order of CLASSES.
+
+    Attributes:
+        template: (46, 2) where the points over bone lie in a crop.
+        temperature: scalar; logits are divided by it so that probabilities of unseen people are right on average.
+        fixed_norm: batch norms keep their statistics in training too.
+    """
+
+    mean: Tensor
+    std: Tensor
+    template: Tensor
+    temperature: Tensor
+
+    def __init__(self, config: EmotionConfig | None = None) -> None:
+        super().__init__()
+        self.config = config or EmotionConfig()
+        self.fixed_norm = False
+        self.backbone = cast(nn.Sequential, MobileNetV2Features().features)
+        self.alpha = nn.Linear(DIM, 1)
+        self.beta = nn.Linear(2 * DIM, 1)
+        self.head = nn.Linear(2 * DIM, len(CLASSES))
+        self.dropout, self.dropout2 = nn.Dropout(self.config.dropout), nn.Dropout(self.config.dropout2)
+        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1))
+        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1))
+        self.register_buffer("template", torch.zeros(len(RIGID), 2))
+        self.register_buffer("temperature", torch.ones(()))
+
+    def train(self, mode: bool = True) -> EmotionClassifier:
+        """See ``fixed_norm``."""
+        super().train(mode)
+        if self.fixed_norm:
+            for module in self.backbone.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    module.eval()
+        return self
+
+    def frames(self, faces: Tensor) -> Tensor:
+        """Features (N, 320) of faces (N, 3, 112, 112)."""
+        if faces.ndim != 4 or faces.shape[1:] != (3, SIZE, SIZE):
+            raise UserError(f"faces of shape (N, 3, {SIZE}, {SIZE}) are needed, got {tuple(faces.shape)}")
+        features: Tensor = self.backbone((faces - self.mean) / self.std)
+        return features.mean((2, 3))
+
+    def classify(self, features: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Logits (B, 8) of features (B, T, 320); mask (B, T) is true where a frame counts."""
+        alpha = self.alpha(self.dropout(features))[..., 0].sigmoid()
+        clip = clip_vector(features, alpha, mask)
+        pairs = torch.cat([features, clip[:, None].expand_as(features)], dim=2)
+        beta = self.beta(self.dropout(pairs))[..., 0].sigmoid()
+        logits: Tensor = self.head(self.dropout2(related(features, clip, alpha, beta, mask)))
+        return logits / self.temperature
+
+    def forward(self, faces: Tensor, mask: Tensor | None = None) -> Tensor:
+        features = self.frames(faces.flatten(0, 1))
+        return self.classify(features.reshape(*faces.shape[:2], -1), mask)
+
+
+def load_emotion(path: str | Path | None = None) -> EmotionClassifier:
+    """The trained classifier (``emotion.safetensors``) of a folder of weights (None: the package's own).
+
+    Raises:
+        UserError: if it is missing or does not fit.
+    """
+    tensors, config = weights.load("emotion", path)
+    try:
+        model = EmotionClassifier(EmotionConfig(**config))
+    except TypeError as error:
+        raise weights.mismatch("emotion", str(error), path) from error
+    counters = {key: value for key, value in model.state_dict().items() if key.endswith("num_batches_tracked")}
+    weights.restore(model, {**counters, **tensors}, "emotion", path)
+    return model.eval()
+
+
+def accuracy_of(scores: Iterable[Array], emotions: Iterable[str | None]) -> tuple[float, int]:
+    """Acc_emo: share of the clips whose greatest score is that of their emotion, and how many clips counted.
+
+    Clips without a face (NaN scores) count as wrong: a video without a visible face shows no emotion. Clips without one
+    of the eight labels do not count.
+
+    Arguments:
+        scores: (8,) logits or probabilities of each clip, in the order of CLASSES.
+        emotions: label of each.
+    """
+    right: list[bool] = []
+    for score, emotion in zip(scores, emotions, strict=True):
+        if emotion in CLASSES:
+            seen = score.shape == (len(CLASSES),) and bool(np.isfinite(score).all())
+            right.append(seen and CLASSES[int(score.argmax())] == emotion)
+    return (sum(right) / len(right) if right else float("nan")), len(right)
+
+
+class _Loaded:
+    """A classifier that is read when it is first needed, and left out when the object travels."""
+
+    def __init__(self, folder: str | Path | None = None, device: str = "cpu") -> None:
+        self._folder, self._device = folder, device
+        self._model: EmotionClassifier | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_model": None}
+
+    def settings(self) -> Settings:
+        """The weights."""
+        entry = weights.manifest(self._folder).get("emotion.safetensors")
+        return {"weights": entry.sha256[:16] if entry else "missing", "faces": f"{SIZE} px, aligned by bone points"}
+
+    @property
+    def model(self) -> EmotionClassifier:
+        """The classifier."""
+        if self._model is None:
+            self._model = load_emotion(self._folder).to(self._device)
+        return self._model
+
+
+class EmotionExtractor(_Loaded):
+    """``emotion_features`` (T, 320) of each frame; NaN where there is no face.
+
+    Arguments:
+        folder: folder of weights; None is the package's own.
+        device: where it runs.
+    """
+
+    name = "emotion_frames"
+    needs: tuple[str, ...] = ("mesh",)
+
+    def __call__(self, frames: Pixels, known: dict[str, Array]) -> dict[str, Array]:
+        """Of frames (n, H, W, 3)."""
+        features = np.full((len(frames), DIM), np.nan, np.float32)
+        seen = np.flatnonzero(np.isfinite(known["mesh"]).all((1, 2)))
+        if len(seen):
+            faces = align_faces(frames[seen], known["mesh"][seen], self.model.template.cpu().numpy())
+            with torch.inference_mode():
+                x = torch.from_numpy(faces).to(self._device).permute(0, 3, 1, 2).float() / 255
+                features[seen] = self.model.frames(x).cpu().numpy()
+        return {"emotion_features": features}
+
+
+class EmotionScores(_Loaded):
+    """``emotion`` (8,): the clip's probabilities in the order of CLASSES; NaN where there is no face."""
+
+    name = "emotion"
+    needs: tuple[str, ...] = ("emotion_features",)
+
+    def __call__(self, known: dict[str, Array], wave: npt.NDArray[np.float32] | None) -> dict[str, Array]:
+        """Of a whole clip."""
+        features = known["emotion_features"]
+        features = features[np.isfinite(features).all(1)]
+        if not len(features):
+            return {"emotion": np.full(len(CLASSES), np.nan, np.float32)}
+        with torch.inference_mode():
+            logits = self.model.classify(torch.from_numpy(features.astype(np.float32))[None].to(self._device))
+            return {"emotion": logits.softmax(1)[0].cpu().numpy()}

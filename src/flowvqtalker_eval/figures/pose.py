@@ -1,0 +1,276 @@
+"""Where heads go and what they listen to: the paper's figure 5 (trace maps and audio-pose correlation maps).
+
+No definition of either map is published, so these are ours:
+
+* Trace map: the face's outline and the ridge of the nose are projected with the clip's camera and drawn as points; the
+  map is, at each pixel of one canvas, the brightest that any frame has there. A head that moves leaves wide traces.
+* Correlation map: Pearson's correlation between what is heard (level in dB, or fundamental frequency F0 in semitones
+  where there is a voice) and how fast the head moves about an axis, |ρ_t - ρ_{t-1}|, in windows of two seconds that
+  overlap by half, averaged over the windows. Rows are the axes (pitch, yaw, roll), columns the lag: at +5 the head
+  moves five frames after the sound.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import numpy as np
+import numpy.typing as npt
+import tyro
+
+from flowvqtalker.errors import UserError
+from flowvqtalker.io.media import FPS
+from flowvqtalker_eval.figures import style
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from flowvqtalker.face.model import FaceModel
+    from flowvqtalker.io.coefficients import Coefficients
+
+__all__ = ["AXES", "LAGS", "OUTLINE", "WINDOW", "Panel", "Pose", "correlation_map", "make", "panel", "trace_map"]
+
+Array = npt.NDArray[np.floating[Any]]
+
+AXES = ("pitch", "yaw", "roll")
+#: Largest lag of the correlation map in frames, either way.
+LAGS = 15
+#: Frames of a window of the correlation map.
+WINDOW = 2 * FPS
+
+#: Outline of the face, from the top of the forehead round, and the ridge of the nose.
+OUTLINE = (
+    *(10, 338, 297, 332, 284, 251, 389, 356, 454, 323, 361, 288, 397, 365, 379, 378, 400, 377, 152),
+    *(148, 176, 149, 150, 136, 172, 58, 132, 93, 234, 127, 162, 21, 54, 103, 67, 109),
+    *(168, 6, 197, 195, 5, 4, 1),
+)
+_CANVAS = 400
+_SHIFT = 4  # OpenCV draws at sixteenths of a pixel
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One column of the figure.
+
+    Attributes:
+        name: of the method or the seed.
+        trace: (S, S) in [0, 1].
+        deviation: (3,) standard deviation of pitch, yaw and roll, degrees.
+        correlations: maps (3, 2 LAGS + 1) by what is heard (``level``, ``F0``); none without sound.
+    """
+
+    name: str
+    trace: Array
+    deviation: Array
+    correlations: Mapping[str, Array] = field(default_factory=dict)
+
+
+def trace_map(points: Array, size: int = _CANVAS, extent: float = 512.0) -> Array:
+    """Maximum over time of the points of each frame, drawn on one canvas: (size, size) float32 in [0, 1].
+
+    Arguments:
+        points: (T, P, 2) in pixels; frames with NaN are left out, points beyond the canvas are not seen.
+        size: of the canvas in pixels.
+        extent: width of the square that the canvas shows, in the points' pixels.
+    """
+    import cv2
+
+    points = np.asarray(points, np.float64)
+    if points.ndim != 3 or points.shape[2] != 2 or len(points) == 0:
+        raise UserError(f"points (T, P, 2) are traced, got {points.shape}")
+    canvas = np.zeros((size, size), np.uint8)
+    radius = round(size / 400 * 2**_SHIFT)
+    for frame in points[np.isfinite(points).all((1, 2))]:
+        drawn = np.zeros_like(canvas)
+        # Coordinates beyond the canvas would overflow OpenCV's; one canvas away they are as invisible.
+        where = np.clip(frame / extent * size, -size, 2 * size) * 2**_SHIFT
+        for x, y in np.round(where).astype(int).tolist():
+            cv2.circle(drawn, (x, y), radius, 255, -1, cv2.LINE_AA, _SHIFT)
+        np.maximum(canvas, drawn, out=canvas)
+    return canvas.astype(np.float32) / 255
+
+
+def correlation_map(sound: Array, rho: Array, lags: int = LAGS, window: int = WINDOW) -> Array:
+    """Correlation of a sound's feature with the head's speed about each axis, at each lag.
+
+    Arguments:
+        sound: (T,) feature of each frame, NaN where it is not defined (no voice).
+        rho: (T, 6) pose.
+        lags: L, largest lag in frames.
+        window: frames of a window; half of it is the step.
+
+    Returns:
+        (3, 2 L + 1), column L + l for the head l frames after the sound; NaN where no window has something to
+        correlate.
+    """
+    sound, rho = np.asarray(sound, np.float64), np.asarray(rho, np.float64)
+    count = min(len(sound), len(rho))
+    if sound.ndim != 1 or rho.ndim != 2 or rho.shape[1] < 3:
+        raise UserError(f"a feature (T,) and poses (T, 6) are needed, got {sound.shape} and {rho.shape}")
+    if count < lags + 4:
+        raise UserError(f"{count} frames are too few for lags up to {lags}; give a longer clip")
+    moved = np.abs(np.diff(rho[:count, :3], axis=0))
+    heard = sound[1:count]
+    found = np.full((3, 2 * lags + 1), np.nan)
+    for column, lag in enumerate(range(-lags, lags + 1)):
+        later = slice(max(lag, 0), len(heard) + min(lag, 0))
+        earlier = slice(max(-lag, 0), len(heard) + min(-lag, 0))
+        x, y = heard[earlier], moved[later]
+        span = min(window, len(x))
+        windows = [_correlate(x[s : s + span], y[s : s + span]) for s in range(0, len(x) - span + 1, max(1, span // 2))]
+        stacked = np.array(windows)
+        seen = np.isfinite(stacked).any(0)
+        found[seen, column] = np.nanmean(stacked[:, seen], axis=0)
+    return found
+
+
+def _correlate(x: Array, y: Array) -> Array:
+    """Pearson correlation (3,) of (n,) with the columns of (n, 3); NaN where one does not move, or where less than half
+    is there."""
+    there = np.isfinite(x) & np.isfinite(y).all(1)
+    result = np.full(y.shape[1], np.nan)
+    if there.sum() < max(3, len(x) / 2):
+        return result
+    x, y = x[there] - x[there].mean(), y[there] - y[there].mean(0)
+    size = np.sqrt((x**2).sum() * (y**2).sum(0))
+    moving = size > 1e-12
+    result[moving] = (x @ y[:, moving]) / size[moving]
+    return result
+
+
+def panel(face: FaceModel, name: str, motion: Coefficients, wave: Array | None = None) -> Panel:
+    """The maps of one clip.
+
+    Arguments:
+        face: the model of the coefficients.
+        name: its heading.
+        motion: at any rate; it is brought to 25 fps.
+        wave: its speech (S,) at 16 kHz; None: no correlation maps.
+    """
+    import torch
+
+    from flowvqtalker_eval.metrics.beats import loudness, pitch
+    from flowvqtalker_eval.metrics.motion import head_deviation
+
+    motion = motion.at(FPS)
+    with torch.inference_mode():
+        beta, rho, alpha = (torch.as_tensor(x) for x in (motion.expression, motion.pose, motion.identity))
+        points = face.project(alpha, beta, rho)[:, list(OUTLINE), :2].numpy()
+    maps: dict[str, Array] = {}
+    if wave is not None:
+        maps = {
+            "level": correlation_map(loudness(wave), motion.pose),
+            "F0": correlation_map(pitch(wave), motion.pose),
+        }
+    return Panel(name, trace_map(points), head_deviation(motion.pose), maps)
+
+
+def make(panels: Sequence[Panel]) -> Figure:
+    """A column for each panel: its trace map, and below it its correlation maps.
+
+    Raises:
+        UserError: if there is no panel.
+    """
+    if not panels:
+        raise UserError("there is no motion to draw; give at least one")
+    rows = max(len(one.correlations) for one in panels)
+    with style.look():
+        figure, axes = style.panels(
+            1 + rows, len(panels), 1.9, 1.6, gridspec_kw={"height_ratios": [1.5, *[0.8] * rows]}
+        )
+        image = None
+        for column, one in enumerate(panels):
+            top = axes[0, column]
+            top.imshow(1 - one.trace, cmap="gray", vmin=0, vmax=1)
+            style.bare(top)
+            angles = ", ".join(f"{value:.1f}°" for value in one.deviation)
+            top.set_title(f"{one.name}\nstd {angles}", fontsize=7)
+            for row, (feature, values) in enumerate(one.correlations.items(), 1):
+                below, reach = axes[row, column], values.shape[1] // 2
+                image = below.imshow(
+                    values,
+                    cmap="RdBu_r",
+                    vmin=-0.5,
+                    vmax=0.5,
+                    aspect="auto",
+                    extent=(-reach - 0.5, reach + 0.5, 2.5, -0.5),
+                )
+                below.set_yticks(range(3), AXES if column == 0 else [""] * 3)
+                below.set_xlabel(f"lag to {feature} (frames)")
+                below.axvline(0, color="black", linewidth=0.4)
+            for row in range(1 + len(one.correlations), 1 + rows):
+                axes[row, column].set_axis_off()
+        if image is not None:
+            figure.colorbar(image, ax=axes[1:].ravel().tolist(), shrink=0.8, label="correlation", pad=0.02)
+    return figure
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pose:
+    """Figure 5: where the head goes (trace maps) and whether it moves with the voice (correlation maps, ours);
+    PNG and PDF."""
+
+    motion: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="NAME=FILE")] = ()
+    """Motion (.npz of `motion` or `track`) or video of a method, and its label; repeat it for every column."""
+    speech: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """Speech of the seeds and of motion files. A video with sound keeps its own."""
+    seeds: tuple[int, ...] = ()
+    """Seeds to draw motion from the speech with. Default: 0 1 2 3 where no motion is given."""
+    emotion: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
+    """Emotion of what is drawn. Default: neutral."""
+    output: Annotated[Path, tyro.conf.arg(aliases=["-o"], metavar="FILE")] = Path("pose.png")
+    """Figure to write (.png or .pdf; both are written)."""
+    weights: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
+    """Folder of weights with a manifest. Default: those of the package."""
+
+    def run(self) -> None:
+        """Read or draw the motions and write the figure."""
+        print(", ".join(str(path) for path in style.save(self.figure(), self.output)))
+
+    def figure(self) -> Figure:
+        """The figure, not yet written."""
+        from flowvqtalker.io import audio as decode
+        from flowvqtalker.pipeline import Talker, check_emotion
+        from flowvqtalker_eval.figures.grid import named
+
+        style.check_figure(self.output)
+        check_emotion(self.emotion)
+        files = named(self.motion, "--motion")
+        seeds = self.seeds if self.seeds or files else (0, 1, 2, 3)
+        if seeds and self.speech is None:
+            raise UserError("no speech to draw motion from; add --speech FILE, or give --motion NAME=FILE")
+        for path in (*files.values(), self.speech):
+            if path is not None and not path.is_file():
+                raise UserError(f"{path} does not exist; check the name")
+        talker = Talker.load(self.weights, "cpu", parts=("face", "motion") if seeds else ("face",))
+        wave = None if self.speech is None else decode.load(self.speech)
+        found = [panel(talker.face_model, name, *_read(talker, path, wave)) for name, path in files.items()]
+        for seed in seeds:
+            assert self.speech is not None and wave is not None
+            found.append(panel(talker.face_model, f"seed {seed}", _draw(talker, self.speech, self.emotion, seed), wave))
+        return make(found)
+
+
+def _read(talker: Any, path: Path, wave: Array | None) -> tuple[Coefficients, Array | None]:
+    """Motion of a file, and its speech: a video's own, else what was given, else none."""
+    from flowvqtalker.io import audio as decode
+    from flowvqtalker.io.coefficients import Coefficients
+    from flowvqtalker.io.media import probe
+
+    if path.suffix.lower() == ".npz":
+        return Coefficients.load(path), wave
+    if probe(path).sound:
+        wave = decode.load(path)
+    return talker.track(path), wave
+
+
+def _draw(talker: Any, speech: Path, emotion: str | None, seed: int) -> Coefficients:
+    """Motion drawn for speech, on the mean face seen from the front."""
+    from flowvqtalker.io.coefficients import Coefficients
+
+    blocks = list(talker.motion(speech, emotion=emotion, seed=seed))
+    expression, pose = (np.concatenate([block[i].numpy() for block in blocks]) for i in (0, 1))
+    return Coefficients(expression, pose, np.zeros(80, np.float32))

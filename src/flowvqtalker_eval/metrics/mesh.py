@@ -1,0 +1,102 @@
+"""Face mesh, blendshapes, expression and pose of every frame: what the motion metrics are computed from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from flowvqtalker_eval.metrics.analysis import Array, Settings
+
+__all__ = ["FitExtractor", "MeshExtractor"]
+
+
+class MeshExtractor:
+    """MediaPipe's landmarks and blendshapes of the largest face of each frame, found in each frame on its own.
+
+    Arrays: ``mesh`` (T, 478, 3) in pixels of the frame, ``blendshapes`` (T, 52); NaN where no face was found.
+    """
+
+    name = "mesh"
+    needs: tuple[str, ...] = ()
+
+    def __init__(self) -> None:
+        self._tracker: Any = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_tracker": None}  # a native graph does not travel to other processes
+
+    def settings(self) -> Settings:
+        """The tracker's model file."""
+        from flowvqtalker.face.tracker import LANDMARKER_SHA256
+
+        return {"landmarks": "MediaPipe Face Landmarker", "sha256": LANDMARKER_SHA256[:16]}
+
+    def __call__(self, frames: npt.NDArray[np.uint8], known: dict[str, Array]) -> dict[str, Array]:
+        """Frames (n, H, W, 3) to ``mesh`` and ``blendshapes``."""
+        if self._tracker is None:
+            from flowvqtalker.face.tracker import FaceTracker
+
+            self._tracker = FaceTracker()
+        mesh = np.full((len(frames), 478, 3), np.nan, np.float32)
+        shapes = np.full((len(frames), 52), np.nan, np.float32)
+        for i, frame in enumerate(frames):
+            for face in self._tracker.detect(frame)[:1]:
+                mesh[i], shapes[i] = face.landmarks, face.blendshapes
+        return {"mesh": mesh, "blendshapes": shapes}
+
+    def close(self) -> None:
+        """Free the native graph, before the program ends and it is too late; the next call makes a new one."""
+        if self._tracker is not None:
+            self._tracker.close()
+            self._tracker = None
+
+
+class FitExtractor:
+    """Expression β and pose ρ of each frame: the face model fitted to the mesh, one identity a clip, no smoothing.
+
+    The clip's own crop (:func:`flowvqtalker.face.crop.crop_box`) is the frame of reference, so that the translation of
+    a whole picture and of a face cut out of it agree.
+
+    Arrays: ``expression`` (T, 64), ``pose`` (T, 6), ``identity`` (80,); NaN where no face was found.
+
+    Arguments:
+        weights: folder of weights with the face model; None is that of the package.
+    """
+
+    name = "fit"
+    needs: tuple[str, ...] = ("mesh",)
+
+    def __init__(self, weights: str | Path | None = None) -> None:
+        self._weights = weights
+        self._model: Any = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_weights": self._weights, "_model": None}
+
+    def settings(self) -> Settings:
+        """The face model's file."""
+        from flowvqtalker import weights
+
+        entry = weights.manifest(self._weights).get("face_model.safetensors")
+        return {"face_model": entry.sha256[:16] if entry else "missing", "smoothing": "none"}
+
+    def __call__(self, known: dict[str, Array], wave: npt.NDArray[np.float32] | None) -> dict[str, Array]:
+        """``mesh`` (T, 478, 3) to ``expression``, ``pose`` and ``identity``."""
+        from flowvqtalker.face.crop import crop_box
+        from flowvqtalker.face.fit import fit
+        from flowvqtalker.loading import load_face_model
+
+        mesh = known["mesh"]
+        seen = np.isfinite(mesh).all((1, 2))
+        expression = np.full((len(mesh), 64), np.nan, np.float32)
+        pose = np.full((len(mesh), 6), np.nan, np.float32)
+        identity = np.full(80, np.nan, np.float32)
+        if seen.any():
+            if self._model is None:
+                self._model = load_face_model(self._weights)
+            found = fit(self._model, crop_box(mesh).points(mesh))
+            expression[seen], pose[seen], identity = found.expression[seen], found.pose[seen], found.identity
+        return {"expression": expression, "pose": pose, "identity": identity}

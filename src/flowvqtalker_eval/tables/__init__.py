@@ -1,0 +1,1 @@
+"""Tables: which videos are compared, by which measures, and how results are written."""
