@@ -23,7 +23,7 @@ from flowvqtalker_eval.tables.splits import BUILTIN, Item, load_split
 
 from .conftest import babble, write_wav
 
-SPLITS = files("flowvqtalker") / "splits"
+SPLITS = files("flowvqtalker_eval") / "splits"
 
 
 def touch(root: Path, *names: str) -> None:
