@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from flowvqtalker.constants import EMOTIONS
+
 if TYPE_CHECKING:
     from flowvqtalker.pipeline import Talker
 
@@ -11,9 +13,6 @@ __all__ = ["EMOTIONS", "Talker", "__version__"]
 
 __version__ = "0.1.0"
 
-#: The nine classes, in the order that every model, table and label uses: the eight emotions of MEAD and ``natural``
-#: (speech without a marked emotion, as in HDTF; paper section 4.1).
-EMOTIONS = ("angry", "contempt", "disgusted", "fear", "happy", "neutral", "sad", "surprised", "natural")
 
 
 def __getattr__(name: str) -> Any:
