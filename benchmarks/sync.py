@@ -2,7 +2,7 @@
 
     python benchmarks/sync.py SHARD [--weights FOLDER] [--split val]
 
-SHARD holds mouths (``python -m flowvqtalker_eval.evaluators.mouths``). The sound of each clip, or of each piece of it, is moved by
+SHARD holds mouths (``flowvqtalker prepare-mouths``). The sound of each clip, or of each piece of it, is moved by
 a known number of frames in [-8, 8]; an offset counts as found if the smallest distance lies within a frame of it,
 measured from where the whole clip's own smallest distance lies without the move (a shard knows the lag of a collection
 better than that of each clip). Chance is 3 of the 31 shifts.
@@ -17,14 +17,14 @@ import numpy as np
 import torch
 
 from flowvqtalker.data.order import item_generator
-from flowvqtalker_eval.evaluators.speech_clips import Spoken, load_spoken, part_of
+from flowvqtalker_eval.evaluators.sync_data import SpeechClip, load_speech_clips, part_of
 from flowvqtalker_eval.evaluators.sync_expert import SyncExpert, load_sync_expert, sync_expert_score
 from flowvqtalker_eval.evaluators.sync_training import offset_scores
 
 MOST = 8
 
 
-def found(expert: SyncExpert, clips: list[Spoken], frames: int | None) -> list[bool]:
+def found(expert: SyncExpert, clips: list[SpeechClip], frames: int | None) -> list[bool]:
     """Whether known offsets are found on whole clips (None) or on pieces of ``frames`` frames."""
     hits = []
     for number, clip in enumerate(clips):
@@ -46,7 +46,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     expert = load_sync_expert(options.weights)
-    clips = load_spoken([options.shard], options.split, 25)
+    clips = load_speech_clips([options.shard], options.split, 25)
     short = [clip for clip in clips if len(clip.mouths) < 50]
     long = [clip for clip in clips if len(clip.mouths) >= 50]
     print(f"{options.split}: {len(clips)} clips, {len({clip.identity for clip in clips})} people; chance {3 / 31:.3f}")

@@ -239,7 +239,7 @@ def test_variables_are_read_from_the_binary_format(tmp_path):
 
 
 def test_resync_names_a_missing_shard(tmp_path):
-    from flowvqtalker_eval.evaluators.resync import Resync, find_lags
+    from flowvqtalker_eval.evaluators.sync_clips import SyncClips, find_lags
 
     with pytest.raises(UserError, match="no shard"):
-        find_lags(Resync(tmp_path / "none"))
+        find_lags(SyncClips(tmp_path / "none"))

@@ -11,7 +11,7 @@ A shard is a folder. Everything in it is optional except ``index.npz``, so a sta
 ``residual.npy``          (N,) float16, reprojection error of the fit in eye distances; NaN where interpolated
 ``audio.npy``             (N * 640,) int16, 16 kHz mono, sample 640 t belongs to the start of frame t
 ``images.npz``            per stored picture: row, offset and size in ``images.bin``
-``lags.npz``              per clip: frames that its sound comes before its lips (:mod:`flowvqtalker_eval.evaluators.resync`)
+``lags.npz``              per clip: frames that its sound comes before its lips (:mod:`flowvqtalker_eval.evaluators.sync_clips`)
 ``images.bin``            JPEGs (or WebPs) of 512x512 crops, back to back
 ``decoded.npy``           (M, 512, 512, 3) uint8, the same decoded (:meth:`Shard.keep_decoded`)
 ========================  =====================================================================================
@@ -355,7 +355,7 @@ class Shard:
             offset, confidence = found["offset"], found["confidence"]
         if len(offset) != len(self):
             raise UserError(
-                f"{self.path / LAGS} is of another shard; run python -m flowvqtalker_eval.evaluators.resync again"
+                f"{self.path / LAGS} is of another shard; run flowvqtalker sync-clips again"
             )
         sure = (np.abs(offset) <= _MOST_LAG) & (confidence >= _SURE)
         return np.where(sure, offset, 0)

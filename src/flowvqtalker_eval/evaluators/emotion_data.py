@@ -18,7 +18,7 @@ from flowvqtalker.face.alignment import SIZE
 from flowvqtalker_eval.evaluators.folds import BalancedDraw, draw
 from flowvqtalker_eval.evaluators.motion_emotion import MIRRORED
 
-__all__ = ["ClipItems", "FaceItems", "Look", "draw_look", "plain"]
+__all__ = ["ClipItems", "FaceItems", "Look", "draw_augmentation", "plain"]
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
@@ -103,7 +103,7 @@ class Look:
         return cast(Pixels, np.asarray(x, np.uint8))
 
 
-def draw_look(random: np.random.Generator) -> Look:
+def draw_augmentation(random: np.random.Generator) -> Look:
     """A random way of seeing a face: light, lens, codec and crop vary, the expression stays."""
 
     def sometimes(share: float) -> bool:
@@ -148,7 +148,7 @@ class FaceItems(Dataset[dict[str, Any]]):
         stills, frames = self.free
         people = stills if stills and (not frames or random.random() < self.pictures) else frames
         number = draw(people, random)
-        look = draw_look(random)
+        look = draw_augmentation(random)
         shapes = self.shapes[number]
         return {
             "face": _tensor(look.apply(self.faces.face(number), random)),
@@ -177,7 +177,7 @@ class ClipItems(Dataset[dict[str, Any]]):
         thirds = np.array_split(self.numbers[clip], 3)
         whole = self.numbers[clip]
         chosen = [int(random.choice(part if len(part) else whole)) for part in thirds]
-        look = draw_look(random)
+        look = draw_augmentation(random)
         shapes = self.shapes[chosen]
         return {
             "faces": torch.stack([_tensor(look.apply(self.faces.face(number), random)) for number in chosen]),

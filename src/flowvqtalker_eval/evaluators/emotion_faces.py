@@ -2,7 +2,7 @@
 
 A shard holds no pictures of small clips, which most emotional ones are. This adds an optional file to it:
 
-``python -m flowvqtalker_eval.evaluators.emotion_faces --data FOLDER --shard SHARD``
+``flowvqtalker prepare-emotion-faces --data FOLDER --shard SHARD``
 
 ======================  =====================================================================================
 ``emotion_faces.npz``   ``clip``, ``row`` (M,): number of the clip and row in the shard's per-frame arrays; ``size``
@@ -33,7 +33,7 @@ from flowvqtalker.errors import UserError
 from flowvqtalker.face.alignment import align_faces, face_template
 from flowvqtalker.face.crop import Crop
 
-__all__ = ["FILE", "SIDE", "Faces", "FacesConfig", "main", "write_faces"]
+__all__ = ["FILE", "SIDE", "Faces", "PrepareEmotionFaces", "main", "write_faces"]
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ Pixels = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
-class FacesConfig:
+class PrepareEmotionFaces:
     """Which faces are kept."""
 
     data: Path
@@ -77,7 +77,7 @@ class Faces:
         file = Path(shard) / FILE
         if not file.is_file():
             raise UserError(
-                f"shard {shard} has no {FILE}; make it with `python -m flowvqtalker_eval.evaluators.emotion_faces --data FOLDER "
+                f"shard {shard} has no {FILE}; make it with `flowvqtalker prepare-emotion-faces --data FOLDER "
                 f"--shard {shard}`"
             )
         with np.load(file) as content:
@@ -98,7 +98,7 @@ class Faces:
         return cast(Pixels, np.ascontiguousarray(picture[..., ::-1]))
 
 
-def write_faces(config: FacesConfig) -> int:
+def write_faces(config: PrepareEmotionFaces) -> int:
     """Make the file; returns the number of faces.
 
     Raises:
@@ -154,7 +154,9 @@ def _to_decode(shard: Shard, neutral: int) -> npt.NDArray[np.int64]:
 _Face = tuple[int, int, Pixels, npt.NDArray[Any]]
 
 
-def _decoded(shard: Shard, numbers: Sequence[int] | npt.NDArray[np.int64], config: FacesConfig) -> Iterator[_Face]:
+def _decoded(
+    shard: Shard, numbers: Sequence[int] | npt.NDArray[np.int64], config: PrepareEmotionFaces
+) -> Iterator[_Face]:
     """(clip, row, frame, mesh in its pixels) of frames spread over clips."""
     from flowvqtalker.data.clips import catalogue, read_frames, read_timing
 
@@ -179,7 +181,7 @@ def _decoded(shard: Shard, numbers: Sequence[int] | npt.NDArray[np.int64], confi
                 yield int(number), int(start + tick), frames[int(mine)], back.points_back(mesh[tick])
 
 
-def _stored(shard: Shard, decoded: npt.NDArray[np.int64], config: FacesConfig) -> Iterator[_Face]:
+def _stored(shard: Shard, decoded: npt.NDArray[np.int64], config: PrepareEmotionFaces) -> Iterator[_Face]:
     """The same of pictures that the shard stores."""
     neutral = shard.emotion == _NEUTRAL
     others = np.setdiff1d(np.flatnonzero(~neutral | shard.picture), decoded)
@@ -200,7 +202,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     import tyro
 
-    config = tyro.cli(FacesConfig, prog="python -m flowvqtalker_eval.evaluators.emotion_faces", args=arguments)
+    config = tyro.cli(PrepareEmotionFaces, prog="flowvqtalker prepare-emotion-faces", args=arguments)
     try:
         count = write_faces(config)
     except UserError as error:

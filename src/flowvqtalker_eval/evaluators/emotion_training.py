@@ -4,7 +4,7 @@ Few clips are labelled, so it is trained in two steps. First the backbone (from 
 predicts the tracker's blendshapes of faces of people of whom no emotion is known. Then the classifier learns the
 emotions, three frames of a clip at a time as Emotion-FAN does, and goes on predicting the blendshapes beside.
 
-The faces are those of ``python -m flowvqtalker_eval.evaluators.emotion_faces``. Nobody with a labelled clip is in the first step,
+The faces are those of ``flowvqtalker prepare-emotion-faces``. Nobody with a labelled clip is in the first step,
 so that every fold of the cross-validation can share it.
 """
 
@@ -62,7 +62,7 @@ class Config:
     """Configuration of the stage."""
 
     shard: Path = Path("data/shard")
-    """Folder of `flowvqtalker prepare`, with the faces of `python -m flowvqtalker_eval.evaluators.emotion_faces`."""
+    """Folder of `flowvqtalker prepare`, with the faces of `flowvqtalker prepare-emotion-faces`."""
     face_model: Path | None = None
     """Face model of the shard; None: the package's own."""
     imagenet: Path | None = None

@@ -2,7 +2,7 @@
 
 A shard holds few pictures of each clip and none next to each other. This adds an optional column to it:
 
-``python -m flowvqtalker_eval.evaluators.mouths --data FOLDER --shard SHARD``
+``flowvqtalker prepare-mouths --data FOLDER --shard SHARD``
 
 ==============  =====================================================================================
 ``mouths.npy``  (M, 48, 96) uint8, the frames of all clips with speech, one clip after the other
@@ -31,7 +31,7 @@ from flowvqtalker.data.shards import FPS, Shard
 from flowvqtalker.errors import UserError
 from flowvqtalker.face.topology import EYE_CORNERS, MOUTH_CORNERS, VERTICES
 
-__all__ = ["HEIGHT", "WIDTH", "MouthsConfig", "cut_mouths", "main", "mouth_matrices", "mouths_of", "write_mouths"]
+__all__ = ["HEIGHT", "WIDTH", "PrepareMouths", "cut_mouths", "main", "mouth_matrices", "mouths_of", "write_mouths"]
 
 logger = logging.getLogger(__name__)
 
@@ -144,7 +144,7 @@ def _clip_mouths(path: Path, landmarks: Floats) -> Pixels:
 
 
 @dataclass(frozen=True)
-class MouthsConfig:
+class PrepareMouths:
     """Add the mouths of every clip with speech to a shard."""
 
     data: Path
@@ -153,7 +153,7 @@ class MouthsConfig:
     """The shard; its landmarks say where the mouths are."""
 
 
-def write_mouths(config: MouthsConfig) -> int:
+def write_mouths(config: PrepareMouths) -> int:
     """Cut and write the mouths of a shard; returns how many frames. Clips that cannot be read are left out and named.
 
     Raises:
@@ -206,7 +206,7 @@ def mouths_of(shard: Shard) -> dict[int, Pixels]:
     if not index.is_file() or not (shard.path / _FILE).is_file():
         raise UserError(
             f"shard {shard.path} has no {_FILE}; cut them with "
-            f"`python -m flowvqtalker_eval.evaluators.mouths --data FOLDER --shard {shard.path}`"
+            f"`flowvqtalker prepare-mouths --data FOLDER --shard {shard.path}`"
         )
     rows = np.load(shard.path / _FILE, mmap_mode="r")
     with np.load(index) as stored:
@@ -224,9 +224,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        count = write_mouths(
-            tyro.cli(MouthsConfig, prog="python -m flowvqtalker_eval.evaluators.mouths", args=arguments)
-        )
+        count = write_mouths(tyro.cli(PrepareMouths, prog="flowvqtalker prepare-mouths", args=arguments))
     except UserError as error:
         logger.error("error: %s", error)
         sys.exit(2)

@@ -1,12 +1,12 @@
 """Stage ``sync``: the sync expert learns to tell which sound belongs to which lips.
 
-A batch holds stretches of clips; every window of five frames is to find its own 0.2 s of sound among those of its own
-stretch (mostly: who is speaking says nothing there) and among those of all stretches, and the other way round. A
-second loss does what the judge is used for: the mean similarity of a stretch must be highest where the sound is not
+A batch holds segments of clips; every window of five frames is to find its own 0.2 s of sound among those of its own
+segment (mostly: who is speaking says nothing there) and among those of all segments, and the other way round. A
+second loss does what the judge is used for: the mean similarity of a segment must be highest where the sound is not
 shifted. Windows one frame apart share four of five frames and are no negatives of each other.
 
 A shard knows the lag of a collection better than that of each of its clips, and clips cut from broadcasts differ by two
-frames either way. So, once the towers have learnt something, the best shift of a stretch within ``slack`` frames counts
+frames either way. So, once the towers have learnt something, the best shift of a segment within ``slack`` frames counts
 as the right one. At step 1,000 of the first run this took the share of found offsets from 0.54 to 0.69 in 500 steps.
 
 Validation shifts the sound of clips of unseen people by known offsets and counts how often the smallest distance lies
@@ -31,7 +31,7 @@ from torch.utils.data import Dataset
 from flowvqtalker.data.order import item_generator
 from flowvqtalker.train.config import LoopConfig, check, to_dict
 from flowvqtalker.train.loop import Stage
-from flowvqtalker_eval.evaluators.speech_clips import Spoken, StretchConfig, StretchDataset, load_spoken, part_of
+from flowvqtalker_eval.evaluators.sync_data import SegmentConfig, SegmentDataset, SpeechClip, load_speech_clips, part_of
 from flowvqtalker_eval.evaluators.sync_expert import SPAN, SyncExpert, SyncExpertConfig, sync_expert_score
 from flowvqtalker_eval.metrics.sync import REACH, SyncScore
 
@@ -47,12 +47,12 @@ _LONG, _PIECE = 50, 28
 
 @dataclass(frozen=True)
 class SyncLosses:
-    """Weights of the losses beside the contrast within a stretch."""
+    """Weights of the losses beside the contrast within a segment."""
 
     across: float = 0.25
     """Contrast among all windows of the batch."""
     offset: float = 1.0
-    """Finding the shift of a stretch."""
+    """Finding the shift of a segment."""
 
 
 @dataclass(frozen=True)
@@ -60,9 +60,9 @@ class Config:
     """Configuration of the sync expert's stage."""
 
     shards: tuple[Path, ...] = (Path("data/shard"),)
-    """Shards with mouths (`python -m flowvqtalker_eval.evaluators.mouths`)."""
+    """Shards with mouths (`flowvqtalker prepare-mouths`)."""
     expert: SyncExpertConfig = field(default_factory=SyncExpertConfig)
-    stretch: StretchConfig = field(default_factory=StretchConfig)
+    segment: SegmentConfig = field(default_factory=SegmentConfig)
     losses: SyncLosses = field(default_factory=SyncLosses)
     slack: int = 2
     """Frames by which a clip's lag may differ from what the shard says; 0 believes the shard."""
@@ -76,15 +76,15 @@ class Config:
         check(
             (len(self.shards) > 0, "no shards were given"),
             (
-                0 <= self.slack <= (self.stretch.frames - SPAN - 6) // 2,
-                f"slack must be between 0 and {(self.stretch.frames - SPAN - 6) // 2} for stretches of "
-                f"{self.stretch.frames} frames, got {self.slack}",
+                0 <= self.slack <= (self.segment.frames - SPAN - 6) // 2,
+                f"slack must be between 0 and {(self.segment.frames - SPAN - 6) // 2} for segments of "
+                f"{self.segment.frames} frames, got {self.slack}",
             ),
             (self.slack_from >= 0, f"slack_from must not be negative, got {self.slack_from}"),
         )
 
 
-def offset_scores(expert: SyncExpert, clip: Spoken, late: int) -> SyncScore:
+def offset_scores(expert: SyncExpert, clip: SpeechClip, late: int) -> SyncScore:
     """Score of a clip whose sound was delayed by ``late`` frames (negative: advanced), both cut to what overlaps."""
     count = len(clip.mouths) - abs(late)
     lips, sound = max(late, 0), max(-late, 0)
@@ -102,13 +102,13 @@ class SyncStage(Stage):
     name = "sync"
     monitor = "miss"
 
-    def __init__(self, config: Config, train: Sequence[Spoken], val: Sequence[Spoken]) -> None:
+    def __init__(self, config: Config, train: Sequence[SpeechClip], val: Sequence[SpeechClip]) -> None:
         torch.manual_seed(config.loop.seed)
         self.config = config
         self.expert = SyncExpert(config.expert)
         self.sharpness = nn.ParameterList([nn.Parameter(torch.tensor(math.log(s))) for s in (10.0, 40.0)])
         self.module = nn.ModuleDict({"expert": self.expert, "sharpness": self.sharpness})
-        self.data = StretchDataset(train, config.stretch, config.loop.seed)
+        self.data = SegmentDataset(train, config.segment, config.loop.seed)
         self.val = list(val or train)
         frames = sum(len(clip.mouths) for clip in train)
         logger.info("%d clips to train on (%d frames), %d to validate", len(train), frames, len(self.val))
@@ -117,7 +117,7 @@ class SyncStage(Stage):
         return {"expert": list(self.module.parameters())}
 
     def dataset(self, split: str) -> Dataset[Any]:
-        return self.data if split == "train" else StretchDataset(self.val, StretchConfig(augment=False))
+        return self.data if split == "train" else SegmentDataset(self.val, SegmentConfig(augment=False))
 
     def loss(self, group: str, batch: Any, step: int) -> tuple[Tensor, dict[str, float | Tensor]]:
         video = self.expert.video(batch["mouths"].float())
@@ -128,15 +128,15 @@ class SyncStage(Stage):
     def _contrast(self, video: Tensor, audio: Tensor) -> tuple[Tensor, dict[str, float | Tensor]]:
         """Losses of embeddings (B, n, dim)."""
         sharp, sharp_offset = (s.exp().clamp(1, 200) for s in self.sharpness)
-        stretches, count = video.shape[:2]
+        segments, count = video.shape[:2]
         index = torch.arange(count, device=video.device)
         near = (index[:, None] - index).abs() == 1
         alike = video @ audio.mT  # (B, n, n)
         inside = (sharp * alike).masked_fill(near, -math.inf)
         every = sharp * video.flatten(0, 1) @ audio.flatten(0, 1).mT
-        same = torch.eye(stretches, dtype=torch.bool, device=video.device)
+        same = torch.eye(segments, dtype=torch.bool, device=video.device)
         every = every.masked_fill(torch.kron(same, near), -math.inf)
-        within = _both_ways(inside.flatten(0, 1), inside.mT.flatten(0, 1), index.repeat(stretches))
+        within = _both_ways(inside.flatten(0, 1), inside.mT.flatten(0, 1), index.repeat(segments))
         across = _both_ways(every, every.mT, torch.arange(len(every), device=video.device))
         reach = min(REACH, count - SPAN)
         curve = torch.stack([alike.diagonal(k, 1, 2).mean(1) for k in range(-reach, reach + 1)], dim=1)
@@ -194,7 +194,7 @@ def _both_ways(rows: Tensor, columns: Tensor, target: Tensor) -> Tensor:
 
 
 def _aligned(video: Tensor, audio: Tensor, slack: int) -> tuple[Tensor, Tensor]:
-    """Embeddings (B, n - 2 slack, dim) at the shift of the sound, up to ``slack``, where each stretch agrees best."""
+    """Embeddings (B, n - 2 slack, dim) at the shift of the sound, up to ``slack``, where each segment agrees best."""
     if slack == 0:
         return video, audio
     with torch.no_grad():
@@ -213,5 +213,5 @@ def _known_offset(number: int, frames: int) -> int:
 
 def build(config: Config) -> Stage:
     """The stage for a configuration; reads the shards."""
-    train = load_spoken(config.shards, "train", config.stretch.frames)
-    return SyncStage(config, train, load_spoken(config.shards, "val", _LEFT + SPAN))
+    train = load_speech_clips(config.shards, "train", config.segment.frames)
+    return SyncStage(config, train, load_speech_clips(config.shards, "val", _LEFT + SPAN))

@@ -1,6 +1,6 @@
 """Bring each clip's sound into step with its lips, by the sync expert.
 
-    python -m flowvqtalker_eval.evaluators.resync --shard SHARD
+    flowvqtalker sync-clips --shard SHARD
 
 ``prepare`` finds the lag of a collection; single clips of it can still be some frames off, which blurs what lips are
 learnt from the sound. This finds the lag of each clip with speech and mouths (:mod:`flowvqtalker_eval.evaluators.mouths`) and
@@ -25,7 +25,7 @@ from flowvqtalker.errors import UserError
 from flowvqtalker_eval.evaluators.mouths import mouths_of
 from flowvqtalker_eval.evaluators.sync_expert import load_sync_expert, sync_expert_score
 
-__all__ = ["Resync", "find_lags"]
+__all__ = ["SyncClips", "find_lags"]
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ _SHORTEST = 20
 
 
 @dataclass(frozen=True)
-class Resync:
+class SyncClips:
     """Find the lag of each clip of a shard and write it beside it."""
 
     shard: Path
@@ -43,7 +43,7 @@ class Resync:
     """Folder with the sync expert; default: inside the package."""
 
 
-def find_lags(config: Resync) -> int:
+def find_lags(config: SyncClips) -> int:
     """Write ``lags.npz``; returns how many clips will be moved.
 
     Raises:
@@ -55,7 +55,7 @@ def find_lags(config: Resync) -> int:
     offset, confidence = np.zeros(len(shard), np.int64), np.zeros(len(shard), np.float32)
     numbers = [n for n in shard.select(speech=True, picture=False, min_length=_SHORTEST).tolist() if n in mouths]
     if not numbers:
-        raise UserError(f"{config.shard} has no mouths; cut them with python -m flowvqtalker_eval.evaluators.mouths")
+        raise UserError(f"{config.shard} has no mouths; cut them with flowvqtalker prepare-mouths")
     for number in tqdm(numbers, desc="resync", unit="clip", disable=None):
         with torch.inference_mode():
             embedded = expert.embed(np.asarray(mouths[number]), shard.wave(number, stored=True))
@@ -72,4 +72,4 @@ def find_lags(config: Resync) -> int:
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    find_lags(tyro.cli(Resync))
+    find_lags(tyro.cli(SyncClips))

@@ -1,4 +1,4 @@
-"""Stretches of clips with speech, mouths and sound together, for the stage ``sync``."""
+"""Segments of clips with speech, mouths and sound together, for the stage ``sync``."""
 
 from __future__ import annotations
 
@@ -21,18 +21,26 @@ from flowvqtalker.train.config import check
 from flowvqtalker_eval.evaluators.mouths import HEIGHT, WIDTH, mouths_of
 from flowvqtalker_eval.evaluators.sync_expert import BANDS, COLUMNS, SPAN, band_energies
 
-__all__ = ["Spoken", "StretchConfig", "StretchDataset", "load_spoken", "part_of", "vary_mouths", "vary_sound"]
+__all__ = [
+    "SegmentConfig",
+    "SegmentDataset",
+    "SpeechClip",
+    "augment_mouths",
+    "augment_sound",
+    "load_speech_clips",
+    "part_of",
+]
 
 Floats = npt.NDArray[np.float32]
 Pixels = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
-class StretchConfig:
+class SegmentConfig:
     """What an item of the training data is."""
 
     frames: int = 26
-    """Frames of a stretch; clips with fewer are left out."""
+    """Frames of a segment; clips with fewer are left out."""
     augment: bool = True
     """Vary light, size, place, mirror and sharpness of the mouth, and voice, loudness and noise of the sound."""
 
@@ -41,7 +49,7 @@ class StretchConfig:
 
 
 @dataclass(frozen=True)
-class Spoken:
+class SpeechClip:
     """One clip with speech.
 
     Attributes:
@@ -62,13 +70,13 @@ class Spoken:
         return part.astype(np.float32) / np.float32(32768)
 
 
-def part_of(clip: Spoken, start: int, end: int) -> Spoken:
+def part_of(clip: SpeechClip, start: int, end: int) -> SpeechClip:
     """Frames start ... end of a clip."""
     columns = clip.energies[start * COLUMNS : end * COLUMNS]
-    return Spoken(clip.mouths[start:end], clip.wave[start * SAMPLES : end * SAMPLES], columns, clip.identity)
+    return SpeechClip(clip.mouths[start:end], clip.wave[start * SAMPLES : end * SAMPLES], columns, clip.identity)
 
 
-def load_spoken(paths: Sequence[Path], split: str, shortest: int) -> list[Spoken]:
+def load_speech_clips(paths: Sequence[Path], split: str, shortest: int) -> list[SpeechClip]:
     """Clips of a split whose sound is known to be in step with the lips (the shard's ``lag`` is a number).
 
     Their ends are cut off: where the sound was moved there is silence that the lips know nothing of, and encoders treat
@@ -79,7 +87,7 @@ def load_spoken(paths: Sequence[Path], split: str, shortest: int) -> list[Spoken
         split: ``train`` or ``val``.
         shortest: clips with fewer frames after the cut are left out.
     """
-    clips: list[Spoken] = []
+    clips: list[SpeechClip] = []
     for path in paths:
         shard = Shard(path)
         mouths = mouths_of(shard)
@@ -94,20 +102,20 @@ def load_spoken(paths: Sequence[Path], split: str, shortest: int) -> list[Spoken
                 wave = shard.wave(number, stored=True)[first * SAMPLES : end * SAMPLES]
                 energies = band_energies(wave).astype(np.float16)
                 whole = np.round(wave * 32768).astype(np.int16)
-                clips.append(Spoken(mouths[number][first:end], whole, energies, str(shard.identity[number])))
+                clips.append(SpeechClip(mouths[number][first:end], whole, energies, str(shard.identity[number])))
     return clips
 
 
-class StretchDataset(Dataset[dict[str, Tensor]]):
-    """Stretches of clips: ``mouths`` (frames, 48, 96) uint8 and ``sound`` (4 frames, 40) float32.
+class SegmentDataset(Dataset[dict[str, Tensor]]):
+    """Segments of clips: ``mouths`` (frames, 48, 96) uint8 and ``sound`` (4 frames, 40) float32.
 
     People share the items by the square root of how much there is of each. Item ``i`` is a pure function of the seed
     and ``i``.
     """
 
-    def __init__(self, clips: Sequence[Spoken], config: StretchConfig, seed: int = 0) -> None:
+    def __init__(self, clips: Sequence[SpeechClip], config: SegmentConfig, seed: int = 0) -> None:
         if not clips:
-            raise UserError(f"no clips with mouths and {config.frames} frames; check the shards and stretch.frames")
+            raise UserError(f"no clips with mouths and {config.frames} frames; check the shards and segment.frames")
         self.clips, self.config, self.seed = list(clips), config, seed
         total: dict[str, float] = {}
         for clip in clips:
@@ -123,11 +131,11 @@ class StretchDataset(Dataset[dict[str, Tensor]]):
         mouths: Pixels = np.array(clip.mouths[start : start + frames])
         sound = clip.energies[start * COLUMNS : (start + frames) * COLUMNS].astype(np.float32)
         if self.config.augment:
-            mouths, sound = vary_mouths(mouths, random), vary_sound(sound, random)
+            mouths, sound = augment_mouths(mouths, random), augment_sound(sound, random)
         return {"mouths": torch.from_numpy(mouths), "sound": torch.from_numpy(sound)}
 
 
-def vary_mouths(mouths: Pixels, random: np.random.Generator) -> Pixels:
+def augment_mouths(mouths: Pixels, random: np.random.Generator) -> Pixels:
     """The same movement (T, 48, 96) of another mouth: one change for all frames, and a tremble of the crop."""
     angle, scale = math.radians(random.uniform(-6, 6)), random.uniform(0.88, 1.12)
     turn = scale * np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
@@ -157,7 +165,7 @@ def vary_mouths(mouths: Pixels, random: np.random.Generator) -> Pixels:
     return varied
 
 
-def vary_sound(sound: Floats, random: np.random.Generator) -> Floats:
+def augment_sound(sound: Floats, random: np.random.Generator) -> Floats:
     """The same speech (m, 40) by another voice in another room: one change for all columns."""
     bands = np.arange(BANDS, dtype=np.float32)
     where = np.clip(bands * random.uniform(0.88, 1.12) + random.uniform(-1, 1), 0, BANDS - 1)
