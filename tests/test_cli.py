@@ -62,7 +62,7 @@ def test_help_imports_nothing_heavy():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     loaded = set(done.stdout.splitlines()[-1].split())
     assert "tyro" in loaded
-    assert not loaded & {"torch", "mediapipe", "av", "cv2", "lightning", "scipy", "matplotlib"}
+    assert not loaded & {"torch", "mediapipe", "av", "cv2", "lightning_fabric", "scipy", "matplotlib"}
 
 
 def test_version(capsys):

@@ -240,8 +240,7 @@ class Render:
 
 @dataclass(frozen=True)
 class Train:
-    """Train a stage, or with `train leg` the chain of them in short legs; `flowvqtalker train STAGE --help` shows the
-    options."""
+    """Train a stage; `flowvqtalker train STAGE --help` shows its options."""
 
     def run(self) -> None:
         raise UserError(f"no stage was given; choose {_STAGES}")

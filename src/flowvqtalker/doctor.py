@@ -25,7 +25,7 @@ SYSTEM_LIBRARIES = {
     "libglib-2.0.so.0": "libglib2.0-0",
 }
 
-_REQUIRED = ("av", "einops", "lightning", "numpy", "pillow", "pyyaml", "safetensors", "scipy", "tqdm", "tyro")
+_REQUIRED = ("av", "einops", "lightning-fabric", "numpy", "pillow", "pyyaml", "safetensors", "scipy", "tqdm", "tyro")
 _EXTRAS = {"eval": ("matplotlib", "scikit-image"), "study": ("fastapi", "uvicorn"), "dev": ("mypy", "pytest", "ruff")}
 
 

@@ -62,7 +62,7 @@ def main(name: str, arguments: Sequence[str]) -> dict[str, float]:
     """``flowvqtalker train NAME --out FOLDER [--config FILE] [--resume] [--loop.steps 10 ...]``.
 
     Arguments:
-        name: the stage; ``leg`` trains the chain of stages in legs (:mod:`flowvqtalker.train.leg`).
+        name: the stage.
         arguments: the rest of the command line.
     """
     import argparse
@@ -70,11 +70,6 @@ def main(name: str, arguments: Sequence[str]) -> dict[str, float]:
     from flowvqtalker.train.config import parse
 
     prog = f"flowvqtalker train {name}"
-    if name == "leg":
-        from flowvqtalker.train import leg
-
-        leg.main(arguments, prog)
-        return {}
     module = stage_module(name)
     own = argparse.ArgumentParser(prog=prog, add_help=False, allow_abbrev=False)
     own.add_argument("--out", default=f"runs/{name}")

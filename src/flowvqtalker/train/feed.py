@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import cv2
 import torch
-from lightning.fabric import Fabric
+from lightning_fabric import Fabric
 from torch import Tensor
 from torch.utils.data import DataLoader
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
 import threading
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
-__all__ = ["Utilisation", "peak_memory", "process_age"]
+__all__ = ["Utilisation", "peak_memory"]
 
 _PERIOD = 1.0
 
@@ -27,16 +25,6 @@ def peak_memory(device: torch.device) -> int:
         return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return int(peak if sys.platform == "darwin" else peak * 1024)
-
-
-def process_age() -> float:
-    """Seconds since this process began (imports take a while); 0 where the system does not tell."""
-    try:
-        fields = Path("/proc/self/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()
-        up = float(Path("/proc/uptime").read_text(encoding="ascii").split()[0])
-        return max(0.0, up - int(fields[19]) / os.sysconf("SC_CLK_TCK"))
-    except (OSError, ValueError, IndexError):
-        return 0.0
 
 
 class Utilisation:

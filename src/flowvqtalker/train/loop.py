@@ -12,13 +12,12 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.fabric import Fabric
+from lightning_fabric import Fabric
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -30,26 +29,11 @@ from flowvqtalker.train.log import CsvLog
 from flowvqtalker.train.stage import Stage
 from flowvqtalker.train.state import CHECKPOINT_VERSION, Ema, export, load_checkpoint, save_checkpoint
 
-__all__ = ["CHECKPOINT_VERSION", "Ema", "RangeSampler", "Stage", "Watch", "fit", "learning_rate", "step_seed"]
+__all__ = ["CHECKPOINT_VERSION", "Ema", "RangeSampler", "Stage", "fit", "learning_rate", "step_seed"]
 
 _MAX_SKIPPED = 20
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Watch:
-    """What the caller of a run wants of it besides training.
-
-    Attributes:
-        deadline: ``time.monotonic()`` by which the run has saved its state and returned.
-        saved: called after every checkpoint with the number of steps done.
-        shown: called before the run returns, as :meth:`Stage.validate` is: averaged weights, no gradients.
-    """
-
-    deadline: float = math.inf
-    saved: Callable[[int], None] | None = None
-    shown: Callable[[Fabric], None] | None = None
 
 
 def learning_rate(step: int, config: LoopConfig) -> float:
@@ -73,9 +57,7 @@ def step_seed(seed: int, step: int, rank: int = 0) -> int:
     return value >> 1
 
 
-def fit(
-    stage: Stage, config: LoopConfig, out: str | Path, resume: bool = False, watch: Watch | None = None
-) -> dict[str, float]:
+def fit(stage: Stage, config: LoopConfig, out: str | Path, resume: bool = False) -> dict[str, float]:
     """Train a stage.
 
     Writes into ``out``: ``config.json``, ``checkpoint.pt`` (whole state), ``log.csv``, ``validation.csv``,
@@ -87,7 +69,6 @@ def fit(
         config: how to train.
         out: folder of the run.
         resume: go on from the checkpoint in ``out`` if there is one.
-        watch: a deadline, and what to call on the way.
 
     Returns:
         the numbers of the last validation, and ``step``.
@@ -96,7 +77,6 @@ def fit(
         UserError: if ``out`` holds a run and ``resume`` is false, or its checkpoint is of something else.
         FloatingPointError: if the loss stops being finite.
     """
-    watch = watch or Watch()
     fabric = _fabric(config)
     out = Path(out)
     checkpoint = out / "checkpoint.pt"
@@ -135,13 +115,7 @@ def fit(
     scores = CsvLog(out / "validation.csv", keep_below=kept)
     results: dict[str, float] = {}
 
-    spent = {"validate": 0.0, "save": 0.0}  # the longest each has taken
-
-    def late(*coming: float) -> bool:
-        return time.monotonic() + sum(coming) > watch.deadline
-
     def validate() -> None:
-        begun = time.monotonic()
         results.clear()
         with ema.applied():
             module.eval()
@@ -156,18 +130,13 @@ def fit(
         if fabric.is_global_zero:
             scores.write({"step": state["step"], **results})
             logger.info("step %d: %s", state["step"], ", ".join(f"{k} {v:.4g}" for k, v in results.items()))
-        spent["validate"] = max(spent["validate"], time.monotonic() - begun)
 
     def save() -> None:
-        begun = time.monotonic()
         _synchronise(fabric, module)
         if fabric.is_global_zero:
             save_checkpoint(checkpoint, stage, config, module, ema, optimizers, state)
             with ema.applied():
                 export(stage, config, state["step"], out / "weights.safetensors", results)
-            if watch.saved is not None:
-                watch.saved(state["step"])
-        spent["save"] = max(spent["save"], time.monotonic() - begun)
 
     if fresh:
         validate()  # finds faults of the validation before an hour of training, and is the number before training
@@ -228,7 +197,6 @@ def fit(
             bar.update()
 
             over = config.minutes > 0 and time.monotonic() - started > config.minutes * 60
-            over = over or late(spent["save"], 2 * (time.monotonic() - tick))
             ending = bool(fabric.broadcast(stop.set_ or over)) if fabric.world_size > 1 else stop.set_ or over
             if step % config.log_every == 0 or step == config.steps or ending:
                 now = time.monotonic()
@@ -241,7 +209,7 @@ def fit(
                     log.write(row)
                     bar.set_postfix({k.split("/")[0]: f"{v:.4g}" for k, v in row.items() if k.endswith("/loss")})
             due = config.validate_every and step % config.validate_every == 0 and step < config.steps
-            if due and not ending and not late(spent["validate"], spent["save"]):
+            if due and not ending:
                 validate()
             if step % config.save_every == 0 or ending:
                 save()
@@ -249,16 +217,10 @@ def fit(
             if ending:
                 logger.info("stopped at step %d (%s)", step, "signal" if stop.set_ else "time limit")
                 break
-    if state["step"] == config.steps and not late(spent["validate"], spent["save"]):
+    if state["step"] == config.steps:
         validate()
     if saved != state["step"] or state["step"] == config.steps:
         save()
-    if watch.shown is not None and fabric.is_global_zero:
-        with ema.applied():
-            module.eval()
-            with torch.no_grad(), fabric.autocast():
-                watch.shown(fabric)
-            module.train()
     return {"step": float(state["step"]), **results}
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning.fabric import Fabric
+from lightning_fabric import Fabric
 from torch import Tensor
 
 from flowvqtalker.motion.flow import PoseFlow, PoseFlowConfig, Sequences
