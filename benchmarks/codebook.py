@@ -33,7 +33,7 @@ from flowvqtalker_eval.metrics.codebook_scores import (
     still_portraits,
     stored_portraits,
 )
-from flowvqtalker_eval.tables.report import markdown, write
+from flowvqtalker_eval.report import markdown, write
 
 
 def pictures(options: argparse.Namespace) -> dict[str, Iterable[Portrait]]:

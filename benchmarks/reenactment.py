@@ -24,7 +24,7 @@ from flowvqtalker.loading import fast_dtype, load_face_model, load_generator
 from flowvqtalker_eval.figures import ablation, grid, style
 from flowvqtalker_eval.metrics.cross import CrossAnimation, CrossScores
 from flowvqtalker_eval.metrics.reenactment import Reenactment, Scores
-from flowvqtalker_eval.tables.report import Table, markdown, write
+from flowvqtalker_eval.report import Table, markdown, write
 
 
 def own(options: argparse.Namespace) -> Table:

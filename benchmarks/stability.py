@@ -42,7 +42,7 @@ from flowvqtalker_eval.metrics.stability import (
     real_frames,
     takes,
 )
-from flowvqtalker_eval.tables.report import Row, Table, markdown, write
+from flowvqtalker_eval.report import Row, Table, markdown, write
 
 Found = dict[str, tuple[Stability, Picture]]
 

@@ -241,7 +241,7 @@ class Ablation:
 
         from flowvqtalker.loading import choose_device, fast_dtype, load_face_model
         from flowvqtalker_eval.metrics.reenactment import BASELINES, Reenactment, Scores
-        from flowvqtalker_eval.tables.report import markdown, write
+        from flowvqtalker_eval.report import markdown, write
 
         style.check_figure(self.output)
         if self.rows < 1 or self.limit < 0:

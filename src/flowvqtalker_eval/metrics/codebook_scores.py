@@ -37,7 +37,7 @@ from flowvqtalker_eval.metrics.frechet import (
 )
 from flowvqtalker_eval.metrics.regions import SIZES, Box, as_tensor, cut, distances, regions
 from flowvqtalker_eval.metrics.ssim import psnr, ssim
-from flowvqtalker_eval.tables.report import Column, Row, Table
+from flowvqtalker_eval.report import Column, Row, Table
 
 __all__ = [
     "CodebookScores",

@@ -38,7 +38,7 @@ from flowvqtalker_eval.metrics.identity import COLUMN as CSIM
 from flowvqtalker_eval.metrics.identity import csim_to_portrait, same_person
 from flowvqtalker_eval.metrics.mesh import MeshExtractor
 from flowvqtalker_eval.metrics.stability import drive
-from flowvqtalker_eval.tables.report import Column, Row, Table
+from flowvqtalker_eval.report import Column, Row, Table
 
 __all__ = ["COPY", "DRIVER", "CrossAnimation", "CrossClip", "CrossScores", "transfer"]
 

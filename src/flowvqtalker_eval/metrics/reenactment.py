@@ -34,7 +34,7 @@ from flowvqtalker_eval.metrics.frechet import (
 )
 from flowvqtalker_eval.metrics.regions import EYES, Box, regions
 from flowvqtalker_eval.metrics.ssim import psnr, ssim
-from flowvqtalker_eval.tables.report import Column, Row, Table
+from flowvqtalker_eval.report import Column, Row, Table
 
 __all__ = ["BASELINES", "MOUTH", "Pair", "Reenactment", "Scores", "picture"]
 

@@ -41,7 +41,7 @@ from flowvqtalker.render.mesh_flow import MeshFlow
 from flowvqtalker.render.renderer import Renderer
 from flowvqtalker.render.vqig import VQIG
 from flowvqtalker_eval.metrics.codebook_scores import spread
-from flowvqtalker_eval.tables.report import Column
+from flowvqtalker_eval.report import Column
 
 __all__ = [
     "COLUMNS",

@@ -121,8 +121,8 @@ class Run:
 
     def _table(self, items: Sequence[Item]) -> str:
         """Table 1 over the clips that every method made, printed and written."""
+        from flowvqtalker_eval.report import markdown, write
         from flowvqtalker_eval.tables.pairs import Method, Pair, common
-        from flowvqtalker_eval.tables.report import markdown, write
         from flowvqtalker_eval.tables.table1 import Options, measure
 
         methods = []

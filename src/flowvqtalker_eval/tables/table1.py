@@ -18,9 +18,9 @@ import tyro
 
 from flowvqtalker.errors import MissingDependency, UserError
 from flowvqtalker_eval.metrics.analysis import Analysis, AnyExtractor, Settings, analyse, cached
+from flowvqtalker_eval.report import Row, Table, markdown, write
 from flowvqtalker_eval.tables.measures.base import Both, Measure, Options, Whole, pair_frames
 from flowvqtalker_eval.tables.pairs import Method, Pair, common, read_labels, read_method
-from flowvqtalker_eval.tables.report import Row, Table, markdown, write
 
 __all__ = ["Options", "Table1", "available", "measure"]
 

@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from flowvqtalker_eval.metrics.analysis import Analysis, AnyExtractor, Array, Settings
+from flowvqtalker_eval.report import Column
 from flowvqtalker_eval.tables.pairs import Pair
-from flowvqtalker_eval.tables.report import Column
 
 __all__ = ["Both", "Measure", "Options", "Whole", "landmark_extractors", "pair_frames"]
 

@@ -10,9 +10,9 @@ from flowvqtalker.errors import MissingDependency
 from flowvqtalker_eval.metrics.accuracy import CLASSES
 from flowvqtalker_eval.metrics.analysis import AnyExtractor, Array, Settings
 from flowvqtalker_eval.metrics.mesh import MeshExtractor
+from flowvqtalker_eval.report import Column
 from flowvqtalker_eval.tables.measures.base import Both, Measure, Options, Whole, landmark_extractors
 from flowvqtalker_eval.tables.measures.motion import Fitted
-from flowvqtalker_eval.tables.report import Column
 
 __all__ = ["MEASURES"]
 

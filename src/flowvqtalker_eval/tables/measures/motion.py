@@ -14,8 +14,8 @@ from flowvqtalker.errors import MissingDependency
 from flowvqtalker_eval.metrics import motion
 from flowvqtalker_eval.metrics.analysis import AnyExtractor, Array, Settings
 from flowvqtalker_eval.metrics.mesh import FitExtractor, MeshExtractor
+from flowvqtalker_eval.report import Column
 from flowvqtalker_eval.tables.measures.base import Both, Measure, Options, Whole
-from flowvqtalker_eval.tables.report import Column
 
 __all__ = ["MEASURES", "BeatExtractor", "Fitted"]
 

@@ -15,8 +15,8 @@ from flowvqtalker.errors import MissingDependency, UserError
 from flowvqtalker.io.media import read_image, read_video
 from flowvqtalker_eval.metrics.analysis import AnyExtractor, Settings
 from flowvqtalker_eval.metrics.mesh import MeshExtractor
+from flowvqtalker_eval.report import Column
 from flowvqtalker_eval.tables.measures.base import Both, Measure, Options, Whole, landmark_extractors
-from flowvqtalker_eval.tables.report import Column
 
 __all__ = ["MEASURES", "aligned_extractors", "compare_frames", "seen_in_both"]
 

@@ -12,8 +12,8 @@ import numpy.typing as npt
 from flowvqtalker.errors import MissingDependency, UserError
 from flowvqtalker_eval.metrics.analysis import AnyExtractor, Array, Settings
 from flowvqtalker_eval.metrics.mesh import MeshExtractor
+from flowvqtalker_eval.report import Column
 from flowvqtalker_eval.tables.measures.base import Both, Measure, Options, landmark_extractors
-from flowvqtalker_eval.tables.report import Column
 
 __all__ = ["MEASURES", "SyncNetExtractor"]
 

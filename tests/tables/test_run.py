@@ -20,8 +20,7 @@ from flowvqtalker_eval.tables import run as runner
 from flowvqtalker_eval.tables.methods import METHODS, Output
 from flowvqtalker_eval.tables.run import Run, Task, plan
 from flowvqtalker_eval.tables.splits import BUILTIN, Item, load_split
-
-from .conftest import babble, write_wav
+from tests.conftest import babble, write_wav
 
 SPLITS = files("flowvqtalker_eval") / "splits"
 

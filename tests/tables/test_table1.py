@@ -14,6 +14,7 @@ from flowvqtalker.cli import main
 from flowvqtalker.errors import MissingDependency, UserError
 from flowvqtalker.io.media import VideoWriter
 from flowvqtalker_eval.metrics.analysis import analyse, cached, read_wave
+from flowvqtalker_eval.report import Column, Row, Table, markdown, write
 from flowvqtalker_eval.tables.measures import Measure, Options, all_measures, pair_frames
 from flowvqtalker_eval.tables.pairs import (
     Method,
@@ -25,10 +26,8 @@ from flowvqtalker_eval.tables.pairs import (
     read_method,
     read_table,
 )
-from flowvqtalker_eval.tables.report import Column, Row, Table, markdown, write
 from flowvqtalker_eval.tables.table1 import measure
-
-from .conftest import babble, write_wav
+from tests.conftest import babble, write_wav
 
 
 def video(path: Path, levels: list[int], size: tuple[int, int] = (48, 32), speech: Path | None = None) -> Path:

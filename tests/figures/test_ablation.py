@@ -277,7 +277,7 @@ def test_the_command_refuses_what_it_cannot_do(shard: Path, tmp_path: Path) -> N
 def test_the_shared_configuration_fits_the_default_weights() -> None:
     from flowvqtalker.train.config import load_yaml
 
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     base = load_yaml(Config, root / ablation._CONFIG)
     assert all((root / file).is_file() for file in (base.data.codebook, base.data.face_model, base.data.start))
     given = weights.load("vqig")[0]

@@ -14,7 +14,7 @@ from flowvqtalker_eval.figures import pose, style
 
 pytest.importorskip("matplotlib")
 
-SPEECH = Path(__file__).parents[1] / "src/flowvqtalker/assets/sample_speech.ogg"
+SPEECH = Path(__file__).parents[2] / "src/flowvqtalker/assets/sample_speech.ogg"
 
 
 def check_files(path: Path) -> None:
