@@ -24,13 +24,13 @@ import cv2
 import numpy as np
 import torch
 
-from flowvqtalker_eval.metrics.analysis import AnyExtractor, analyse
+from flowvqtalker_eval.metrics.analysis import Extractor, analyse
 from flowvqtalker_eval.tables.measures import Options, all_measures
 from flowvqtalker_eval.tables.pairs import Method, Pair
 from flowvqtalker_eval.tables.table1 import available, measure
 
 
-def clocked(extractor: AnyExtractor, spent: dict[str, float]) -> None:
+def clocked(extractor: Extractor, spent: dict[str, float]) -> None:
     """Make every call of an extractor's class add its processor time to its name's."""
     kind: Any = type(extractor)
     plain = kind.__call__

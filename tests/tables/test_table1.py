@@ -13,7 +13,14 @@ import pytest
 from flowvqtalker.cli import main
 from flowvqtalker.errors import MissingDependency, UserError
 from flowvqtalker.io.media import VideoWriter
-from flowvqtalker_eval.metrics.analysis import analyse, cached, read_wave
+from flowvqtalker_eval.metrics.analysis import (
+    ClipExtractor,
+    FrameExtractor,
+    StreamExtractor,
+    analyse,
+    cached,
+    read_wave,
+)
 from flowvqtalker_eval.report import Column, Row, Table, markdown, write
 from flowvqtalker_eval.tables.measures import Measure, Options, all_measures, pair_frames
 from flowvqtalker_eval.tables.pairs import (
@@ -39,11 +46,11 @@ def video(path: Path, levels: list[int], size: tuple[int, int] = (48, 32), speec
     return path
 
 
-class Level:
+class Level(FrameExtractor):
     """Mean grey level of each frame."""
 
     name = "level"
-    needs: tuple[str, ...] = ()
+    gives = ("level",)
 
     def __init__(self, gain: float = 1.0) -> None:
         self.gain, self.calls = gain, 0
@@ -56,11 +63,12 @@ class Level:
         return {"level": self.gain * frames.mean((1, 2, 3), dtype=np.float64)}
 
 
-class Squared:
+class Squared(FrameExtractor):
     """Builds on another extractor, and is given before it."""
 
     name = "squared"
     needs = ("level",)
+    gives = ("squared",)
 
     def __init__(self) -> None:
         self.calls = 0
@@ -74,11 +82,12 @@ class Squared:
         return {"squared": known["level"] ** 2}
 
 
-class Loud:
+class Loud(ClipExtractor):
     """Of a whole clip and its sound."""
 
     name = "loud"
     needs = ("squared",)
+    gives = ("loud",)
 
     def __init__(self) -> None:
         self.calls = 0
@@ -92,11 +101,12 @@ class Loud:
         return {"loud": np.array([len(known["squared"]), length])}
 
 
-class Streamed:
+class Streamed(StreamExtractor):
     """Sees the frames again."""
 
     name = "streamed"
     needs = ("level",)
+    gives = ("seen",)
 
     def settings(self):
         return {}

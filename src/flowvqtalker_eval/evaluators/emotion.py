@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +24,7 @@ from flowvqtalker.face.alignment import SIZE, align_faces
 from flowvqtalker.face.topology import RIGID
 from flowvqtalker.render.perceptual import MobileNetV2Features
 from flowvqtalker_eval.metrics.accuracy import CLASSES
-from flowvqtalker_eval.metrics.analysis import Array, Settings
+from flowvqtalker_eval.metrics.analysis import Array, ClipExtractor, FrameExtractor, Settings
 from flowvqtalker_eval.metrics.emotion_fan import clip_vector, related
 
 __all__ = [
@@ -150,9 +150,6 @@ class _Loaded:
         self._folder, self._device = folder, device
         self._model: EmotionClassifier | None = None
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_model": None}
-
     def settings(self) -> Settings:
         """The weights."""
         entry = weights.manifest(self._folder).get("emotion.safetensors")
@@ -166,7 +163,7 @@ class _Loaded:
         return self._model
 
 
-class EmotionExtractor(_Loaded):
+class EmotionExtractor(_Loaded, FrameExtractor):
     """``emotion_features`` (T, 320) of each frame; NaN where there is no face.
 
     Arguments:
@@ -176,6 +173,7 @@ class EmotionExtractor(_Loaded):
 
     name = "emotion_frames"
     needs: tuple[str, ...] = ("mesh",)
+    gives = ("emotion_features",)
 
     def __call__(self, frames: Pixels, known: dict[str, Array]) -> dict[str, Array]:
         """Of frames (n, H, W, 3)."""
@@ -189,11 +187,12 @@ class EmotionExtractor(_Loaded):
         return {"emotion_features": features}
 
 
-class EmotionScores(_Loaded):
+class EmotionScores(_Loaded, ClipExtractor):
     """``emotion`` (8,): the clip's probabilities in the order of CLASSES; NaN where there is no face."""
 
     name = "emotion"
     needs: tuple[str, ...] = ("emotion_features",)
+    gives = ("emotion",)
 
     def __call__(self, known: dict[str, Array], wave: npt.NDArray[np.float32] | None) -> dict[str, Array]:
         """Of a whole clip."""

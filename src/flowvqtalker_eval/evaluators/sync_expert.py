@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from flowvqtalker.errors import UserError
 from flowvqtalker_eval.evaluators.mouths import HEIGHT, WIDTH, cut_mouths
+from flowvqtalker_eval.metrics.analysis import ClipExtractor, FrameExtractor
 from flowvqtalker_eval.metrics.sync import REACH, SyncScore, sync_score
 
 __all__ = [
@@ -216,11 +217,12 @@ def load_sync_expert(path: str | Path | None = None) -> SyncExpert:
     return expert.eval()
 
 
-class MouthExtractor:
+class MouthExtractor(FrameExtractor):
     """``mouth`` (n, 48, 96) uint8 from frames and their ``mesh``; zeros where there is no face."""
 
     name = "mouth"
     needs: tuple[str, ...] = ("mesh",)
+    gives = ("mouth",)
 
     def settings(self) -> dict[str, str | float | int]:
         """What the crops depend on."""
@@ -231,7 +233,7 @@ class MouthExtractor:
         return {"mouth": cut_mouths(frames, known["mesh"])}
 
 
-class SyncExpertExtractor:
+class SyncExpertExtractor(ClipExtractor):
     """``sync_expert_video`` and ``sync_expert_audio`` (T - 4, dim) of a clip from its ``mouth`` and its sound.
 
     A clip without sound, or with less than five frames, gets arrays without rows.
@@ -239,10 +241,11 @@ class SyncExpertExtractor:
 
     name = "sync_expert"
     needs: tuple[str, ...] = ("mouth",)
+    gives = ("sync_expert_video", "sync_expert_audio")
 
     def __init__(self, weights: str | Path | None = None) -> None:
         self._weights = weights
-        self._expert: SyncExpert | None = None
+        self._model: SyncExpert | None = None
 
     def settings(self) -> dict[str, str | float | int]:
         """What the embeddings depend on."""
@@ -253,11 +256,11 @@ class SyncExpertExtractor:
 
     def __call__(self, known: dict[str, npt.NDArray[Any]], wave: Floats | None) -> dict[str, npt.NDArray[Any]]:
         """Embeddings of one clip."""
-        if self._expert is None:
-            self._expert = load_sync_expert(self._weights)
+        if self._model is None:
+            self._model = load_sync_expert(self._weights)
         mouths = cast(Pixels, known["mouth"])
         if wave is None or min(len(mouths), len(wave) // (COLUMNS * _HOP)) < SPAN:
-            nothing = np.zeros((0, self._expert.config.dim), np.float32)
+            nothing = np.zeros((0, self._model.config.dim), np.float32)
             return {"sync_expert_video": nothing, "sync_expert_audio": nothing}
-        video, audio = self._expert.embed(mouths, wave)
+        video, audio = self._model.embed(mouths, wave)
         return {"sync_expert_video": video, "sync_expert_audio": audio}

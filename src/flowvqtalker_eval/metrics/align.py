@@ -27,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from flowvqtalker.errors import UserError
-from flowvqtalker_eval.metrics.analysis import Array, Settings
+from flowvqtalker_eval.metrics.analysis import Array, FrameExtractor, Settings
 from flowvqtalker_eval.metrics.landmarks68 import Dlib68
 
 __all__ = ["SIZE", "TEMPLATE", "AlignedFaces", "align68", "similarity", "warp"]
@@ -106,7 +106,7 @@ def warp(frame: Pixels, matrix: Floats) -> Pixels:
     return np.asarray(cv2.warpAffine(frame, np.asarray(matrix, np.float64), (SIZE, SIZE), flags=how), np.uint8)
 
 
-class AlignedFaces:
+class AlignedFaces(FrameExtractor):
     """The crop of each frame and the landmarks on it.
 
     Arrays: ``aligned`` (T, 128, 128, 3) uint8, zeros where no face was found; ``aligned68`` (T, 68, 2) float32 in
@@ -117,6 +117,7 @@ class AlignedFaces:
     """
 
     needs: tuple[str, ...] = ("landmarks68",)
+    gives = ("aligned", "aligned68")
 
     def __init__(self, landmarks: Literal["crop", "frame"] = "crop") -> None:
         self.name = "eat" if landmarks == "crop" else "eat-frame"

@@ -1,20 +1,21 @@
-"""A video analysed once: frames stream through extractors in batches into small arrays, which are kept on disk.
+"""Analyse a video once: frames stream through extractors into small arrays, which a cache keeps on disk.
 
-Metrics of pairs compare two analyses, so that a real clip is analysed once for any number of methods.
+Metrics compare two analyses, so a real clip is analysed once for any number of methods.
 """
 
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import logging
-import os
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from graphlib import TopologicalSorter
+from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol, TypeGuard, TypeVar, cast
+from typing import Any, cast
 from zipfile import BadZipFile
 
 import numpy as np
@@ -22,15 +23,18 @@ import numpy.typing as npt
 
 from flowvqtalker.errors import UserError
 from flowvqtalker.io.media import probe, read_video
+from flowvqtalker.weights import sha256
 
 __all__ = [
     "Analysis",
-    "AnyExtractor",
     "Array",
     "ClipExtractor",
     "Extractor",
+    "FrameExtractor",
+    "Frames",
     "Settings",
     "StreamExtractor",
+    "Wave",
     "analyse",
     "cached",
     "read_wave",
@@ -39,75 +43,61 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 Array = npt.NDArray[Any]
+Frames = npt.NDArray[np.uint8]
+Wave = npt.NDArray[np.float32]
 Settings = dict[str, str | float | int]
 
-# Part of every key of the cache: a change here makes old files unread.
-_VERSION = 1
+# Part of every cache key. Increase it when stored results must not be read any more.
+_VERSION = 2
 
 
-class Extractor(Protocol):
-    """Makes arrays out of frames, one row a frame. Stateless over clips; loads its model when it is first called."""
+class Extractor(ABC):
+    """One step of an analysis. Subclass :class:`FrameExtractor`, :class:`ClipExtractor` or :class:`StreamExtractor`.
 
-    name: str
-    needs: tuple[str, ...]
+    An extractor keeps nothing from one clip to the next. It loads its model into ``_model`` on the first call; a model
+    is not pickled, since many cannot travel between processes.
 
-    def settings(self) -> Settings:
-        """What the numbers depend on (weights' sha256 too): printed with them, and part of the cache's key."""
-        ...
-
-    def __call__(self, frames: npt.NDArray[np.uint8], known: dict[str, Array]) -> dict[str, Array]:
-        """Frames (n, H, W, 3) uint8 RGB at 25 fps and the arrays that it needs of them, to arrays of n rows."""
-        ...
-
-
-class ClipExtractor(Protocol):
-    """Makes arrays of any shape out of the arrays of a whole clip and its sound."""
+    Attributes:
+        name: unique within an analysis.
+        needs: arrays that it reads, which other extractors give.
+        gives: arrays that it makes.
+    """
 
     name: str
-    needs: tuple[str, ...]
+    needs: tuple[str, ...] = ()
+    gives: tuple[str, ...]
+    _model: Any = None
 
+    @abstractmethod
     def settings(self) -> Settings:
-        """See :meth:`Extractor.settings`."""
-        ...
+        """Everything the numbers depend on, hashes of weights included. Part of the cache key and of every table."""
 
-    def __call__(self, known: dict[str, Array], wave: npt.NDArray[np.float32] | None) -> dict[str, Array]:
-        """Arrays of T rows and the sound, (S,) 16 kHz mono in [-1, 1] with sample 640 t at frame t (None: silent)."""
-        ...
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "_model"}
 
 
-class StreamExtractor(Protocol):
-    """As :class:`ClipExtractor`, but it also sees the frames, one after the other, in a decoding of its own."""
+class FrameExtractor(Extractor):
+    """Makes arrays with one row per frame."""
 
-    name: str
-    needs: tuple[str, ...]
-
-    def settings(self) -> Settings:
-        """See :meth:`Extractor.settings`."""
-        ...
-
-    def __call__(
-        self, frames: Iterable[npt.NDArray[np.uint8]], known: dict[str, Array], wave: npt.NDArray[np.float32] | None
-    ) -> dict[str, Array]:
-        """Frames (H, W, 3) and what :class:`ClipExtractor` gets."""
-        ...
+    @abstractmethod
+    def __call__(self, frames: Frames, known: dict[str, Array]) -> dict[str, Array]:
+        """Frames (n, H, W, 3) uint8 RGB at 25 fps and n rows of each array in ``needs``, to arrays of n rows."""
 
 
-AnyExtractor = Extractor | ClipExtractor | StreamExtractor
-AnyT = TypeVar("AnyT", Extractor, ClipExtractor | StreamExtractor)
+class ClipExtractor(Extractor):
+    """Makes arrays of any shape from the arrays of a whole clip and its sound."""
+
+    @abstractmethod
+    def __call__(self, known: dict[str, Array], wave: Wave | None) -> dict[str, Array]:
+        """Whole arrays and the sound: (640 T,) 16 kHz mono in [-1, 1], sample 640 t at frame t; None if silent."""
 
 
-def _parameters(extractor: AnyExtractor) -> list[str]:
-    return list(inspect.signature(extractor.__call__).parameters)
+class StreamExtractor(Extractor):
+    """A :class:`ClipExtractor` that also reads the frames one by one, in a decoding pass of its own."""
 
-
-def _is_clip_level(extractor: AnyExtractor) -> TypeGuard[ClipExtractor | StreamExtractor]:
-    """Whether an extractor wants whole clips: its last parameter is called ``wave``."""
-    return _parameters(extractor)[-1] == "wave"
-
-
-def _is_stream(extractor: ClipExtractor | StreamExtractor) -> TypeGuard[StreamExtractor]:
-    """Whether it wants the frames as well: its first parameter is called ``frames``."""
-    return _parameters(extractor)[0] == "frames"
+    @abstractmethod
+    def __call__(self, frames: Iterable[Frames], known: dict[str, Array], wave: Wave | None) -> dict[str, Array]:
+        """Frames (H, W, 3) one after the other, then what a :class:`ClipExtractor` gets."""
 
 
 @dataclass(frozen=True)
@@ -118,9 +108,9 @@ class Analysis:
         path: the video.
         frames: T, number of frames at 25 fps.
         size: width and height in pixels.
-        fps: rate of the file itself.
+        fps: frame rate of the file itself.
         arrays: per-frame arrays have T rows.
-        settings: those of each extractor, by its name.
+        settings: of each extractor, by its name.
     """
 
     path: Path
@@ -132,185 +122,141 @@ class Analysis:
 
 
 def analyse(
-    path: str | Path, extractors: Sequence[AnyExtractor], cache: str | Path | None = None, batch: int = 16
+    path: str | Path, extractors: Sequence[Extractor], cache: str | Path | None = None, batch: int = 16
 ) -> Analysis:
-    """Run extractors over a video.
-
-    It is decoded once, and not at all if the cache holds everything. Each extractor runs as soon as the arrays that it
-    needs are there; those of whole clips run at the end.
+    """Run extractors over a video, decoding it once, or not at all if the cache holds everything.
 
     Arguments:
         path: the video, read at 25 fps.
-        extractors: in any order.
-        cache: folder of earlier results, one file for each video (its sha256) and extractor (its settings and those of
-            the ones that it builds on); None keeps nothing.
+        extractors: in any order; each runs after those whose arrays it needs.
+        cache: folder of earlier results; None keeps nothing. A result is found by the sha256 of the video, the
+            extractor's settings, and the settings of the extractors it builds on.
         batch: frames at a time.
 
     Raises:
         UserError: if the video cannot be read, or an extractor needs an array that no other one gives.
     """
-    return _Run(Path(path), extractors, cache, batch).run()
+    if batch < 1:
+        raise ValueError(f"a batch holds at least one frame, got {batch}")
+    return _Run(Path(path), extractors, cache).run(batch)
 
 
-def cached(path: str | Path, extractors: Sequence[AnyExtractor], cache: str | Path) -> Analysis | None:
-    """What :func:`analyse` would return, if the cache holds all of it; else None."""
-    return _Run(Path(path), extractors, cache, 1).look()
+def cached(path: str | Path, extractors: Sequence[Extractor], cache: str | Path) -> Analysis | None:
+    """What :func:`analyse` would return if the cache holds all of it, else None."""
+    run = _Run(Path(path), extractors, cache)
+    return run.result() if not run.pending and run.frames is not None else None
 
 
-@dataclass
 class _Run:
-    """One call of :func:`analyse`."""
+    """One call of :func:`analyse`: what the cache holds is read at once, the rest is pending."""
 
-    path: Path
-    extractors: Sequence[AnyExtractor]
-    cache: str | Path | None
-    batch: int
-    arrays: dict[str, Array] = field(default_factory=dict)
-    providers: dict[str, str] = field(default_factory=dict)  # array -> key of the extractor that made it
-    keys: dict[str, str] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        names = [e.name for e in self.extractors]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise ValueError(f"two extractors are called {', '.join(twice)}")
-        if self.batch < 1:
-            raise ValueError(f"a batch holds at least one frame, got {self.batch}")
-        self.info = probe(self.path)
+    def __init__(self, path: Path, extractors: Sequence[Extractor], cache: str | Path | None) -> None:
+        self.path, self.info = path, probe(path)
         if self.info.kind != "video":
-            raise UserError(f"{self.path} is a picture; give a video")
-        self.stored = _Store(self.cache, self.path)
-        self.by_frame = [e for e in self.extractors if not _is_clip_level(e)]
-        self.by_clip = [e for e in self.extractors if _is_clip_level(e)]
+            raise UserError(f"{path} is an image; give a video")
+        self.store = _Store(cache, path)
+        self.extractors = extractors
+        self.arrays: dict[str, Array] = {}
+        self.keys: dict[str, str] = {}
+        self.pending: list[Extractor] = []
+        makers = _makers(extractors)
+        for extractor in _in_order(path, extractors, makers):
+            base = [self.keys[makers[name].name] for name in extractor.needs]
+            text = json.dumps([_VERSION, extractor.name, extractor.settings(), base], sort_keys=True)
+            self.keys[extractor.name] = hashlib.sha256(text.encode()).hexdigest()[:16]
+            found = self.store.load(extractor.name, self.keys[extractor.name])
+            if found is None:
+                self.pending.append(extractor)
+            else:
+                self.arrays.update(found)
+        count = self.store.load("video", "frames")
+        self.frames = None if count is None else int(count["frames"])
 
-    def run(self) -> Analysis:
-        """Everything, from the cache or anew."""
-        frames = self._frame_count()
-        pending = self._load_cached(self.by_frame)
-        if pending or frames is None:
-            frames = self._decode(pending)
-        self._clips(self.by_clip, frames)
-        return self._result(frames)
+    def run(self, batch: int) -> Analysis:
+        """Make what is pending."""
+        by_frame = [e for e in self.pending if isinstance(e, FrameExtractor)]
+        if by_frame or self.frames is None:
+            self._decode(by_frame, batch)
+        by_clip = [e for e in self.pending if not isinstance(e, FrameExtractor)]
+        if by_clip:
+            self._clip(by_clip)
+        return self.result()
 
-    def look(self) -> Analysis | None:
-        """Everything from the cache, or None."""
-        frames = self._frame_count()
-        if frames is None or self._load_cached(self.by_frame) or self._load_cached(self.by_clip):
-            return None
-        return self._result(frames)
-
-    def _result(self, frames: int) -> Analysis:
+    def result(self) -> Analysis:
+        assert self.frames is not None
         size = self.info.width, self.info.height
         settings = {e.name: dict(e.settings()) for e in self.extractors}
-        return Analysis(self.path, frames, size, self.info.fps, self.arrays, settings)
+        return Analysis(self.path, self.frames, size, self.info.fps, self.arrays, settings)
 
-    def _frame_count(self) -> int | None:
-        found = self.stored.load("video", "frames")
-        return None if found is None else int(found["frames"])
-
-    # ------------------------------------------------------------------------------------------------ frame by frame
-
-    def _decode(self, pending: list[Extractor]) -> int:
-        """Decode the video through the pending extractors; returns the number of frames."""
-        parts: dict[str, dict[str, list[Array]]] = {}
-        order: list[Extractor] = []
-        total = 0
-        for frames in _batches(self.path, self.batch):
-            rows = slice(total, total + len(frames))
+    def _decode(self, extractors: list[FrameExtractor], batch: int) -> None:
+        parts: dict[str, list[Array]] = {name: [] for e in extractors for name in e.gives}
+        self.frames = 0
+        for frames in _batches(self.path, batch):
+            rows = slice(self.frames, self.frames + len(frames))
             known = {name: values[rows] for name, values in self.arrays.items()}
-
-            def apply(
-                extractor: Extractor, frames: npt.NDArray[np.uint8] = frames, known: dict[str, Array] = known
-            ) -> None:
+            for extractor in extractors:
                 found = extractor(frames, {name: known[name] for name in extractor.needs})
+                _check_names(extractor, found)
                 for name, values in found.items():
                     if len(values) != len(frames):
                         raise ValueError(f"{extractor.name}: {name} has {len(values)} rows for {len(frames)} frames")
-                    parts.setdefault(extractor.name, {}).setdefault(name, []).append(values)
+                    parts[name].append(values)
                 known.update(found)
+            self.frames += len(frames)
+        for extractor in extractors:
+            self._keep(extractor, {name: np.concatenate(parts.pop(name)) for name in extractor.gives})
+        self.store.save("video", "frames", {"frames": np.array(self.frames)})
 
-            for extractor in order:
-                apply(extractor)
-            while pending:  # the first batch shows which extractor gives what, and so their order
-                extractor = self._next(pending, known)
-                pending.remove(extractor)
-                if self._try_cache(extractor):  # the key of what it builds on may have been unknown before
-                    known.update({name: values[rows] for name, values in self.arrays.items()})
-                    continue
-                apply(extractor)
-                self._provided(extractor, parts.setdefault(extractor.name, {}))
-                order.append(extractor)
-            total += len(frames)
-        for extractor in order:
-            whole = {name: np.concatenate(pieces) for name, pieces in parts.pop(extractor.name).items()}
-            self.arrays.update(whole)
-            self.stored.save(extractor.name, self.keys[extractor.name], whole)
-        self.stored.save("video", "frames", {"frames": np.array(total)})
-        return total
-
-    # ---------------------------------------------------------------------------------------------------- whole clips
-
-    def _clips(self, pending: list[ClipExtractor | StreamExtractor], frames: int) -> None:
-        pending = self._load_cached(pending)
-        if not pending:
-            return
-        wave = read_wave(self.path, frames)
-        while pending:
-            extractor = self._next(pending, self.arrays)
-            pending.remove(extractor)
+    def _clip(self, extractors: list[Extractor]) -> None:
+        assert self.frames is not None
+        wave = read_wave(self.path, self.frames)
+        for extractor in extractors:
             known = {name: self.arrays[name] for name in extractor.needs}
-            if _is_stream(extractor):
+            if isinstance(extractor, StreamExtractor):
                 found = extractor(read_video(self.path), known, wave)
             else:
                 found = cast(ClipExtractor, extractor)(known, wave)
-            self._provided(extractor, found)
-            self.arrays.update(found)
-            self.stored.save(extractor.name, self.keys[extractor.name], found)
-            pending = self._load_cached(pending)
+            _check_names(extractor, found)
+            self._keep(extractor, found)
 
-    # -------------------------------------------------------------------------------------------------------- caching
-
-    def _load_cached(self, extractors: list[Any]) -> list[Any]:
-        """Take what the cache holds, dependants after what they need; returns the others."""
-        pending, progress = list(extractors), True
-        while progress:
-            progress = False
-            for extractor in list(pending):
-                if self._try_cache(extractor):
-                    pending.remove(extractor)
-                    progress = True
-        return pending
-
-    def _try_cache(self, extractor: AnyExtractor) -> bool:
-        if not set(extractor.needs) <= set(self.providers):
-            return False
-        found = self.stored.load(extractor.name, self._key(extractor))
-        if found is None:
-            return False
-        self._provided(extractor, found)
+    def _keep(self, extractor: Extractor, found: dict[str, Array]) -> None:
         self.arrays.update(found)
-        return True
+        self.store.save(extractor.name, self.keys[extractor.name], found)
 
-    def _provided(self, extractor: AnyExtractor, found: Iterable[str]) -> None:
-        key = self.keys[extractor.name] = self._key(extractor)
-        for name in found:
-            if self.providers.get(name, key) != key:
-                raise ValueError(f"extractor {extractor.name} makes the array {name} again")
-            self.providers[name] = key
 
-    def _key(self, extractor: AnyExtractor) -> str:
-        """Hash of an extractor's settings and of the keys of what it builds on."""
-        base = [self.providers.get(name, "") for name in extractor.needs]
-        text = json.dumps([_VERSION, extractor.name, extractor.settings(), base], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+def _makers(extractors: Sequence[Extractor]) -> dict[str, Extractor]:
+    """The extractor that makes each array."""
+    names = [e.name for e in extractors]
+    if len(set(names)) < len(names):
+        raise ValueError(f"extractors must have different names, got {', '.join(sorted(names))}")
+    makers: dict[str, Extractor] = {}
+    for extractor in extractors:
+        for name in extractor.gives:
+            if name in makers:
+                raise ValueError(f"{makers[name].name} and {extractor.name} both make the array {name}")
+            makers[name] = extractor
+    return makers
 
-    def _next(self, waiting: Sequence[AnyT], known: dict[str, Array]) -> AnyT:
-        """The first extractor whose needs are there."""
-        for extractor in waiting:
-            if set(extractor.needs) <= set(known):
-                return extractor
-        lacking = "; ".join(f"{e.name} needs {', '.join(sorted(set(e.needs) - set(known)))}" for e in waiting)
-        raise UserError(f"{self.path} cannot be analysed: {lacking}, which no other extractor gives; add it")
+
+def _in_order(path: Path, extractors: Sequence[Extractor], makers: dict[str, Extractor]) -> list[Extractor]:
+    """Extractors after those whose arrays they need; frame extractors before the others."""
+    for extractor in extractors:
+        by_frame = isinstance(extractor, FrameExtractor)
+        usable = {name for name, maker in makers.items() if not by_frame or isinstance(maker, FrameExtractor)}
+        lacking = sorted(set(extractor.needs) - usable)
+        if lacking:
+            raise UserError(
+                f"{path} cannot be analysed: {extractor.name} needs {', '.join(lacking)}, which no other extractor "
+                "gives; add it"
+            )
+    graph = {e.name: [makers[name].name for name in e.needs] for e in extractors}
+    position = {name: number for number, name in enumerate(TopologicalSorter(graph).static_order())}
+    return sorted(extractors, key=lambda e: (not isinstance(e, FrameExtractor), position[e.name]))
+
+
+def _check_names(extractor: Extractor, found: dict[str, Array]) -> None:
+    if set(found) != set(extractor.gives):
+        raise ValueError(f"{extractor.name} made {sorted(found)} instead of {sorted(extractor.gives)}")
 
 
 class _Store:
@@ -319,14 +265,10 @@ class _Store:
     def __init__(self, folder: str | Path | None, video: Path) -> None:
         self.folder: Path | None = None
         if folder is not None:
-            digest = hashlib.sha256()
-            with open(video, "rb") as file:
-                while block := file.read(1 << 20):
-                    digest.update(block)
-            self.folder = Path(folder) / digest.hexdigest()[:32]
+            self.folder = Path(folder) / sha256(video)[:32]
 
     def load(self, name: str, key: str) -> dict[str, Array] | None:
-        """The arrays, or None where there are none (or a damaged file, which is made again)."""
+        """The arrays; None if there are none, or the file is damaged and must be made again."""
         if self.folder is None:
             return None
         try:
@@ -342,12 +284,13 @@ class _Store:
         """Write the arrays; the file appears whole or not at all."""
         if self.folder is None:
             return
+        # Processes may write the same result at the same time.
         temporary = self.folder / f".{name}.{uuid.uuid4().hex[:8]}.part"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with open(temporary, "wb") as file:
                 np.savez_compressed(file, **cast(Any, arrays))
-            os.replace(temporary, self.folder / f"{name}-{key}.npz")
+            temporary.replace(self.folder / f"{name}-{key}.npz")
         except OSError as error:
             raise UserError(
                 f"the cache {self.folder} cannot be written ({error.strerror}); check the folder and the disk"
@@ -356,27 +299,22 @@ class _Store:
             temporary.unlink(missing_ok=True)
 
 
-def _batches(path: Path, size: int) -> Iterator[npt.NDArray[np.uint8]]:
+def _batches(path: Path, size: int) -> Iterator[Frames]:
     """Frames (n, H, W, 3) of a video, ``size`` at a time."""
-    held: list[npt.NDArray[np.uint8]] = []
-    for frame in read_video(path):
-        held.append(frame)
-        if len(held) == size:
-            yield np.stack(held)
-            held = []
-    if held:
-        yield np.stack(held)
+    frames = read_video(path)
+    while batch := list(islice(frames, size)):
+        yield np.stack(batch)
 
 
-def read_wave(path: str | Path, frames: int) -> npt.NDArray[np.float32] | None:
-    """Sound of a video, cut or padded to its frames: sample 640 t belongs to the start of frame t.
+def read_wave(path: str | Path, frames: int) -> Wave | None:
+    """Sound of a video, cut or padded to its frames; None if there is none or it cannot be decoded.
 
     Arguments:
         path: the video.
         frames: T, at 25 fps.
 
     Returns:
-        (640 T,) float32 in [-1, 1], 16 kHz mono; None if there is no sound or it cannot be decoded.
+        (640 T,) float32 in [-1, 1], 16 kHz mono; sample 640 t belongs to the start of frame t.
     """
     import av
 

@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from flowvqtalker.errors import MissingDependency, UserError
-from flowvqtalker_eval.metrics.analysis import Array, Settings
+from flowvqtalker_eval.metrics.analysis import Array, FrameExtractor, Settings
 
 __all__ = ["Sharpness", "cpbd", "cpbd_at", "edge_widths"]
 
@@ -185,11 +185,12 @@ def _canny(grey: Pixels) -> npt.NDArray[np.bool_]:
     return np.asarray(canny(grey.astype(np.float64), sigma=1.0, low_threshold=_LOW, high_threshold=_HIGH))
 
 
-class Sharpness:
+class Sharpness(FrameExtractor):
     """CPBD of each frame. Arrays: ``cpbd`` (T,) at the size of the frames, ``cpbd256`` (T,) at 256 pixels."""
 
     name = "cpbd"
     needs: tuple[str, ...] = ()
+    gives = ("cpbd", "cpbd256")
 
     def settings(self) -> Settings:
         """The definition; the size of the frames stands in the analysis."""

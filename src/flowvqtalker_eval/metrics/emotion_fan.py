@@ -29,7 +29,7 @@ from flowvqtalker import weights as bundled
 from flowvqtalker.errors import MissingDependency, UserError
 from flowvqtalker.face.alignment import similarity, warp
 from flowvqtalker_eval.metrics.accuracy import CLASSES
-from flowvqtalker_eval.metrics.analysis import Array, Settings
+from flowvqtalker_eval.metrics.analysis import Array, ClipExtractor, FrameExtractor, Settings
 
 __all__ = [
     "ORDER",
@@ -260,7 +260,7 @@ def face_chips(frames: npt.NDArray[np.uint8], landmarks: npt.NDArray[np.floating
     return np.stack([warp(frame, matrix, SIZE) for frame, matrix in zip(frames, matrices, strict=True)])
 
 
-class EmotionFanExtractor:
+class EmotionFanExtractor(FrameExtractor):
     """``emotion_fan_features`` (T, 512) and ``emotion_fan_alpha`` (T,) of each frame; NaN where there is no face.
 
     Arguments:
@@ -274,14 +274,12 @@ class EmotionFanExtractor:
 
     name = "emotion_fan_frames"
     needs: tuple[str, ...] = ("landmarks68",)
+    gives = ("emotion_fan_features", "emotion_fan_alpha")
 
     def __init__(self, checkpoint: str | Path | None = None, device: str = "cpu", batch: int = 16) -> None:
         self._path, self._sha256 = find_emotion_fan(checkpoint)
         self._device, self._batch = device, batch
         self._model: EmotionFan | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_model": None}
 
     def settings(self) -> Settings:
         """The weights and the crop."""
@@ -304,7 +302,7 @@ class EmotionFanExtractor:
         return {"emotion_fan_features": features, "emotion_fan_alpha": alpha}
 
 
-class EmotionFanScores:
+class EmotionFanScores(ClipExtractor):
     """``emotion_fan`` (8,): the clip's probabilities in the project's order; NaN where there is no face.
 
     Arguments:
@@ -314,14 +312,12 @@ class EmotionFanScores:
 
     name = "emotion_fan"
     needs: tuple[str, ...] = ("emotion_fan_features", "emotion_fan_alpha")
+    gives = ("emotion_fan",)
 
     def __init__(self, checkpoint: str | Path | None = None, protocol: Protocol = "eat") -> None:
         self._path, self._sha256 = find_emotion_fan(checkpoint)
         self._protocol: Protocol = protocol
         self._model: EmotionFan | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_model": None}
 
     def settings(self) -> Settings:
         """The weights and the protocol."""

@@ -23,7 +23,7 @@ import numpy.typing as npt
 import torch
 
 from flowvqtalker.errors import UserError
-from flowvqtalker_eval.metrics.analysis import Array, Settings
+from flowvqtalker_eval.metrics.analysis import Array, FrameExtractor, Settings
 from flowvqtalker_eval.metrics.inception import HASH, find_inception, load_inception
 
 __all__ = [
@@ -194,7 +194,7 @@ def _tensor(pictures: Pixels) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2).float() / 255
 
 
-class InceptionFeatures:
+class InceptionFeatures(FrameExtractor):
     """Features of the aligned crops by TensorFlow's Inception, for the FID.
 
     About 200 ms a picture on one core. Arrays: ``inception`` (T, 2048) float32; NaN where no face was found.
@@ -207,14 +207,11 @@ class InceptionFeatures:
 
     name = "inception"
     needs: tuple[str, ...] = ("aligned",)
+    gives = ("inception",)
 
     def __init__(self, weights: str | Path | None = None, device: str = "cpu", digest: str | None = HASH) -> None:
         self._weights, self._device, self._digest = weights, device, digest
         self._found: tuple[Path, str] | None = None
-        self._network: Any = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_network": None}
 
     def _find(self) -> tuple[Path, str]:
         if self._found is None:
@@ -227,17 +224,17 @@ class InceptionFeatures:
 
     def __call__(self, frames: Pixels, known: dict[str, Array]) -> dict[str, Array]:
         """``aligned`` (n, 128, 128, 3) to ``inception``."""
-        if self._network is None:
-            self._network = load_inception(self._find()[0]).to(self._device)
+        if self._model is None:
+            self._model = load_inception(self._find()[0]).to(self._device)
         aligned, seen = _rows(known)
         features = np.full((len(aligned), 2048), np.nan, np.float32)
         if seen.any():
             with torch.inference_mode():
-                features[seen] = self._network(_tensor(aligned[seen]).to(self._device)).cpu().numpy()
+                features[seen] = self._model(_tensor(aligned[seen]).to(self._device)).cpu().numpy()
         return {"inception": features}
 
 
-class MobileNetFeatures:
+class MobileNetFeatures(FrameExtractor):
     """Features of pictures by torchvision's MobileNetV2 (the 1280 numbers before its classifier).
 
     Arrays: ``mobilenet`` (T, 1280) float32 of the aligned crops at their 128 pixels, NaN where no face was found; or,
@@ -254,11 +251,8 @@ class MobileNetFeatures:
     ) -> None:
         self.name = "mobilenet" if source == "aligned" else "mobilenet512"
         self.needs: tuple[str, ...] = ("aligned",) if source == "aligned" else ()
+        self.gives = (self.name,)
         self._weights, self._device = weights, device
-        self._network: Any = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_network": None}
 
     def settings(self) -> Settings:
         """Weights and size."""
@@ -280,10 +274,10 @@ class MobileNetFeatures:
         return {self.name: features}
 
     def _features(self, pictures: torch.Tensor) -> npt.NDArray[np.float32]:
-        if self._network is None:
-            self._network = _mobilenet(self._weights).to(self._device)
+        if self._model is None:
+            self._model = _mobilenet(self._weights).to(self._device)
         with torch.inference_mode():
-            return np.asarray(self._network(pictures.to(self._device)).cpu().numpy(), np.float32)
+            return np.asarray(self._model(pictures.to(self._device)).cpu().numpy(), np.float32)
 
 
 class _MobileNet(torch.nn.Module):

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from flowvqtalker.errors import UserError
-from flowvqtalker_eval.metrics.analysis import Array, Settings
+from flowvqtalker_eval.metrics.analysis import Array, FrameExtractor, Settings
 from flowvqtalker_eval.metrics.landmarks68 import DLIB_SHA256, Dlib68, DlibModel, dlib_module, find_dlib_model
 
 __all__ = ["COLUMN", "FaceIdentity", "cosine", "csim_to_clip", "csim_to_portrait", "same_person"]
@@ -64,7 +64,7 @@ def _mean(values: Floats) -> float:
     return float(found.mean()) if found.size else float("nan")
 
 
-class FaceIdentity:
+class FaceIdentity(FrameExtractor):
     """dlib's embedding of the face in each frame.
 
     An embedding costs 60 ms, more than all else together, and a person does not change from frame to frame: the first
@@ -79,17 +79,13 @@ class FaceIdentity:
 
     name = "identity"
     needs: tuple[str, ...] = ("landmarks68",)
+    gives = ("identity_embedding",)
 
     def __init__(self, every: int = 8, folder: str | Path | None = None) -> None:
         if every < 1:
             raise UserError(f"identity is read every 1, 2, ... frames, got {every}")
         self.every = every
         self._folder = folder
-        self._dlib: Any = None
-        self._network: Any = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"every": self.every, "_folder": self._folder, "_dlib": None, "_network": None}
 
     def settings(self) -> Settings:
         """Network and sampling."""
@@ -102,10 +98,9 @@ class FaceIdentity:
             images: (H, W, 3) uint8 RGB each.
             landmarks: (n, 68, 2) in their pixels.
         """
-        if self._network is None:
-            self._dlib = dlib_module()
-            self._network = self._dlib.face_recognition_model_v1(str(find_dlib_model(_RESNET, self._folder)))
-        dlib = self._dlib
+        dlib = dlib_module()
+        if self._model is None:
+            self._model = dlib.face_recognition_model_v1(str(find_dlib_model(_RESNET, self._folder)))
         chips = []
         for image, points in zip(images, np.round(landmarks).astype(int), strict=True):
             (left, top), (right, bottom) = points.min(0), points.max(0)
@@ -114,7 +109,7 @@ class FaceIdentity:
             chips.append(dlib.get_face_chip(np.ascontiguousarray(image), shape, _CHIP, _PADDING))
         if not chips:
             return np.empty((0, 128), np.float32)
-        return np.array(self._network.compute_face_descriptor(chips), np.float32)
+        return np.array(self._model.compute_face_descriptor(chips), np.float32)
 
     def portrait(self, image: Pixels) -> npt.NDArray[np.float32]:
         """Embedding (128,) of the largest face in a picture (H, W, 3).

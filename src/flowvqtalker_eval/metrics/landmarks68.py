@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from flowvqtalker.errors import MissingDependency, UserError
 from flowvqtalker.weights import sha256
-from flowvqtalker_eval.metrics.analysis import Array, Settings
+from flowvqtalker_eval.metrics.analysis import Array, FrameExtractor, Settings
 
 __all__ = ["DLIB_SHA256", "MESH68", "Dlib68", "DlibModel", "Mesh68", "dlib_module", "find_dlib_model", "mesh68"]
 
@@ -100,7 +100,7 @@ def _load_models(folder: str | Path | None) -> tuple[Any, Any, Any]:
     return dlib, dlib.get_frontal_face_detector(), dlib.shape_predictor(str(path))
 
 
-class Dlib68:
+class Dlib68(FrameExtractor):
     """dlib's 68 points of the largest face of each frame, found in each frame on its own.
 
     Faces are sought in a reduced picture (256 pixels, then 512, then 1024 until there is one), the points in the full
@@ -116,28 +116,19 @@ class Dlib68:
 
     name = "dlib68"
     needs: tuple[str, ...] = ()
+    gives = ("landmarks68",)
 
     def __init__(self, folder: str | Path | None = None) -> None:
         self._folder = folder
-        self._models: tuple[Any, Any, Any] | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_folder": self._folder, "_models": None}
 
     def settings(self) -> Settings:
         """Detector and predictor."""
         digest = DLIB_SHA256["shape_predictor_68_face_landmarks.dat"][:16]
         return {"landmarks": "dlib 68", "sha256": digest, "detector": "dlib HOG, shorter side 256/512/1024"}
 
-    def _load(self) -> tuple[Any, Any, Any]:
-        """The module, the detector and the predictor."""
-        if self._models is None:
-            self._models = _load_models(self._folder)
-        return self._models
-
     def detect(self, grey: Pixels) -> tuple[int, int, int, int] | None:
         """Left, top, right and bottom of the largest face in a grey picture (H, W), or None."""
-        _, detector, _ = self._load()
+        _, detector, _ = _load_models(self._folder)
         short = min(grey.shape)
         for size in sorted({min(size, short) for size in _SEARCHED}):
             scale = short / size
@@ -156,7 +147,7 @@ class Dlib68:
 
     def points(self, grey: Pixels, box: tuple[int, int, int, int]) -> npt.NDArray[np.float32]:
         """The 68 points (68, 2) of the face in a box of a grey picture (H, W)."""
-        dlib, _, predictor = self._load()
+        dlib, _, predictor = _load_models(self._folder)
         found = predictor(np.ascontiguousarray(grey), dlib.rectangle(*box))
         return np.array([(p.x, p.y) for p in found.parts()], np.float32)
 
@@ -184,7 +175,7 @@ def mesh68(mesh: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.float32]:
     return np.ascontiguousarray(mesh[..., MESH68, :2], dtype=np.float32)
 
 
-class Mesh68:
+class Mesh68(FrameExtractor):
     """The 68 points picked from MediaPipe's face mesh, in place of dlib's: another backend, another column.
 
     Arrays: ``landmarks68`` (T, 68, 2); NaN where no face was found.
@@ -192,6 +183,7 @@ class Mesh68:
 
     name = "mesh68"
     needs: tuple[str, ...] = ("mesh",)
+    gives = ("landmarks68",)
 
     def settings(self) -> Settings:
         """The map, in short."""

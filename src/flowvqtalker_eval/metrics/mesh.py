@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from flowvqtalker_eval.metrics.analysis import Array, Settings
+from flowvqtalker_eval.metrics.analysis import Array, ClipExtractor, FrameExtractor, Settings
 
 __all__ = ["FitExtractor", "MeshExtractor"]
 
 
-class MeshExtractor:
+class MeshExtractor(FrameExtractor):
     """MediaPipe's landmarks and blendshapes of the largest face of each frame, found in each frame on its own.
 
     Arrays: ``mesh`` (T, 478, 3) in pixels of the frame, ``blendshapes`` (T, 52); NaN where no face was found.
@@ -21,12 +20,7 @@ class MeshExtractor:
 
     name = "mesh"
     needs: tuple[str, ...] = ()
-
-    def __init__(self) -> None:
-        self._tracker: Any = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_tracker": None}  # a native graph does not travel to other processes
+    gives = ("mesh", "blendshapes")
 
     def settings(self) -> Settings:
         """The tracker's model file."""
@@ -36,25 +30,25 @@ class MeshExtractor:
 
     def __call__(self, frames: npt.NDArray[np.uint8], known: dict[str, Array]) -> dict[str, Array]:
         """Frames (n, H, W, 3) to ``mesh`` and ``blendshapes``."""
-        if self._tracker is None:
+        if self._model is None:
             from flowvqtalker.face.tracker import FaceTracker
 
-            self._tracker = FaceTracker()
+            self._model = FaceTracker()
         mesh = np.full((len(frames), 478, 3), np.nan, np.float32)
         shapes = np.full((len(frames), 52), np.nan, np.float32)
         for i, frame in enumerate(frames):
-            for face in self._tracker.detect(frame)[:1]:
+            for face in self._model.detect(frame)[:1]:
                 mesh[i], shapes[i] = face.landmarks, face.blendshapes
         return {"mesh": mesh, "blendshapes": shapes}
 
     def close(self) -> None:
         """Free the native graph, before the program ends and it is too late; the next call makes a new one."""
-        if self._tracker is not None:
-            self._tracker.close()
-            self._tracker = None
+        if self._model is not None:
+            self._model.close()
+            self._model = None
 
 
-class FitExtractor:
+class FitExtractor(ClipExtractor):
     """Expression β and pose ρ of each frame: the face model fitted to the mesh, one identity a clip, no smoothing.
 
     The clip's own crop (:func:`flowvqtalker.face.crop.crop_box`) is the frame of reference, so that the translation of
@@ -68,13 +62,10 @@ class FitExtractor:
 
     name = "fit"
     needs: tuple[str, ...] = ("mesh",)
+    gives = ("expression", "pose", "identity")
 
     def __init__(self, weights: str | Path | None = None) -> None:
         self._weights = weights
-        self._model: Any = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_weights": self._weights, "_model": None}
 
     def settings(self) -> Settings:
         """The face model's file."""

@@ -17,7 +17,7 @@ import numpy as np
 import tyro
 
 from flowvqtalker.errors import MissingDependency, UserError
-from flowvqtalker_eval.metrics.analysis import Analysis, AnyExtractor, Settings, analyse, cached
+from flowvqtalker_eval.metrics.analysis import Analysis, Extractor, Settings, analyse, cached
 from flowvqtalker_eval.report import Row, Table, markdown, write
 from flowvqtalker_eval.tables.measures.base import Both, Measure, Options, Whole, pair_frames
 from flowvqtalker_eval.tables.pairs import Method, Pair, common, read_labels, read_method
@@ -171,10 +171,10 @@ def _protocol_note(options: Options) -> str:
 
 def available(
     measures: Sequence[Measure], required: Sequence[str]
-) -> tuple[list[Measure], dict[str, AnyExtractor], list[str]]:
+) -> tuple[list[Measure], dict[str, Extractor], list[str]]:
     """The measures that can be had, their extractors by name, and why the others cannot."""
     chosen: list[Measure] = []
-    extractors: dict[str, AnyExtractor] = {}
+    extractors: dict[str, Extractor] = {}
     missing: list[str] = []
     for one in measures:
         try:
@@ -190,7 +190,7 @@ def available(
     return chosen, extractors, missing
 
 
-def _settings(measures: Sequence[Measure], extractors: dict[str, AnyExtractor]) -> dict[str, Settings]:
+def _settings(measures: Sequence[Measure], extractors: dict[str, Extractor]) -> dict[str, Settings]:
     found = {one.name: dict(one.settings()) for one in measures}
     for name, extractor in extractors.items():
         found[name] = {**dict(extractor.settings()), **found.get(name, {})}
@@ -210,7 +210,7 @@ def _reference(methods: Sequence[Method]) -> Method:
 
 
 def _analyse_all(
-    paths: Sequence[Path], extractors: dict[str, AnyExtractor], cache: Path, options: Options
+    paths: Sequence[Path], extractors: dict[str, Extractor], cache: Path, options: Options
 ) -> dict[Path, str]:
     """Fill the cache with the analyses of all videos, in several processes; returns what could not be analysed."""
     wanted = list(extractors.values())
@@ -247,7 +247,7 @@ def _in_parallel(
     calls: Sequence[tuple[Callable[..., Any], tuple[Any, ...]]],
     options: Options,
     name: str,
-    extractors: Sequence[AnyExtractor] = (),
+    extractors: Sequence[Extractor] = (),
 ) -> list[Any]:
     """Results of calls, made in several processes, with a bar; the extractors stay loaded from call to call."""
     from tqdm import tqdm
@@ -281,10 +281,10 @@ def _in_parallel(
             return [future.result() for future in futures]
 
 
-_extractors: Sequence[AnyExtractor] = ()  # of this process
+_extractors: Sequence[Extractor] = ()  # of this process
 
 
-def _start(extractors: Sequence[AnyExtractor], jobs: int = 0) -> None:
+def _start(extractors: Sequence[Extractor], jobs: int = 0) -> None:
     """Set up a process, one of a pool of so many or (0) this one; what it had before is closed."""
     global _extractors
     for former in _extractors:
@@ -324,7 +324,7 @@ class _Collector:
     def __init__(
         self,
         measures: Sequence[Measure],
-        extractors: dict[str, AnyExtractor],
+        extractors: dict[str, Extractor],
         cache: Path,
         options: Options,
         broken: dict[Path, str],

@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from flowvqtalker_eval.metrics.analysis import Analysis, AnyExtractor, Array, Settings
+from flowvqtalker_eval.metrics.analysis import Analysis, Array, Extractor, Settings
 from flowvqtalker_eval.report import Column
 from flowvqtalker_eval.tables.pairs import Pair
 
@@ -110,7 +110,7 @@ class Measure:
     compare: Callable[[Path, Path], dict[str, float]] | None = None
     """Values of a pair from the frames of the real and the generated video; picklable. None where none is needed."""
 
-    def extractors(self) -> list[AnyExtractor]:
+    def extractors(self) -> list[Extractor]:
         """What it needs of the videos.
 
         Raises:
@@ -131,7 +131,7 @@ class Measure:
         return None
 
 
-def landmark_extractors(options: Options) -> list[AnyExtractor]:
+def landmark_extractors(options: Options) -> list[Extractor]:
     """What gives ``landmarks68``.
 
     Raises:

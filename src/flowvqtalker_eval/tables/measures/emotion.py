@@ -8,7 +8,7 @@ import numpy as np
 
 from flowvqtalker.errors import MissingDependency
 from flowvqtalker_eval.metrics.accuracy import CLASSES
-from flowvqtalker_eval.metrics.analysis import AnyExtractor, Array, Settings
+from flowvqtalker_eval.metrics.analysis import Array, ClipExtractor, Extractor, Settings
 from flowvqtalker_eval.metrics.mesh import MeshExtractor
 from flowvqtalker_eval.report import Column
 from flowvqtalker_eval.tables.measures.base import Both, Measure, Options, Whole, landmark_extractors
@@ -52,7 +52,7 @@ class Emotion(Measure):
     def __init__(self, options: Options) -> None:
         self.options = options
 
-    def extractors(self) -> list[AnyExtractor]:
+    def extractors(self) -> list[Extractor]:
         """Features of faces and classes."""
         from flowvqtalker.loading import choose_device
         from flowvqtalker_eval.evaluators.emotion import EmotionExtractor, EmotionScores
@@ -78,7 +78,7 @@ class EmotionFan(Measure):
     def __init__(self, options: Options) -> None:
         self.options = options
 
-    def extractors(self) -> list[AnyExtractor]:
+    def extractors(self) -> list[Extractor]:
         """Features of faces and classes."""
         from flowvqtalker.loading import choose_device
         from flowvqtalker_eval.metrics.emotion_fan import EmotionFanExtractor, EmotionFanScores
@@ -91,7 +91,7 @@ class EmotionFan(Measure):
         return _Shares("acc_fan", "emotion_fan")
 
 
-class MotionEmotionExtractor:
+class MotionEmotionExtractor(ClipExtractor):
     """``motion_emotion`` (8,): probabilities of the classes from ``expression``; NaN where there is no face.
 
     Arguments:
@@ -100,13 +100,11 @@ class MotionEmotionExtractor:
 
     name = "motion_emotion"
     needs: tuple[str, ...] = ("expression",)
+    gives = ("motion_emotion",)
 
     def __init__(self, weights: Any = None) -> None:
         self._weights = weights
         self._model: Any = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_weights": self._weights, "_model": None}
 
     def settings(self) -> Settings:
         """The weights."""
@@ -139,7 +137,7 @@ class MotionEmotion(Fitted):
         Column("acc_motion_clips", "Acc β clips", None, 0, "how many labelled clips that is", extra=True),
     )
 
-    def extractors(self) -> list[AnyExtractor]:
+    def extractors(self) -> list[Extractor]:
         """Fit and classes."""
         _needs_weights("motion_emotion", "motion-emotion", self.weights)
         return [*super().extractors(), MotionEmotionExtractor(self.weights)]

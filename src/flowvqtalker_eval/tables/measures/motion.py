@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from flowvqtalker.errors import MissingDependency
 from flowvqtalker_eval.metrics import motion
-from flowvqtalker_eval.metrics.analysis import AnyExtractor, Array, Settings
+from flowvqtalker_eval.metrics.analysis import Array, ClipExtractor, Extractor, Settings
 from flowvqtalker_eval.metrics.mesh import FitExtractor, MeshExtractor
 from flowvqtalker_eval.report import Column
 from flowvqtalker_eval.tables.measures.base import Both, Measure, Options, Whole
@@ -36,7 +36,7 @@ class Fitted(Measure):
             self._face = load_face_model(self.weights)
         return self._face
 
-    def extractors(self) -> list[AnyExtractor]:
+    def extractors(self) -> list[Extractor]:
         """Mesh and fit."""
         return [MeshExtractor(), FitExtractor(self.weights)]
 
@@ -126,7 +126,7 @@ class Blinks(Measure):
     def __init__(self, options: Options) -> None:
         del options
 
-    def extractors(self) -> list[AnyExtractor]:
+    def extractors(self) -> list[Extractor]:
         """The mesh."""
         return [MeshExtractor()]
 
@@ -148,20 +148,18 @@ class _BlinkSet:
         return {"blinks": motion.blink_rate(self.closures) if self.closures else float("nan")}
 
 
-class BeatExtractor:
+class BeatExtractor(ClipExtractor):
     """Beats of the sound and of the head: ``audio_beats`` (n,), ``head_beats`` (m,), in frames."""
 
     name = "beats"
     needs: tuple[str, ...] = ("pose",)
+    gives = ("audio_beats", "head_beats")
 
     def __init__(self, weights: str | Path | None = None) -> None:
         if importlib.util.find_spec("librosa") is None:  # to be known before anything is decoded
             raise MissingDependency("beats need librosa; run `pip install 'flowvqtalker[eval]'`")
         self._weights = weights
-        self._face: Any = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_weights": self._weights, "_face": None}
+        self._model: Any = None
 
     def settings(self) -> Settings:
         """librosa's version and the scales of time."""
@@ -180,11 +178,11 @@ class BeatExtractor:
         pairs = np.asarray(np.isfinite(pose).all(1))
         if wave is None or len(pose) < 3 or not (pairs[1:] & pairs[:-1]).any():
             return {"audio_beats": nothing, "head_beats": nothing}
-        if self._face is None:
+        if self._model is None:
             from flowvqtalker.loading import load_face_model
 
-            self._face = load_face_model(self._weights)
-        speed = beats.head_speed(self._face, pose)
+            self._model = load_face_model(self._weights)
+        speed = beats.head_speed(self._model, pose)
         return {"audio_beats": beats.audio_beats(wave), "head_beats": beats.motion_beats(speed)}
 
 
@@ -197,7 +195,7 @@ class Beats(Fitted):
         Column("beat_chance", "BA chance", None, 3, "BA of the same motion shifted at random", extra=True),
     )  # fmt: skip
 
-    def extractors(self) -> list[AnyExtractor]:
+    def extractors(self) -> list[Extractor]:
         """Beats, from the pose."""
         return [*super().extractors(), BeatExtractor(self.weights)]
 

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from flowvqtalker.errors import MissingDependency, UserError
 from flowvqtalker.io.media import read_image, read_video
-from flowvqtalker_eval.metrics.analysis import AnyExtractor, Settings
+from flowvqtalker_eval.metrics.analysis import Extractor, Settings
 from flowvqtalker_eval.metrics.mesh import MeshExtractor
 from flowvqtalker_eval.report import Column
 from flowvqtalker_eval.tables.measures.base import Both, Measure, Options, Whole, landmark_extractors
@@ -25,7 +25,7 @@ Pixels = npt.NDArray[np.uint8]
 _BATCH = 8
 
 
-def aligned_extractors(options: Options) -> list[AnyExtractor]:
+def aligned_extractors(options: Options) -> list[Extractor]:
     """What gives ``aligned`` and ``aligned68``: the landmarks predicted anew on the crop, or those of the mesh moved.
 
     Raises:
@@ -90,7 +90,7 @@ class Similarity(Measure):
         )
         self.compare = compare_frames if self.native else None
 
-    def extractors(self) -> list[AnyExtractor]:
+    def extractors(self) -> list[Extractor]:
         """The crops; the frames themselves need none."""
         return [] if self.native else aligned_extractors(self.options)
 
@@ -126,7 +126,7 @@ class LandmarkDistance(Measure):
             Column("f_lmd", "F-LMD", "lower", 3, "all 68 less their mean, pixels of 128"),
         )
 
-    def extractors(self) -> list[AnyExtractor]:
+    def extractors(self) -> list[Extractor]:
         """Landmarks on the crops."""
         return aligned_extractors(self.options)
 
@@ -187,7 +187,7 @@ class Fid(_Frechet):
         Column("fid_images", "FID images", None, 0, "pictures a side", extra=True),
     )
 
-    def extractors(self) -> list[AnyExtractor]:
+    def extractors(self) -> list[Extractor]:
         """Crops and Inception's features."""
         from flowvqtalker.loading import choose_device
         from flowvqtalker_eval.metrics.frechet import InceptionFeatures
@@ -212,7 +212,7 @@ class FrechetMobileNet(_Frechet):
             Column("frechet_mobilenet_images", "Fréchet images", None, 0, "pictures a side", extra=True),
         )
 
-    def extractors(self) -> list[AnyExtractor]:
+    def extractors(self) -> list[Extractor]:
         """Features, of crops or frames."""
         from flowvqtalker.loading import choose_device
         from flowvqtalker_eval.metrics.frechet import MobileNetFeatures
@@ -236,11 +236,11 @@ class Sharpness(Measure):
     def __init__(self, options: Options) -> None:
         del options
 
-    def extractors(self) -> list[AnyExtractor]:
+    def extractors(self) -> list[Extractor]:
         """CPBD of each frame."""
-        from flowvqtalker_eval.metrics.cpbd import Sharpness as Extractor
+        from flowvqtalker_eval.metrics.cpbd import Sharpness as SharpnessExtractor
 
-        return [Extractor()]
+        return [SharpnessExtractor()]
 
     def pair(self, both: Both) -> dict[str, float]:
         """Of the generated frames."""
@@ -266,7 +266,7 @@ class Identity(Measure):
         self._portraits: dict[Path, npt.NDArray[np.float32]] = {}
         self._embedder: Any = None
 
-    def extractors(self) -> list[AnyExtractor]:
+    def extractors(self) -> list[Extractor]:
         """Landmarks and embeddings."""
         from flowvqtalker_eval.metrics.identity import FaceIdentity
         from flowvqtalker_eval.metrics.landmarks68 import dlib_module, find_dlib_model
@@ -315,7 +315,7 @@ class Detection(Measure):
             Column("detected68", "Faces68 %", "higher", 1, f"the same of the 68 landmarks ({options.landmarks})"),
         )
 
-    def extractors(self) -> list[AnyExtractor]:
+    def extractors(self) -> list[Extractor]:
         """Both detectors, if dlib is there."""
         try:
             return [MeshExtractor(), *(e for e in landmark_extractors(self.options) if e.name != "mesh")]

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from flowvqtalker.errors import MissingDependency, UserError
-from flowvqtalker_eval.metrics.analysis import AnyExtractor, Array, Settings
+from flowvqtalker_eval.metrics.analysis import Array, Extractor, Settings, StreamExtractor
 from flowvqtalker_eval.metrics.mesh import MeshExtractor
 from flowvqtalker_eval.report import Column
 from flowvqtalker_eval.tables.measures.base import Both, Measure, Options, landmark_extractors
@@ -43,7 +43,7 @@ class SyncExpert(Measure):
     def __init__(self, options: Options) -> None:
         self.weights = options.weights
 
-    def extractors(self) -> list[AnyExtractor]:
+    def extractors(self) -> list[Extractor]:
         """Mouths and their embeddings."""
         from flowvqtalker import weights
         from flowvqtalker_eval.evaluators.sync_expert import MouthExtractor, SyncExpertExtractor
@@ -62,7 +62,7 @@ class SyncExpert(Measure):
         return _values("sync", sync_expert_score(video, audio))
 
 
-class SyncNetExtractor:
+class SyncNetExtractor(StreamExtractor):
     """``syncnet_curve`` (31,): mean distance of lips and sound for each shift; empty where nothing can be compared.
 
     Arguments:
@@ -76,16 +76,14 @@ class SyncNetExtractor:
 
     name = "syncnet"
     needs: tuple[str, ...] = ("landmarks68",)
+    gives = ("syncnet_curve",)
 
     def __init__(self, weights: Path | None, crop: str, device: str = "cpu") -> None:
         from flowvqtalker_eval.metrics.syncnet import find_syncnet
 
         self._path, self._sha256 = find_syncnet(weights)
         self._crop, self._device = crop, device
-        self._net: Any = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_net": None}
+        self._model: Any = None
 
     def settings(self) -> Settings:
         """Weights, crop and shifts."""
@@ -97,17 +95,17 @@ class SyncNetExtractor:
         self, frames: Iterable[npt.NDArray[np.uint8]], known: dict[str, Array], wave: npt.NDArray[np.float32] | None
     ) -> dict[str, Array]:
         """The curve of one clip."""
-        if self._net is None:
+        if self._model is None:
             from flowvqtalker.loading import choose_device
             from flowvqtalker_eval.metrics.syncnet import SyncNet
 
-            self._net = SyncNet(
+            self._model = SyncNet(
                 self._path, "eat" if self._crop == "eat" else "native", device=choose_device(self._device)
             )
         if wave is None or not np.isfinite(known["landmarks68"]).all((1, 2)).any():
             return {"syncnet_curve": np.zeros(0)}
         try:
-            return {"syncnet_curve": self._net.score(frames, known["landmarks68"], wave).curve}
+            return {"syncnet_curve": self._model.score(frames, known["landmarks68"], wave).curve}
         except UserError:  # a clip of six frames or less
             return {"syncnet_curve": np.zeros(0)}
 
@@ -125,7 +123,7 @@ class SyncNet(Measure):
     def __init__(self, options: Options) -> None:
         self.options = options
 
-    def extractors(self) -> list[AnyExtractor]:
+    def extractors(self) -> list[Extractor]:
         """Landmarks and SyncNet's curve."""
         curve = SyncNetExtractor(self.options.syncnet, self.options.protocol, self.options.device)
         return [*landmark_extractors(self.options), curve]
