@@ -179,7 +179,7 @@ BAD = {
     "no such track": (lambda at: {"options": ["--emotion-track", str(at / "e.csv")]}, "does not exist"),
     "empty track": (lambda at: {"options": ["--emotion-track", str(empty(at / "e.csv"))]}, "holds no row"),
     "no such pose": (lambda at: {"options": ["--pose-from", str(at / "p.npz")]}, "does not exist"),
-    "takes": (lambda at: {"options": ["--takes", "0"]}, "takes must be a number from 1"),
+    "takes": (lambda at: {"options": ["--takes", "0"]}, "num_samples must be from 1"),
     "intensity": (lambda at: {"options": ["--intensity", "9"]}, "intensity must be between"),
     "face number": (lambda at: {"options": ["--face", "3"]}, "--face 3: the picture has 1 face"),
     "no folder": (lambda at: {"output": "none/out.mp4"}, "there is no folder"),
@@ -260,7 +260,7 @@ def test_interrupt_is_clean(tmp_path, tiny_weights, portrait_file, number, code,
 
 
 def test_a_closed_pipe_is_no_error():
-    code = "from flowvqtalker import cli; cli._dispatch = lambda given: print('word ' * 10**6); exit(cli.main([]))"
+    code = "from flowvqtalker import cli; cli._registry = lambda: print('word ' * 10**6); exit(cli.main([]))"
     line = f'{sys.executable} -c "{code}" | head -c 1 >/dev/null; exit ${{PIPESTATUS[0]}}'
     done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, env=environment())
     assert (done.returncode, done.stderr) == (0, "")

@@ -18,7 +18,7 @@ from flowvqtalker.motion.head_pose import PoseTrack
 from flowvqtalker.motion.sampler import MotionGenerator
 from flowvqtalker.motion.stream import MotionStream
 from flowvqtalker.options import MotionOptions
-from flowvqtalker.pipeline import Talker, take_paths
+from flowvqtalker.pipeline import Talker, sample_paths
 from flowvqtalker.speech.features import COLUMNS, MELS
 from flowvqtalker.speech.features import windows as windows_of
 
@@ -343,11 +343,11 @@ def test_choices_that_do_not_go_together(talker, speech, choices, message):
 
 
 def test_names_of_takes(tmp_path):
-    assert take_paths("a.mp4", 1)[0].name == "a.mp4"
-    assert [path.name for path in take_paths(tmp_path / "a.b.mp4", 3)] == ["a.b_1.mp4", "a.b_2.mp4", "a.b_3.mp4"]
+    assert sample_paths("a.mp4", 1)[0].name == "a.mp4"
+    assert [path.name for path in sample_paths(tmp_path / "a.b.mp4", 3)] == ["a.b_1.mp4", "a.b_2.mp4", "a.b_3.mp4"]
     for takes in (0, -1, 1001):
         with pytest.raises(UserError, match="takes must be a number from 1 to 1000"):
-            take_paths("a.mp4", takes)
+            sample_paths("a.mp4", takes)
 
 
 # --------------------------------------------------------------------------------------------------------- streams

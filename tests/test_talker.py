@@ -319,7 +319,7 @@ def test_a_clip_without_a_face_is_refused(talker, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("device", "message"), [("tpu", "unknown device"), ("cuda:99", "is not there"), ("cpu:x", "unknown device")]
+    ("device", "message"), [("tpu", "unknown device"), ("cuda:99", "is not available"), ("cpu:x", "unknown device")]
 )
 def test_devices_that_are_not_there_are_named(device, message):
     with pytest.raises(UserError, match=message):
@@ -327,9 +327,9 @@ def test_devices_that_are_not_there_are_named(device, message):
 
 
 def test_names_of_types():
-    assert choose_dtype(None) is None
+    assert choose_dtype("auto") is None
     assert choose_dtype("bfloat16") is torch.bfloat16
-    with pytest.raises(UserError, match="choose one of float32, bfloat16"):
+    with pytest.raises(UserError, match="choose one of auto, float32, bfloat16"):
         choose_dtype("int8")
 
 

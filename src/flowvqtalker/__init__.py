@@ -14,7 +14,6 @@ __all__ = ["EMOTIONS", "Talker", "__version__"]
 __version__ = "0.1.0"
 
 
-
 def __getattr__(name: str) -> Any:
     # Talker pulls in torch and mediapipe; whoever needs only a name of this package does not wait for them.
     if name == "Talker":

@@ -1,302 +1,76 @@
-"""The command line: parses, calls, and turns every user error into one line and exit code 2."""
+"""The command line: one tyro app over every command; user errors become one line and exit code 2."""
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import logging
 import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import MISSING, dataclass, field, make_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any, Union
 
 import tyro
 
 from flowvqtalker import EMOTIONS, __version__
-from flowvqtalker.errors import UserError
-from flowvqtalker.options import MotionOptions
+from flowvqtalker.errors import MissingDependency, UserError
 
-if TYPE_CHECKING:
-    from flowvqtalker.pipeline import Talker
-
-# What is slow to import (torch, mediapipe, PyAV) is imported inside the commands, so that --help is quick.
-
-__all__ = ["main"]
-
-_STAGES = "face-model, codebook, vqig, speech, expflow, poseflow or sync"
-
-
-_File = Annotated[Path | None, tyro.conf.arg(metavar="FILE")]
-_Number = Annotated[float | None, tyro.conf.arg(metavar="X")]
-
-
-@dataclass(frozen=True, kw_only=True)
-class _MotionOptions(MotionOptions):
-    """What animate and motion let the user choose of the motion; the base class describes it."""
-
-    emotion: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
-    emotion_reference: _File = None
-    emotion_track: _File = None
-    pose_from: _File = None
-    temperature: _Number = None
-    articulation: _Number = None
-    blink_rate: _Number = None
-    takes: Annotated[int, tyro.conf.arg(metavar="N")] = 1
-    """Takes in one call, with the seeds SEED to SEED+N-1; they go to OUT_1 to OUT_N."""
-    weights: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
-    """Folder of weights with a manifest. Default: those of the package."""
-
-    def __post_init__(self) -> None:
-        """Checks nothing: an error in here would be the parser's. :meth:`motion` checks."""
-
-    def motion(self) -> MotionOptions:
-        """The options as :meth:`flowvqtalker.pipeline.Talker.motion` takes them."""
-        _check_inputs(self.emotion_reference, self.emotion_track, self.pose_from)
-        return MotionOptions(**{f.name: getattr(self, f.name) for f in fields(MotionOptions)})
-
-    def prepare(self, talker: Talker, options: MotionOptions) -> MotionOptions:
-        """The options with clips tracked, which takes a while."""
-        if self.pose_from is None or self.pose_from.suffix.lower() == ".npz":
-            return talker.resolve(options)
-        with _progress("pose") as progress:
-            return talker.resolve(replace(options, pose_from=talker.track(self.pose_from, progress=progress)))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Animate(_MotionOptions):
-    """Animate a portrait with speech: 512x512, 25 fps, H.264 and AAC, exactly as long as the speech."""
-
-    portrait: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="PORTRAIT")]
-    """Picture with a face (JPEG, PNG, WebP, ...)."""
-    speech: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="SPEECH")]
-    """Recording of speech: any audio or video file with sound."""
-    output: Annotated[Path, tyro.conf.arg(aliases=["-o"], metavar="FILE")]
-    """Video to write (.mp4, .mov or .mkv)."""
-    face: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
-    """Which face of the picture; 0 is the largest. Default: the largest."""
-    full: bool = False
-    """The whole picture, which bends with the head, instead of the 512x512 crop."""
-    device: str = "auto"
-    """auto, cpu, cuda or mps."""
-    dtype: Annotated[str | None, tyro.conf.arg(metavar="TYPE")] = None
-    """float32 or bfloat16. Default: what is fastest on the device."""
-
-    def run(self) -> None:
-        from flowvqtalker.io.media import check_output
-        from flowvqtalker.pipeline import Talker, take_paths
-
-        for path in take_paths(self.output, self.takes):
-            check_output(path)
-        options = self.motion()
-        _check_inputs(self.portrait, self.speech)
-        talker = Talker.load(self.weights, self.device, self.dtype)
-        options = self.prepare(talker, options)
-        with _progress("animate") as progress:
-            results = talker.animate_takes(
-                self.portrait,
-                self.speech,
-                self.output,
-                self.takes,
-                options,
-                face=self.face,
-                full=self.full,
-                progress=progress,
-            )
-            written = list(results)
-        for result in written:
-            print(f"{result.path}: {result.frames} frames, {result.width}x{result.height}")
+__all__ = ["COMMANDS", "main"]
 
 
 @dataclass(frozen=True)
-class Track:
-    """Track the face of a picture or video: landmarks, identity, expression and pose at 25 fps, as .npz or .csv."""
+class _Command:
+    """Where a command lives. Only the command that was asked for is imported.
 
-    input: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="INPUT")]
-    """Picture or video."""
-    output: Annotated[Path, tyro.conf.arg(aliases=["-o"], metavar="FILE")]
-    """File to write (.npz, or .csv with the ARKit blendshapes and the head's turns)."""
-    landmarks_only: bool = False
-    """Leave the coefficients at zero; needs no weights."""
-    smooth: bool = True
-    """Smooth the coefficients of a clip over time, lips and lids excepted."""
-    weights: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
-    """Folder of weights with a manifest. Default: those of the package."""
+    Attributes:
+        target: ``module:Class``, a dataclass of options with a method ``run``; or ``module`` of a training stage.
+        about: one line for the list of commands.
+        extra: extra of the package that brings what the command needs beyond animating.
+    """
 
-    def run(self) -> None:
-        from flowvqtalker.face.portrait import track
-        from flowvqtalker.io.media import check_output
-
-        check_output(self.output, (".npz", ".csv"))
-        _check_inputs(self.input)
-        model = None
-        if not self.landmarks_only:
-            from flowvqtalker.loading import load_face_model
-
-            model = load_face_model(self.weights)
-        with _progress("track") as progress:
-            found = track(model, self.input, smooth=self.smooth, progress=progress)
-        if self.output.suffix.lower() == ".csv":
-            from flowvqtalker.io.export import save_live_link
-
-            assert found.blendshapes is not None  # a tracker's result has them
-            save_live_link(self.output, found, found.blendshapes)
-        else:
-            found.save(self.output)
-        print(f"{self.output}: {len(found)} frames")
+    target: str
+    about: str
+    extra: str = ""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Motion(_MotionOptions):
-    """Make motion from speech, without pictures: .npz of coefficients, .csv of 52 ARKit blendshapes and the head's
-    turns (as Live Link Face records them), or .glb, an animated face."""
-
-    speech: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="SPEECH")]
-    """Recording of speech: any audio or video file with sound."""
-    output: Annotated[Path, tyro.conf.arg(aliases=["-o"], metavar="FILE")]
-    """File to write (.npz, .csv or .glb)."""
-    fps: Annotated[float | None, tyro.conf.arg(metavar="X")] = None
-    """Frames per second of the file, for instance 30 or 60. Default: 25, as the motion is made."""
-
-    def run(self) -> None:
-        import numpy as np
-        import torch
-
-        from flowvqtalker.io.audio import scan
-        from flowvqtalker.io.coefficients import Coefficients
-        from flowvqtalker.io.export import SUFFIXES, check_fps, export_motion
-        from flowvqtalker.io.media import check_output
-        from flowvqtalker.pipeline import Talker, take_paths
-
-        paths = [check_output(path, SUFFIXES) for path in take_paths(self.output, self.takes)]
-        check_fps(self.fps)
-        options = self.motion()
-        _check_inputs(self.speech)
-        found = scan(self.speech)
-        talker = Talker.load(self.weights, "cpu", parts=("face", "motion"))
-        options = self.prepare(talker, options)
-        for take, path in enumerate(paths):
-            expression, pose = [], []
-            done = 0
-            with _progress("motion") as progress:
-                for beta, rho in talker.motion(found, options=options, seed=self.seed + take):
-                    expression.append(beta)
-                    pose.append(rho)
-                    done += len(beta)
-                    progress(done, found.frames)
-            made = Coefficients(torch.cat(expression).numpy(), torch.cat(pose).numpy(), np.zeros(80, np.float32))
-            print(f"{path}: {len(export_motion(path, made, talker.face_model, self.fps))} frames")
-
-
-@dataclass(frozen=True)
-class Render:
-    """Animate a portrait with stored motion, made by `flowvqtalker motion` or tracked from a video."""
-
-    portrait: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="PORTRAIT")]
-    """Picture with a face (JPEG, PNG, WebP, ...)."""
-    motion: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="MOTION")]
-    """Motion file (.npz)."""
-    output: Annotated[Path, tyro.conf.arg(aliases=["-o"], metavar="FILE")]
-    """Video to write (.mp4, .mov or .mkv)."""
-    speech: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-    """Sound for the video. Default: silent."""
-    absolute_pose: bool = False
-    """Take the poses as they are stored; by default they move the portrait's own pose."""
-    face: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
-    """Which face of the picture; 0 is the largest. Default: the largest."""
-    full: bool = False
-    """The whole picture, which bends with the head, instead of the 512x512 crop."""
-    weights: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
-    """Folder of weights with a manifest. Default: those of the package."""
-    device: str = "auto"
-    """auto, cpu, cuda or mps."""
-    dtype: Annotated[str | None, tyro.conf.arg(metavar="TYPE")] = None
-    """float32 or bfloat16. Default: what is fastest on the device."""
-
-    def run(self) -> None:
-        from flowvqtalker.io.coefficients import Coefficients
-        from flowvqtalker.io.media import check_output
-        from flowvqtalker.pipeline import Talker
-
-        check_output(self.output)
-        _check_inputs(self.portrait, self.speech)
-        motion = Coefficients.load(self.motion)
-        talker = Talker.load(self.weights, self.device, self.dtype, parts=("face", "render"))
-        with _progress("render") as progress:
-            result = talker.reenact(
-                self.portrait,
-                motion,
-                self.output,
-                speech=self.speech,
-                absolute=self.absolute_pose,
-                face=self.face,
-                full=self.full,
-                progress=progress,
-            )
-        print(f"{result.path}: {result.frames} frames, {result.width}x{result.height}")
-
-
-@dataclass(frozen=True)
-class Train:
-    """Train a stage; `flowvqtalker train STAGE --help` shows its options."""
-
-    def run(self) -> None:
-        raise UserError(f"no stage was given; choose {_STAGES}")
-
-
-@dataclass(frozen=True)
-class Prepare:
-    """Turn clips and pictures on disk into shards for training; `flowvqtalker prepare --help` shows its options."""
-
-    def run(self) -> None:
-        raise UserError("no folder was given; see `flowvqtalker prepare --help`")
-
-
-@dataclass(frozen=True)
-class PrepareSpeech:
-    """Turn speech into a set for training the audio encoder; `flowvqtalker prepare-speech --help` shows its options."""
-
-    def run(self) -> None:
-        raise UserError("nothing was given; see `flowvqtalker prepare-speech --help`")
-
-
-@dataclass(frozen=True)
-class Evaluate:
-    """The paper's tables and figures, on any data; `flowvqtalker evaluate --help` lists them."""
-
-    def run(self) -> None:
-        raise UserError("nothing was given; see `flowvqtalker evaluate --help`")
-
-
-@dataclass(frozen=True)
-class Doctor:
-    """List what is installed, what is missing and how to get it; exit code 1 if something needed is missing."""
-
-    weights: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
-    """Folder of weights with a manifest. Default: those of the package."""
-
-    def run(self) -> None:
-        from flowvqtalker.doctor import examine, report
-
-        findings = examine(self.weights)
-        print(report(findings))
-        if any(finding.needed and not finding.good for finding in findings):
-            raise SystemExit(1)
-
-
-_COMMANDS: dict[str, Callable[..., Any]] = {
-    "animate": Animate,
-    "track": Track,
-    "motion": Motion,
-    "render": Render,
-    "train": Train,
-    "prepare": Prepare,
-    "prepare-speech": PrepareSpeech,
-    "evaluate": Evaluate,
-    "doctor": Doctor,
+_HERE = "flowvqtalker.commands"
+#: Command -> where it lives, or a group of commands.
+COMMANDS: dict[str, _Command | dict[str, _Command]] = {
+    "animate": _Command(f"{_HERE}:Animate", "Animate a portrait with speech."),
+    "track": _Command(f"{_HERE}:Track", "Track the face of an image or video."),
+    "motion": _Command(f"{_HERE}:Motion", "Make motion from speech, without images."),
+    "render": _Command(f"{_HERE}:Render", "Animate a portrait with stored motion."),
+    "prepare": _Command(
+        "flowvqtalker.data.prepare:Prepare", "Turn clips and images into shards for training.", "train"
+    ),
+    "prepare-speech": _Command(
+        "flowvqtalker.data.speech:PrepareSpeech", "Turn speech into a set for training the speech encoder.", "train"
+    ),
+    "doctor": _Command(f"{_HERE}:Doctor", "List what is installed, what is missing and how to get it."),
 }
+
+#: What each training stage learns.
+_STAGES = {
+    "face-model": "The linear 3D morphable model, from tracked faces.",
+    "codebook": "Encoder, codebook and decoder, by self-reconstruction of faces.",
+    "vqig": "The vector-quantized image generator, on a trained codebook.",
+    "mouth": "The refiner of teeth and the inside of the mouth.",
+    "speech": "The speech encoder.",
+    "expflow": "The expression flow.",
+    "poseflow": "The head pose flow.",
+    "sync": "Evaluator: which sound belongs to which lips.",
+    "emotion": "Evaluator: the emotion of a talking face.",
+    "motion-emotion": "Evaluator: the emotion of expression coefficients.",
+}
+
+_DESCRIPTION = (
+    "One portrait, a speech recording and an emotion in, an emotional 512x512 talking-face video out. "
+    f"Emotions: {', '.join(EMOTIONS)}."
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -309,15 +83,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         the exit code: 0, 1 (something needed is missing), 2 (user error), 130 or 143 (interrupted, terminated).
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
-    # `prepare` says itself whether a line is an error.
-    style = "%(message)s" if given[:1] in (["prepare"], ["prepare-speech"]) else "%(levelname)s: %(message)s"
-    logging.basicConfig(level=logging.WARNING, format=f"flowvqtalker: {style}")
+    logging.basicConfig(level=logging.WARNING, format="flowvqtalker: %(levelname)s: %(message)s")
     logging.getLogger("flowvqtalker").setLevel(logging.INFO)
     for level, name in ((logging.WARNING, "warning"), (logging.INFO, "info"), (logging.ERROR, "error")):
         logging.addLevelName(level, name)
     try:
         with _quiet_libraries(), _terminable():
-            _dispatch(given)
+            if given in (["--version"], ["version"]):
+                print(f"flowvqtalker {__version__}")
+            else:
+                tyro.cli(
+                    _union(_registry(), given),
+                    prog="flowvqtalker",
+                    description=_DESCRIPTION,
+                    args=given or ["--help"],
+                    config=(tyro.conf.OmitSubcommandPrefixes,),
+                ).run()
             sys.stdout.flush()
         return 0
     except UserError as error:
@@ -334,54 +115,108 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 2
 
 
-def _dispatch(given: list[str]) -> None:
-    if given in (["--version"], ["version"]):
-        print(f"flowvqtalker {__version__}")
-        return
-    if len(given) > 1 and given[0] == "train" and not given[1].startswith("-"):
-        from flowvqtalker import train
+def _registry() -> dict[str, _Command | dict[str, _Command]]:
+    """Every command, with the stages of training and the tables and figures of evaluation."""
+    from flowvqtalker.train import STAGES
+    from flowvqtalker_eval.commands import COMMANDS as EVALUATE
+    from flowvqtalker_eval.evaluators import STAGES as EVALUATORS
 
-        train.main(given[1], given[2:])
-        return
-    if len(given) > 1 and given[0] in ("prepare", "prepare-speech"):
-        from flowvqtalker.data import prepare, speech
+    train = {name: _Command(module, _STAGES[name], "train") for name, module in (STAGES | EVALUATORS).items()}
+    evaluate = {name: _Command(target, about, "eval") for name, (target, about) in EVALUATE.items()}
+    return {**COMMANDS, "train": train, "evaluate": evaluate}
 
-        (prepare if given[0] == "prepare" else speech).main(given[1:])
-        return
-    if len(given) > 1 and given[0] == "evaluate":
-        from flowvqtalker_eval import commands as evaluate
 
-        evaluate.main(given[1:])
-        return
-    description = (
-        "One portrait, a speech recording and an emotion in, an emotional 512x512 talking-face video out. "
-        f"Emotions: {', '.join(EMOTIONS)}."
+def _union(commands: dict[str, Any], given: Sequence[str]) -> Any:
+    """The type that tyro parses: the chosen command with its options, the others by name and description alone."""
+    chosen = given[0] if given else None
+    if chosen is not None and chosen not in commands and not chosen.startswith("-"):
+        raise UserError(f"unknown command {chosen!r}; choose one of {', '.join(commands)}")
+    members = []
+    for name, command in commands.items():
+        if isinstance(command, dict):
+            kind = _group(name, command, given[1:] if name == chosen else ())
+            about = _GROUPS[name]
+        else:
+            kind = _load(name, command, given[1:]) if name == chosen else make_dataclass(name, ())
+            about = command.about
+        members.append(Annotated[kind, tyro.conf.subcommand(name, description=about, prefix_name=False)])
+    return Union[tuple(members)]  # noqa: UP007  # built at run time
+
+
+_GROUPS = {
+    "train": "Train a stage; `train STAGE --help` shows its options.",
+    "evaluate": "The paper's tables and figures; `evaluate NAME --help` shows the options of one.",
+}
+
+
+def _group(name: str, commands: dict[str, _Command], given: Sequence[str]) -> Any:
+    """A command that holds commands."""
+
+    def run(self: Any) -> None:
+        self.command.run()
+
+    return make_dataclass(
+        name,
+        [("command", Annotated[_union(commands, given), tyro.conf.arg(name="")])],
+        namespace={"run": run, "__doc__": _GROUPS[name]},
     )
-    command = tyro.extras.subcommand_cli_from_dict(
-        _COMMANDS, prog="flowvqtalker", description=description, args=given or ["--help"]
-    )
-    command.run()
 
 
-def _check_inputs(*paths: Path | None) -> None:
-    """Missing files are named before anything slow begins."""
-    for path in paths:
-        if path is not None and not path.is_file():
-            raise UserError(f"{path} {'is a folder' if path.is_dir() else 'does not exist'}; check the name")
+def _load(name: str, command: _Command, given: Sequence[str]) -> Any:
+    """Import a command's class.
+
+    Raises:
+        MissingDependency: if a package is missing that the command's extra would bring.
+    """
+    module, _, kind = command.target.partition(":")
+    try:
+        found = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if not command.extra or package in ("flowvqtalker", "flowvqtalker_eval"):
+            raise
+        raise MissingDependency(
+            f"{name} needs the package {package}; run `pip install 'flowvqtalker[{command.extra}]'`"
+        ) from error
+    return getattr(found, kind) if kind else _stage(name, found, given)
 
 
-@contextlib.contextmanager
-def _progress(name: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on a terminal, nothing elsewhere."""
-    from tqdm import tqdm
+def _stage(name: str, module: Any, given: Sequence[str]) -> Any:
+    """The command that trains a stage: --out, --config, --resume, and every field of the stage's ``Config``.
 
-    with tqdm(desc=name, unit="frame", disable=None, dynamic_ncols=True, leave=False) as bar:
+    The defaults that ``--help`` shows are those of the configuration file, so it is read before the options are parsed.
+    """
+    from flowvqtalker.train import train
+    from flowvqtalker.train.config import load_yaml
 
-        def advance(done: int, total: int) -> None:
-            bar.total = total or None
-            bar.update(done - bar.n)
+    def option(flag: str) -> str | None:
+        for place, part in enumerate(given):
+            if part == flag and place + 1 < len(given):
+                return given[place + 1]
+            if part.startswith(flag + "="):
+                return part.partition("=")[2]
+        return None
 
-        yield advance
+    out, config = Path(option("--out") or f"runs/{name}"), option("--config")
+    if config is None and "--resume" in given and (out / "config.yaml").exists():
+        config = str(out / "config.yaml")
+
+    def run(self: Any) -> None:
+        train(name, self.options, self.out, self.resume)
+
+    default: Any = MISSING if config is None else load_yaml(module.Config, config)
+    options = field(default_factory=module.Config) if default is MISSING else field(default=default)
+    fields: list[Any] = [
+        ("out", Annotated[Path, tyro.conf.arg(help="Folder of the run.", metavar="FOLDER")], field(default=out)),
+        (
+            "config",
+            Annotated[Path | None, tyro.conf.arg(help="YAML file whose values replace the defaults.", metavar="FILE")],
+            field(default=None),
+        ),
+        ("resume", Annotated[bool, tyro.conf.arg(help="Continue the run in that folder.")], field(default=False)),
+        ("options", Annotated[module.Config, tyro.conf.arg(name="")], options),
+    ]
+    return make_dataclass(name, fields, frozen=True, namespace={"run": run, "__doc__": module.__doc__})
 
 
 @contextlib.contextmanager

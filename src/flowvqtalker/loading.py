@@ -47,7 +47,9 @@ def choose_device(device: str = "auto") -> torch.device:
     if kind not in there or not (index or "0").isdigit():
         raise UserError(f"unknown device {device!r}; choose one of auto, cpu, cuda, mps")
     if int(index or 0) >= there[kind]:
-        raise UserError(f"device {device!r} is not there; choose auto or cpu (`flowvqtalker doctor` lists the devices)")
+        raise UserError(
+            f"device {device!r} is not available; choose auto or cpu (`flowvqtalker doctor` lists the devices)"
+        )
     return torch.device(device)
 
 
@@ -62,11 +64,15 @@ def fast_dtype(device: torch.device) -> torch.dtype:
     return torch.float32
 
 
-def choose_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    """A floating point type by name; None stays None."""
-    if dtype is None or isinstance(dtype, torch.dtype):
+def choose_dtype(dtype: str | torch.dtype = "auto") -> torch.dtype | None:
+    """A floating point type by name; None for ``auto``, the fastest on the device (:func:`fast_dtype`).
+
+    Raises:
+        UserError: if the name is unknown.
+    """
+    if isinstance(dtype, torch.dtype):
         return dtype
-    kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    kinds = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
     if dtype not in kinds:
         raise UserError(f"unknown dtype {dtype!r}; choose one of {', '.join(kinds)}")
     return kinds[dtype]
@@ -81,8 +87,13 @@ def load_face_model(path: str | Path | None = None) -> FaceModel:
         raise weights.mismatch("face_model", str(error), path) from error
 
 
-def load_listener(path: str | Path | None = None) -> Listener:
-    """The listener of a folder of weights."""
+def load_listener(path: str | Path | None = None, *, exact: bool = False) -> Listener:
+    """The listener of a folder of weights.
+
+    Arguments:
+        exact: compute in float32; otherwise in bfloat16 and int8 where the processor has them, which is faster and
+            differs from one kind of processor to another.
+    """
     tensors, config = weights.load("listener", path)
     try:
         listener = Listener(ListenerConfig(**config))
@@ -90,6 +101,8 @@ def load_listener(path: str | Path | None = None) -> Listener:
         raise weights.mismatch("listener", str(error), path) from error
     kept = {key.removeprefix("audio."): value for key, value in tensors.items() if key.startswith("audio.")}
     weights.restore(listener, kept, "listener", path)
+    if exact:
+        return listener.eval()
     listener = listener.to(fast_dtype(torch.device("cpu"))).eval()
     if listener.offset.dtype == torch.bfloat16:
         quantise(listener)
@@ -116,9 +129,14 @@ def load_flow(
     return flow, bank
 
 
-def load_flows(path: str | Path | None = None) -> tuple[ExpFlow, PoseFlow, LatentBank | None]:
-    """The two flows of a folder of weights, which share their listener, and the bank of latents."""
-    expflow, bank = load_flow(ExpFlow, "expflow", path)
+def load_flows(path: str | Path | None = None, *, exact: bool = False) -> tuple[ExpFlow, PoseFlow, LatentBank | None]:
+    """The two flows of a folder of weights, which share their listener, and the bank of latents.
+
+    Arguments:
+        exact: see :func:`load_listener`.
+    """
+    hears = bool(weights.load("expflow", path)[1].get("listener", False))
+    expflow, bank = load_flow(ExpFlow, "expflow", path, load_listener(path, exact=True) if exact and hears else None)
     listener = expflow.audio if isinstance(expflow.audio, Listener) else None
     poseflow, _ = load_flow(PoseFlow, "poseflow", path, listener)
     return expflow, poseflow, bank

@@ -1,4 +1,4 @@
-"""What a user may choose of the motion: one place for the command line and for Python."""
+"""Options of the motion, declared once for the command line and for Python."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from flowvqtalker.errors import UserError
 from flowvqtalker.motion.emotion_track import EmotionTrack, parse_emotion
 
-# No torch here, so that --help stays quick.
+# Without torch, so that --help stays quick.
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -44,7 +44,7 @@ def check_limits(**given: float | None) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class MotionOptions:
-    """What can be chosen of the motion. The defaults of None are the weights' own.
+    """Options of the motion. None means the default of the weights.
 
     Raises:
         UserError: for an unknown emotion, a number out of its limits, or choices that exclude each other.
@@ -53,22 +53,22 @@ class MotionOptions:
     emotion: str | None = None
     """One of the nine, or a mixture as happy:0.7,surprised:0.3. Default: neutral, or that of the reference."""
     emotion_reference: Reference | None = None
-    """Picture or clip of anyone, to take the emotion from."""
+    """Image or clip of anyone, to take the emotion from."""
     emotion_track: Course | None = None
-    """Emotion over time: csv file with the columns time (seconds), emotion and, if wanted, intensity."""
+    """Emotion over time: csv file with the columns time (seconds), emotion and optionally intensity."""
     intensity: float = 1.0
-    """Strength of the emotion: 0 is neutral, 1 as learnt, up to 2."""
+    """Strength of the emotion: 0 is neutral, 1 as learnt, at most 2."""
     temperature: float | None = None
     """How much the motion varies: 0 (the most likely motion) to 2. Default: what suits the weights."""
     articulation: float | None = None
     """How far the lips move with the speech: 0 (not at all) to 3. Default: what suits the weights."""
     blink_rate: float | None = None
-    """Blinks a minute, 0 to 60. Default: as in the clips that the weights were trained on."""
+    """Blinks per minute, 0 to 60. Default: as in the clips that the weights were trained on."""
     seed: int = 0
-    """Another seed gives another take; the same seed the same motion."""
+    """Another seed gives another sample; the same seed gives the same motion on the same kind of processor."""
     pose_scale: float = 1.0
     """Factor on the movement of the head, 0 (still) to 2."""
-    still: bool = False
+    fixed_pose: bool = False
     """Hold the head still; the face moves and the eyes blink."""
     pose_from: HeadMotion | None = None
     """Clip or motion file (.npz) to take the movement of the head from; repeated if it is shorter than the speech."""
@@ -84,8 +84,8 @@ class MotionOptions:
         for name, value in others.items():
             if self.emotion_track is not None and value is not None:
                 raise UserError(f"{name} and emotion_track exclude each other; give one")
-        if self.still and self.pose_from is not None:
-            raise UserError("still and pose_from exclude each other; give one")
+        if self.fixed_pose and self.pose_from is not None:
+            raise UserError("fixed_pose and pose_from exclude each other; give one")
         if not 0 <= self.seed < 2**62:
             raise UserError(f"seed must be a number from 0 to 2**62 - 1, got {self.seed}")
         check_limits(
@@ -96,11 +96,10 @@ class MotionOptions:
             pose_scale=self.pose_scale,
         )
 
-    @classmethod
-    def of(cls, options: MotionOptions | None, choices: dict[str, Any]) -> MotionOptions:
-        """Options with some of them chosen anew by name."""
-        known = MotionOptions.__dataclass_fields__
-        unknown = [name for name in choices if name not in known]
-        if unknown:
-            raise TypeError(f"unknown option {unknown[0]!r} of the motion; there are {', '.join(known)}")
-        return replace(options or MotionOptions(), **choices)
+    def updated(self, **given: Any) -> MotionOptions:
+        """These options, with those that were given (are not None) in place of its own.
+
+        Raises:
+            UserError: as the constructor.
+        """
+        return replace(self, **{name: value for name, value in given.items() if value is not None})

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from flowvqtalker.io import audio as decode
 from flowvqtalker.io.coefficients import Coefficients
 from flowvqtalker.io.media import FPS, Picture, VideoWriter, check_output
 from flowvqtalker.loading import choose_device, choose_dtype, fast_dtype, load_face_model, load_flows, load_generator
-from flowvqtalker.motion.emotion_track import EmotionTrack, parse_emotion
+from flowvqtalker.motion.emotion_track import EmotionTrack
 from flowvqtalker.motion.flow import ExpFlow, PoseFlow
 from flowvqtalker.motion.head_pose import PoseTrack
 from flowvqtalker.motion.manifold import LatentBank
@@ -32,7 +32,7 @@ from flowvqtalker.render.paste import Paster, limit_pose, paste_frames
 from flowvqtalker.render.renderer import Renderer
 from flowvqtalker.render.vqig import VQIG
 
-__all__ = ["Block", "Result", "Talker", "check_emotion", "take_paths", "write_video"]
+__all__ = ["Block", "Result", "Talker", "sample_paths", "write_video"]
 
 _REFERENCE_SECONDS = 30
 _BLOCK_SECONDS = 1.0
@@ -58,36 +58,30 @@ class Result:
     height: int
 
 
-def check_emotion(emotion: str | None) -> None:
-    """Raise a :class:`UserError` that lists the nine if the emotion is none of them and no mixture of them."""
-    if emotion is not None:
-        parse_emotion(emotion)
-
-
-def take_paths(path: str | Path, takes: int) -> list[Path]:
-    """Names of several takes: ``OUT_1.mp4`` to ``OUT_N.mp4``; of a single one, the name itself.
+def sample_paths(path: str | Path, num_samples: int) -> list[Path]:
+    """Names of several samples: ``OUT_1.mp4`` to ``OUT_N.mp4``; of a single one, the name itself.
 
     Raises:
-        UserError: for less than one take, or more than a thousand.
+        UserError: for fewer than one sample, or more than a thousand.
     """
-    if not 1 <= takes <= 1000:
-        raise UserError(f"takes must be a number from 1 to 1000, got {takes}")
+    if not 1 <= num_samples <= 1000:
+        raise UserError(f"num_samples must be from 1 to 1000, got {num_samples}")
     path = Path(path)
-    return [path] if takes == 1 else [path.with_stem(f"{path.stem}_{take}") for take in range(1, takes + 1)]
+    return [path] if num_samples == 1 else [path.with_stem(f"{path.stem}_{k}") for k in range(1, num_samples + 1)]
 
 
 class Talker:
-    """Animates portraits. Load it once, use it often; everything streams, in memory that does not grow with the speech.
+    """Animates portraits. Load it once, use it often. Everything streams: memory does not grow with the speech.
 
     ::
 
-        talker = Talker.load()
+        talker = Talker.from_pretrained()
         talker.animate("portrait.jpg", "speech.wav", "out.mp4", emotion="happy")
 
     Arguments:
-        face_model, expflow, poseflow, bank, generator: the parts; None where a part is not needed.
-        device: where the generator runs.
-        dtype: of the generator; None chooses what is fastest on the device.
+        face_model, expflow, poseflow, bank, generator: the components; None where one is not needed.
+        device: where the image generator runs.
+        dtype: type of its arithmetic; None chooses the fastest on the device.
     """
 
     def __init__(
@@ -106,6 +100,43 @@ class Talker:
         self.device, self.dtype = torch.device(device), dtype
 
     @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path | None = None,
+        *,
+        device: str = "auto",
+        dtype: str | torch.dtype = "auto",
+        components: Iterable[str] = ("face", "motion", "render"),
+        exact: bool = False,
+    ) -> Talker:
+        """Load the weights.
+
+        Arguments:
+            path: folder of weights with a manifest; None takes those of the package.
+            device: where the image generator runs: ``auto``, ``cpu``, ``cuda`` or ``mps``.
+            dtype: type of its arithmetic: ``auto`` (the fastest on the device), ``float32`` or ``bfloat16``.
+            components: ``face`` alone can track, with ``motion`` it can make motion, with ``render`` images.
+            exact: compute everything in float32, the speech encoder too, whose fast form depends on the processor.
+                The same seed then gives the same motion to 1e-4 on every x86 machine.
+
+        Raises:
+            UserError: if weights are missing, damaged (named by their sha256) or do not fit, or a name is unknown.
+        """
+        wanted = set(components)
+        if unknown := wanted - {"face", "motion", "render"}:
+            raise UserError(f"unknown components {', '.join(sorted(unknown))}; choose from face, motion, render")
+        chosen = choose_device(device)
+        kind = torch.float32 if exact else choose_dtype(dtype)
+        face_model = expflow = poseflow = bank = generator = None
+        if "face" in wanted:
+            face_model = load_face_model(path)
+        if "motion" in wanted:
+            expflow, poseflow, bank = load_flows(path, exact=exact)
+        if "render" in wanted:
+            generator = load_generator(path)
+        return cls(face_model, expflow, poseflow, bank, generator, device=chosen, dtype=kind)
+
+    @classmethod
     def load(
         cls,
         weights: str | Path | None = None,
@@ -113,27 +144,8 @@ class Talker:
         dtype: str | torch.dtype | None = None,
         parts: Iterable[str] = ("face", "motion", "render"),
     ) -> Talker:
-        """Load the weights.
-
-        Arguments:
-            weights: folder with a manifest; None takes those of the package.
-            device: ``auto``, ``cpu``, ``cuda`` or ``mps``.
-            dtype: of the generator, ``float32`` or ``bfloat16``; None chooses what is fastest on the device.
-            parts: ``face`` alone can track, with ``motion`` it can make motion, with ``render`` pictures.
-
-        Raises:
-            UserError: if weights are missing, damaged (named by their sha256) or do not fit.
-        """
-        wanted = set(parts)
-        chosen, kind = choose_device(device), choose_dtype(dtype)
-        face_model = expflow = poseflow = bank = generator = None
-        if "face" in wanted:
-            face_model = load_face_model(weights)
-        if "motion" in wanted:
-            expflow, poseflow, bank = load_flows(weights)
-        if "render" in wanted:
-            generator = load_generator(weights)
-        return cls(face_model, expflow, poseflow, bank, generator, device=chosen, dtype=kind)
+        """The former name of :meth:`from_pretrained`."""
+        return cls.from_pretrained(weights, device=device, dtype="auto" if dtype is None else dtype, components=parts)
 
     @property
     def face_model(self) -> FaceModel:
@@ -143,15 +155,15 @@ class Talker:
     # ---------------------------------------------------------------------------------------------------- inputs
 
     def portrait(self, source: str | Path | Picture, face: int | None = None) -> Portrait:
-        """A picture made ready, once for many speeches; see :func:`flowvqtalker.face.portrait.find_portrait`."""
+        """Prepare an image, once for many recordings; see :func:`flowvqtalker.face.portrait.find_portrait`."""
         return find_portrait(self.face_model, source, face)
 
     def track(self, source: str | Path, *, smooth: bool = True, progress: Progress | None = None) -> Coefficients:
-        """Landmarks and coefficients of a picture or video; see :func:`flowvqtalker.face.portrait.track`."""
+        """Landmarks and coefficients of an image or video; see :func:`flowvqtalker.face.portrait.track`."""
         return track(self.face_model, source, smooth=smooth, progress=progress)
 
     def reference(self, source: str | Path) -> Tensor:
-        """Expression (R, 64) of a picture or clip, to take the emotion from; of a clip the first 30 seconds."""
+        """Expression (R, 64) of an image or clip, to take the emotion from; of a clip the first 30 seconds."""
         landmarks, _ = track_landmarks(source, limit=_REFERENCE_SECONDS * FPS, model=self.face_model)
         fitted = fit(self.face_model, crop_box(landmarks).points(landmarks), smooth=True)
         return torch.from_numpy(fitted.expression)
@@ -170,20 +182,17 @@ class Talker:
 
     # ---------------------------------------------------------------------------------------------------- motion
 
-    def stream(
-        self, portrait: Portrait | None = None, options: MotionOptions | None = None, **choices: Any
-    ) -> MotionStream:
+    def stream(self, portrait: Portrait | None = None, options: MotionOptions | None = None) -> MotionStream:
         """Motion for speech that arrives in blocks; see :class:`flowvqtalker.motion.stream.MotionStream`.
 
         Arguments:
             portrait: whose face starts the motion; None is the mean face seen from the front.
             options: see :class:`flowvqtalker.options.MotionOptions`.
-            choices: fields of the options by name, for instance ``emotion="happy"``; they go before ``options``.
 
         Raises:
             UserError: if an option cannot be used.
         """
-        chosen = self.resolve(MotionOptions.of(options, choices))
+        chosen = self.resolve(options or MotionOptions())
         pose0 = self.front_pose() if portrait is None else portrait.pose
         given = chosen.emotion_reference is not None or chosen.emotion_track is not None
         generator = MotionGenerator(
@@ -206,7 +215,7 @@ class Talker:
         return MotionStream(generator, pose0, chosen.pose_scale)
 
     def resolve(self, options: MotionOptions) -> MotionOptions:
-        """The options with files read and clips tracked, so that several takes need it once.
+        """The options with files read and clips tracked, so that several samples need it once.
 
         Raises:
             UserError: if a file cannot be used.
@@ -226,7 +235,18 @@ class Talker:
         speech: str | Path | decode.Speech,
         portrait: Portrait | None = None,
         options: MotionOptions | None = None,
-        **choices: Any,
+        *,
+        emotion: str | None = None,
+        emotion_reference: str | Path | Tensor | None = None,
+        emotion_track: str | Path | EmotionTrack | None = None,
+        intensity: float | None = None,
+        temperature: float | None = None,
+        articulation: float | None = None,
+        blink_rate: float | None = None,
+        seed: int | None = None,
+        pose_scale: float | None = None,
+        fixed_pose: bool | None = None,
+        pose_from: str | Path | Coefficients | None = None,
     ) -> Iterator[Block]:
         """Motion for speech, block by block.
 
@@ -235,7 +255,7 @@ class Talker:
                 still being spoken, see :meth:`stream`.)
             portrait: whose face starts the motion; None is the mean face seen from the front.
             options: see :class:`flowvqtalker.options.MotionOptions`.
-            choices: fields of the options by name, for instance ``emotion="happy"``; they go before ``options``.
+            emotion, ..., pose_from: fields of the options; they replace those of ``options``.
 
         Yields:
             expression (t, 64) and pose (t, 6), float32 on the CPU; together one row for each of the speech's frames
@@ -244,7 +264,19 @@ class Talker:
         Raises:
             UserError: at once, if the speech or an option cannot be used.
         """
-        chosen = MotionOptions.of(options, choices)
+        chosen = (options or MotionOptions()).updated(
+            emotion=emotion,
+            emotion_reference=emotion_reference,
+            emotion_track=emotion_track,
+            intensity=intensity,
+            temperature=temperature,
+            articulation=articulation,
+            blink_rate=blink_rate,
+            seed=seed,
+            pose_scale=pose_scale,
+            fixed_pose=fixed_pose,
+            pose_from=pose_from,
+        )
         found = speech if isinstance(speech, decode.Speech) else decode.scan(speech)
         return self.stream(portrait, chosen).run(decode.stream(found.path, _BLOCK_SECONDS))
 
@@ -294,10 +326,20 @@ class Talker:
         output: str | Path,
         options: MotionOptions | None = None,
         *,
+        emotion: str | None = None,
+        emotion_reference: str | Path | Tensor | None = None,
+        emotion_track: str | Path | EmotionTrack | None = None,
+        intensity: float | None = None,
+        temperature: float | None = None,
+        articulation: float | None = None,
+        blink_rate: float | None = None,
+        seed: int | None = None,
+        pose_scale: float | None = None,
+        fixed_pose: bool | None = None,
+        pose_from: str | Path | Coefficients | None = None,
         face: int | None = None,
         full: bool = False,
         progress: Progress | None = None,
-        **choices: Any,
     ) -> Result:
         """Animate a portrait with speech into a video as long as the speech.
 
@@ -306,60 +348,73 @@ class Talker:
             speech: any file with sound; it becomes the sound of the video.
             output: ``.mp4``, ``.mov`` or ``.mkv``; appears when it is complete.
             options: see :class:`flowvqtalker.options.MotionOptions`.
-            face: which face of the picture, 0 is the largest; None takes the largest.
-            full: the whole picture instead of the 512x512 crop.
-            progress: called after each frame.
-            choices: fields of the options by name, for instance ``emotion="happy"``; they go before ``options``.
+            emotion, ..., pose_from: fields of the options; they replace those of ``options``.
+            face: which face of the image, 0 is the largest; None takes the largest.
+            full: write the whole image instead of the 512x512 crop.
+            progress: called after each frame with the frames done and in total.
 
         Raises:
             UserError: if an input cannot be used or the output cannot be written; then there is no output.
         """
-        chosen = MotionOptions.of(options, choices)
-        (result,) = self.animate_takes(portrait, speech, output, 1, chosen, face=face, full=full, progress=progress)
+        chosen = (options or MotionOptions()).updated(
+            emotion=emotion,
+            emotion_reference=emotion_reference,
+            emotion_track=emotion_track,
+            intensity=intensity,
+            temperature=temperature,
+            articulation=articulation,
+            blink_rate=blink_rate,
+            seed=seed,
+            pose_scale=pose_scale,
+            fixed_pose=fixed_pose,
+            pose_from=pose_from,
+        )
+        (result,) = self.animate_samples(portrait, speech, output, 1, chosen, face=face, full=full, progress=progress)
         return result
 
-    def animate_takes(
+    def animate_samples(
         self,
         portrait: str | Path | Picture | Portrait,
         speech: str | Path,
         output: str | Path,
-        takes: int,
+        num_samples: int,
         options: MotionOptions | None = None,
         *,
         face: int | None = None,
         full: bool = False,
         progress: Progress | None = None,
-        **choices: Any,
     ) -> Iterator[Result]:
-        """Several takes of :meth:`animate`, with the seeds ``seed``, ``seed + 1``, ...; the portrait, a reference and a
-        clip with head motion are prepared once.
+        """Several samples of :meth:`animate`, with the seeds ``seed``, ``seed + 1``, ...
+
+        The portrait, a reference and a clip with head motion are prepared once.
 
         Arguments:
-            output: the takes go to ``OUT_1.mp4`` to ``OUT_N.mp4`` (see :func:`take_paths`), each when it is complete.
-            takes: N.
-            progress: called after each frame, with the frames of all takes.
+            output: the samples go to ``OUT_1.mp4`` to ``OUT_N.mp4`` (:func:`sample_paths`), each when it is complete.
+            num_samples: N.
+            progress: called after each frame with the frames of all samples.
 
         Yields:
-            a result after each take.
+            a result after each sample.
 
         Raises:
             UserError: at once, if an input cannot be used or an output cannot be written.
         """
-        chosen = MotionOptions.of(options, choices)
-        paths = [check_output(path) for path in take_paths(output, takes)]
+        chosen = options or MotionOptions()
+        paths = [check_output(path) for path in sample_paths(output, num_samples)]
         inputs = (portrait, speech, chosen.emotion_reference, chosen.emotion_track, chosen.pose_from)
         for path in paths:
             _check_not_input(path, *inputs)
         found = decode.scan(speech)
         ready = portrait if isinstance(portrait, Portrait) else self.portrait(portrait, face)
         chosen = self.resolve(chosen)
-        every = [replace(chosen, seed=chosen.seed + take) for take in range(takes)]  # a seed too large is said at once
+        # Built before anything is written, so that a seed that is too large is refused at once.
+        every = [replace(chosen, seed=chosen.seed + number) for number in range(num_samples)]
         first = self.motion(found, ready, every[0])
 
         def write() -> Iterator[Result]:
-            total = found.frames * takes
-            for take, path in enumerate(paths):
-                motion, before = self.motion(found, ready, every[take]) if take else first, take * found.frames
+            total = found.frames * num_samples
+            for number, path in enumerate(paths):
+                motion, before = self.motion(found, ready, every[number]) if number else first, number * found.frames
 
                 def advance(done: int, of: int, before: int = before) -> None:
                     if progress is not None:
@@ -422,7 +477,7 @@ def write_video(
 
 
 def _pose_track(options: MotionOptions) -> PoseTrack | None:
-    if options.still or options.pose_scale == 0:
+    if options.fixed_pose or options.pose_scale == 0:
         return PoseTrack.still()
     if options.pose_from is None:
         return None
@@ -437,5 +492,5 @@ def _check_not_input(path: Path, *inputs: object) -> None:
 
 def _part(part: P | None, name: str) -> P:
     if part is None:
-        raise UserError(f"this Talker was loaded without {name!r}; add it to parts in Talker.load")
+        raise UserError(f"this Talker was loaded without {name!r}; add it to the components of Talker.from_pretrained")
     return part

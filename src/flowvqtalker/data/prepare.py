@@ -45,7 +45,7 @@ from flowvqtalker.data.source import (
 from flowvqtalker.data.splits import split_of
 from flowvqtalker.errors import UserError
 
-__all__ = ["PrepareConfig", "Report", "main", "prepare"]
+__all__ = ["Prepare", "PrepareConfig", "Report", "prepare"]
 
 logger = logging.getLogger(__name__)
 
@@ -326,26 +326,17 @@ def _write(
     return Report(len(sources) - pictures, pictures, rows, images, {}, 0, lags, [])
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line; see the module."""
-    import sys
+@dataclass(frozen=True)
+class Prepare(PrepareConfig):
+    """Turn clips and images on disk into a shard for training."""
 
-    import tyro
-
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        report = prepare(tyro.cli(PrepareConfig, prog="flowvqtalker prepare", args=arguments))
-    except UserError as error:
-        logger.error("error: %s", error)
-        sys.exit(2)
-    logger.info(
-        "%d clips, %d pictures, %d frames, %d stored crops, %d people told apart, %d errors",
-        *(report.clips, report.pictures, report.rows, report.images, report.people, len(report.errors)),
-    )
-    for collection, (lag, height, count, moved) in report.lags.items():
-        text = "%-18s lips %+.1f frames after the sound (r = %.2f, %d clips), sound of %d moved"
-        logger.info(text, collection, lag, height, count, moved)
-
-
-if __name__ == "__main__":
-    main()
+    def run(self) -> None:
+        """Write the shard and log a summary."""
+        report = prepare(self)
+        logger.info(
+            "%d clips, %d pictures, %d frames, %d stored crops, %d people told apart, %d errors",
+            *(report.clips, report.pictures, report.rows, report.images, report.people, len(report.errors)),
+        )
+        for collection, (lag, height, count, moved) in report.lags.items():
+            text = "%-18s lips %+.1f frames after the sound (r = %.2f, %d clips), sound of %d moved"
+            logger.info(text, collection, lag, height, count, moved)

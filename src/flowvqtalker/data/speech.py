@@ -121,11 +121,6 @@ class PrepareSpeech:
         write(self.output, self.shards, self.recordings, Teacher(self.teacher), self.seed, self.worn)
 
 
-def main(arguments: list[str]) -> None:
-    """``flowvqtalker prepare-speech``."""
-    tyro.cli(PrepareSpeech, prog="flowvqtalker prepare-speech", args=arguments).run()
-
-
 def write(
     output: Path, shards: tuple[Path, ...], root: Path | None, teacher: Any, seed: int = 0, worn: bool = True
 ) -> None:

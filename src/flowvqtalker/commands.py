@@ -1,0 +1,279 @@
+"""The commands that animate: ``animate``, ``track``, ``motion``, ``render`` and ``doctor``.
+
+Torch, mediapipe and PyAV are imported inside ``run``, so that ``--help`` stays quick.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from flowvqtalker.errors import UserError
+from flowvqtalker.options import MotionOptions
+
+if TYPE_CHECKING:
+    from flowvqtalker.pipeline import Talker
+
+__all__ = ["Animate", "Doctor", "Motion", "Render", "Track"]
+
+_File = Annotated[Path | None, tyro.conf.arg(metavar="FILE")]
+_Folder = Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")]
+_Number = Annotated[float | None, tyro.conf.arg(metavar="X")]
+_Output = Annotated[Path, tyro.conf.arg(aliases=["-o"], metavar="FILE")]
+_Input = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="INPUT")]
+_Portrait = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="PORTRAIT")]
+_Speech = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="SPEECH")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _MotionCommand(MotionOptions):
+    """Options of the motion that animate and motion share; the base class describes them."""
+
+    emotion: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
+    emotion_reference: _File = None
+    emotion_track: _File = None
+    pose_from: _File = None
+    temperature: _Number = None
+    articulation: _Number = None
+    blink_rate: _Number = None
+    fixed_pose: Annotated[bool, tyro.conf.arg(aliases=["--still"])] = False
+    num_samples: Annotated[int, tyro.conf.arg(aliases=["--takes"], metavar="N")] = 1
+    """Number of videos to sample, with the seeds SEED to SEED+N-1; they go to OUT_1 to OUT_N."""
+    exact: bool = False
+    """Compute in float32 throughout: slower, but the same seed gives the same motion to 1e-4 on every x86 machine."""
+    weights: _Folder = None
+    """Folder of weights with a manifest. Default: those of the package."""
+
+    def __post_init__(self) -> None:
+        """Checks nothing: tyro would report the error as its own. :meth:`motion_options` checks."""
+
+    def motion_options(self) -> MotionOptions:
+        """The options that :meth:`flowvqtalker.pipeline.Talker.motion` takes."""
+        _check_inputs(self.emotion_reference, self.emotion_track, self.pose_from)
+        return MotionOptions(**{f.name: getattr(self, f.name) for f in fields(MotionOptions)})
+
+    def resolve(self, talker: Talker, options: MotionOptions) -> MotionOptions:
+        """The options with clips tracked, behind a progress bar because that takes a while."""
+        if self.pose_from is None or self.pose_from.suffix.lower() == ".npz":
+            return talker.resolve(options)
+        with _progress("pose") as progress:
+            return talker.resolve(replace(options, pose_from=talker.track(self.pose_from, progress=progress)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Animate(_MotionCommand):
+    """Animate a portrait with speech: 512x512, 25 fps, H.264 and AAC, exactly as long as the speech."""
+
+    portrait: _Portrait
+    """Image with a face (JPEG, PNG, WebP, ...)."""
+    speech: _Speech
+    """Recording of speech: any audio or video file with sound."""
+    output: _Output
+    """Video to write (.mp4, .mov or .mkv)."""
+    face: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    """Which face of the image; 0 is the largest. Default: the largest."""
+    full: bool = False
+    """Write the whole image, which bends with the head, instead of the 512x512 crop."""
+    device: str = "auto"
+    """Where the image generator runs: auto (a GPU if there is one), cpu, cuda or mps."""
+    dtype: str = "auto"
+    """Type of the image generator's arithmetic: auto (the fastest on the device), float32 or bfloat16."""
+
+    def run(self) -> None:
+        """Write the videos and print one line for each."""
+        from flowvqtalker.io.media import check_output
+        from flowvqtalker.pipeline import Talker, sample_paths
+
+        for path in sample_paths(self.output, self.num_samples):
+            check_output(path)
+        options = self.motion_options()
+        _check_inputs(self.portrait, self.speech)
+        talker = Talker.from_pretrained(self.weights, device=self.device, dtype=self.dtype, exact=self.exact)
+        options = self.resolve(talker, options)
+        with _progress("animate") as progress:
+            results = talker.animate_samples(
+                self.portrait,
+                self.speech,
+                self.output,
+                self.num_samples,
+                options,
+                face=self.face,
+                full=self.full,
+                progress=progress,
+            )
+            written = list(results)
+        for result in written:
+            print(f"{result.path}: {result.frames} frames, {result.width}x{result.height}")
+
+
+@dataclass(frozen=True)
+class Track:
+    """Track the face of an image or video: landmarks, identity, expression and pose at 25 fps, as .npz or .csv."""
+
+    input: _Input
+    """Image or video."""
+    output: _Output
+    """File to write (.npz, or .csv with the ARKit blendshapes and the head rotation)."""
+    landmarks_only: bool = False
+    """Leave the coefficients at zero; needs no weights."""
+    smooth: bool = True
+    """Smooth the coefficients of a clip over time, except those of lips and lids."""
+    weights: _Folder = None
+    """Folder of weights with a manifest. Default: those of the package."""
+
+    def run(self) -> None:
+        """Write the file and print one line."""
+        from flowvqtalker.face.portrait import track
+        from flowvqtalker.io.media import check_output
+        from flowvqtalker.loading import load_face_model
+
+        check_output(self.output, (".npz", ".csv"))
+        _check_inputs(self.input)
+        model = None if self.landmarks_only else load_face_model(self.weights)
+        with _progress("track") as progress:
+            found = track(model, self.input, smooth=self.smooth, progress=progress)
+        if self.output.suffix.lower() == ".csv":
+            from flowvqtalker.io.export import save_live_link
+
+            assert found.blendshapes is not None  # the tracker always gives them
+            save_live_link(self.output, found, found.blendshapes)
+        else:
+            found.save(self.output)
+        print(f"{self.output}: {len(found)} frames")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Motion(_MotionCommand):
+    """Make motion from speech, without images: .npz of coefficients, .csv of 52 ARKit blendshapes and head rotation
+    (as Live Link Face records them), or .glb, an animated face."""
+
+    speech: _Speech
+    """Recording of speech: any audio or video file with sound."""
+    output: _Output
+    """File to write (.npz, .csv or .glb)."""
+    fps: Annotated[float | None, tyro.conf.arg(metavar="X")] = None
+    """Frames per second of the file, for instance 30 or 60. Default: 25, the rate of the model."""
+
+    def run(self) -> None:
+        """Write the files and print one line for each."""
+        import numpy as np
+        import torch
+
+        from flowvqtalker.io.audio import scan
+        from flowvqtalker.io.coefficients import Coefficients
+        from flowvqtalker.io.export import SUFFIXES, check_fps, export_motion
+        from flowvqtalker.io.media import check_output
+        from flowvqtalker.pipeline import Talker, sample_paths
+
+        paths = [check_output(path, SUFFIXES) for path in sample_paths(self.output, self.num_samples)]
+        check_fps(self.fps)
+        options = self.motion_options()
+        _check_inputs(self.speech)
+        found = scan(self.speech)
+        talker = Talker.from_pretrained(self.weights, device="cpu", components=("face", "motion"), exact=self.exact)
+        options = self.resolve(talker, options)
+        for number, path in enumerate(paths):
+            expression, pose = [], []
+            done = 0
+            with _progress("motion") as progress:
+                for beta, rho in talker.motion(found, options=replace(options, seed=self.seed + number)):
+                    expression.append(beta)
+                    pose.append(rho)
+                    done += len(beta)
+                    progress(done, found.frames)
+            made = Coefficients(torch.cat(expression).numpy(), torch.cat(pose).numpy(), np.zeros(80, np.float32))
+            print(f"{path}: {len(export_motion(path, made, talker.face_model, self.fps))} frames")
+
+
+@dataclass(frozen=True)
+class Render:
+    """Animate a portrait with stored motion, made by `flowvqtalker motion` or tracked from a video."""
+
+    portrait: _Portrait
+    """Image with a face (JPEG, PNG, WebP, ...)."""
+    motion: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="MOTION")]
+    """Motion file (.npz)."""
+    output: _Output
+    """Video to write (.mp4, .mov or .mkv)."""
+    speech: _File = None
+    """Sound for the video. Default: silent."""
+    absolute_pose: bool = False
+    """Take the poses as they are stored; by default they move the portrait's own pose."""
+    face: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    """Which face of the image; 0 is the largest. Default: the largest."""
+    full: bool = False
+    """Write the whole image, which bends with the head, instead of the 512x512 crop."""
+    weights: _Folder = None
+    """Folder of weights with a manifest. Default: those of the package."""
+    device: str = "auto"
+    """Where the image generator runs: auto (a GPU if there is one), cpu, cuda or mps."""
+    dtype: str = "auto"
+    """Type of the image generator's arithmetic: auto (the fastest on the device), float32 or bfloat16."""
+
+    def run(self) -> None:
+        """Write the video and print one line."""
+        from flowvqtalker.io.coefficients import Coefficients
+        from flowvqtalker.io.media import check_output
+        from flowvqtalker.pipeline import Talker
+
+        check_output(self.output)
+        _check_inputs(self.portrait, self.speech)
+        motion = Coefficients.load(self.motion)
+        talker = Talker.from_pretrained(
+            self.weights, device=self.device, dtype=self.dtype, components=("face", "render")
+        )
+        with _progress("render") as progress:
+            result = talker.reenact(
+                self.portrait,
+                motion,
+                self.output,
+                speech=self.speech,
+                absolute=self.absolute_pose,
+                face=self.face,
+                full=self.full,
+                progress=progress,
+            )
+        print(f"{result.path}: {result.frames} frames, {result.width}x{result.height}")
+
+
+@dataclass(frozen=True)
+class Doctor:
+    """List what is installed, what is missing and how to get it; exit code 1 if something needed is missing."""
+
+    weights: _Folder = None
+    """Folder of weights with a manifest. Default: those of the package."""
+
+    def run(self) -> None:
+        """Print the report."""
+        from flowvqtalker.doctor import examine, report
+
+        findings = examine(self.weights)
+        print(report(findings))
+        if any(finding.needed and not finding.good for finding in findings):
+            raise SystemExit(1)
+
+
+def _check_inputs(*paths: Path | None) -> None:
+    """Name missing files before anything slow begins."""
+    for path in paths:
+        if path is not None and not path.is_file():
+            raise UserError(f"{path} {'is a folder' if path.is_dir() else 'does not exist'}; check the name")
+
+
+@contextlib.contextmanager
+def _progress(name: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on a terminal, nothing elsewhere."""
+    from tqdm import tqdm
+
+    with tqdm(desc=name, unit="frame", disable=None, dynamic_ncols=True, leave=False) as bar:
+
+        def advance(done: int, total: int) -> None:
+            bar.total = total or None
+            bar.update(done - bar.n)
+
+        yield advance
