@@ -48,7 +48,7 @@ COMMANDS: dict[str, _Command | dict[str, _Command]] = {
         "flowvqtalker.data.prepare:Prepare", "Turn clips and images into shards for training.", "train"
     ),
     "prepare-speech": _Command(
-        "flowvqtalker.data.speech:PrepareSpeech", "Turn speech into a set for training the speech encoder.", "train"
+        "flowvqtalker.data.speech:PrepareSpeech", "Turn speech into a set for training the speech encoder."
     ),
     "doctor": _Command(f"{_HERE}:Doctor", "List what is installed, what is missing and how to get it."),
 }

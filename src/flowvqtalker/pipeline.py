@@ -288,8 +288,8 @@ class Talker:
         Arguments:
             portrait: see :meth:`portrait`.
             motion: blocks of expression (t, 64) and pose (t, 6), for instance from :meth:`motion`.
-            full: paste each face back into the whole picture instead of giving the 512x512 crop; of a picture larger
-                than :data:`flowvqtalker.face.portrait.MAX_FULL` the reduced one. The pose is held near the portrait's, see
+            full: paste each face back into the whole image instead of giving the 512x512 crop; of an image larger than
+                :data:`flowvqtalker.face.portrait.MAX_FULL` the reduced one. The pose is held near the portrait's, see
                 :func:`flowvqtalker.render.paste.limit_pose`.
 
         Yields:

@@ -42,7 +42,7 @@ from flowvqtalker.errors import UserError
 from flowvqtalker.speech.augment import wear
 from flowvqtalker.speech.features import log_mel
 
-__all__ = ["CURVES", "TEACHER", "UNITS", "PrepareSpeech", "Recording", "SpeechSet", "main"]
+__all__ = ["CURVES", "TEACHER", "UNITS", "PrepareSpeech", "Recording", "SpeechSet"]
 
 logger = logging.getLogger(__name__)
 
