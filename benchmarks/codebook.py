@@ -96,7 +96,7 @@ def main() -> None:
     try:
         device = choose_device(options.device)
         options.output.parent.mkdir(parents=True, exist_ok=True)
-        runs = grid.named((text if "=" in text else f"{Path(text).name}={text}" for text in options.run), "--run")
+        runs = style.named_paths((text if "=" in text else f"{Path(text).name}={text}" for text in options.run), "--run")
         makers: dict[str, Callable[[], VQAutoencoder]] = {}
         if options.weights is not None or not runs:
             makers["codebook"] = lambda: load_codebook(options.weights)

@@ -1,19 +1,23 @@
-"""Tables of numbers as Markdown, csv and json, all from the same values."""
+"""Tables of results, written as Markdown, csv and json from the same values."""
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from flowvqtalker.io.coefficients import write_whole
-from flowvqtalker_eval.metrics.analysis import Settings
 
 __all__ = ["Column", "Row", "Table", "markdown", "write"]
+
+#: What a number depends on, for instance hashes of weights.
+Settings = Mapping[str, str | float | int]
+
+_ARROWS = {"higher": " ↑", "lower": " ↓", None: ""}
 
 
 @dataclass(frozen=True)
@@ -21,12 +25,12 @@ class Column:
     """One column.
 
     Attributes:
-        key: in json and csv.
-        title: in Markdown.
-        better: ``"higher"``, ``"lower"``, or None where neither is better (the real videos' value is what is sought).
-        digits: after the point, in Markdown.
-        about: what it is, with unit and setting.
-        extra: only in csv and json.
+        key: name in json and csv.
+        title: name in Markdown.
+        better: ``"higher"``, ``"lower"``, or None where the value of the real videos is the goal.
+        digits: decimals in Markdown.
+        about: definition, with unit and setting.
+        extra: written to csv and json only.
     """
 
     key: str
@@ -36,11 +40,6 @@ class Column:
     about: str = ""
     extra: bool = False
 
-    @property
-    def heading(self) -> str:
-        """The title with an arrow."""
-        return self.title + {"higher": " ↑", "lower": " ↓", None: ""}[self.better]
-
 
 @dataclass(frozen=True)
 class Row:
@@ -48,11 +47,11 @@ class Row:
 
     Attributes:
         name: of the method.
-        values: by column; None or a missing one is a dash.
-        clips: how many pairs of videos.
-        frames: how many frames in all.
-        reference: the real videos themselves, which are never the best.
-        pairs: values of each pair, by the name of its video.
+        values: by column key; a value that is None or missing prints as a dash.
+        clips: number of video pairs.
+        frames: number of frames in total.
+        reference: whether this row is the real videos, which are never marked as the best.
+        pairs: values of each pair by its name.
     """
 
     name: str
@@ -65,14 +64,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows by columns, with everything that the numbers depend on.
+    """Rows by columns, with everything the numbers depend on.
 
     Attributes:
         title: one line.
-        columns: in order.
-        rows: in order.
+        columns, rows: in order.
         settings: of each metric, by its name.
-        notes: what is to be known besides: columns left out, videos left out.
+        notes: for instance which columns and videos were left out.
     """
 
     title: str
@@ -82,64 +80,62 @@ class Table:
     notes: tuple[str, ...] = ()
 
     def best(self, column: Column) -> float | None:
-        """The best value of a column among two or more methods, as it is printed."""
-        values = [
-            _rounded(v, column)
-            for row in self.rows
-            if not row.reference
-            if (v := row.values.get(column.key)) is not None
-        ]
-        values = [v for v in values if math.isfinite(v)]
-        if column.better is None or len(values) < 2 or len(set(values)) < 2:
+        """The best value of a column, rounded as printed; None unless two methods differ."""
+        values = (row.values.get(column.key) for row in self.rows if not row.reference)
+        rounded = [round(v, column.digits) for v in values if v is not None and math.isfinite(v)]
+        if column.better is None or len(set(rounded)) < 2:
             return None
-        return max(values) if column.better == "higher" else min(values)
+        return max(rounded) if column.better == "higher" else min(rounded)
 
 
-def _rounded(value: float, column: Column) -> float:
-    return round(value, column.digits)
-
-
-def _cell(value: float | None, column: Column, best: float | None, reference: bool) -> str:
+def _cell(row: Row, column: Column, best: float | None) -> str:
+    value = row.values.get(column.key)
     if value is None or math.isnan(value):
         return "-"
     if math.isinf(value):
         return "∞" if value > 0 else "-∞"
     text = f"{value:.{column.digits}f}"
-    return f"**{text}**" if not reference and best is not None and _rounded(value, column) == best else text
+    return f"**{text}**" if not row.reference and round(value, column.digits) == best else text
 
 
 def markdown(table: Table) -> str:
-    """The table as Markdown: the best of each column bold, then what each column is and every setting."""
+    """The table as Markdown: the best of each column in bold, then definitions, notes and settings."""
     columns = [column for column in table.columns if not column.extra]
-    lines = [f"### {table.title}", ""]
-    lines.append("| " + " | ".join(["", *(c.heading for c in columns), "clips", "frames"]) + " |")
-    lines.append("|---" + "|---:" * (len(columns) + 2) + "|")
     best = {column.key: table.best(column) for column in columns}
+    headings = ["", *(c.title + _ARROWS[c.better] for c in columns), "clips", "frames"]
+    lines = [f"### {table.title}", "", f"| {' | '.join(headings)} |", "|---" + "|---:" * (len(columns) + 2) + "|"]
     for row in table.rows:
-        cells = [_cell(row.values.get(c.key), c, best[c.key], row.reference) for c in columns]
-        lines.append("| " + " | ".join([row.name, *cells, str(row.clips), str(row.frames)]) + " |")
+        cells = [row.name, *(_cell(row, c, best[c.key]) for c in columns), str(row.clips), str(row.frames)]
+        lines.append(f"| {' | '.join(cells)} |")
     lines += ["", *(f"- **{c.title}**: {c.about}" for c in columns if c.about)]
     if table.notes:
         lines += ["", *(f"- {note}" for note in table.notes)]
-    lines += ["", "Settings: " + "; ".join(f"{name} ({_settings(values)})" for name, values in table.settings.items())]
-    return "\n".join(lines) + "\n"
+    settings = "; ".join(f"{name} ({_listed(values)})" for name, values in table.settings.items())
+    return "\n".join([*lines, "", f"Settings: {settings}"]) + "\n"
 
 
-def _settings(values: Settings) -> str:
+def _listed(values: Settings) -> str:
     return ", ".join(
         f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}" for key, value in values.items()
     )
 
 
 def _plain(value: float | None) -> float | str | None:
-    """A number for json, which has no infinity: None for what is not a number."""
+    """A value for json, which has no infinities; None for NaN."""
     if value is None or math.isnan(value):
         return None
     return float(value) if math.isfinite(value) else ("inf" if value > 0 else "-inf")
 
 
-def as_json(table: Table) -> str:
-    """The table with full precision, the values of every pair and the settings."""
+def _csv(table: Table) -> str:
+    import pandas as pd
+
+    keys = [column.key for column in table.columns]
+    rows = [[row.name, *map(row.values.get, keys), row.clips, row.frames] for row in table.rows]
+    return pd.DataFrame(rows, columns=["method", *keys, "clips", "frames"]).to_csv(index=False)
+
+
+def _json(table: Table) -> str:
     rows: list[dict[str, Any]] = [
         {
             "name": row.name,
@@ -151,41 +147,28 @@ def as_json(table: Table) -> str:
         }
         for row in table.rows
     ]
-    content = {
-        "title": table.title,
-        "columns": [asdict(column) for column in table.columns],
-        "rows": rows,
-        "settings": table.settings,
-        "notes": table.notes,
-    }
+    columns = [asdict(column) for column in table.columns]
+    content = {"title": table.title, "columns": columns, "rows": rows, "settings": table.settings, "notes": table.notes}
     return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
 
 
 def write(table: Table, base: str | Path) -> list[Path]:
-    """Write ``BASE.md``, ``BASE.csv`` and ``BASE.json``; each appears whole or not at all.
+    """Write ``BASE.md``, ``BASE.csv`` and ``BASE.json``; csv and json hold full precision and the extra columns.
 
     Raises:
-        UserError: if they cannot be written.
+        UserError: if a file cannot be written.
     """
     base = Path(base)
-    if base.suffix.lower() in (".md", ".csv", ".json"):
+    texts = {".md": markdown(table), ".csv": _csv(table), ".json": _json(table)}
+    if base.suffix.lower() in texts:
         base = base.with_suffix("")
-    files = [base.with_name(f"{base.name}{suffix}") for suffix in (".md", ".csv", ".json")]
     base.parent.mkdir(parents=True, exist_ok=True)
-
-    def rows(path: Path) -> None:
-        with open(path, "w", newline="", encoding="utf-8") as stream:
-            writer = csv.writer(stream)
-            writer.writerow(["method", *(c.key for c in table.columns), "clips", "frames"])
-            for row in table.rows:
-                values = [_plain(row.values.get(c.key)) for c in table.columns]
-                writer.writerow([row.name, *("" if v is None else v for v in values), row.clips, row.frames])
-
-    write_whole(files[0], lambda path: _write_text(path, markdown(table)))
-    write_whole(files[1], rows)
-    write_whole(files[2], lambda path: _write_text(path, as_json(table)))
+    files = []
+    for suffix, text in texts.items():
+        files.append(base.with_name(base.name + suffix))
+        write_whole(files[-1], partial(_write_text, text))
     return files
 
 
-def _write_text(path: Path, text: str) -> None:
+def _write_text(text: str, path: Path) -> None:
     path.write_text(text, encoding="utf-8")

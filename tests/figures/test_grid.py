@@ -12,7 +12,8 @@ import pytest
 from flowvqtalker.errors import UserError
 from flowvqtalker.face.topology import LIPS
 from flowvqtalker.io.media import VideoWriter
-from flowvqtalker_eval.figures.grid import Grid, choose, face_boxes, make, named, parse_box, read_frames
+from flowvqtalker_eval.figures.grid import Grid, choose_frames, face_boxes, make, parse_box, read_frames
+from flowvqtalker_eval.figures.style import named_paths
 
 pytest.importorskip("matplotlib")
 
@@ -86,21 +87,21 @@ def test_bad_grids_are_refused() -> None:
     with pytest.raises(UserError, match="2 headings for 1 columns"):
         make({"a": [picture]}, columns=["x", "y"])
     for box in ((50, 10, 20, 20), (-1, 0, 9, 9), (0, 0, 1, 9)):
-        with pytest.raises(UserError, match=r"does not lie within a picture of 60x60 pixels"):
+        with pytest.raises(UserError, match=r"does not lie within an image of 60x60 pixels"):
             make({"a": [picture]}, zoom={"a": [[box]]})
 
 
 def test_frames_are_chosen_evenly_or_as_given() -> None:
-    assert choose(100, 5) == [10, 30, 50, 70, 90]
-    assert choose(3, 3) == [0, 1, 2]
-    assert choose(10, frames=(9, 2)) == [9, 2]
-    assert choose(30, times=(0.0, 1.0)) == [0, 25]
+    assert choose_frames(100, 5) == [10, 30, 50, 70, 90]
+    assert choose_frames(3, 3) == [0, 1, 2]
+    assert choose_frames(10, frames=(9, 2)) == [9, 2]
+    assert choose_frames(30, times=(0.0, 1.0)) == [0, 25]
     with pytest.raises(UserError, match=r"--count 4: the shortest video has 3 frames"):
-        choose(3, 4)
+        choose_frames(3, 4)
     with pytest.raises(UserError, match=r"frame 30, -1 is beyond .* 30 frames \(1.20 s\); choose 0 to 29"):
-        choose(30, frames=(3, 30, -1))
+        choose_frames(30, frames=(3, 30, -1))
     with pytest.raises(UserError, match="choose one of them"):
-        choose(30, frames=(1,), times=(0.1,))
+        choose_frames(30, frames=(1,), times=(0.1,))
 
 
 def test_arguments_are_checked(tmp_path: Path) -> None:
@@ -109,13 +110,13 @@ def test_arguments_are_checked(tmp_path: Path) -> None:
         with pytest.raises(UserError, match="give X,Y,W,H"):
             parse_box(text)
     (tmp_path / "a").touch()
-    assert named([f"x={tmp_path / 'a'}"], "--method") == {"x": tmp_path / "a"}
+    assert named_paths([f"x={tmp_path / 'a'}"], "--method") == {"x": tmp_path / "a"}
     with pytest.raises(UserError, match="NAME=FILE"):
-        named(["a.mp4"], "--method")
+        named_paths(["a.mp4"], "--method")
     with pytest.raises(UserError, match="given twice"):
-        named([f"x={tmp_path / 'a'}"] * 2, "--method")
+        named_paths([f"x={tmp_path / 'a'}"] * 2, "--method")
     with pytest.raises(UserError, match="does not exist"):
-        named(["x=nowhere.mp4"], "--method")
+        named_paths(["x=nowhere.mp4"], "--method")
 
 
 class _Tracker:
@@ -165,7 +166,7 @@ def test_the_command_says_what_is_wrong(tmp_path: Path) -> None:
         Grid(output=output).run()
     with pytest.raises(UserError, match=r"empty\.mp4"):
         Grid(method=(f"ours={tmp_path / 'empty.mp4'}",), output=output).run()
-    with pytest.raises(UserError, match="does not lie within a picture of 64x64"):
+    with pytest.raises(UserError, match="does not lie within an image of 64x64"):
         Grid(method=method, output=output, count=2, zoom=("60,0,10,10",)).run()
     with pytest.raises(UserError, match="at most 4"):
         Grid(method=method, output=output, zoom=("0,0,9,9",) * 5).run()

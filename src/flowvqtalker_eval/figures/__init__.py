@@ -1,1 +1,1 @@
-"""The paper's figures: every module makes a matplotlib figure from plain data, and holds the command for it."""
+"""The paper's figures. Each module draws one from plain data and holds its command."""

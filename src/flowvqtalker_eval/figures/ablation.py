@@ -274,7 +274,7 @@ class Ablation:
         """Label and weights of every generator to measure, and what is to be said about their training."""
         from flowvqtalker.render.vqig import ABLATION
 
-        given = grid.named(self.variant, "--variant")
+        given = style.named_paths(self.variant, "--variant")
         if given:
             if self.train or self.extra:
                 raise UserError("--train and --extra are about the variants in --runs; leave them or --variant out")

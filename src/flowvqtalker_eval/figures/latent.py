@@ -122,7 +122,7 @@ def make(panels: Sequence[Panel], methods: Sequence[Method] = ("tsne", "pca")) -
         raise UserError("there is nothing to draw; give at least one flow and one of tsne, pca")
     maps = [[embed(one.latents, method) for one in panels] for method in methods]
     with style.look():
-        figure, axes = style.panels(len(methods), len(panels), 2.9, 2.7)
+        figure, axes = style.subplots(len(methods), len(panels), 2.9, 2.7)
         for row, (method, points) in enumerate(zip(methods, maps, strict=True)):
             for column, (one, where) in enumerate(zip(panels, points, strict=True)):
                 cell = axes[row, column]
@@ -281,7 +281,6 @@ class Latent:
         from flowvqtalker.data.shards import Shard
         from flowvqtalker.loading import load_flow
         from flowvqtalker.motion.flow import ExpFlow
-        from flowvqtalker_eval.figures.grid import named
 
         style.check_figure(self.output)
         _learn()
@@ -290,7 +289,7 @@ class Latent:
         for text in self.weights:
             if not all(text.partition("=")):
                 raise UserError(f"--weights {text!r}: give NAME=FOLDER, for instance --weights GMM=runs/gmm/weights")
-        folders: dict[str, Path | None] = {**named(self.weights, "--weights")} or {"": None}
+        folders: dict[str, Path | None] = {**style.named_paths(self.weights, "--weights")} or {"": None}
         flows = {name: load_flow(ExpFlow, "expflow", folder)[0] for name, folder in folders.items()}
         shard = Shard(self.shard)
         panels = []

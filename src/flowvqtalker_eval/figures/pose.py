@@ -178,14 +178,14 @@ def make(panels: Sequence[Panel]) -> Figure:
         raise UserError("there is no motion to draw; give at least one")
     rows = max(len(one.correlations) for one in panels)
     with style.look():
-        figure, axes = style.panels(
+        figure, axes = style.subplots(
             1 + rows, len(panels), 1.9, 1.6, gridspec_kw={"height_ratios": [1.5, *[0.8] * rows]}
         )
         image = None
         for column, one in enumerate(panels):
             top = axes[0, column]
             top.imshow(1 - one.trace, cmap="gray", vmin=0, vmax=1)
-            style.bare(top)
+            style.hide_axes(top)
             angles = ", ".join(f"{value:.1f}°" for value in one.deviation)
             top.set_title(f"{one.name}\nstd {angles}", fontsize=7)
             for row, (feature, values) in enumerate(one.correlations.items(), 1):
@@ -234,11 +234,10 @@ class Pose:
         """The figure, not yet written."""
         from flowvqtalker.io import audio as decode
         from flowvqtalker.pipeline import Talker, check_emotion
-        from flowvqtalker_eval.figures.grid import named
 
         style.check_figure(self.output)
         check_emotion(self.emotion)
-        files = named(self.motion, "--motion")
+        files = style.named_paths(self.motion, "--motion")
         seeds = self.seeds if self.seeds or files else (0, 1, 2, 3)
         if seeds and self.speech is None:
             raise UserError("no speech to draw motion from; add --speech FILE, or give --motion NAME=FILE")

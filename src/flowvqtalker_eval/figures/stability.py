@@ -50,7 +50,7 @@ def make(videos: Mapping[str, Video], *, most: float = 20.0, cell: float = 1.7) 
     if not videos:
         raise UserError("there is no video to draw; give at least one")
     with style.look():
-        figure, axes = style.panels(3, len(videos), cell, cell)
+        figure, axes = style.subplots(3, len(videos), cell, cell)
         last: Any = None
         for column, (name, video) in enumerate(videos.items()):
             top, middle, bottom = axes[:, column]
@@ -60,7 +60,7 @@ def make(videos: Mapping[str, Video], *, most: float = 20.0, cell: float = 1.7) 
             last = middle.imshow(video.deviation, cmap="inferno", vmin=0, vmax=most)
             bottom.imshow(video.slice, aspect="auto")
             for place in (top, middle, bottom):
-                style.bare(place)
+                style.hide_axes(place)
         for place, label in zip(axes[:, 0], ("frame", "deviation in time", "row through time"), strict=True):
             place.set_ylabel(label)
         figure.colorbar(last, ax=axes, shrink=0.3, pad=0.02, aspect=15, label="levels")

@@ -1,14 +1,14 @@
-"""What the figures have in common: look, colours, and files that appear whole or not at all."""
+"""What the figures share: look, colours, arguments, and files that appear whole or not at all."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flowvqtalker import EMOTIONS
-from flowvqtalker.errors import MissingDependency
+from flowvqtalker.constants import EMOTIONS
+from flowvqtalker.errors import MissingDependency, UserError
 from flowvqtalker.io.coefficients import write_whole
 from flowvqtalker.io.media import check_output
 
@@ -17,26 +17,21 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = [
-    "COLOURS",
     "EMOTION_COLOURS",
     "EMOTION_MARKERS",
-    "SUFFIXES",
-    "bare",
     "check_figure",
+    "hide_axes",
     "look",
+    "named_paths",
     "new",
-    "panels",
     "save",
+    "subplots",
 ]
 
-#: Names that a figure may be written under; both files are written whichever is given.
-SUFFIXES = (".png", ".pdf")
+#: A figure is written in both formats, whichever is given.
+_SUFFIXES = (".png", ".pdf")
 
-#: Methods, in order: Okabe and Ito's colours, which the colour-blind tell apart, without the yellow that vanishes on
-#: white.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-
-#: The nine emotions: Paul Tol's "muted" scheme, the only common colour-blind-safe one with nine members.
+#: Paul Tol's "muted" scheme, the common colour-blind-safe scheme with nine members.
 EMOTION_COLOURS = dict(
     zip(
         EMOTIONS,
@@ -44,11 +39,11 @@ EMOTION_COLOURS = dict(
         strict=True,
     )
 )
-#: A second sign beside the colour, for print in grey.
+#: Markers tell the emotions apart in grey print.
 EMOTION_MARKERS = dict(zip(EMOTIONS, "vP^sodXD*", strict=True))
 
 _LOOK = {
-    "font.family": "DejaVu Sans",  # comes with matplotlib, so a figure is the same on every machine
+    "font.family": "DejaVu Sans",  # ships with matplotlib, so a figure is the same on every machine
     "font.size": 8.0,
     "axes.titlesize": 9.0,
     "axes.labelsize": 8.0,
@@ -66,13 +61,13 @@ _LOOK = {
     "image.interpolation": "nearest",
     "figure.dpi": 100.0,
     "savefig.dpi": 200.0,
-    "pdf.fonttype": 42,  # text stays text
+    "pdf.fonttype": 42,  # embed fonts, so that text stays text
 }
 
 
 @contextmanager
 def look() -> Iterator[None]:
-    """Within the block, figures and axes are made in the common look; nothing outside changes.
+    """Draw in the common look within the block; nothing outside changes.
 
     Raises:
         MissingDependency: without matplotlib.
@@ -80,15 +75,13 @@ def look() -> Iterator[None]:
     try:
         import matplotlib
     except ImportError as error:
-        raise MissingDependency(
-            "figures need matplotlib, which is not installed; run pip install 'flowvqtalker[eval]'"
-        ) from error
+        raise MissingDependency("figures need matplotlib; run `pip install 'flowvqtalker[eval]'`") from error
     with matplotlib.rc_context(_LOOK):  # type: ignore[arg-type]
         yield
 
 
-def new(width: float = 7.0, height: float = 4.0) -> Figure:
-    """An empty figure of a size in inches, drawn by Agg whatever display there is. Call it within :func:`look`."""
+def new(width: float, height: float) -> Figure:
+    """An empty figure, sizes in inches, drawn by Agg so that no display is needed. Call it within :func:`look`."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -97,50 +90,65 @@ def new(width: float = 7.0, height: float = 4.0) -> Figure:
     return figure
 
 
-def panels(rows: int, columns: int, width: float = 2.2, height: float = 2.2, **options: Any) -> tuple[Figure, Any]:
-    """A figure with a grid of axes, each ``width`` by ``height`` inches: the figure and an array (rows, columns).
+def subplots(rows: int, columns: int, width: float, height: float, **options: Any) -> tuple[Figure, Any]:
+    """A figure and its array of axes (rows, columns), each ``width`` by ``height`` inches.
 
     ``options`` go to :meth:`matplotlib.figure.Figure.subplots`. Call it within :func:`look`.
     """
     figure = new(width * columns, height * rows)
-    axes: Any = figure.subplots(rows, columns, squeeze=False, **options)
-    return figure, axes
+    return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
-def bare(axes: Axes) -> None:
-    """Take ticks and frame off axes that hold a picture."""
+def hide_axes(axes: Axes) -> None:
+    """Remove ticks and frame from axes that hold an image."""
     axes.set_xticks([])
     axes.set_yticks([])
     for spine in axes.spines.values():
         spine.set_visible(False)
 
 
+def named_paths(given: Iterable[str], option: str) -> dict[str, Path]:
+    """Parse the NAME=FILE arguments of an option that may be repeated.
+
+    Raises:
+        UserError: if one has another form, a name comes twice, or a path does not exist.
+    """
+    found: dict[str, Path] = {}
+    for text in given:
+        name, equals, path = text.partition("=")
+        if not (name and equals and path):
+            raise UserError(f"{option} {text!r}: give NAME=FILE, for instance {option} Ours=out/ours.mp4")
+        if name in found:
+            raise UserError(f"{option} {name!r} is given twice; use each name once")
+        if not Path(path).exists():
+            raise UserError(f"{option} {name}: {path} does not exist; check the path")
+        found[name] = Path(path)
+    return found
+
+
 def check_figure(path: str | Path) -> Path:
-    """Make sure that a figure can be written under a name, before any work is done.
+    """Check, before any work is done, that a figure can be written to a path.
 
     Raises:
         UserError: if the suffix is neither .png nor .pdf, or the folder is missing or not writable.
     """
-    path = check_output(path, SUFFIXES)
-    for suffix in SUFFIXES:
-        check_output(path.with_suffix(suffix), SUFFIXES)
+    path = check_output(path, _SUFFIXES)
+    for suffix in _SUFFIXES:
+        check_output(path.with_suffix(suffix), _SUFFIXES)
     return path
 
 
 def save(figure: Figure, path: str | Path) -> tuple[Path, Path]:
-    """Write a figure as PNG and as PDF; each file appears whole or not at all.
+    """Write a figure as PNG and as PDF beside each other, and return both paths.
 
     Arguments:
         figure: from any ``make``.
-        path: name that ends in .png or .pdf; the other file lies beside it.
-
-    Returns:
-        the PNG's and the PDF's path.
+        path: ends in .png or .pdf.
     """
     path = check_figure(path)
-    png, pdf = (path.with_suffix(suffix) for suffix in SUFFIXES)
+    png, pdf = (path.with_suffix(suffix) for suffix in _SUFFIXES)
     with look():
         write_whole(png, lambda part: figure.savefig(part, format="png"))
-        # Without the date the same figure gives the same file.
+        # Without a date, the same figure gives the same file.
         write_whole(pdf, lambda part: figure.savefig(part, format="pdf", metadata={"CreationDate": None}))
     return png, pdf
