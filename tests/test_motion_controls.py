@@ -15,9 +15,9 @@ from flowvqtalker.io.coefficients import Coefficients
 from flowvqtalker.loading import load_flows
 from flowvqtalker.motion.emotion_track import BLEND, EmotionKey, EmotionTrack, parse_emotion, smoothstep
 from flowvqtalker.motion.head_pose import PoseTrack
+from flowvqtalker.motion.options import MotionOptions
 from flowvqtalker.motion.sampler import MotionGenerator
 from flowvqtalker.motion.stream import MotionStream
-from flowvqtalker.options import MotionOptions
 from flowvqtalker.pipeline import Talker, sample_paths
 from flowvqtalker.speech.features import COLUMNS, MELS
 from flowvqtalker.speech.features import windows as windows_of

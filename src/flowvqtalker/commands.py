@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from flowvqtalker.errors import UserError
-from flowvqtalker.options import MotionOptions
+from flowvqtalker.motion.options import MotionOptions
 
 if TYPE_CHECKING:
     from flowvqtalker.pipeline import Talker

@@ -25,9 +25,9 @@ from flowvqtalker.motion.emotion_track import EmotionTrack
 from flowvqtalker.motion.flow import ExpFlow, PoseFlow
 from flowvqtalker.motion.head_pose import PoseTrack
 from flowvqtalker.motion.manifold import LatentBank
+from flowvqtalker.motion.options import MotionOptions
 from flowvqtalker.motion.sampler import ARTICULATION, TEMPERATURE, MotionGenerator
 from flowvqtalker.motion.stream import Block, MotionStream
-from flowvqtalker.options import MotionOptions
 from flowvqtalker.render.paste import Paster, limit_pose, paste_frames
 from flowvqtalker.render.renderer import Renderer
 from flowvqtalker.render.vqig import VQIG
@@ -187,7 +187,7 @@ class Talker:
 
         Arguments:
             portrait: whose face starts the motion; None is the mean face seen from the front.
-            options: see :class:`flowvqtalker.options.MotionOptions`.
+            options: see :class:`flowvqtalker.motion.options.MotionOptions`.
 
         Raises:
             UserError: if an option cannot be used.
@@ -254,7 +254,7 @@ class Talker:
             speech: any file with sound, or what :func:`flowvqtalker.io.audio.scan` found in it. (For speech that is
                 still being spoken, see :meth:`stream`.)
             portrait: whose face starts the motion; None is the mean face seen from the front.
-            options: see :class:`flowvqtalker.options.MotionOptions`.
+            options: see :class:`flowvqtalker.motion.options.MotionOptions`.
             emotion, ..., pose_from: fields of the options; they replace those of ``options``.
 
         Yields:
@@ -347,7 +347,7 @@ class Talker:
             portrait: picture file, (H, W, 3) uint8 RGB, or what :meth:`portrait` returned.
             speech: any file with sound; it becomes the sound of the video.
             output: ``.mp4``, ``.mov`` or ``.mkv``; appears when it is complete.
-            options: see :class:`flowvqtalker.options.MotionOptions`.
+            options: see :class:`flowvqtalker.motion.options.MotionOptions`.
             emotion, ..., pose_from: fields of the options; they replace those of ``options``.
             face: which face of the image, 0 is the largest; None takes the largest.
             full: write the whole image instead of the 512x512 crop.

@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from flowvqtalker import EMOTIONS
+from flowvqtalker.constants import EMOTIONS
 from flowvqtalker.data import clips as material
 from flowvqtalker.data import lip_sync as sync
 from flowvqtalker.data.clips import Source

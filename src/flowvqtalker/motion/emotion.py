@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from flowvqtalker import EMOTIONS
+from flowvqtalker.constants import EMOTIONS
 from flowvqtalker.errors import UserError
 from flowvqtalker.motion.context import history_of
 from flowvqtalker.motion.emotion_track import heaviest, parse_emotion

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from flowvqtalker import EMOTIONS
+from flowvqtalker.constants import EMOTIONS
 from flowvqtalker.errors import UserError
 
 __all__ = ["BLEND", "EmotionKey", "EmotionTrack", "heaviest", "parse_emotion", "smoothstep"]

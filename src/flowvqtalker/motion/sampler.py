@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from flowvqtalker import EMOTIONS
+from flowvqtalker.constants import EMOTIONS
 from flowvqtalker.errors import UserError
 from flowvqtalker.motion.blink import Blinks
 from flowvqtalker.motion.context import AudioStream
@@ -20,7 +20,7 @@ from flowvqtalker.motion.flow import ExpFlow, PoseFlow
 from flowvqtalker.motion.fused import FusedInverse
 from flowvqtalker.motion.head_pose import PoseTrack
 from flowvqtalker.motion.manifold import LatentBank, project
-from flowvqtalker.options import check_limits
+from flowvqtalker.motion.options import check_limits
 
 __all__ = ["ARTICULATION", "TEMPERATURE", "MotionGenerator", "reference_latent"]
 

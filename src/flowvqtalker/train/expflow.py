@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from flowvqtalker import EMOTIONS
+from flowvqtalker.constants import EMOTIONS
 from flowvqtalker.data.order import item_generator
 from flowvqtalker.errors import UserError
 from flowvqtalker.face.arkit import arkit_index

@@ -27,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from flowvqtalker import EMOTIONS
+from flowvqtalker.constants import EMOTIONS
 from flowvqtalker.data.shards import FPS, Shard
 from flowvqtalker.errors import UserError
 from flowvqtalker.face.alignment import align_faces, face_template

@@ -21,7 +21,7 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
-from flowvqtalker import EMOTIONS
+from flowvqtalker.constants import EMOTIONS
 from flowvqtalker.data.shards import Shard
 from flowvqtalker.data.splits import split_of
 from flowvqtalker.errors import UserError

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import tyro
 
-from flowvqtalker import EMOTIONS
+from flowvqtalker.constants import EMOTIONS
 from flowvqtalker.errors import MissingDependency, UserError
 from flowvqtalker_eval.figures import style
 

@@ -233,10 +233,12 @@ class Pose:
     def figure(self) -> Figure:
         """The figure, not yet written."""
         from flowvqtalker.io import audio as decode
-        from flowvqtalker.pipeline import Talker, check_emotion
+        from flowvqtalker.motion.emotion_track import parse_emotion
+        from flowvqtalker.pipeline import Talker
 
         style.check_figure(self.output)
-        check_emotion(self.emotion)
+        if self.emotion is not None:
+            parse_emotion(self.emotion)
         files = style.named_paths(self.motion, "--motion")
         seeds = self.seeds if self.seeds or files else (0, 1, 2, 3)
         if seeds and self.speech is None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from flowvqtalker import EMOTIONS
+from flowvqtalker.constants import EMOTIONS
 from flowvqtalker.errors import UserError
 
 __all__ = ["CLASSES", "Accuracy", "grouped_folds", "score"]

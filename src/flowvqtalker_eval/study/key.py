@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from flowvqtalker import EMOTIONS
+from flowvqtalker.constants import EMOTIONS
 from flowvqtalker.errors import UserError
 
 __all__ = ["CHOICES", "KEY_FILE", "LABELS", "PAGE_FOLDER", "SCALE", "Clip", "Expected", "Key"]

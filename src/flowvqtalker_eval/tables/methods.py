@@ -93,7 +93,7 @@ class Animator:
         folder: Path,
         weights: Path | None = None,
         device: str = "auto",
-        dtype: str | None = None,
+        dtype: str = "auto",
         seconds: float | None = None,
     ) -> None:
         self.folder, self.weights, self.seconds = folder, weights, seconds

@@ -69,8 +69,8 @@ class Run:
     """Folder of weights with a manifest. Default: those of the package."""
     device: str = "auto"
     """auto, cpu, cuda or mps."""
-    dtype: Annotated[str | None, tyro.conf.arg(metavar="TYPE")] = None
-    """float32 or bfloat16. Default: what is fastest on the device."""
+    dtype: str = "auto"
+    """auto (the fastest on the device), float32 or bfloat16."""
     table: bool = True
     """Print Table 1 at the end (and write OUT/table1.md, .csv and .json)."""
     protocol: Annotated[str, tyro.conf.arg(metavar="eat|native")] = "eat"

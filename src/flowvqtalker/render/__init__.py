@@ -1,0 +1,1 @@
+"""Image generation: warping, the codebook, the generator, pasting back."""
