@@ -212,7 +212,7 @@ def score_intensity(bench: Bench, number: int, levels: list[float]) -> dict[str,
                 )
                 found = [classify(beta) for beta in motion]
                 calm = found if level == 0 else calm
-            row.append(float(torch.stack(found)[:, classes.index(emotion)].mean()))
+            row.append(float(np.stack(found)[:, classes.index(emotion)].mean()))
         results[emotion] = row
     return results
 
@@ -252,11 +252,7 @@ def _classifier(folder: Path | None) -> tuple[Any, tuple[str, ...]]:
     except (ImportError, UserError):
         return None, ()
 
-    def classify(beta: np.ndarray) -> Tensor:
-        with torch.inference_mode():
-            return model.classify(torch.from_numpy(np.asarray(beta, np.float32)))
-
-    return classify, CLASSES
+    return model.classify, CLASSES
 
 
 def plain(value: Any) -> Any:

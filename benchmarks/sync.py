@@ -17,9 +17,9 @@ import numpy as np
 import torch
 
 from flowvqtalker.data.order import item_generator
-from flowvqtalker_eval.evaluators.sync_data import SpeechClip, load_speech_clips, part_of
-from flowvqtalker_eval.evaluators.sync_expert import SyncExpert, load_sync_expert, sync_expert_score
-from flowvqtalker_eval.evaluators.sync_training import offset_scores
+from flowvqtalker_eval.evaluators.sync_data import SpeechClip, load_speech_clips
+from flowvqtalker_eval.evaluators.sync_expert import SyncExpert, load_sync_expert
+from flowvqtalker_eval.evaluators.sync_training import exchanged_score, offset_scores
 
 MOST = 8
 
@@ -29,10 +29,10 @@ def found(expert: SyncExpert, clips: list[SpeechClip], frames: int | None) -> li
     hits = []
     for number, clip in enumerate(clips):
         own = offset_scores(expert, clip, 0).offset
-        size = frames or len(clip.mouths)
-        for start in range(0, len(clip.mouths) - size + 1, max(1, size // 2)):
+        size = frames or len(clip)
+        for start in range(0, len(clip) - size + 1, max(1, size // 2)):
             late = int(item_generator(2, 1000 * number + start).integers(-MOST, MOST + 1))
-            piece = part_of(clip, start, start + size)
+            piece = clip.part(start, start + size)
             hits.append(abs(offset_scores(expert, piece, late).offset - own + late) <= 1)
     return hits
 
@@ -47,8 +47,8 @@ def main() -> None:
     torch.set_num_threads(1)
     expert = load_sync_expert(options.weights)
     clips = load_speech_clips([options.shard], options.split, 25)
-    short = [clip for clip in clips if len(clip.mouths) < 50]
-    long = [clip for clip in clips if len(clip.mouths) >= 50]
+    short = [clip for clip in clips if len(clip) < 50]
+    long = [clip for clip in clips if len(clip) >= 50]
     print(f"{options.split}: {len(clips)} clips, {len({clip.identity for clip in clips})} people; chance {3 / 31:.3f}")
     print("\n| | offsets | found within a frame |\n|---|---|---|")
     for name, group, frames in (
@@ -65,10 +65,7 @@ def main() -> None:
     print(f"\nunmoved, within 1 / 3 frames of the shard's lag: {shares[0]:.3f} / {shares[1]:.3f}")
     print("\n| sound | Sync-expert C | Sync-expert D |\n|---|---|---|")
     others = [clips[(i + len(clips) // 2) % len(clips)] for i in range(len(clips))]
-    exchanged = []
-    for clip, other in zip(clips, others, strict=True):
-        count = min(len(clip.mouths), len(other.mouths))
-        exchanged.append(sync_expert_score(*expert.embed(clip.mouths[:count], other.sound(0, count))))
+    exchanged = [exchanged_score(expert, *pair) for pair in zip(clips, others, strict=True)]
     for name, group in (("its own", scores), ("another clip's", exchanged)):
         confidence, distance = (np.mean([getattr(s, key) for s in group]) for key in ("confidence", "distance"))
         print(f"| {name} | {confidence:.3f} | {distance:.3f} |")

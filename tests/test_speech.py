@@ -236,10 +236,3 @@ def test_variables_are_read_from_the_binary_format(tmp_path):
     (tmp_path / "model.bin").write_bytes(struct.pack("<I", 6) + text("Transformer") + body[20:])
     with pytest.raises(UserError, match="no Whisper model"):
         read_variables(tmp_path)
-
-
-def test_resync_names_a_missing_shard(tmp_path):
-    from flowvqtalker_eval.evaluators.sync_clips import SyncClips, find_lags
-
-    with pytest.raises(UserError, match="no shard"):
-        find_lags(SyncClips(tmp_path / "none"))

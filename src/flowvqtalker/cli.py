@@ -50,6 +50,17 @@ COMMANDS: dict[str, _Command | dict[str, _Command]] = {
     "prepare-speech": _Command(
         "flowvqtalker.data.speech:PrepareSpeech", "Turn speech into a set for training the speech encoder."
     ),
+    "prepare-mouths": _Command(
+        "flowvqtalker_eval.evaluators.mouths:PrepareMouths", "Add mouth crops to a shard, for the sync expert.", "eval"
+    ),
+    "prepare-emotion-faces": _Command(
+        "flowvqtalker_eval.evaluators.emotion_faces:PrepareEmotionFaces",
+        "Add aligned faces to a shard, for the emotion classifier.",
+        "eval",
+    ),
+    "sync-clips": _Command(
+        "flowvqtalker_eval.evaluators.sync_clips:SyncClips", "Find the lag between sound and lips of each clip.", "eval"
+    ),
     "doctor": _Command(f"{_HERE}:Doctor", "List what is installed, what is missing and how to get it."),
 }
 
@@ -84,7 +95,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     logging.basicConfig(level=logging.WARNING, format="flowvqtalker: %(levelname)s: %(message)s")
-    logging.getLogger("flowvqtalker").setLevel(logging.INFO)
+    for package in ("flowvqtalker", "flowvqtalker_eval"):
+        logging.getLogger(package).setLevel(logging.INFO)
     for level, name in ((logging.WARNING, "warning"), (logging.INFO, "info"), (logging.ERROR, "error")):
         logging.addLevelName(level, name)
     try:

@@ -1,4 +1,4 @@
-"""Emotion classifiers: accuracy over folds of people, motion, pictures, and the published Emotion-FAN."""
+"""The classifier of talking faces: its data, both steps of its training, and what it extracts from a clip."""
 
 from __future__ import annotations
 
@@ -11,32 +11,30 @@ import numpy as np
 import pytest
 import torch
 
-from flowvqtalker import EMOTIONS, weights
+from flowvqtalker import weights
+from flowvqtalker.constants import EMOTIONS
 from flowvqtalker.data.shards import Clip, Shard, ShardWriter
 from flowvqtalker.errors import UserError
-from flowvqtalker.face.alignment import align_faces, face_template, similarity, warp
+from flowvqtalker.face.alignment import face_template
 from flowvqtalker.face.model import FaceModel
 from flowvqtalker.face.topology import RIGID
 from flowvqtalker.train.config import LoopConfig
 from flowvqtalker.train.loop import fit
-from flowvqtalker_eval.evaluators import emotion_training as emotion_stage
-from flowvqtalker_eval.evaluators import motion_emotion_training as stage
-from flowvqtalker_eval.evaluators.emotion import (
-    EmotionClassifier,
-    EmotionExtractor,
-    EmotionScores,
-    accuracy_of,
-    load_emotion,
+from flowvqtalker_eval.evaluators.emotion import EmotionClassifier, EmotionExtractor, EmotionScores, load_emotion
+from flowvqtalker_eval.evaluators.emotion_data import Augmentation, FaceClips, FaceItems, centre_crop, load_faces
+from flowvqtalker_eval.evaluators.emotion_faces import Faces, PrepareEmotionFaces
+from flowvqtalker_eval.evaluators.emotion_training import (
+    Config,
+    EmotionStage,
+    ExpressionStage,
+    cross_validate,
+    fit_temperature,
 )
-from flowvqtalker_eval.evaluators.emotion_data import FaceItems, draw_augmentation, plain
-from flowvqtalker_eval.evaluators.emotion_faces import Faces, PrepareEmotionFaces, write_faces
 from flowvqtalker_eval.evaluators.folds import Labelled
-from flowvqtalker_eval.evaluators.motion_emotion import (
-    MIRRORED,
-)
+from flowvqtalker_eval.evaluators.motion_emotion import MIRRORED
 from flowvqtalker_eval.metrics.accuracy import CLASSES
 
-LOOP = LoopConfig(steps=25, batch_size=16, lr=5e-3, log_every=10, validate_every=0, save_every=100, device="cpu", ema=0)
+TINY = LoopConfig(steps=3, batch_size=4, lr=1e-3, log_every=1, validate_every=0, save_every=9, device="cpu", ema=0)
 
 
 @pytest.fixture(scope="module")
@@ -54,53 +52,6 @@ def face() -> FaceModel:
     )
 
 
-# Faces
-
-
-def test_similarity_finds_a_known_map_and_keeps_nan():
-    points = np.random.default_rng(0).normal(size=(1, 7, 2)) * 30
-    angle, scale, shift = 0.4, 1.7, np.array([5.0, -3.0])
-    turn = scale * np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
-    matrix = similarity(points, points[0] @ turn.T + shift)
-    assert np.allclose(matrix[0], np.concatenate([turn, shift[:, None]], 1))
-    assert np.isnan(similarity(points * np.nan, points[0])).all()
-    nothing = similarity(points, np.zeros_like(points[0]))[0]  # all points in one place
-    assert not warp(np.full((9, 9, 3), 255, np.uint8), nothing, 8).any()
-
-
-@pytest.mark.parametrize("scale", [0.1, 0.3, 1.0, 2.0])
-def test_warp_keeps_places_at_every_scale(scale):
-    side = round(112 / scale)
-    y, x = np.mgrid[:side, :side] + 0.5
-    frame = np.stack([x, y, x], 2) * (200 / side)
-    matrix = np.array([[scale, 0, 0], [0, scale, 0]], float)
-    small = warp(frame.astype(np.uint8), matrix, 112).astype(float)
-    wanted = (np.arange(112) + 0.5) * 200 / 112
-    assert np.abs(small[56, 5:-5, 0] - wanted[5:-5]).max() < 3
-    assert np.abs(small[5:-5, 56, 1] - wanted[5:-5]).max() < 3
-
-
-def test_aligned_faces_put_bone_points_on_the_template(face):
-    template = face_template(face).numpy()
-    mesh = np.zeros((2, 478, 3), np.float32)
-    mesh[0, list(RIGID), :2] = template * 3 + [40, 20]
-    mesh[1] = np.nan
-    frame = np.zeros((400, 400, 3), np.uint8)
-    x, y = (template[0] * 3 + [40, 20]).astype(int)
-    frame[max(y - 4, 0) : y + 5, max(x - 4, 0) : x + 5] = 255
-    for size in (112, 144):
-        crops = align_faces([frame, frame], mesh, template, size)
-        assert crops.shape == (2, size, size, 3) and not crops[1].any()
-        u, v = np.floor(template[0] + (size - 112) / 2).astype(int)
-        if 0 <= u < size and 0 <= v < size and 0 <= x < 400 and 0 <= y < 400:
-            assert crops[0, v, u].max() > 100
-    with pytest.raises(UserError, match="mesh of shape"):
-        align_faces([frame], mesh, template)
-
-
-# Our classifier of faces
-
-
 class Painted:
     """Faces whose colour says the emotion and whose brightness says the person."""
 
@@ -114,7 +65,7 @@ class Painted:
         return picture
 
 
-def painted(people: int = 6, per_clip: int = 4) -> emotion_stage.FaceClips:
+def painted(people: int = 6, per_clip: int = 4) -> FaceClips:
     labels, who, of_face, numbers = [], [], [], []
     for person in range(people):
         for label in (0, 4, 5, 7):
@@ -126,12 +77,11 @@ def painted(people: int = 6, per_clip: int = 4) -> emotion_stage.FaceClips:
     shapes = np.zeros((count, 52), np.float32)
     shapes[:, 25] = np.array(of_face) / 8
     free = np.arange(count)
-    return emotion_stage.FaceClips(
+    return FaceClips(
         Painted(np.array(of_face)),
         shapes,
         tuple(numbers),
-        Labelled(np.array(labels), tuple(who), np.ones(len(labels), bool)),
-        np.zeros(len(labels), bool),
+        Labelled(np.array(labels), tuple(who), np.zeros(len(labels), bool), np.ones(len(labels), bool)),
         ([free[:8], free[8:16]], [free[16:]]),
         free[:3],
     )
@@ -140,11 +90,8 @@ def painted(people: int = 6, per_clip: int = 4) -> emotion_stage.FaceClips:
 @pytest.fixture(scope="module")
 def start() -> dict[str, torch.Tensor]:
     """State of an untrained first step."""
-    first = emotion_stage.ExpressionStage(emotion_stage.Config(), painted(), None)
+    first = ExpressionStage(Config(), painted(), None)
     return {key: value.clone() for key, value in first.module.state_dict().items()}
-
-
-TINY = LoopConfig(steps=3, batch_size=4, lr=1e-3, log_every=1, validate_every=0, save_every=9, device="cpu", ema=0)
 
 
 def test_the_classifier_fits_the_package():
@@ -156,28 +103,28 @@ def test_the_classifier_fits_the_package():
         net.frames(torch.rand(1, 3, 96, 96))
 
 
-def test_looks_keep_size_and_are_pure_functions():
+def test_augmentation_keeps_the_size_and_is_a_pure_function():
     for seed in range(20):
         first, second = (
-            draw_augmentation(random).apply(Painted(np.array([4])).face(0), random)
+            Augmentation.draw(random).apply(Painted(np.array([4])).face(0), random)
             for random in (np.random.default_rng(seed), np.random.default_rng(seed))
         )
-        assert first.shape == (112, 112, 3) and first.dtype == np.uint8 and np.array_equal(first, second)
+        assert first.shape == (3, 112, 112) and 0 <= first.min() <= first.max() <= 1 and torch.equal(first, second)
 
 
 def test_mirrored_items_have_mirrored_blendshapes():
     clips = painted()
     shapes = np.tile(np.arange(52, dtype=np.float32), (len(clips.shapes), 1))
-    items = FaceItems(clips.faces, shapes, clips.free, 0.5, 0)
-    seen = {tuple(items[i]["shapes"].tolist()) for i in range(20)}
+    items = FaceItems(replace(clips, shapes=shapes), 0.5, 0)
+    seen = {tuple(items[i]["shapes"][0].tolist()) for i in range(20)}
     assert seen == {tuple(range(52)), tuple(float(n) for n in MIRRORED)}
 
 
 def test_first_step_lowers_its_loss(tmp_path):
     clips = painted()
-    config = emotion_stage.Config(pretrain=replace(TINY, steps=8, batch_size=6, overfit=True))
-    first = emotion_stage.ExpressionStage(config, clips, None)
-    assert set(first.dataset("train")[3]) == {"face", "shapes"}
+    config = Config(pretrain=replace(TINY, steps=8, batch_size=6, overfit=True))
+    first = ExpressionStage(config, clips, None)
+    assert set(first.dataset("train")[3]) == {"faces", "shapes"}
     fit(first, config.pretrain, tmp_path)
     with open(tmp_path / "log.csv", newline="") as file:
         losses = [float(row["backbone/loss"]) for row in csv.DictReader(file)]
@@ -186,10 +133,8 @@ def test_first_step_lowers_its_loss(tmp_path):
 
 def test_second_step_lowers_its_loss_and_leaves_the_first_blocks_alone(start, face, tmp_path):
     clips = painted()
-    config = emotion_stage.Config(loop=replace(TINY, steps=8, overfit=True, lr=2e-3), frozen=3)
-    second = emotion_stage.EmotionStage(
-        config, clips, np.arange(16), np.arange(16, 24), start, face_template(face), temperature=1.5
-    )
+    config = Config(loop=replace(TINY, steps=8, overfit=True, lr=2e-3), frozen=3)
+    second = EmotionStage(config, clips, np.arange(16), np.arange(16, 24), start, face_template(face), temperature=1.5)
     item = second.dataset("train")[0]
     assert item["faces"].shape == (3, 3, 112, 112) and item["shapes"].shape == (3, 52)
     numbers = fit(second, config.loop, tmp_path / "run")
@@ -208,8 +153,8 @@ def test_second_step_lowers_its_loss_and_leaves_the_first_blocks_alone(start, fa
     assert float(loaded.temperature) == 1.5
     second.module.eval()
     with torch.no_grad():
-        wanted = second.logits(np.array([0]))
-        faces = torch.stack([plain(clips.faces.face(int(n))) for n in clips.numbers[0]])
+        wanted = torch.from_numpy(second.logits([0]))
+        faces = torch.stack([centre_crop(clips.faces.face(int(n))) for n in clips.numbers[0]])
         assert torch.allclose(loaded(faces[None]) * 1.5, wanted, atol=0.05)
 
     frames = np.random.default_rng(0).integers(0, 255, (3, 60, 60, 3), dtype=np.uint8)
@@ -226,13 +171,6 @@ def test_second_step_lowers_its_loss_and_leaves_the_first_blocks_alone(start, fa
         EmotionScores(tmp_path / "weights").settings()["weights"]
         == weights.sha256(tmp_path / "weights" / "emotion.safetensors")[:16]
     )
-
-
-def test_accuracy_of_scores():
-    scores = [np.eye(8)[CLASSES.index(name)] for name in ("happy", "sad", "fear")]
-    assert accuracy_of([*scores, np.full(8, np.nan)], ["happy", "angry", None, "sad"]) == (pytest.approx(1 / 3), 3)
-    value, count = accuracy_of([], [])
-    assert np.isnan(value) and count == 0
 
 
 def test_a_shard_without_faces_says_how_to_make_them(tmp_path):
@@ -294,8 +232,10 @@ def test_faces_are_cut_from_clips_and_stored_pictures(face, tmp_path):
     template = face_template(face).numpy()
     face.save(tmp_path / "face.safetensors")
     data, out = shard_with_faces(tmp_path, template)
-    config = PrepareEmotionFaces(data, out, frames=3, neutral=2, stored=2, face_model=tmp_path / "face.safetensors")
-    assert write_faces(config) == 3 + 2 * 3 + 2 + 1
+    command = PrepareEmotionFaces(
+        data=data, shard=out, frames=3, neutral=2, stored=2, face_model=tmp_path / "face.safetensors"
+    )
+    assert command.run() == 3 + 2 * 3 + 2 + 1
     faces, shard = Faces(out), Shard(out)
     names = [str(shard.name[clip]) for clip in faces.clip]
     assert names == ["happy.mkv"] * 3 + ["neutral0.mkv"] * 3 + ["neutral1.mkv"] * 3 + ["natural.mkv"] * 2 + [
@@ -307,11 +247,12 @@ def test_faces_are_cut_from_clips_and_stored_pictures(face, tmp_path):
     assert faces.face(11)[72, 72, 0] > 195 and faces.face(11).shape == (144, 144, 3)
     assert faces.face(0)[0, 0, 0] < 10  # the border lies outside of the frame
 
-    clips = emotion_stage.load_faces(out, per_person=1)
+    clips = load_faces(out, per_person=1)
     assert [len(numbers) for numbers in clips.numbers] == [3, 3, 3, 2]
     assert [CLASSES[label] for label in clips.data.labels] == ["happy", "neutral", "neutral", "neutral"]
-    assert clips.data.measured.tolist() == [True, True, False, False] and clips.natural.tolist() == [False] * 3 + [True]
-    held = {str(shard.identity[faces.clip[n]]) for people in clips.free for group in people for n in group}
+    assert clips.data.measured.tolist() == [True, True, False, False]
+    assert clips.data.natural.tolist() == [False, False, False, True]
+    held = {str(shard.identity[faces.clip[n]]) for people in clips.unlabelled for group in people for n in group}
     held |= {str(shard.identity[faces.clip[n]]) for n in clips.validation}
     assert held == {"bob", "carl"}  # nobody with an emotion is in the first step
     assert np.allclose(clips.shapes[1], (faces.row[1] - shard.rows(0).start) / 10, atol=1e-3)
@@ -323,11 +264,36 @@ def test_faces_of_missing_clips_are_an_error(face, tmp_path):
     text = (data / "clips.csv").read_text().replace("happy.mkv,test,anna,happy,no\n", "")
     (data / "clips.csv").write_text(text)
     with pytest.raises(UserError, match=r"1 clips of the shard are not in .*, the first: happy\.mkv"):
-        write_faces(PrepareEmotionFaces(data, out, face_model=tmp_path / "face.safetensors"))
+        PrepareEmotionFaces(data=data, shard=out, face_model=tmp_path / "face.safetensors").run()
 
 
 def test_configuration_lists_what_is_wrong():
     with pytest.raises(UserError, match=r"frozen must be in 0 to 17.*folds must be 0 or at least 2"):
-        emotion_stage.Config(frozen=18, folds=1)
-    with pytest.raises(UserError, match="folds must be 0 or at least 2"):
-        stage.Config(folds=1)
+        Config(frozen=18, folds=1)
+
+
+def test_folds_hold_people_out_and_are_kept(start, face, tmp_path):
+    clips, template = painted(per_clip=1), face_template(face)
+    seen: list[set[str]] = []
+
+    def make(train, held):
+        people = [{clips.data.identities[n] for n in part} for part in (train, held)]
+        assert not people[0] & people[1]
+        seen.append(people[1])
+        return EmotionStage(Config(), clips, train, held, start, template)
+
+    logits = cross_validate(make, clips.data, TINY, tmp_path, 2)
+    assert seen[0] | seen[1] == set(clips.data.identities) and not seen[0] & seen[1]
+    assert np.abs(logits).sum(1).all()
+    again = cross_validate(make, clips.data, TINY, tmp_path, 2, resume=True)  # nothing is trained again
+    assert np.array_equal(again, logits)
+
+
+def test_temperature_undoes_a_known_overconfidence():
+    random = np.random.default_rng(0)
+    logits = random.normal(size=(4000, 8))
+    labels = np.array([random.choice(8, p=np.exp(row) / np.exp(row).sum()) for row in logits])
+    data = Labelled(labels, ("x",) * 4000, np.zeros(4000, bool), np.ones(4000, bool))
+    assert fit_temperature(data, (3 * logits).astype(np.float32)) == pytest.approx(3, rel=0.1)
+    with pytest.raises(UserError, match="not finite"):
+        fit_temperature(data, np.full((4000, 8), np.nan, np.float32))

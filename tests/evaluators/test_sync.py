@@ -1,4 +1,4 @@
-"""Lips and sound: scores from embeddings, SyncNet's network and front end, mouth crops, the sync expert, its stage."""
+"""Mouth crops, the sync expert and its training stage."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from flowvqtalker_eval.evaluators.mouths import (
     cut_mouths,
     mouth_matrices,
     mouths_of,
-    write_mouths,
 )
+from flowvqtalker_eval.evaluators.sync_clips import SyncClips
 from flowvqtalker_eval.evaluators.sync_data import SegmentConfig, SegmentDataset, SpeechClip, load_speech_clips
 from flowvqtalker_eval.evaluators.sync_expert import (
     MouthExtractor,
@@ -129,7 +129,7 @@ def shard(tmp_path) -> Path:
 def test_mouths_beside_a_shard(shard, tmp_path):
     with pytest.raises(UserError, match=r"prepare-mouths"):
         mouths_of(Shard(shard))
-    assert write_mouths(PrepareMouths(shard.parent, shard)) == 6
+    assert PrepareMouths(data=shard.parent, shard=shard).run() == 6
     stored = mouths_of(Shard(shard))
     assert list(stored) == [0]
     wanted = cut_mouths([np.roll(picture(), 3 * t, axis=1) for t in range(6)], mesh(6))
@@ -138,7 +138,7 @@ def test_mouths_beside_a_shard(shard, tmp_path):
     (tmp_path / "other").mkdir()
     cv2.imwrite(str(tmp_path / "other" / "a.png"), picture())
     with pytest.raises(UserError, match="no clip with speech"):
-        write_mouths(PrepareMouths(tmp_path / "other", shard))
+        PrepareMouths(data=tmp_path / "other", shard=shard).run()
 
 
 # The sync expert
@@ -257,20 +257,22 @@ def test_items_are_pure_functions_and_keep_lips_and_sound_together():
         SegmentConfig(frames=5)
 
 
+class Loudness(SyncExpert):
+    """An expert that compares the darkness of the mouth with the loudness of the sound."""
+
+    def video(self, mouths):
+        return self._point((mouths < 80).float().mean((2, 3)).unfold(1, 5, 1))
+
+    def audio(self, energies):
+        return self._point((energies.float().mean(2).exp()).unfold(1, 20, 4).unflatten(-1, (5, 4)).mean(-1))
+
+    def _point(self, values):
+        return torch.nn.functional.normalize(values - values.mean(-1, keepdim=True), dim=-1)
+
+
 def test_sound_can_be_delayed_by_a_known_offset():
-    """An expert that reads loudness from both tells the offset that was made, with its sign."""
+    """The expert tells the offset that was made, with its sign."""
     clip = spoken(1, 60)
-
-    class Loudness(SyncExpert):
-        def video(self, mouths):
-            return self._point((mouths < 80).float().mean((2, 3)).unfold(1, 5, 1))
-
-        def audio(self, energies):
-            return self._point((energies.float().mean(2).exp()).unfold(1, 20, 4).unflatten(-1, (5, 4)).mean(-1))
-
-        def _point(self, values):
-            return torch.nn.functional.normalize(values - values.mean(-1, keepdim=True), dim=-1)
-
     expert = Loudness(TINY)
     for late in (-8, -1, 0, 5):
         assert stage.offset_scores(expert, clip, late).offset == -late
@@ -334,10 +336,31 @@ def test_build_reads_a_shard_and_says_what_is_missing(shard, tmp_path):
         stage.build(stage.Config(shards=(tmp_path / "none",)))
     with pytest.raises(ConfigError, match="no shards"):
         stage.Config(shards=())
-    write_mouths(PrepareMouths(shard.parent, shard))
+    PrepareMouths(data=shard.parent, shard=shard).run()
     clips = load_speech_clips([shard], "train", 1)
     assert len(clips) == 1
     assert len(clips[0].mouths) == 4  # one frame at each end is cut off
     assert len(clips[0].wave) == 4 * SAMPLES and clips[0].energies.shape == (16, 40)
     assert np.array_equal(clips[0].wave, np.round(Shard(shard).wave(0) * 32768)[SAMPLES:-SAMPLES])
     assert load_speech_clips([shard], "val", 1) == []
+
+
+def test_lags_of_clips_are_found(shard, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="no shard"):
+        SyncClips(shard=tmp_path / "none").run()
+    PrepareMouths(data=shard.parent, shard=shard).run()
+    with pytest.raises(UserError, match="has no mouths"):
+        SyncClips(shard=shard).run()  # its clips are too short
+
+    monkeypatch.setattr("flowvqtalker_eval.evaluators.sync_clips.load_sync_expert", lambda folder: Loudness(TINY))
+    late, clips = (0, 2, -1), [spoken(n, 60) for n in range(3)]
+    with ShardWriter(tmp_path / "more") as writer:
+        for number, (clip, lag) in enumerate(zip(clips, late, strict=True)):
+            late_sound = np.roll(clip.wave, lag * SAMPLES)
+            writer.add(replace(make_clip(f"{number}.mp4", 60, number), audio=late_sound))
+    np.save(tmp_path / "more" / "mouths.npy", np.concatenate([clip.mouths for clip in clips]))
+    np.savez(tmp_path / "more" / "mouths.npz", start=np.array([0, 60, 120]))
+    SyncClips(shard=tmp_path / "more").run()
+    with np.load(tmp_path / "more" / "lags.npz") as found:
+        assert found["offset"].tolist() == [-lag for lag in late]
+        assert (found["confidence"] > 0).all()

@@ -1,12 +1,8 @@
-"""Evaluators that this project trains itself, where published weights are missing."""
+"""Evaluators that this project trains itself, where no published weights can be had: lip sync and emotion."""
 
-from __future__ import annotations
-
-__all__ = ["STAGES"]
-
-#: Training stage on the command line -> module.
+#: Stage of ``flowvqtalker train`` -> its module.
 STAGES = {
     "sync": "flowvqtalker_eval.evaluators.sync_training",
     "emotion": "flowvqtalker_eval.evaluators.emotion_training",
-    "motion-emotion": "flowvqtalker_eval.evaluators.motion_emotion_training",
+    "motion-emotion": "flowvqtalker_eval.evaluators.motion_emotion",
 }

@@ -1,14 +1,12 @@
-"""Our own classifier of the emotion of a talking face, with the two attentions of Emotion-FAN on a small backbone.
+"""Our own classifier of the emotion of a talking face: the two attentions of Emotion-FAN on a small backbone.
 
-What differs from :mod:`flowvqtalker_eval.metrics.emotion_fan`: a MobileNetV2 instead of a ResNet-18 (1.8 million weights),
-faces of 112 pixels aligned by the points over bone (so that a smile does not move the crop), and hardly any labelled
-clips. Its accuracy is reported under its own name (``Acc emo (ours)``), never in the column of Emotion-FAN; beside it
-stands its accuracy on real clips.
+It differs from :mod:`flowvqtalker_eval.metrics.emotion_fan` in its backbone (MobileNetV2, 1.8 million weights, instead
+of ResNet-18), its faces (112 pixels, aligned by points over bone, so that a smile does not move the crop) and its data
+(very few labelled clips). Its accuracy is reported under its own name, never in Emotion-FAN's column.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -27,28 +25,20 @@ from flowvqtalker_eval.metrics.accuracy import CLASSES
 from flowvqtalker_eval.metrics.analysis import Array, ClipExtractor, FrameExtractor, Settings
 from flowvqtalker_eval.metrics.emotion_fan import clip_vector, related
 
-__all__ = [
-    "EmotionClassifier",
-    "EmotionConfig",
-    "EmotionExtractor",
-    "EmotionScores",
-    "accuracy_of",
-    "load_emotion",
-]
+__all__ = ["FEATURES", "EmotionClassifier", "EmotionConfig", "EmotionExtractor", "EmotionScores", "load_emotion"]
 
-DIM = 320
-
-Pixels = npt.NDArray[np.uint8]
+#: Channels of the backbone's features.
+FEATURES = 320
 
 
 @dataclass(frozen=True)
 class EmotionConfig:
-    """Shape of the classifier."""
+    """Dropout rates, as in Emotion-FAN."""
 
     dropout: float = 0.5
-    """Before α and β, as in Emotion-FAN."""
+    """Before the attentions α and β."""
     dropout2: float = 0.6
-    """Before the last layer, as in Emotion-FAN."""
+    """Before the last layer."""
 
 
 class EmotionClassifier(nn.Module):
@@ -56,8 +46,8 @@ class EmotionClassifier(nn.Module):
 
     Attributes:
         template: (46, 2) where the points over bone lie in a crop.
-        temperature: scalar; logits are divided by it so that probabilities of unseen people are right on average.
-        fixed_norm: batch norms keep their statistics in training too.
+        temperature: scalar that divides the logits, so that probabilities of unseen people are calibrated.
+        freeze_norm: keep the statistics of the batch norms in training too.
     """
 
     mean: Tensor
@@ -68,11 +58,11 @@ class EmotionClassifier(nn.Module):
     def __init__(self, config: EmotionConfig | None = None) -> None:
         super().__init__()
         self.config = config or EmotionConfig()
-        self.fixed_norm = False
+        self.freeze_norm = False
         self.backbone = cast(nn.Sequential, MobileNetV2Features().features)
-        self.alpha = nn.Linear(DIM, 1)
-        self.beta = nn.Linear(2 * DIM, 1)
-        self.head = nn.Linear(2 * DIM, len(CLASSES))
+        self.alpha = nn.Linear(FEATURES, 1)
+        self.beta = nn.Linear(2 * FEATURES, 1)
+        self.head = nn.Linear(2 * FEATURES, len(CLASSES))
         self.dropout, self.dropout2 = nn.Dropout(self.config.dropout), nn.Dropout(self.config.dropout2)
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1))
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1))
@@ -80,9 +70,9 @@ class EmotionClassifier(nn.Module):
         self.register_buffer("temperature", torch.ones(()))
 
     def train(self, mode: bool = True) -> EmotionClassifier:
-        """See ``fixed_norm``."""
+        """Set the mode, except of frozen batch norms."""
         super().train(mode)
-        if self.fixed_norm:
+        if self.freeze_norm:
             for module in self.backbone.modules():
                 if isinstance(module, nn.BatchNorm2d):
                     module.eval()
@@ -95,18 +85,19 @@ class EmotionClassifier(nn.Module):
         features: Tensor = self.backbone((faces - self.mean) / self.std)
         return features.mean((2, 3))
 
-    def classify(self, features: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Logits (B, 8) of features (B, T, 320); mask (B, T) is true where a frame counts."""
+    def classify(self, features: Tensor) -> Tensor:
+        """Logits (B, 8) of features (B, T, 320)."""
         alpha = self.alpha(self.dropout(features))[..., 0].sigmoid()
-        clip = clip_vector(features, alpha, mask)
+        clip = clip_vector(features, alpha)
         pairs = torch.cat([features, clip[:, None].expand_as(features)], dim=2)
         beta = self.beta(self.dropout(pairs))[..., 0].sigmoid()
-        logits: Tensor = self.head(self.dropout2(related(features, clip, alpha, beta, mask)))
+        logits: Tensor = self.head(self.dropout2(related(features, clip, alpha, beta)))
         return logits / self.temperature
 
-    def forward(self, faces: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(self, faces: Tensor) -> Tensor:
+        """Logits (B, 8)."""
         features = self.frames(faces.flatten(0, 1))
-        return self.classify(features.reshape(*faces.shape[:2], -1), mask)
+        return self.classify(features.reshape(*faces.shape[:2], -1))
 
 
 def load_emotion(path: str | Path | None = None) -> EmotionClassifier:
@@ -125,33 +116,20 @@ def load_emotion(path: str | Path | None = None) -> EmotionClassifier:
     return model.eval()
 
 
-def accuracy_of(scores: Iterable[Array], emotions: Iterable[str | None]) -> tuple[float, int]:
-    """Acc_emo: share of the clips whose greatest score is that of their emotion, and how many clips counted.
-
-    Clips without a face (NaN scores) count as wrong: a video without a visible face shows no emotion. Clips without one
-    of the eight labels do not count.
+class _Lazy:
+    """Reads the classifier when it is first needed; leaves it out when the object is pickled for another process.
 
     Arguments:
-        scores: (8,) logits or probabilities of each clip, in the order of CLASSES.
-        emotions: label of each.
+        folder: folder of weights; None is the package's own.
+        device: where it runs.
     """
-    right: list[bool] = []
-    for score, emotion in zip(scores, emotions, strict=True):
-        if emotion in CLASSES:
-            seen = score.shape == (len(CLASSES),) and bool(np.isfinite(score).all())
-            right.append(seen and CLASSES[int(score.argmax())] == emotion)
-    return (sum(right) / len(right) if right else float("nan")), len(right)
-
-
-class _Loaded:
-    """A classifier that is read when it is first needed, and left out when the object travels."""
 
     def __init__(self, folder: str | Path | None = None, device: str = "cpu") -> None:
         self._folder, self._device = folder, device
         self._model: EmotionClassifier | None = None
 
     def settings(self) -> Settings:
-        """The weights."""
+        """The weights and the crop."""
         entry = weights.manifest(self._folder).get("emotion.safetensors")
         return {"weights": entry.sha256[:16] if entry else "missing", "faces": f"{SIZE} px, aligned by bone points"}
 
@@ -163,21 +141,16 @@ class _Loaded:
         return self._model
 
 
-class EmotionExtractor(_Loaded, FrameExtractor):
-    """``emotion_features`` (T, 320) of each frame; NaN where there is no face.
-
-    Arguments:
-        folder: folder of weights; None is the package's own.
-        device: where it runs.
-    """
+class EmotionExtractor(_Lazy, FrameExtractor):
+    """``emotion_features`` (T, 320) of each frame; NaN where there is no face."""
 
     name = "emotion_frames"
     needs: tuple[str, ...] = ("mesh",)
     gives = ("emotion_features",)
 
-    def __call__(self, frames: Pixels, known: dict[str, Array]) -> dict[str, Array]:
-        """Of frames (n, H, W, 3)."""
-        features = np.full((len(frames), DIM), np.nan, np.float32)
+    def __call__(self, frames: npt.NDArray[np.uint8], known: dict[str, Array]) -> dict[str, Array]:
+        """Features of frames (n, H, W, 3)."""
+        features = np.full((len(frames), FEATURES), np.nan, np.float32)
         seen = np.flatnonzero(np.isfinite(known["mesh"]).all((1, 2)))
         if len(seen):
             faces = align_faces(frames[seen], known["mesh"][seen], self.model.template.cpu().numpy())
@@ -187,7 +160,7 @@ class EmotionExtractor(_Loaded, FrameExtractor):
         return {"emotion_features": features}
 
 
-class EmotionScores(_Loaded, ClipExtractor):
+class EmotionScores(_Lazy, ClipExtractor):
     """``emotion`` (8,): the clip's probabilities in the order of CLASSES; NaN where there is no face."""
 
     name = "emotion"
@@ -195,7 +168,7 @@ class EmotionScores(_Loaded, ClipExtractor):
     gives = ("emotion",)
 
     def __call__(self, known: dict[str, Array], wave: npt.NDArray[np.float32] | None) -> dict[str, Array]:
-        """Of a whole clip."""
+        """Probabilities of a whole clip."""
         features = known["emotion_features"]
         features = features[np.isfinite(features).all(1)]
         if not len(features):

@@ -1,9 +1,13 @@
-"""Varied faces for the stage ``emotion``; every item is a pure function of the seed and its number."""
+"""Training data of the stage ``emotion``: faces of a shard by person and class, and their augmentation.
+
+Every item is a pure function of the seed and its number.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol, cast
 
 import cv2
@@ -13,68 +17,186 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from flowvqtalker.constants import EMOTIONS
 from flowvqtalker.data.order import item_generator
+from flowvqtalker.data.shards import Shard
+from flowvqtalker.data.splits import split_of
+from flowvqtalker.errors import UserError
 from flowvqtalker.face.alignment import SIZE
-from flowvqtalker_eval.evaluators.folds import BalancedDraw, draw
+from flowvqtalker_eval.evaluators.emotion_faces import Faces
+from flowvqtalker_eval.evaluators.folds import NEUTRAL, Labelled, limit_per_person
 from flowvqtalker_eval.evaluators.motion_emotion import MIRRORED
 
-__all__ = ["ClipItems", "FaceItems", "Look", "draw_augmentation", "plain"]
+__all__ = ["Augmentation", "BalancedDraw", "ClipItems", "FaceClips", "FaceItems", "centre_crop", "load_faces"]
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
 Pixels = npt.NDArray[np.uint8]
 
-_MIRRORED = np.array(MIRRORED)
-
 
 class FaceSource(Protocol):
-    """What is needed of :class:`flowvqtalker_eval.evaluators.emotion_faces.Faces`."""
+    """The part of :class:`flowvqtalker_eval.evaluators.emotion_faces.Faces` that training reads."""
 
     def face(self, number: int) -> Pixels:
         """Face (S, S, 3) uint8 RGB, S of at least 112."""
 
 
-def _tensor(face: Pixels) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(face)).permute(2, 0, 1).float() / 255
+@dataclass(frozen=True)
+class FaceClips:
+    """The faces of a shard, sorted.
+
+    Attributes:
+        faces: all of them.
+        shapes: (M, 52) blendshapes of each face; NaN where the tracker gave none.
+        numbers: faces of each labelled clip, in the order of time.
+        data: labels and people of these clips.
+        unlabelled: still images and frames of clips in the training split, of people without a labelled clip; one
+            array of face numbers for each person.
+        validation: faces of such people in the validation split.
+    """
+
+    faces: FaceSource
+    shapes: Floats
+    numbers: tuple[Ints, ...]
+    data: Labelled
+    unlabelled: tuple[list[Ints], list[Ints]]
+    validation: Ints
 
 
-def plain(face: Pixels) -> Tensor:
-    """The middle of a face as (3, 112, 112) in [0, 1], as inference sees it."""
-    top, left = (face.shape[0] - SIZE) // 2, (face.shape[1] - SIZE) // 2
-    return _tensor(face[top : top + SIZE, left : left + SIZE])
+def load_faces(folder: Path, per_person: int) -> FaceClips:
+    """Read a shard's faces and labels; at most ``per_person`` clips of a person and class are measured.
+
+    Raises:
+        UserError: if the faces are missing or show fewer than two emotions.
+    """
+    shard, faces = Shard(folder), Faces(folder)
+    clips = np.unique(faces.clip)
+    clips = clips[(shard.emotion[clips] >= 0) & ~shard.picture[clips]]
+    natural = shard.emotion[clips] == EMOTIONS.index("natural")
+    labels = np.where(natural, NEUTRAL, shard.emotion[clips]).astype(np.int64)
+    if len(set(labels.tolist())) < 2:
+        raise UserError(f"the faces of {folder} show fewer than two emotions; label the clips and prepare again")
+    people = tuple(str(shard.identity[clip]) for clip in clips)
+    measured = limit_per_person(labels, people, per_person) & ~natural
+    labelled = {person for person, own in zip(people, natural, strict=True) if not own}
+    who = [str(shard.identity[clip]) for clip in faces.clip]
+    unknown = np.array([name not in labelled for name in who], bool)
+    split = np.array([split_of(name) for name in who])
+    image = shard.picture[faces.clip]
+    images, frames = (
+        by_person(np.flatnonzero(unknown & (split == "train") & (image == kind)), who) for kind in (True, False)
+    )
+    return FaceClips(
+        faces,
+        np.asarray(shard.blendshapes[faces.row], np.float32),
+        tuple(np.flatnonzero(faces.clip == clip) for clip in clips),
+        Labelled(labels, people, natural, measured),
+        (images, frames),
+        np.flatnonzero(unknown & (split == "val")),
+    )
+
+
+def by_person(numbers: Ints, identities: Sequence[str]) -> list[Ints]:
+    """Numbers of faces or clips, in one array for each person."""
+    people: dict[str, list[int]] = {}
+    for number in numbers:
+        people.setdefault(identities[number], []).append(int(number))
+    return [np.array(group, np.int64) for group in people.values()]
+
+
+def _draw(people: Sequence[Ints], random: np.random.Generator) -> int:
+    """A number of a person, people drawn uniformly."""
+    group = people[int(random.integers(len(people)))]
+    return int(group[int(random.integers(len(group)))])
+
+
+class BalancedDraw:
+    """Draws clips class by class and person by person.
+
+    Arguments:
+        data: all labelled clips.
+        numbers: those to draw from.
+        balance: classes are drawn in proportion to the number of their people to the power 1 - balance; 1: uniformly.
+        natural_share: share of the neutral draws that are natural speech.
+    """
+
+    def __init__(self, data: Labelled, numbers: Ints, balance: float = 1.0, natural_share: float = 0.5) -> None:
+        labels, natural = data.labels[numbers], data.natural[numbers]
+        self.groups = {
+            int(label): by_person(numbers[(labels == label) & ~natural], data.identities)
+            for label in np.unique(labels[~natural])
+        }
+        if not self.groups:
+            raise UserError("no labelled clips to train on; check the split and the labels")
+        self.natural, self.natural_share = by_person(numbers[natural], data.identities), natural_share
+        weight = np.array([len(group) for group in self.groups.values()], np.float64) ** (1 - balance)
+        self._classes, self._shares = list(self.groups), weight / weight.sum()
+
+    def draw(self, random: np.random.Generator) -> tuple[int, int]:
+        """Number and label of a clip."""
+        label = self._classes[int(random.choice(len(self._classes), p=self._shares))]
+        people = self.groups[label]
+        if label == NEUTRAL and self.natural and random.random() < self.natural_share:
+            people = self.natural
+        return _draw(people, random), label
 
 
 @dataclass(frozen=True)
-class Look:
-    """One way of seeing a face, the same for all frames of an item.
+class Augmentation:
+    """One change of light, lens, codec and crop, the same for all frames of an item; the expression stays.
 
     Attributes:
         angle: radians.
         scale: factor.
         shift: pixels.
-        mirror: left for right.
-        gain, lift: of each colour channel, in levels.
+        mirror: swap left and right.
+        gain, offset: of each colour channel, in levels.
         grey: without colour.
-        small: side in pixels to which the face is brought down before it is brought up again; 0: not.
+        small: side in pixels to which the face is reduced before it is enlarged again; 0: not.
         quality: of a JPEG; 0: none.
         noise: standard deviation in levels.
-        box: left, top, width and height of a grey box, pixels; of no width: none.
+        box: left, top, width and height of a grey box in pixels; no width: none.
     """
 
     angle: float
     scale: float
     shift: tuple[float, float]
     mirror: bool
-    gain: tuple[float, float, float]
-    lift: float
+    gain: npt.NDArray[np.float64]
+    offset: float
     grey: bool
     small: int
     quality: int
     noise: float
     box: tuple[int, int, int, int]
 
-    def apply(self, face: Pixels, random: np.random.Generator) -> Pixels:
-        """The face (112, 112, 3) so seen; every frame moves a little on its own."""
+    @classmethod
+    def draw(cls, random: np.random.Generator) -> Augmentation:
+        """A random one."""
+
+        def chance(share: float) -> bool:
+            return bool(random.random() < share)
+
+        bright = random.uniform(0.65, 1.35)
+        gain = bright * np.exp(random.normal(0, 0.1, 3))
+        width, height = (int(side) for side in (random.integers(16, 44, 2) if chance(0.3) else (0, 0)))
+        left, top = (int(random.integers(SIZE - side)) for side in (width, height))
+        return cls(
+            angle=random.uniform(-0.2, 0.2),
+            scale=random.uniform(0.88, 1.18),
+            shift=(random.uniform(-7, 7), random.uniform(-7, 7)),
+            mirror=chance(0.5),
+            gain=gain,
+            offset=random.uniform(-35, 35),
+            grey=chance(0.2),
+            small=int(random.integers(36, 100)) if chance(0.5) else 0,
+            quality=int(random.integers(25, 90)) if chance(0.4) else 0,
+            noise=random.uniform(1, 10) if chance(0.3) else 0.0,
+            box=(left, top, width, height),
+        )
+
+    def apply(self, face: Pixels, random: np.random.Generator) -> Tensor:
+        """The changed face (3, 112, 112) in [0, 1]; every frame also moves a little on its own."""
         middle = face.shape[0] / 2
         angle = self.angle + random.normal(0, 0.015)
         scale = self.scale * float(np.exp(random.normal(0, 0.01)))
@@ -94,93 +216,63 @@ class Look:
             x = cast(Any, cv2.imdecode(code, cv2.IMREAD_COLOR))
         if self.grey:
             x = cv2.cvtColor(cv2.cvtColor(x, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
-        table = np.clip((np.arange(256)[:, None] - 128) * self.gain + 128 + self.lift, 0, 255).astype(np.uint8)
-        x = cv2.LUT(np.ascontiguousarray(x), table[None])
-        if self.noise:
-            x = np.clip(x + random.normal(0, self.noise, x.shape), 0, 255).astype(np.uint8)
+        levels = (np.asarray(x, np.float64) - 128) * self.gain + 128 + self.offset
+        levels = np.clip(levels + random.normal(0, self.noise, x.shape), 0, 255).astype(np.uint8)
         left, top, width, height = self.box
-        x[top : top + height, left : left + width] = 128
-        return cast(Pixels, np.asarray(x, np.uint8))
+        levels[top : top + height, left : left + width] = 128
+        return _tensor(levels)
 
 
-def draw_augmentation(random: np.random.Generator) -> Look:
-    """A random way of seeing a face: light, lens, codec and crop vary, the expression stays."""
-
-    def sometimes(share: float) -> bool:
-        return bool(random.random() < share)
-
-    bright = random.uniform(0.65, 1.35)
-    gain = bright * np.exp(random.normal(0, 0.1, 3))
-    side = random.integers(16, 44, 2) if sometimes(0.3) else np.zeros(2, int)
-    corner = [int(random.integers(SIZE - s)) for s in side]
-    return Look(
-        angle=random.uniform(-0.2, 0.2),
-        scale=random.uniform(0.88, 1.18),
-        shift=(random.uniform(-7, 7), random.uniform(-7, 7)),
-        mirror=sometimes(0.5),
-        gain=(float(gain[0]), float(gain[1]), float(gain[2])),
-        lift=random.uniform(-35, 35),
-        grey=sometimes(0.2),
-        small=int(random.integers(36, 100)) if sometimes(0.5) else 0,
-        quality=int(random.integers(25, 90)) if sometimes(0.4) else 0,
-        noise=random.uniform(1, 10) if sometimes(0.3) else 0.0,
-        box=(corner[0], corner[1], int(side[0]), int(side[1])),
-    )
+def _tensor(face: Pixels) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(face)).permute(2, 0, 1).float() / 255
 
 
-class FaceItems(Dataset[dict[str, Any]]):
-    """Single faces with their blendshapes, person by person.
+def centre_crop(face: Pixels) -> Tensor:
+    """The middle (3, 112, 112) of a face in [0, 1], as inference sees it."""
+    top, left = (face.shape[0] - SIZE) // 2, (face.shape[1] - SIZE) // 2
+    return _tensor(face[top : top + SIZE, left : left + SIZE])
 
-    Arguments:
-        faces, shapes: all faces and their blendshapes (M, 52).
-        free: numbers of stills and of frames of clips, by person each.
-        pictures: share of stills.
-        seed: of the draws.
-    """
 
-    def __init__(
-        self, faces: FaceSource, shapes: Floats, free: tuple[Sequence[Ints], Sequence[Ints]], pictures: float, seed: int
-    ) -> None:
-        self.faces, self.shapes, self.free, self.pictures, self.seed = faces, shapes, free, pictures, seed
+class _Items(Dataset[dict[str, Any]]):
+    """Augmented faces with their blendshapes, which are mirrored with them."""
 
-    def __getitem__(self, i: int) -> dict[str, Any]:
-        random = item_generator(self.seed, i)
-        stills, frames = self.free
-        people = stills if stills and (not frames or random.random() < self.pictures) else frames
-        number = draw(people, random)
-        look = draw_augmentation(random)
-        shapes = self.shapes[number]
+    def __init__(self, clips: FaceClips, seed: int) -> None:
+        self.clips, self.seed = clips, seed
+
+    def item(self, numbers: Sequence[int], random: np.random.Generator) -> dict[str, Any]:
+        """Faces (n, 3, 112, 112) and blendshapes (n, 52)."""
+        change = Augmentation.draw(random)
+        shapes = self.clips.shapes[list(numbers)]
         return {
-            "face": _tensor(look.apply(self.faces.face(number), random)),
-            "shapes": torch.from_numpy(shapes[_MIRRORED] if look.mirror else shapes.copy()),
+            "faces": torch.stack([change.apply(self.clips.faces.face(number), random) for number in numbers]),
+            "shapes": torch.from_numpy(shapes[:, MIRRORED] if change.mirror else shapes),
         }
 
 
-class ClipItems(Dataset[dict[str, Any]]):
-    """Three frames of a labelled clip, one of each third, with their blendshapes.
+class FaceItems(_Items):
+    """Single faces of people without a label, person by person; ``images`` is the share of still images."""
 
-    Arguments:
-        faces, shapes: all faces and their blendshapes (M, 52).
-        numbers: faces of each clip, in the order of time.
-        draws: which clips.
-        seed: of the draws.
-    """
+    def __init__(self, clips: FaceClips, images: float, seed: int) -> None:
+        super().__init__(clips, seed)
+        self.images = images
 
-    def __init__(
-        self, faces: FaceSource, shapes: Floats, numbers: Sequence[Ints], draws: BalancedDraw, seed: int
-    ) -> None:
-        self.faces, self.shapes, self.numbers, self.draws, self.seed = faces, shapes, numbers, draws, seed
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        random = item_generator(self.seed, i)
+        images, frames = self.clips.unlabelled
+        people = images if images and (not frames or random.random() < self.images) else frames
+        return self.item([_draw(people, random)], random)
+
+
+class ClipItems(_Items):
+    """Three frames of a labelled clip, one of each third, and its label."""
+
+    def __init__(self, clips: FaceClips, draws: BalancedDraw, seed: int) -> None:
+        super().__init__(clips, seed)
+        self.draws = draws
 
     def __getitem__(self, i: int) -> dict[str, Any]:
         random = item_generator(self.seed, i)
         clip, label = self.draws.draw(random)
-        thirds = np.array_split(self.numbers[clip], 3)
-        whole = self.numbers[clip]
-        chosen = [int(random.choice(part if len(part) else whole)) for part in thirds]
-        look = draw_augmentation(random)
-        shapes = self.shapes[chosen]
-        return {
-            "faces": torch.stack([_tensor(look.apply(self.faces.face(number), random)) for number in chosen]),
-            "shapes": torch.from_numpy(shapes[:, _MIRRORED] if look.mirror else shapes.copy()),
-            "label": label,
-        }
+        whole = self.clips.numbers[clip]
+        thirds = [int(random.choice(part if len(part) else whole)) for part in np.array_split(whole, 3)]
+        return {**self.item(thirds, random), "label": label}

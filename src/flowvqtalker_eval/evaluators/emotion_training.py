@@ -1,16 +1,18 @@
-"""Stage ``emotion``: our classifier of the emotion of a talking face (:mod:`flowvqtalker_eval.evaluators.emotion`).
+"""Stage ``emotion``: train the classifier of a talking face's emotion (:mod:`flowvqtalker_eval.evaluators.emotion`).
 
-Few clips are labelled, so it is trained in two steps. First the backbone (from ImageNet) learns to see expression: it
-predicts the tracker's blendshapes of faces of people of whom no emotion is known. Then the classifier learns the
-emotions, three frames of a clip at a time as Emotion-FAN does, and goes on predicting the blendshapes beside.
+Few clips are labelled, so training has two steps. First the backbone (from ImageNet) learns to see expression: it
+predicts the tracker's blendshapes of people of whom no emotion is known. Then the classifier learns the emotions from
+three frames of a clip at a time, as Emotion-FAN does, and keeps predicting the blendshapes beside.
 
-The faces are those of ``flowvqtalker prepare-emotion-faces``. Nobody with a labelled clip is in the first step,
-so that every fold of the cross-validation can share it.
+The faces come from ``flowvqtalker prepare-emotion-faces``. The first step sees nobody with a labelled clip, so all
+folds of the cross-validation can share it.
 """
 
 from __future__ import annotations
 
 import logging
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,10 +21,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from lightning_fabric import Fabric
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from flowvqtalker.constants import EMOTIONS
-from flowvqtalker.data.shards import Shard
 from flowvqtalker.data.splits import split_of
 from flowvqtalker.errors import UserError
 from flowvqtalker.face.alignment import face_template
@@ -31,30 +32,24 @@ from flowvqtalker.face.model import FaceModel
 from flowvqtalker.render.perceptual import find_weights
 from flowvqtalker.train.config import LoopConfig, check, to_dict
 from flowvqtalker.train.loop import Stage, fit
-from flowvqtalker_eval.evaluators.emotion import DIM, EmotionClassifier, EmotionConfig
-from flowvqtalker_eval.evaluators.emotion_data import ClipItems, FaceItems, plain
-from flowvqtalker_eval.evaluators.emotion_faces import Faces
-from flowvqtalker_eval.evaluators.folds import (
-    NEUTRAL,
+from flowvqtalker_eval.evaluators.emotion import FEATURES, EmotionClassifier, EmotionConfig
+from flowvqtalker_eval.evaluators.emotion_data import (
     BalancedDraw,
-    Labelled,
-    by_person,
-    cross_validate,
-    fit_temperature,
-    held_out_logits,
-    held_out_numbers,
-    spread_out,
-    write_report,
+    ClipItems,
+    FaceClips,
+    FaceItems,
+    centre_crop,
+    load_faces,
 )
+from flowvqtalker_eval.evaluators.folds import Labelled, grouped_folds, write_report
+from flowvqtalker_eval.metrics.accuracy import CLASSES
 
-__all__ = ["Config", "EmotionStage", "ExpressionStage", "FaceClips", "build_backbone", "load_faces", "run"]
+__all__ = ["Config", "EmotionStage", "ExpressionStage", "cross_validate", "fit_temperature", "run"]
 
 logger = logging.getLogger(__name__)
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
-
-_SHAPES = len(ARKIT_NAMES)
 
 
 @dataclass(frozen=True)
@@ -66,26 +61,26 @@ class Config:
     face_model: Path | None = None
     """Face model of the shard; None: the package's own."""
     imagenet: Path | None = None
-    """ImageNet weights of MobileNetV2, if they are not found by themselves."""
+    """ImageNet weights of MobileNetV2; None: look in the usual places."""
     model: EmotionConfig = field(default_factory=EmotionConfig)
-    pictures: float = 0.4
-    """Share of the first step's faces that are stills; the rest are frames of clips."""
+    images: float = 0.4
+    """Share of still images among the first step's faces; the rest are frames of clips."""
     frozen: int = 7
-    """Blocks of the backbone, from the input on, that the second step leaves as they are."""
+    """Blocks of the backbone, counted from the input, that the second step does not train."""
     shapes: float = 0.5
     """Weight of the blendshapes in the second step."""
     balance: float = 1.0
-    """Classes are drawn by the number of their people to the power of one minus this; 1: all alike."""
+    """Classes are drawn in proportion to the number of their people to the power 1 - balance; 1: uniformly."""
     natural: float = 0.3
-    """Share of the neutral items that come from natural speech (which counts as neutral in training only)."""
+    """Share of natural speech among the neutral items (it counts as neutral in training only)."""
     smoothing: float = 0.1
     """Label smoothing."""
     l2: float = 0.02
     """Weight of the squared weights of the last layer in the loss."""
     per_person: int = 2
-    """At most so many clips of one person and class are measured."""
+    """Largest number of clips of one person and class that are measured."""
     folds: int = 0
-    """Cross-validation before the final training, in so many folds by identity; 0: none."""
+    """Folds by identity of the cross-validation before the final training; 0: none."""
     pretrain: LoopConfig = field(
         default_factory=lambda: LoopConfig(steps=1200, batch_size=32, lr=1e-3, warmup=50, decay="cosine", ema=0.99)
     )
@@ -96,7 +91,7 @@ class Config:
     """The second step, in each fold and at the end."""
 
     def __post_init__(self) -> None:
-        shares = ("pictures", "balance", "natural")
+        shares = ("images", "balance", "natural")
         check(
             *((0 <= getattr(self, n) <= 1, f"{n} must be in [0, 1], got {getattr(self, n)}") for n in shares),
             *((getattr(self, n) >= 0, f"{n} must not be negative, got {getattr(self, n)}") for n in ("shapes", "l2")),
@@ -106,82 +101,23 @@ class Config:
         )
 
 
-@dataclass(frozen=True)
-class FaceClips:
-    """The faces of a shard, sorted.
-
-    Attributes:
-        faces: all of them.
-        shapes: (M, 52) blendshapes of each face; NaN where the tracker gave none.
-        numbers: faces of each labelled clip, in the order of time.
-        data: labels and people of these clips; natural speech has the label neutral and is not measured.
-        natural: (n,) bool.
-        free: stills and frames of clips in the training split, of people without a labelled clip; by person each.
-        validation: faces of such people in the validation split.
-    """
-
-    faces: Any
-    shapes: Floats
-    numbers: tuple[Ints, ...]
-    data: Labelled
-    natural: npt.NDArray[np.bool_]
-    free: tuple[list[Ints], list[Ints]]
-    validation: Ints
-
-
-def load_faces(folder: Path, per_person: int) -> FaceClips:
-    """Read a shard's faces and labels.
-
-    Raises:
-        UserError: if the faces are missing or show fewer than two emotions.
-    """
-    shard, faces = Shard(folder), Faces(folder)
-    clips = np.unique(faces.clip)
-    clips = clips[(shard.emotion[clips] >= 0) & ~shard.picture[clips]]
-    natural = np.array([EMOTIONS[int(shard.emotion[clip])] == "natural" for clip in clips], bool)
-    labels = np.array(
-        [NEUTRAL if own else int(shard.emotion[c]) for c, own in zip(clips, natural, strict=True)], np.int64
-    )
-    if len(set(labels.tolist())) < 2:
-        raise UserError(f"the faces of {folder} show fewer than two emotions; label the clips and prepare again")
-    identities = tuple(str(shard.identity[clip]) for clip in clips)
-    measured = spread_out(labels, identities, per_person) & ~natural
-    known = {who for who, own in zip(identities, natural, strict=True) if not own}
-    who = [str(shard.identity[clip]) for clip in faces.clip]
-    unknown = np.array([name not in known for name in who], bool)
-    split = np.array([split_of(name) for name in who])
-    picture = shard.picture[faces.clip]
-    stills, frames = (
-        by_person(np.flatnonzero(unknown & (split == "train") & (picture == kind)), who) for kind in (True, False)
-    )
-    return FaceClips(
-        faces,
-        np.asarray(shard.blendshapes[faces.row], np.float32),
-        tuple(np.flatnonzero(faces.clip == clip) for clip in clips),
-        Labelled(labels, identities, measured),
-        natural,
-        (stills, frames),
-        np.flatnonzero(unknown & (split == "val")),
-    )
-
-
 class _Shapes(nn.Module):
-    """Blendshapes of a face from the backbone's features, standardised over the training faces."""
+    """Blendshapes (N, 52) of a face from the backbone's features, standardised over the training faces."""
 
     mean: Tensor
     scale: Tensor
 
     def __init__(self) -> None:
         super().__init__()
-        self.layer = nn.Linear(DIM, _SHAPES)
-        self.register_buffer("mean", torch.zeros(_SHAPES))
-        self.register_buffer("scale", torch.ones(_SHAPES))
+        self.layer = nn.Linear(FEATURES, len(ARKIT_NAMES))
+        self.register_buffer("mean", torch.zeros(len(ARKIT_NAMES)))
+        self.register_buffer("scale", torch.ones(len(ARKIT_NAMES)))
 
     def loss(self, features: Tensor, shapes: Tensor) -> Tensor:
-        """Mean squared error of features (N, 320) for blendshapes (N, 52); NaN do not count."""
+        """Mean squared error for blendshapes (N, 52) of features (N, 320); NaN do not count."""
         seen = torch.isfinite(shapes)
-        wanted = ((shapes - self.mean) / self.scale).nan_to_num().clamp(-5, 5)
-        error = (self.layer(features).float() - wanted).square() * seen
+        target = ((shapes - self.mean) / self.scale).nan_to_num().clamp(-5, 5)
+        error = (self.layer(features).float() - target).square() * seen
         loss: Tensor = error.sum() / seen.sum().clamp_min(1)
         return loss
 
@@ -190,7 +126,7 @@ class ExpressionStage(Stage):
     """The first step: blendshapes of faces.
 
     Arguments:
-        imagenet: state of MobileNetV2, or None to begin with noise.
+        imagenet: state of MobileNetV2; None starts from random weights.
     """
 
     name = "emotion-expression"
@@ -212,12 +148,11 @@ class ExpressionStage(Stage):
         return {"backbone": [*self.model.backbone.parameters(), *self.shapes.parameters()]}
 
     def dataset(self, split: str) -> FaceItems:
-        return FaceItems(
-            self.clips.faces, self.clips.shapes, self.clips.free, self.config.pictures, self.config.pretrain.seed
-        )
+        return FaceItems(self.clips, self.config.images, self.config.pretrain.seed)
 
     def loss(self, group: str, batch: dict[str, Tensor], step: int) -> tuple[Tensor, dict[str, float | Tensor]]:
-        return self.shapes.loss(self.model.frames(batch["face"]), batch["shapes"]), {}
+        features = self.model.frames(batch["faces"].flatten(0, 1))
+        return self.shapes.loss(features, batch["shapes"].flatten(0, 1)), {}
 
     def validate(self, fabric: Fabric) -> dict[str, float]:
         """Share of the blendshapes' variance that is explained, over the faces of held-out people."""
@@ -228,10 +163,10 @@ class ExpressionStage(Stage):
         device = self.shapes.mean.device
         parts = []
         for chosen in np.array_split(numbers, -(-len(numbers) // 50)):
-            faces = torch.stack([plain(self.clips.faces.face(int(n))) for n in chosen]).to(device)
+            faces = torch.stack([centre_crop(self.clips.faces.face(int(n))) for n in chosen]).to(device)
             parts.append(self.shapes.layer(self.model.frames(faces)).float())
-        wanted = (torch.from_numpy(self.clips.shapes[numbers]).to(device) - self.shapes.mean) / self.shapes.scale
-        rest = (torch.cat(parts) - wanted).square().mean(0) / wanted.var(0).clamp_min(1e-4)
+        target = (torch.from_numpy(self.clips.shapes[numbers]).to(device) - self.shapes.mean) / self.shapes.scale
+        rest = (torch.cat(parts) - target).square().mean(0) / target.var(0).clamp_min(1e-4)
         moving = self.shapes.scale > 0.02
         return {"explained": float(1 - rest[moving].mean())}
 
@@ -247,7 +182,7 @@ class EmotionStage(Stage):
         train, held: numbers of the labelled clips to train on and to measure.
         start: state of the first step (names ``backbone.`` and ``shapes.``).
         template: see :func:`flowvqtalker.face.alignment.face_template`.
-        temperature: of the exported classifier; training and validation are without.
+        temperature: of the exported classifier; training and validation use none.
     """
 
     name = "emotion"
@@ -266,18 +201,19 @@ class EmotionStage(Stage):
         self.config, self.clips, self.held, self.temperature = config, clips, held, temperature
         self.model = EmotionClassifier(config.model)
         self.model.template.copy_(template)
-        self.model.fixed_norm = True
+        self.model.freeze_norm = True
         self.shapes = _Shapes()
         self.module = nn.ModuleDict({"classifier": self.model, "shapes": self.shapes})
         own = nn.ModuleDict({"backbone": self.model.backbone, "shapes": self.shapes})
         own.load_state_dict({**own.state_dict(), **start})
-        for block in list(self.model.backbone)[: config.frozen]:
+        self.frozen = list(self.model.backbone)[: config.frozen]
+        for block in self.frozen:
             block.requires_grad_(False)
-        draws = BalancedDraw(clips.data, train, clips.natural, config.balance, config.natural)
-        self.items = ClipItems(clips.faces, clips.shapes, clips.numbers, draws, config.loop.seed)
+        draws = BalancedDraw(clips.data, train, config.balance, config.natural)
+        self.items = ClipItems(clips, draws, config.loop.seed)
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        frozen = {id(p) for block in list(self.model.backbone)[: self.config.frozen] for p in block.parameters()}
+        frozen = {id(p) for block in self.frozen for p in block.parameters()}
         return {"classifier": [p for p in self.module.parameters() if id(p) not in frozen]}
 
     def dataset(self, split: str) -> ClipItems:
@@ -289,49 +225,103 @@ class EmotionStage(Stage):
         logits = self.model.classify(features.reshape(*faces.shape[:2], -1)).float()
         entropy = nn.functional.cross_entropy(logits, batch["label"], label_smoothing=self.config.smoothing)
         shapes = self.shapes.loss(features, batch["shapes"].flatten(0, 1))
-        right = (logits.argmax(1) == batch["label"]).float().mean()
         size = 0.5 * self.config.l2 * self.model.head.weight.square().sum()
         logs: dict[str, float | Tensor] = {
             "cross_entropy": entropy.detach(),
             "shapes": shapes.detach(),
-            "accuracy": right,
+            "accuracy": (logits.argmax(1) == batch["label"]).float().mean(),
         }
         return entropy + self.config.shapes * shapes + size, logs
 
-    def restore(self, state: dict[str, Tensor]) -> None:
-        """Take over what :meth:`export` gave."""
-        self.model.load_state_dict(state)
-
-    def logits(self, numbers: Ints) -> Tensor:
-        """Logits (k, 8) of clips, from all their faces."""
+    @torch.no_grad()
+    def logits(self, numbers: Sequence[int] | Ints) -> Floats:
+        """Logits (k, 8) of clips, from all their faces, in evaluation mode."""
+        self.module.eval()
         device = self.model.mean.device
         found = []
         for number in numbers:
-            faces = torch.stack([plain(self.clips.faces.face(int(n))) for n in self.clips.numbers[number]])
-            found.append(self.model(faces[None].to(device)))
-        return torch.cat(found)
+            faces = torch.stack([centre_crop(self.clips.faces.face(int(n))) for n in self.clips.numbers[number]])
+            found.append(self.model(faces[None].to(device))[0].float().cpu().numpy())
+        return np.stack(found)
 
     def validate(self, fabric: Fabric) -> dict[str, float]:
+        """Cross-entropy and accuracies over the measured clips of held-out people."""
         measured = self.held[self.clips.data.measured[self.held]]
         if not len(measured):
             return {}
-        return held_out_numbers(self.clips.data, held_out_logits(self, measured), measured)
+        logits = np.zeros((len(self.clips.data.labels), len(CLASSES)), np.float32)
+        logits[measured] = self.logits(measured)
+        truth = torch.from_numpy(self.clips.data.labels[measured])
+        accuracy = self.clips.data.score(logits, measured)
+        nll = nn.functional.cross_entropy(torch.from_numpy(logits[measured]), truth)
+        return {"nll": float(nll), "accuracy": accuracy.accuracy, "balanced": accuracy.balanced}
 
     def export(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return {**self.model.state_dict(), "temperature": torch.tensor(self.temperature)}, to_dict(self.config.model)
 
 
-def build_backbone(config: Config, clips: FaceClips, out: Path, resume: bool) -> dict[str, Tensor]:
-    """Run the first step in ``out/expression``, or read what it left there; returns its state."""
-    from safetensors.torch import load_file
+def cross_validate(make: Any, data: Labelled, loop: LoopConfig, out: Path, folds: int, resume: bool = False) -> Floats:
+    """Train on every fold and classify the people that it has not seen.
 
+    Arguments:
+        make: (numbers to train on, numbers held out) -> a new :class:`EmotionStage`.
+        data: the labelled clips.
+        loop: how each fold is trained, in ``out/fold-K``.
+        out: folder of the runs.
+        folds: how many.
+        resume: keep the folds that are done.
+
+    Returns:
+        logits (n, 8) of all clips; those that are not measured are zeros.
+    """
+    logits = np.zeros((len(data.labels), len(CLASSES)), np.float32)
+    for number, (train, held) in enumerate(grouped_folds(data, folds)):
+        stage, folder = make(train, held), out / f"fold-{number}"
+        if not (resume and (folder / "done").is_file()):
+            fit(stage, loop, folder, resume)
+            (folder / "done").touch()
+        stage.model.load_state_dict(_floats(folder / "weights.safetensors"))
+        keep = held[data.measured[held]]
+        if len(keep):
+            logits[keep] = stage.logits(keep)
+            part = data.score(logits, keep).accuracy
+            logger.info("fold %d of %d: %d clips, accuracy %.3f", number + 1, folds, len(keep), part)
+    return logits
+
+
+def fit_temperature(data: Labelled, logits: Floats) -> float:
+    """The divisor of the logits, in 1/8 to 8, that maximises the balanced likelihood of the measured clips.
+
+    Guo et al., On calibration of modern neural networks, 2017.
+
+    Raises:
+        UserError: if the logits are not finite.
+    """
+    from scipy.optimize import minimize_scalar
+
+    values, truth = torch.from_numpy(logits[data.measured]), torch.from_numpy(data.labels[data.measured])
+    if not torch.isfinite(values).all():
+        raise UserError("the logits of the folds are not finite; lower loop.lr")
+    weight = 1 / torch.bincount(truth, minlength=len(CLASSES)).clamp_min(1)
+
+    def loss(power: float) -> float:
+        return float(nn.functional.cross_entropy(values / 2**power, truth, weight=weight))
+
+    return math.pow(2, float(minimize_scalar(loss, bounds=(-3, 3), method="bounded").x))
+
+
+def _floats(path: Path) -> dict[str, Tensor]:
+    return {key: value.float() if value.is_floating_point() else value for key, value in load_file(path).items()}
+
+
+def _pretrain(config: Config, clips: FaceClips, out: Path, resume: bool) -> dict[str, Tensor]:
+    """Run the first step in ``out/expression``, or read what it left there; returns its state."""
     folder = out / "expression"
     if not (resume and (folder / "done").is_file()):
         imagenet = torch.load(find_weights("mobilenet", config.imagenet), map_location="cpu", weights_only=True)
         fit(ExpressionStage(config, clips, imagenet), config.pretrain, folder, resume)
         (folder / "done").touch()
-    state = load_file(folder / "weights.safetensors")
-    return {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
+    return _floats(folder / "weights.safetensors")
 
 
 def run(config: Config, out: Path, resume: bool = False) -> dict[str, float]:
@@ -341,17 +331,18 @@ def run(config: Config, out: Path, resume: bool = False) -> dict[str, float]:
     face = FaceModel.load(config.face_model) if config.face_model is not None else load_face_model()
     template = face_template(face)
     clips = load_faces(config.shard, config.per_person)
-    start = build_backbone(config, clips, out, resume)
+    start = _pretrain(config, clips, out, resume)
     results: dict[str, float] = {}
     temperature = 1.0
     if config.folds:
 
-        def make(train: Ints, held: Ints, fold: int) -> EmotionStage:
+        def make(train: Ints, held: Ints) -> EmotionStage:
             return EmotionStage(config, clips, train, held, start, template)
 
-        accuracy, logits = cross_validate(make, clips.data, config.loop, out, config.folds, resume)
+        logits = cross_validate(make, clips.data, config.loop, out, config.folds, resume)
         temperature = fit_temperature(clips.data, logits)
-        write_report(out, "Emotion of talking faces", accuracy, {"temperature": temperature})
+        accuracy = clips.data.score(logits, np.arange(len(logits)))
+        write_report(out, "Emotion of talking faces", accuracy, temperature=temperature)
         logger.info("%s", accuracy.text())
         results.update(pooled=accuracy.accuracy, pooled_balanced=accuracy.balanced)
     split = np.array([split_of(who) for who in clips.data.identities])

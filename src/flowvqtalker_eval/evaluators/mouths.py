@@ -1,16 +1,14 @@
-"""Mouths: grey 48x96 crops around the lips of every frame, which the stage ``sync`` is trained on.
+"""Command ``prepare-mouths``: grey 48x96 crops around the lips of every frame, which the stage ``sync`` is trained on.
 
-A shard holds few pictures of each clip and none next to each other. This adds an optional column to it:
-
-``flowvqtalker prepare-mouths --data FOLDER --shard SHARD``
+A shard stores few images of each clip, and no neighbouring ones. This adds an optional column to it:
 
 ==============  =====================================================================================
 ``mouths.npy``  (M, 48, 96) uint8, the frames of all clips with speech, one clip after the other
 ``mouths.npz``  ``start`` (C,) int64: first row of each clip of the shard, -1 where a clip has none
 ==============  =====================================================================================
 
-The crop is one outer-eye-corner distance wide and half as high, upright with the eyes. The distance is taken in three
-dimensions, so that a turned head keeps its scale.
+A crop is as wide as the distance between the outer eye corners and half as high, upright with the eyes. The distance
+is taken in three dimensions, so that a turned head keeps its scale.
 """
 
 from __future__ import annotations
@@ -27,11 +25,12 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from flowvqtalker.data.shards import FPS, Shard
+from flowvqtalker.constants import FPS
+from flowvqtalker.data.shards import Shard
 from flowvqtalker.errors import UserError
 from flowvqtalker.face.topology import EYE_CORNERS, MOUTH_CORNERS, VERTICES
 
-__all__ = ["HEIGHT", "WIDTH", "PrepareMouths", "cut_mouths", "main", "mouth_matrices", "mouths_of", "write_mouths"]
+__all__ = ["HEIGHT", "WIDTH", "PrepareMouths", "cut_mouths", "mouth_matrices", "mouths_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -47,24 +46,21 @@ Floats = npt.NDArray[np.floating[Any]]
 
 
 def mouth_matrices(landmarks: Floats) -> npt.NDArray[np.float64]:
-    """Maps (T, 2, 3) from pixels of the frame to pixels of the crop, both continuous (a pixel's centre is at 0.5).
+    """Maps (T, 2, 3) from pixels of the frame to pixels of the crop; pixel centres are at 0.5 in both.
 
     Arguments:
-        landmarks: (T, 478, 3) in pixels; NaN where there is no face, and so is the map.
+        landmarks: (T, 478, 3) in pixels; a frame without a face is NaN, and so is its map.
     """
     points = np.asarray(landmarks, np.float64)
     if points.ndim != 3 or points.shape[1:] != (VERTICES, 3):
         raise UserError(f"mouth crops need landmarks of shape (T, {VERTICES}, 3), got {points.shape}")
     eyes = points[:, EYE_CORNERS[1]] - points[:, EYE_CORNERS[0]]
-    unit = np.linalg.norm(eyes, axis=1)
-    flat = np.hypot(eyes[:, 0], eyes[:, 1])
     with np.errstate(invalid="ignore", divide="ignore"):
-        cosine, sine = eyes[:, 0] / flat, eyes[:, 1] / flat
-        scale = WIDTH / unit
+        cosine, sine = eyes[:, :2].T / np.hypot(eyes[:, 0], eyes[:, 1])
+        scale = WIDTH / np.linalg.norm(eyes, axis=1)
     linear = scale[:, None, None] * np.stack([cosine, sine, -sine, cosine], axis=1).reshape(-1, 2, 2)
     middle = points[:, MOUTH_CORNERS, :2].mean(1)
-    place = np.array([WIDTH / 2, HEIGHT / 2 - _BELOW * WIDTH])
-    shift = place - np.einsum("tij,tj->ti", linear, middle)
+    shift = [WIDTH / 2, HEIGHT / 2 - _BELOW * WIDTH] - np.einsum("tij,tj->ti", linear, middle)
     return np.concatenate([linear, shift[:, :, None]], axis=2)
 
 
@@ -72,21 +68,20 @@ def cut_mouths(frames: Sequence[Pixels] | Pixels, landmarks: Floats) -> Pixels:
     """Mouth crops (T, 48, 96) uint8 grey of frames; zeros where there is no face.
 
     Arguments:
-        frames: T times (H, W, 3) RGB or (H, W) grey, uint8.
+        frames: T frames (H, W, 3) RGB or (H, W) grey, uint8.
         landmarks: (T, 478, 3) in pixels of the frames, NaN where there is no face.
     """
     if len(frames) != len(landmarks):
         raise UserError(f"{len(frames)} frames but landmarks of {len(landmarks)}; both must have the same length")
-    matrices = mouth_matrices(landmarks)
     crops = np.zeros((len(frames), HEIGHT, WIDTH), np.uint8)
-    for frame, matrix, crop in zip(frames, matrices, crops, strict=True):
+    for frame, matrix, crop in zip(frames, mouth_matrices(landmarks), crops, strict=True):
         if np.isfinite(matrix).all():
             crop[:] = _cut(frame, matrix)
     return crops
 
 
 def _cut(frame: Pixels, matrix: npt.NDArray[np.float64]) -> Pixels:
-    """One crop; a mouth much larger than it is averaged down first."""
+    """One crop; a mouth much larger than the crop is averaged down first."""
     inverse = np.linalg.inv(np.vstack([matrix, [0, 0, 1]]))
     corners = inverse[:2] @ np.array([[0, WIDTH, 0, WIDTH], [0, 0, HEIGHT, HEIGHT], [1, 1, 1, 1]], float)
     size = np.array(frame.shape[1::-1])
@@ -98,7 +93,7 @@ def _cut(frame: Pixels, matrix: npt.NDArray[np.float64]) -> Pixels:
     linear, shift = matrix[:, :2], matrix[:, 2] + matrix[:, :2] @ low
     factor = int(1 / np.hypot(linear[0, 0], linear[1, 0]))
     if factor >= 2:
-        # Whole blocks only, so that the averaged picture is exactly `factor` times smaller.
+        # Whole blocks only, so that the averaged image is exactly `factor` times smaller.
         rows, columns = (max(1, n // factor) for n in part.shape)
         part = part[: rows * factor, : columns * factor]
         part = cast(Pixels, cv2.resize(part, (columns, rows), interpolation=cv2.INTER_AREA))
@@ -108,92 +103,6 @@ def _cut(frame: Pixels, matrix: npt.NDArray[np.float64]) -> Pixels:
     return cast(
         Pixels, cv2.warpAffine(part, whole, (WIDTH, HEIGHT), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
     )
-
-
-def _filled(landmarks: Floats) -> Floats:
-    """Landmarks with the frames without a face interpolated between their neighbours."""
-    seen = np.isfinite(landmarks).all((1, 2))
-    if seen.all() or not seen.any():
-        return landmarks
-    times, known = np.arange(len(landmarks)), np.flatnonzero(seen)
-    after = np.searchsorted(known, times).clip(0, len(known) - 1)
-    before = (np.searchsorted(known, times, side="right") - 1).clip(0)
-    gap = known[after] - known[before]
-    share = np.where(gap > 0, (times - known[before]) / np.maximum(gap, 1), 0.0)[:, None, None]
-    return np.asarray(landmarks[known[before]] * (1 - share) + landmarks[known[after]] * share)
-
-
-def _clip_mouths(path: Path, landmarks: Floats) -> Pixels:
-    """Crops (T, 48, 96) of a clip at 25 fps: of the frame nearest to each tick, as the shard's landmarks are."""
-    from flowvqtalker.data.clips import read_frames, read_timing
-
-    ticks = len(landmarks)
-    times = read_timing(path).times
-    nearest = np.abs(times[None] - np.arange(ticks)[:, None] / FPS).argmin(1)
-    matrices = mouth_matrices(_filled(landmarks))
-    crops = np.zeros((ticks, HEIGHT, WIDTH), np.uint8)
-    done = 0
-    for number, frame in read_frames(path, set(nearest.tolist())):
-        for tick in np.flatnonzero(nearest == number):
-            crops[tick] = _cut(frame, matrices[tick])
-            done = max(done, int(tick) + 1)
-    if done == 0:
-        raise UserError(f"{path} has no frames that can be decoded")
-    crops[done:] = crops[done - 1]  # a container may announce frames that it does not hold
-    return crops
-
-
-@dataclass(frozen=True)
-class PrepareMouths:
-    """Add the mouths of every clip with speech to a shard."""
-
-    data: Path
-    """Folder that the shard was prepared from (clips.csv and clips/, or videos)."""
-    shard: Path
-    """The shard; its landmarks say where the mouths are."""
-
-
-def write_mouths(config: PrepareMouths) -> int:
-    """Cut and write the mouths of a shard; returns how many frames. Clips that cannot be read are left out and named.
-
-    Raises:
-        UserError: if there is no shard, or none of its clips with speech is in the folder.
-    """
-    from flowvqtalker.data.clips import catalogue
-
-    shard = Shard(config.shard)
-    paths = {source.name: source.path for source in catalogue(config.data) if not source.picture}
-    clips = [int(c) for c in shard.select(speech=True, picture=False) if str(shard.name[c]) in paths]
-    if not clips:
-        raise UserError(f"no clip with speech of shard {config.shard} is in {config.data}; give the folder it is of")
-    start = np.full(len(shard), -1, np.int64)
-    file, beside = config.shard / _FILE, config.shard / (_FILE + ".tmp")
-    total = int(shard.length[clips].sum())
-    rows = np.lib.format.open_memmap(beside, "w+", np.uint8, (total, HEIGHT, WIDTH))
-    count = 0
-    for clip, crops in _cut_clips(shard, clips, paths):
-        rows[count : count + len(crops)] = crops
-        start[clip] = count
-        count += len(crops)
-    rows.flush()
-    del rows
-    index = config.shard / (_INDEX + ".tmp.npz")
-    np.savez(index, start=start)
-    os.replace(beside, file)
-    os.replace(index, config.shard / _INDEX)
-    return count
-
-
-def _cut_clips(shard: Shard, clips: Sequence[int], paths: dict[str, Path]) -> Iterator[tuple[int, Pixels]]:
-    for clip in tqdm(clips, desc="cut mouths", dynamic_ncols=True):
-        linear = np.linalg.inv(shard.crop[clip][:, :2])
-        points = shard.landmarks(shard.rows(clip)).astype(np.float64)
-        flat = (points[..., :2] - shard.crop[clip][:, 2]) @ linear.T
-        deep = points[..., 2:] * np.hypot(linear[0, 0], linear[1, 0])
-        try:
-            yield clip, _clip_mouths(paths[str(shard.name[clip])], np.concatenate([flat, deep], axis=-1))
-        except (UserError, OSError, ValueError) as error:
-            logger.warning("%s: left out, %s", shard.name[clip], error)
 
 
 def mouths_of(shard: Shard) -> dict[int, Pixels]:
@@ -212,24 +121,90 @@ def mouths_of(shard: Shard) -> dict[int, Pixels]:
     with np.load(index) as stored:
         start = stored["start"]
     if len(start) != len(shard):
-        raise UserError(f"{index} is of {len(start)} clips, the shard has {len(shard)}; cut the mouths again")
+        raise UserError(f"{index} lists {len(start)} clips, the shard has {len(shard)}; cut the mouths again")
     return {int(clip): rows[start[clip] : start[clip] + shard.length[clip]] for clip in np.flatnonzero(start >= 0)}
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line; see the module."""
-    import sys
+@dataclass(frozen=True, kw_only=True)
+class PrepareMouths:
+    """Cut the mouths of every clip with speech, for training the sync expert, and add them to a shard."""
 
-    import tyro
+    data: Path
+    """Folder that the shard was prepared from (clips.csv and clips/, or videos)."""
+    shard: Path
+    """The shard; its landmarks say where the mouths are."""
 
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        count = write_mouths(tyro.cli(PrepareMouths, prog="flowvqtalker prepare-mouths", args=arguments))
-    except UserError as error:
-        logger.error("error: %s", error)
-        sys.exit(2)
-    logger.info("%d mouths", count)
+    def run(self) -> int:
+        """Write the mouths; returns how many. Clips that cannot be read are left out and named.
+
+        Raises:
+            UserError: if there is no shard, or none of its clips with speech is in the folder.
+        """
+        from flowvqtalker.data.clips import catalogue
+
+        shard = Shard(self.shard)
+        paths = {source.name: source.path for source in catalogue(self.data) if not source.picture}
+        clips = [int(c) for c in shard.select(speech=True, picture=False) if str(shard.name[c]) in paths]
+        if not clips:
+            raise UserError(f"no clip with speech of shard {self.shard} is in {self.data}; give the folder it is of")
+        start = np.full(len(shard), -1, np.int64)
+        beside = self.shard / (_FILE + ".tmp")
+        rows = np.lib.format.open_memmap(beside, "w+", np.uint8, (int(shard.length[clips].sum()), HEIGHT, WIDTH))
+        count = 0
+        for clip, crops in _cut_clips(shard, clips, paths):
+            rows[count : count + len(crops)] = crops
+            start[clip] = count
+            count += len(crops)
+        rows.flush()
+        del rows
+        index = self.shard / (_INDEX + ".tmp.npz")
+        np.savez(index, start=start)
+        os.replace(beside, self.shard / _FILE)
+        os.replace(index, self.shard / _INDEX)
+        logger.info("%s: %d mouths", self.shard / _FILE, count)
+        return count
 
 
-if __name__ == "__main__":
-    main()
+def _cut_clips(shard: Shard, clips: Sequence[int], paths: dict[str, Path]) -> Iterator[tuple[int, Pixels]]:
+    for clip in tqdm(clips, desc="cut mouths", dynamic_ncols=True):
+        linear = np.linalg.inv(shard.crop[clip][:, :2])
+        points = shard.landmarks(shard.rows(clip)).astype(np.float64)
+        flat = (points[..., :2] - shard.crop[clip][:, 2]) @ linear.T
+        depth = points[..., 2:] * np.hypot(linear[0, 0], linear[1, 0])
+        try:
+            yield clip, _clip_mouths(paths[str(shard.name[clip])], np.concatenate([flat, depth], axis=-1))
+        except (UserError, OSError, ValueError) as error:
+            logger.warning("%s: left out, %s", shard.name[clip], error)
+
+
+def _clip_mouths(path: Path, landmarks: Floats) -> Pixels:
+    """Crops (T, 48, 96) of a clip at 25 fps, each of the frame nearest to its tick, like the shard's landmarks."""
+    from flowvqtalker.data.clips import read_frames, read_timing
+
+    ticks = len(landmarks)
+    nearest = np.abs(read_timing(path).times[None] - np.arange(ticks)[:, None] / FPS).argmin(1)
+    matrices = mouth_matrices(_interpolate_missing(landmarks))
+    crops = np.zeros((ticks, HEIGHT, WIDTH), np.uint8)
+    done = 0
+    for number, frame in read_frames(path, set(nearest.tolist())):
+        for tick in np.flatnonzero(nearest == number):
+            crops[tick] = _cut(frame, matrices[tick])
+            done = max(done, int(tick) + 1)
+    if done == 0:
+        raise UserError(f"{path} has no frames that can be decoded")
+    crops[done:] = crops[done - 1]  # a container may announce frames that it does not hold
+    return crops
+
+
+def _interpolate_missing(landmarks: Floats) -> Floats:
+    """Landmarks (T, 478, 3) with frames without a face interpolated between their neighbours."""
+    from scipy.interpolate import interp1d
+
+    known = np.flatnonzero(np.isfinite(landmarks).all((1, 2)))
+    if len(known) in (0, len(landmarks)):
+        return landmarks
+    if len(known) == 1:
+        return np.broadcast_to(landmarks[known], landmarks.shape)
+    ends = (landmarks[known[0]], landmarks[known[-1]])
+    filled = interp1d(known, landmarks[known], axis=0, bounds_error=False, fill_value=ends)
+    return np.asarray(filled(np.arange(len(landmarks))))

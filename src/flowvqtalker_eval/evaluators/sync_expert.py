@@ -1,10 +1,10 @@
-"""The sync expert: our own small judge of lips and sound, for where SyncNet's weights cannot be had.
+"""The sync expert: our own small network that judges lips and sound, for where SyncNet's weights cannot be had.
 
-Two towers embed five frames of the mouth and the 0.2 s of sound that belong to them, as SyncNet does (Chung and
-Zisserman 2016); trained by :mod:`flowvqtalker_eval.evaluators.sync_training`. Its numbers are called *Sync-expert C*, *D* and *offset*:
-they are on another scale than SyncNet's and are never printed as LSE-C or LSE-D. The embeddings have unit length, so
-that D lies between 0 and 2 and unrelated pairs are about 1.41 apart. Only frames that have sound at a shift are
-compared at it (no zeros around the clip), because a clip may be as short as one second.
+Two towers embed five frames of the mouth and their 0.2 s of sound, as SyncNet does (Chung and Zisserman 2016);
+:mod:`flowvqtalker_eval.evaluators.sync_training` trains them. Its numbers are called *Sync-expert C*, *D* and *offset*.
+They are on another scale than SyncNet's and are never printed as LSE-C or LSE-D. Embeddings have unit length, so D lies
+between 0 and 2, and unrelated pairs are about 1.41 apart. At each shift only frames that have sound are compared (no
+zeros around the clip), because a clip may be as short as one second.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from flowvqtalker import weights
+from flowvqtalker.constants import SAMPLE_RATE
 from flowvqtalker.errors import UserError
 from flowvqtalker_eval.evaluators.mouths import HEIGHT, WIDTH, cut_mouths
 from flowvqtalker_eval.metrics.analysis import ClipExtractor, FrameExtractor
@@ -43,7 +45,6 @@ SPAN, COLUMNS = 5, 4
 BANDS = 40
 
 _HOP, _WINDOW, _FFT = 160, 400, 512
-_RATE = 16_000
 
 Floats = npt.NDArray[np.float32]
 Pixels = npt.NDArray[np.uint8]
@@ -55,16 +56,16 @@ def _filters() -> npt.NDArray[np.float64]:
     low, high = (float(2595 * np.log10(1 + hertz / 700)) for hertz in (60.0, 7600.0))
     mel = np.linspace(low, high, BANDS + 2)
     edges = 700 * (10 ** (mel / 2595) - 1)
-    bins = np.linspace(0, _RATE / 2, _FFT // 2 + 1)[:, None]
+    bins = np.linspace(0, SAMPLE_RATE / 2, _FFT // 2 + 1)[:, None]
     rising = (bins - edges[:-2]) / (edges[1:-1] - edges[:-2])
     falling = (edges[2:] - bins) / (edges[2:] - edges[1:-1])
     return np.asarray(np.maximum(0, np.minimum(rising, falling)))
 
 
 def band_energies(wave: npt.NDArray[np.floating[Any]]) -> Floats:
-    """Log energies (4 T, 40) of sound (640 T,) in [-1, 1]: 100 columns a second, four to each frame, centred in time.
+    """Log mel energies (4 T, 40) of sound (640 T,) in [-1, 1]: four columns for each frame, centred in time.
 
-    In nepers; the loudest 5 % of the columns are at zero, and nothing lies lower than -7 (61 dB).
+    In nepers, with the 95 % quantile over the columns at zero and a floor of -7 (-61 dB).
     """
     wave = np.asarray(wave, np.float64)
     if wave.ndim != 1:
@@ -89,21 +90,11 @@ class SyncExpertConfig:
     video: tuple[int, ...] = (32, 64, 96, 128, 160)
     """Channels of the video tower's convolutions."""
     audio: tuple[int, ...] = (96, 128, 160)
-    """Channels of the audio tower's."""
+    """Channels of the audio tower's convolutions."""
     dim: int = 128
     """Length of an embedding."""
     dropout: float = 0.2
-    """Before each tower's last layer, in training."""
-
-    def __post_init__(self) -> None:
-        from flowvqtalker.train.config import check
-
-        check(
-            (len(self.video) == 5, f"video must name five widths, got {self.video}"),
-            (len(self.audio) == 3, f"audio must name three widths, got {self.audio}"),
-            (min((*self.video, *self.audio, self.dim)) > 0, "widths must be positive, got one that is not"),
-            (0 <= self.dropout < 1, f"dropout must be in [0, 1), got {self.dropout}"),
-        )
+    """Dropout rate before each tower's last layer."""
 
 
 def _block2(inp: int, out: int, kernel: int, stride: int) -> nn.Sequential:
@@ -116,7 +107,7 @@ def _block1(inp: int, out: int, stride: int) -> nn.Sequential:
     return nn.Sequential(nn.Conv1d(inp, out, 3, stride, 1, bias=False), nn.BatchNorm1d(out), nn.ReLU(inplace=True))
 
 
-def _unit(embeddings: Tensor, clips: int) -> Tensor:
+def _normalise(embeddings: Tensor, clips: int) -> Tensor:
     """Embeddings (B n, dim) as (B, n, dim) float32 of unit length."""
     return nn.functional.normalize(embeddings.float(), dim=-1).reshape(clips, -1, embeddings.shape[-1])
 
@@ -124,8 +115,8 @@ def _unit(embeddings: Tensor, clips: int) -> Tensor:
 class SyncExpert(nn.Module):
     """Embeddings (..., dim) of unit length of mouths and of sound.
 
-    The mouths are halved to 24x48 first: most clips at hand have no more detail, and what is sharper must not be judged
-    by its sharpness. Each picture is brought to zero mean and unit variance, against light.
+    The mouths are halved to 24x48 first: most training clips have no more detail, and sharpness must not influence the
+    score. Each image is brought to zero mean and unit variance, so that lighting does not either.
     """
 
     def __init__(self, config: SyncExpertConfig | None = None) -> None:
@@ -160,7 +151,7 @@ class SyncExpert(nn.Module):
         small = small - small.mean((2, 3), keepdim=True)
         small = small / (small.square().mean((2, 3), keepdim=True).sqrt() + 4)
         windows = small.unfold(1, SPAN, 1).movedim(-1, 2).flatten(0, 1)  # (B (T - 4), 5, 24, 48)
-        return _unit(self.lips(windows), len(mouths))
+        return _normalise(self.lips(windows), len(mouths))
 
     def audio(self, energies: Tensor) -> Tensor:
         """Embeddings (B, T - 4, dim) of sound (B, 4 T, 40), see :func:`band_energies`."""
@@ -168,7 +159,7 @@ class SyncExpert(nn.Module):
             raise ValueError(f"sound of shape (B, 4 T >= {SPAN * COLUMNS}, {BANDS}) is needed, got {energies.shape}")
         windows = energies.unfold(1, SPAN * COLUMNS, COLUMNS).flatten(0, 1)  # (B (T - 4), 40, 20)
         windows = windows / 3 + 1
-        return _unit(self.sound(windows), len(energies))
+        return _normalise(self.sound(windows), len(energies))
 
     @torch.no_grad()
     def embed(self, mouths: Pixels, wave: npt.NDArray[np.floating[Any]], batch: int = 256) -> tuple[Floats, Floats]:
@@ -202,16 +193,17 @@ def sync_expert_score(video: Floats, audio: Floats, reach: int = REACH) -> SyncS
 
 
 def load_sync_expert(path: str | Path | None = None) -> SyncExpert:
-    """The trained expert of a folder of weights (``sync.safetensors``); None is the package's own.
+    """The trained expert (``sync.safetensors``) of a folder of weights (None: the package's own).
 
     Raises:
         UserError: if the weights are missing or do not fit.
     """
-    from flowvqtalker import weights
-    from flowvqtalker.train.config import from_dict
-
     tensors, config = weights.load("sync", path)
-    expert = SyncExpert(from_dict(SyncExpertConfig, config))
+    try:
+        sizes = {key: tuple(value) if isinstance(value, list) else value for key, value in config.items()}
+        expert = SyncExpert(SyncExpertConfig(**sizes))
+    except (TypeError, ValueError) as error:
+        raise weights.mismatch("sync", str(error), path) from error
     counters = {key: value for key, value in expert.state_dict().items() if key.endswith("num_batches_tracked")}
     weights.restore(expert, {**counters, **tensors}, "sync", path)
     return expert.eval()
@@ -229,7 +221,7 @@ class MouthExtractor(FrameExtractor):
         return {"height": HEIGHT, "width": WIDTH, "landmarks": "mediapipe"}
 
     def __call__(self, frames: Pixels, known: dict[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
-        """Crops of some frames (n, H, W, 3)."""
+        """Crops of frames (n, H, W, 3)."""
         return {"mouth": cut_mouths(frames, known["mesh"])}
 
 
@@ -243,21 +235,19 @@ class SyncExpertExtractor(ClipExtractor):
     needs: tuple[str, ...] = ("mouth",)
     gives = ("sync_expert_video", "sync_expert_audio")
 
-    def __init__(self, weights: str | Path | None = None) -> None:
-        self._weights = weights
+    def __init__(self, folder: str | Path | None = None) -> None:
+        self._folder = folder
         self._model: SyncExpert | None = None
 
     def settings(self) -> dict[str, str | float | int]:
         """What the embeddings depend on."""
-        from flowvqtalker import weights
-
-        entry = weights.manifest(self._weights).get("sync.safetensors")
+        entry = weights.manifest(self._folder).get("sync.safetensors")
         return {"weights": entry.sha256 if entry is not None else "missing", "reach": REACH, "window": SPAN}
 
     def __call__(self, known: dict[str, npt.NDArray[Any]], wave: Floats | None) -> dict[str, npt.NDArray[Any]]:
         """Embeddings of one clip."""
         if self._model is None:
-            self._model = load_sync_expert(self._weights)
+            self._model = load_sync_expert(self._folder)
         mouths = cast(Pixels, known["mouth"])
         if wave is None or min(len(mouths), len(wave) // (COLUMNS * _HOP)) < SPAN:
             nothing = np.zeros((0, self._model.config.dim), np.float32)

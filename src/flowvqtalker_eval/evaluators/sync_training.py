@@ -1,16 +1,16 @@
-"""Stage ``sync``: the sync expert learns to tell which sound belongs to which lips.
+"""Stage ``sync``: train the sync expert to tell which sound belongs to which lips.
 
-A batch holds segments of clips; every window of five frames is to find its own 0.2 s of sound among those of its own
-segment (mostly: who is speaking says nothing there) and among those of all segments, and the other way round. A
-second loss does what the judge is used for: the mean similarity of a segment must be highest where the sound is not
-shifted. Windows one frame apart share four of five frames and are no negatives of each other.
+A batch holds segments of clips. Every window of five frames has to find its own 0.2 s of sound, and the sound its
+window, among those of its own segment (where the speaker's identity says nothing) and among those of all segments. A
+second loss does what the expert is used for: the mean similarity of a segment must be highest where the sound is not
+shifted. Windows one frame apart share four of five frames, so they are no negatives of each other.
 
-A shard knows the lag of a collection better than that of each of its clips, and clips cut from broadcasts differ by two
-frames either way. So, once the towers have learnt something, the best shift of a segment within ``slack`` frames counts
-as the right one. At step 1,000 of the first run this took the share of found offsets from 0.54 to 0.69 in 500 steps.
+A shard knows the lag of a collection better than that of each clip; clips cut from broadcasts differ by two frames
+either way. So, from step ``slack_from`` on, the best shift of a segment within ``slack`` frames counts as right. At
+step 1,000 of the first run this raised the share of found offsets from 0.54 to 0.69 in 500 steps.
 
-Validation shifts the sound of clips of unseen people by known offsets and counts how often the smallest distance lies
-within a frame of it, as SyncNet's authors do.
+Validation shifts the sound of unseen people by known offsets and counts how often the smallest distance lies within a
+frame of it, as SyncNet's authors do.
 """
 
 from __future__ import annotations
@@ -31,28 +31,28 @@ from torch.utils.data import Dataset
 from flowvqtalker.data.order import item_generator
 from flowvqtalker.train.config import LoopConfig, check, to_dict
 from flowvqtalker.train.loop import Stage
-from flowvqtalker_eval.evaluators.sync_data import SegmentConfig, SegmentDataset, SpeechClip, load_speech_clips, part_of
+from flowvqtalker_eval.evaluators.sync_data import SegmentConfig, SegmentDataset, SpeechClip, load_speech_clips
 from flowvqtalker_eval.evaluators.sync_expert import SPAN, SyncExpert, SyncExpertConfig, sync_expert_score
 from flowvqtalker_eval.metrics.sync import REACH, SyncScore
 
-__all__ = ["Config", "SyncLosses", "SyncStage", "build", "offset_scores"]
+__all__ = ["Config", "SyncLosses", "SyncStage", "build", "exchanged_score", "offset_scores"]
 
 logger = logging.getLogger(__name__)
 
-# Largest offset in validation, and frames that a clip keeps at least when its sound is moved.
+# Largest offset in validation, and the least number of frames that remain when the sound is shifted.
 _OFFSETS, _LEFT = 10, 20
-# Clips of 2 s and more are also judged in pieces, as long as the short clips and half as far apart.
+# Clips of 2 s and more are also validated in pieces as long as the short clips, overlapping by half.
 _LONG, _PIECE = 50, 28
 
 
 @dataclass(frozen=True)
 class SyncLosses:
-    """Weights of the losses beside the contrast within a segment."""
+    """Weights of the losses beside the contrastive loss within a segment, which has weight one."""
 
     across: float = 0.25
-    """Contrast among all windows of the batch."""
+    """Contrastive loss among all windows of the batch."""
     offset: float = 1.0
-    """Finding the shift of a segment."""
+    """Cross-entropy of the shift of a segment."""
 
 
 @dataclass(frozen=True)
@@ -65,9 +65,9 @@ class Config:
     segment: SegmentConfig = field(default_factory=SegmentConfig)
     losses: SyncLosses = field(default_factory=SyncLosses)
     slack: int = 2
-    """Frames by which a clip's lag may differ from what the shard says; 0 believes the shard."""
+    """Largest difference in frames between a clip's lag and the shard's; 0 trusts the shard."""
     slack_from: int = 500
-    """Step from which it may."""
+    """First step that allows it."""
     loop: LoopConfig = field(
         default_factory=lambda: LoopConfig(lr=2e-3, batch_size=20, warmup=200, decay="cosine", ema=0.995)
     )
@@ -86,9 +86,15 @@ class Config:
 
 def offset_scores(expert: SyncExpert, clip: SpeechClip, late: int) -> SyncScore:
     """Score of a clip whose sound was delayed by ``late`` frames (negative: advanced), both cut to what overlaps."""
-    count = len(clip.mouths) - abs(late)
+    count = len(clip) - abs(late)
     lips, sound = max(late, 0), max(-late, 0)
-    return sync_expert_score(*expert.embed(clip.mouths[lips : lips + count], clip.sound(sound, sound + count)))
+    return sync_expert_score(*expert.embed(clip.mouths[lips : lips + count], clip.part(sound, sound + count).sound()))
+
+
+def exchanged_score(expert: SyncExpert, clip: SpeechClip, other: SpeechClip) -> SyncScore:
+    """Score of a clip with the sound of another, as far as both go."""
+    count = min(len(clip), len(other))
+    return sync_expert_score(*expert.embed(clip.mouths[:count], other.part(0, count).sound()))
 
 
 class SyncStage(Stage):
@@ -110,7 +116,7 @@ class SyncStage(Stage):
         self.module = nn.ModuleDict({"expert": self.expert, "sharpness": self.sharpness})
         self.data = SegmentDataset(train, config.segment, config.loop.seed)
         self.val = list(val or train)
-        frames = sum(len(clip.mouths) for clip in train)
+        frames = sum(len(clip) for clip in train)
         logger.info("%d clips to train on (%d frames), %d to validate", len(train), frames, len(self.val))
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
@@ -157,31 +163,26 @@ class SyncStage(Stage):
         hits: dict[str, list[bool]] = {name: [] for name in ("found", "found_added", "found_2s", "found_piece")}
         plain = [offset_scores(self.expert, clip, 0) for clip in self.val]
         for number, (clip, before) in enumerate(zip(self.val, plain, strict=True)):
-            late = _known_offset(number, len(clip.mouths))
+            late = _known_offset(number, len(clip))
             offset = offset_scores(self.expert, clip, late).offset
             hits["found"].append(abs(offset + late) <= 1)
             hits["found_added"].append(abs(offset - before.offset + late) <= 1)
-            if len(clip.mouths) >= _LONG:
+            if len(clip) >= _LONG:
                 hits["found_2s"].append(hits["found"][-1])
-                for start in range(0, len(clip.mouths) - _PIECE + 1, _PIECE // 2):
+                for start in range(0, len(clip) - _PIECE + 1, _PIECE // 2):
                     late = _known_offset(number + start, _PIECE)
-                    piece = offset_scores(self.expert, part_of(clip, start, start + _PIECE), late)
+                    piece = offset_scores(self.expert, clip.part(start, start + _PIECE), late)
                     hits["found_piece"].append(abs(piece.offset + late) <= 1)
         numbers = {name: float(np.mean(values)) if values else math.nan for name, values in hits.items()}
         numbers["miss"] = 1 - numbers["found"]
         numbers |= {"clips": len(hits["found"]), "clips_2s": len(hits["found_2s"]), "pieces": len(hits["found_piece"])}
         numbers["chance"] = 3 / (2 * REACH + 1)
-        exchanged = [self._exchanged(i) for i in range(len(self.val))]
+        others = [*self.val[len(self.val) // 2 :], *self.val[: len(self.val) // 2]]
+        exchanged = [exchanged_score(self.expert, *pair) for pair in zip(self.val, others, strict=True)]
         for name, scores in (("", plain), ("_exchanged", exchanged)):
             numbers["confidence" + name] = float(np.mean([score.confidence for score in scores]))
             numbers["distance" + name] = float(np.mean([score.distance for score in scores]))
         return numbers
-
-    def _exchanged(self, number: int) -> SyncScore:
-        """Score of a clip with the sound of another, half of the list away."""
-        clip, other = self.val[number], self.val[(number + len(self.val) // 2) % len(self.val)]
-        count = min(len(clip.mouths), len(other.mouths))
-        return sync_expert_score(*self.expert.embed(clip.mouths[:count], other.sound(0, count)))
 
     def export(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The expert without the counters of its batch norms."""

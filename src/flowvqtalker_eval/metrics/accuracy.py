@@ -1,9 +1,9 @@
-"""Accuracy of an emotion classifier: folds that never share a person, intervals over people, confusion."""
+"""Accuracy of an emotion classifier, with intervals over people and a confusion table."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ import numpy.typing as npt
 from flowvqtalker.constants import EMOTIONS
 from flowvqtalker.errors import UserError
 
-__all__ = ["CLASSES", "Accuracy", "grouped_folds", "score"]
+__all__ = ["CLASSES", "Accuracy", "accuracy_of", "score"]
 
 #: The classes of every emotion classifier here: MEAD's eight, in the project's order (``natural`` is a way of
 #: recording, not an emotion).
@@ -21,16 +21,33 @@ CLASSES: tuple[str, ...] = EMOTIONS[:8]
 Ints = npt.NDArray[np.integer[Any]]
 
 
+def accuracy_of(scores: Iterable[npt.NDArray[Any]], emotions: Iterable[str | None]) -> tuple[float, int]:
+    """Acc_emo: the share of clips whose highest score is that of their label, and the number of labelled clips.
+
+    A clip without a face (NaN scores) counts as wrong: a video without a visible face shows no emotion.
+
+    Arguments:
+        scores: (8,) logits or probabilities of each clip, in the order of CLASSES.
+        emotions: label of each clip; clips without one of the eight labels do not count.
+    """
+    right = [
+        bool(np.isfinite(one).all()) and CLASSES[int(one.argmax())] == emotion
+        for one, emotion in zip(scores, emotions, strict=True)
+        if emotion in CLASSES
+    ]
+    return (sum(right) / len(right) if right else float("nan")), len(right)
+
+
 @dataclass(frozen=True)
 class Accuracy:
     """How often a classifier is right.
 
     Attributes:
         accuracy: share of the clips that are classified as labelled.
-        interval: its 95 % interval, from a bootstrap over people (the clips of one person are not independent).
-        balanced: mean over the classes that occur of the share of each that is classified right.
-        balanced_interval: the same for it.
-        confusion: (8, 8) counts, row the label, column the prediction.
+        interval: its 95 % interval from a bootstrap over people, because clips of one person are not independent.
+        balanced: mean recall over the classes that occur.
+        balanced_interval: its 95 % interval.
+        confusion: (8, 8) counts; rows are labels, columns predictions.
         clips, people: how many were classified.
     """
 
@@ -43,35 +60,22 @@ class Accuracy:
     people: int
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        recall = {
-            name: float(row[number] / row.sum())
-            for number, (name, row) in enumerate(zip(CLASSES, self.confusion, strict=True))
-            if row.sum()
-        }
-        return {
-            "accuracy": self.accuracy,
-            "interval": list(self.interval),
-            "balanced": self.balanced,
-            "balanced_interval": list(self.balanced_interval),
-            "recall": recall,
-            "classes": list(CLASSES),
-            "confusion": self.confusion.tolist(),
-            "clips": self.clips,
-            "people": self.people,
-        }
+        """Plain values for JSON."""
+        return {**asdict(self), "classes": list(CLASSES), "confusion": self.confusion.tolist()}
 
     def text(self) -> str:
-        """A sentence and a Markdown table of the confusion (row: label, column: prediction)."""
+        """A sentence and a Markdown table of the confusion."""
         plain, balanced = (f"{low:.1%} to {high:.1%}" for low, high in (self.interval, self.balanced_interval))
-        first = (
+        lines = [
             f"accuracy {self.accuracy:.1%} (95 % interval over people {plain}), balanced over the classes "
-            f"{self.balanced:.1%} ({balanced}); {self.clips} clips of {self.people} people, chance 12.5%"
-        )
-        lines = [first, "", "| label | " + " | ".join(CLASSES) + " | right |", "|---" * (len(CLASSES) + 2) + "|"]
+            f"{self.balanced:.1%} ({balanced}); {self.clips} clips of {self.people} people, chance 12.5%",
+            "",
+            f"| label | {' | '.join(CLASSES)} | right |",
+            "|---" * (len(CLASSES) + 2) + "|",
+        ]
         for number, (name, row) in enumerate(zip(CLASSES, self.confusion, strict=True)):
-            right = f"{row[number] / row.sum():.0%}" if row.sum() else "-"
-            lines.append(f"| {name} | " + " | ".join(str(count) for count in row) + f" | {right} |")
+            recall = f"{row[number] / row.sum():.0%}" if row.sum() else "-"
+            lines.append(f"| {name} | {' | '.join(map(str, row))} | {recall} |")
         return "\n".join(lines) + "\n"
 
 
@@ -83,12 +87,13 @@ def score(
     Arguments:
         labels, predicted: (n,) class numbers in :data:`CLASSES`.
         identities: who each clip shows.
-        resamples: of the bootstrap.
-        seed: of the bootstrap.
+        resamples, seed: of the bootstrap.
 
     Raises:
         UserError: if there is no clip, lengths differ or a class number is out of range.
     """
+    from sklearn.metrics import confusion_matrix
+
     labels, predicted = np.asarray(labels), np.asarray(predicted)
     if not len(labels) or labels.shape != predicted.shape or len(labels) != len(identities):
         raise UserError(
@@ -99,52 +104,29 @@ def score(
         if values.min() < 0 or values.max() >= len(CLASSES):
             raise UserError(f"{name} must be class numbers from 0 to {len(CLASSES) - 1} ({', '.join(CLASSES)})")
     people, who = np.unique(np.asarray(identities), return_inverse=True)
-    tables = np.zeros((len(people), len(CLASSES), len(CLASSES)), np.int64)
-    np.add.at(tables, (who, labels, predicted), 1)
-    whole = tables.sum(0)
-    random = np.random.default_rng(seed)
-    drawn = random.multinomial(len(people), np.full(len(people), 1 / len(people)), size=resamples)
-    spread = np.array([_rates(table) for table in np.tensordot(drawn, tables, axes=1)])
-    low, high = np.percentile(spread, [2.5, 97.5], axis=0)
-    accuracy, balanced = _rates(whole)
+    tables = np.stack(
+        [
+            confusion_matrix(labels[who == one], predicted[who == one], labels=range(len(CLASSES)))
+            for one in range(len(people))
+        ]
+    )
+    uniform = np.full(len(people), 1 / len(people))
+    drawn = np.random.default_rng(seed).multinomial(len(people), uniform, size=resamples)
+    low, high = np.percentile(_rates(np.tensordot(drawn, tables, axes=1)), [2.5, 97.5], axis=0).tolist()
+    accuracy, balanced = _rates(tables.sum(0)).tolist()
     return Accuracy(
-        accuracy,
-        (float(low[0]), float(high[0])),
-        balanced,
-        (float(low[1]), float(high[1])),
-        whole,
-        int(whole.sum()),
-        len(people),
+        accuracy=accuracy,
+        interval=(low[0], high[0]),
+        balanced=balanced,
+        balanced_interval=(low[1], high[1]),
+        confusion=tables.sum(0),
+        clips=len(labels),
+        people=len(people),
     )
 
 
-def _rates(table: npt.NDArray[np.int64]) -> tuple[float, float]:
-    """Accuracy and balanced accuracy of a confusion table."""
-    right, rows = np.diag(table), table.sum(1)
-    there = rows > 0
-    return float(right.sum() / rows.sum()), float((right[there] / rows[there]).mean())
-
-
-def grouped_folds(labels: Ints, identities: Sequence[str], folds: int) -> npt.NDArray[np.int64]:
-    """Number of the fold of each clip, such that nobody is in two folds and every fold has its share of every class.
-
-    The people with most of the rare classes are dealt first, each to the fold that lacks their classes most.
-
-    Raises:
-        UserError: if there are fewer people than folds, or fewer than two folds.
-    """
-    labels = np.asarray(labels)
-    people, who = np.unique(np.asarray(identities), return_inverse=True)
-    if folds < 2 or len(people) < folds:
-        raise UserError(f"folds must be at least 2 and at most the number of people ({len(people)}), got {folds}")
-    counts = np.zeros((len(people), int(labels.max()) + 1))
-    np.add.at(counts, (who, labels), 1)
-    counts /= np.maximum(counts.sum(0), 1)
-    filled = np.zeros((folds, counts.shape[1]))
-    chosen = np.zeros(len(people), np.int64)
-    for person in np.argsort(-counts.sum(1), kind="stable"):
-        worse = np.square(filled + counts[person]).sum(1) - np.square(filled).sum(1)
-        fold = np.lexsort((filled.sum(1), worse))[0]
-        chosen[person] = fold
-        filled[fold] += counts[person]
-    return chosen[who]
+def _rates(confusion: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+    """Accuracy and balanced accuracy (..., 2) of confusion tables (..., 8, 8)."""
+    right, count = np.diagonal(confusion, axis1=-2, axis2=-1), confusion.sum(-1)
+    recall = np.divide(right, count, out=np.full(right.shape, np.nan), where=count > 0)
+    return np.stack([right.sum(-1) / count.sum(-1), np.nanmean(recall, axis=-1)], axis=-1)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from flowvqtalker.errors import MissingDependency
-from flowvqtalker_eval.metrics.accuracy import CLASSES
+from flowvqtalker_eval.metrics.accuracy import CLASSES, accuracy_of
 from flowvqtalker_eval.metrics.analysis import Array, ClipExtractor, Extractor, Settings
 from flowvqtalker_eval.metrics.mesh import MeshExtractor
 from flowvqtalker_eval.report import Column
@@ -32,8 +32,6 @@ class _Shares:
 
     def result(self) -> dict[str, float]:
         """The share and its denominator."""
-        from flowvqtalker_eval.evaluators.emotion import accuracy_of
-
         share, count = accuracy_of(self.scores, self.labels)
         return {self.key: 100 * share, f"{self.key}_clips": float(count)} if count else {}
 
@@ -114,8 +112,6 @@ class MotionEmotionExtractor(ClipExtractor):
 
     def __call__(self, known: dict[str, Array], wave: Array | None) -> dict[str, Array]:
         """Of a whole clip."""
-        import torch
-
         if self._model is None:
             from flowvqtalker_eval.evaluators.motion_emotion import load_motion_emotion
 
@@ -124,8 +120,7 @@ class MotionEmotionExtractor(ClipExtractor):
         beta = beta[np.isfinite(beta).all(1)]
         if not len(beta):
             return {"motion_emotion": np.full(len(CLASSES), np.nan, np.float32)}
-        with torch.inference_mode():
-            return {"motion_emotion": self._model.classify(torch.from_numpy(beta)).numpy()}
+        return {"motion_emotion": self._model.classify(beta)}
 
 
 class MotionEmotion(Fitted):
