@@ -27,7 +27,7 @@ STAGES = {
     "poseflow": "flowvqtalker.train.poseflow",
     "sync": "flowvqtalker_eval.evaluators.sync_training",
     "emotion": "flowvqtalker_eval.evaluators.emotion_training",
-    "motion-emotion": "flowvqtalker_eval.evaluators.motion_emotion_training",
+    "motion-emotion": "flowvqtalker_eval.evaluators.motion_emotion",
 }
 
 
