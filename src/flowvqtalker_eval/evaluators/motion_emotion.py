@@ -47,7 +47,7 @@ class Config:
     """Folders of `flowvqtalker prepare`."""
     face_model: Path | None = None
     """Face model of the shards; None: the package's own."""
-    l2: float = 0.05
+    l2: float = 0.1
     """Weight of the squared coefficients beside the mean cross-entropy."""
     per_person: int = 2
     """Largest number of clips of one person and emotion that are used, so that nobody dominates."""
