@@ -359,7 +359,7 @@ def test_a_stream_of_any_blocks_equals_the_file(talker, tmp_path, seed):
     whole = joined(talker.motion(path, emotion="happy:0.6,angry:0.4", seed=5))
     wave = decode.load(path)
     generator = np.random.default_rng(seed)
-    stream, parts, at = talker.stream(emotion="happy:0.6,angry:0.4", seed=5), [], 0
+    stream, parts, at = talker.stream(options=MotionOptions(emotion="happy:0.6,angry:0.4", seed=5)), [], 0
     while at < len(wave):
         size = int(generator.integers(640, 4000)) if seed else int(generator.integers(0, 700))
         parts.append(stream.push(wave[at : at + size]))

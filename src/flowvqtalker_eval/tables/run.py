@@ -195,7 +195,7 @@ class _Options:
     folder: Path
     weights: Path | None
     device: str
-    dtype: str | None
+    dtype: str
     seconds: float | None
     jobs: int
 
