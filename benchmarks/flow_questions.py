@@ -1,6 +1,6 @@
 """The model questions of the expression flow, answered one by one: each variant trained alike, and measured alike.
 
-    python benchmarks/flow_questions.py SHARD --listener runs/listener -o runs/questions [--steps 1000] [--only K=8 ...]
+    python benchmarks/flow_questions.py SHARD --speech-encoder runs/speech -o runs/questions [--steps 1000] [--only K=8]
 
 Every variant differs from the first, the default, in one setting. It is trained for the same number of steps on the
 shard's training people and measured on its held-out people: negative log-likelihood in nats a frame, the measures of
@@ -27,9 +27,9 @@ from flowvqtalker.motion.manifold import LatentBank
 from flowvqtalker.motion.sampler import ARTICULATION, MANIFOLD, TEMPERATURE
 from flowvqtalker.train import expflow
 from flowvqtalker.train.config import from_dict, load_yaml, to_dict
-from flowvqtalker.train.flow_stage import load_listener
+from flowvqtalker.train.flow_stage import load_speech_encoder
 from flowvqtalker.train.loop import fit
-from flowvqtalker.train.sequences import Corpus, hear, load_corpus
+from flowvqtalker.train.sequences import Corpus, encode_corpus, load_corpus
 from flowvqtalker_eval.metrics.motion_scores import motion_scores
 
 #: Name -> what it changes: settings by their path, and options of the sampling.
@@ -45,9 +45,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no data dropout": {"flow.dropout": 0.0},
     "data dropout 0.8": {"flow.dropout": 0.8},
     "no L_con": {"losses.consistency": 0.0},
-    "no voice": {"flow.voiced": False, "losses.lips": 0.0},
-    "no forecast": {"flow.forecast": False},
-    "no transplant": {"sequences.transplant": 0.0},
+    "no lip prior": {"flow.has_lip_prior": False, "losses.lips": 0.0},
+    "no autoregressive prior": {"flow.ar_prior": False},
+    "no retargeting": {"sequences.retarget_expression": 0.0},
     "no manifold": {"sampling.manifold": 0.0},
     "manifold 0.5": {"sampling.manifold": 0.5},
     "manifold 1": {"sampling.manifold": 1.0},
@@ -62,9 +62,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
 _ASKED = {
     "sequences.estimate": False,
     "sequences.known": 0.7,
-    "sequences.graft": 0.5,
-    "sequences.transplant": 0.6,
-    "sequences.worn": 0.0,
+    "sequences.retarget_lips": 0.5,
+    "sequences.retarget_expression": 0.6,
+    "sequences.degraded": 0.0,
 }
 _COLUMNS = {
     "nll": "NLL (nats)",
@@ -126,7 +126,7 @@ def main() -> None:
     """Train what is missing, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shard", type=Path)
-    parser.add_argument("--listener", type=Path, required=True, help="run of the stage speech")
+    parser.add_argument("--speech-encoder", type=Path, required=True, help="run of the stage speech")
     parser.add_argument("-o", "--output", type=Path, default=Path("runs/questions"))
     parser.add_argument("--config", type=Path, default=Path("configs/expflow.yaml"))
     parser.add_argument("--steps", type=int, default=1000)
@@ -147,8 +147,8 @@ def main() -> None:
     lids = face.arkit[[arkit_index("eyeBlinkLeft"), arkit_index("eyeBlinkRight")]].mean(0)
     basis = torch.linalg.qr(expflow.lip_directions(face.expression))[0]
     lips, gap = (basis @ basis.mT).numpy(), expflow.lip_gap(face.expression).numpy()
-    heard = load_listener(options.listener)
-    given = {"lips": lips, "gap": gap, "front": heard[0].config.front}
+    heard = load_speech_encoder(options.speech_encoder)
+    given = {"lips": lips, "gap": gap, "frontend": heard[0].config.frontend}
     train, val = (load_corpus(base.shards, split, base.sequences, **given) for split in ("train", "val"))
     bench = Bench(options)
     chosen = bench.chosen()
@@ -163,7 +163,7 @@ def main() -> None:
         config = changed(base, settings)
         if not (run / "weights.safetensors").is_file():
             if train.clips[0].features is None:
-                hear(train, heard[0], config.hearing.voices, base.loop.seed)
+                encode_corpus(train, heard[0], config.features.copies, base.loop.seed)
             drawn = config.sequences
             corpus = Corpus(train.clips, lips, gap, drawn.known, drawn.estimate)  # the same clips
             stage = expflow.ExpFlowStage(config, corpus, val, face.expression, lids, heard)
@@ -172,7 +172,7 @@ def main() -> None:
         stored = load_file(str(run / "weights.safetensors"))
         state = {key: value.float() if value.is_floating_point() else value for key, value in stored.items()}
         bench.expflow = ExpFlow.load(state, about["config"], heard[0])
-        bench.expflow.shift.zero_()  # the flow's own emotions, not what train.calibrate adds
+        bench.expflow.emotion_bias.zero_()  # the flow's own emotions, not what train.emotion_bias adds
         bench.bank = bank_of(state, shared=sampling.get("sampling.bank") == "shared")
         bench.sampling = {"manifold": sampling.get("sampling.manifold", MANIFOLD)}
         results[name] = {"nll": float(about["scores"]["nll"]), **measure(bench, chosen, options)}
@@ -186,9 +186,9 @@ def default(options: argparse.Namespace) -> expflow.Config:
     """The configuration that the variants change."""
     config = load_yaml(expflow.Config, options.config)
     loop = replace(config.loop, steps=options.steps, validate_every=0, save_every=10 * options.steps)
-    hearing = replace(config.hearing, listener=options.listener)
-    flow = replace(config.flow, listener=True)
-    return changed(replace(config, shards=(options.shard,), loop=loop, hearing=hearing, flow=flow), _ASKED)
+    features = replace(config.features, speech_encoder=options.speech_encoder)
+    flow = replace(config.flow, speech_encoder=True)
+    return changed(replace(config, shards=(options.shard,), loop=loop, features=features, flow=flow), _ASKED)
 
 
 if __name__ == "__main__":

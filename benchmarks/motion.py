@@ -24,7 +24,7 @@ from flowvqtalker import EMOTIONS
 from flowvqtalker.face.arkit import ARKIT_NAMES
 from flowvqtalker.io import audio as decode
 from flowvqtalker.loading import load_flows
-from flowvqtalker.motion.emotion_track import EmotionKey, EmotionTrack
+from flowvqtalker.motion.emotion import EmotionKey, EmotionTrack
 from flowvqtalker.motion.flow import ExpFlow, Flow, PoseFlow
 from flowvqtalker.motion.manifold import LatentBank
 from flowvqtalker.motion.sampler import MotionGenerator

@@ -96,7 +96,7 @@ class Bench:
             **self.sampling,
         )
         wave = self.wave(number)[: None if frames is None else frames * SAMPLES]
-        made, pose = motion(windows(wave, motion.front), last=True)
+        made, pose = motion(windows(wave, motion.frontend), last=True)
         return Coefficients(made.numpy(), pose.numpy(), real.identity)
 
     def portraits(self) -> list[np.ndarray]:

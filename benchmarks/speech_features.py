@@ -1,9 +1,9 @@
 """How well lips can be told from speech features, on held-out people: the same small regressor on each kind.
 
-    python benchmarks/speech_features.py SHARD [--kinds mel listener whisper] [--whisper FOLDER] [--listener RUN]
+    python benchmarks/speech_features.py SHARD [--kinds mel encoder whisper] [--whisper FOLDER] [--speech-encoder RUN]
 
-``mel`` trains the small audio encoder on log-mel windows, ``listener`` reads the frozen listener's features, and
-``whisper`` those of the whole pretrained encoder (which sees the whole recording, so it cannot follow a stream). The
+``mel`` trains the small audio encoder on log-mel windows, ``encoder`` reads the features of the frozen speech encoder,
+and ``whisper`` those of the whole pretrained encoder (it sees the whole recording and cannot follow a stream). The
 regressor is trained on the shard's training clips with speech to foretell the lips' shape around the clip's mean.
 Printed: correlation of the lip opening with the real clip's, mean over each held-out person's clips and over people.
 """
@@ -20,11 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from flowvqtalker.data.shards import Shard
-from flowvqtalker.loading import load_face_model, load_listener
-from flowvqtalker.motion.context import AudioConfig, AudioEncoder
+from flowvqtalker.loading import load_face_model, load_speech_encoder
+from flowvqtalker.speech.encoder import AudioConfig, AudioEncoder
 from flowvqtalker.speech.features import log_mel
 from flowvqtalker.train.expflow import lip_directions, lip_gap
-from flowvqtalker.train.flow_stage import load_listener as load_run
+from flowvqtalker.train.flow_stage import load_speech_encoder as load_run
 from flowvqtalker.train.sequences import MotionClip
 from flowvqtalker_eval.metrics.motion import correlation
 
@@ -63,9 +63,11 @@ class Regressor(nn.Module):
 
 def examples(shard: Shard, split: str, kind: str, options: argparse.Namespace) -> list[Example]:
     """The clips of a split with speech; of the training clips only those whose lips follow their sound."""
-    listener = teacher = None
-    if kind == "listener":
-        listener = load_listener() if options.listener is None else load_run(options.listener)[0]
+    speech_encoder = teacher = None
+    if kind == "encoder":
+        speech_encoder = (
+            load_speech_encoder() if options.speech_encoder is None else load_run(options.speech_encoder)[0]
+        )
     elif kind == "whisper":
         from flowvqtalker.data.teacher import Teacher
 
@@ -79,11 +81,11 @@ def examples(shard: Shard, split: str, kind: str, options: argparse.Namespace) -
         if teacher is not None:
             inputs = torch.from_numpy(teacher(wave, len(beta))).half()
         else:
-            front = "mel" if listener is None else listener.config.front
-            clip = MotionClip(beta.numpy(), log_mel(wave, front).astype(np.float16), 0, True, who, front=front)
+            frontend = "mel" if speech_encoder is None else speech_encoder.config.frontend
+            clip = MotionClip(beta.numpy(), log_mel(wave, frontend).astype(np.float16), 0, True, who, frontend=frontend)
             inputs = torch.from_numpy(clip.windows(index)).half()
-            if listener is not None:
-                inputs = listener.of_clip(inputs.float()).half()
+            if speech_encoder is not None:
+                inputs = speech_encoder.encode_clip(inputs.float()).half()
         found.append(Example(inputs, beta, who))
     return found
 
@@ -111,9 +113,11 @@ def main() -> None:
     """Train each regressor and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shard", type=Path)
-    parser.add_argument("--kinds", nargs="+", default=["mel", "listener"], choices=["mel", "listener", "whisper"])
+    parser.add_argument(
+        "--kinds", nargs="+", default=["mel", "encoder"], choices=["mel", "encoder", "whisper"]
+    )
     parser.add_argument("--whisper", type=Path, help="Whisper base for CTranslate2")
-    parser.add_argument("--listener", type=Path, help="run of the stage speech; default: the package's weights")
+    parser.add_argument("--speech-encoder", type=Path, help="run of the stage speech; default: the package's weights")
     parser.add_argument("--steps", type=int, default=1500)
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -71,12 +71,12 @@ def tiny_weights(astronaut: np.ndarray, tmp_path_factory: pytest.TempPathFactory
     from flowvqtalker.face.model import FaceModel
     from flowvqtalker.face.topology import EYE_CORNERS, surface_triangles
     from flowvqtalker.face.tracker import FaceTracker
-    from flowvqtalker.motion.context import AudioConfig
     from flowvqtalker.motion.flow import ExpFlow, ExpFlowConfig, PoseFlow, PoseFlowConfig
     from flowvqtalker.motion.manifold import LatentBank
     from flowvqtalker.render.vqig import VQIG, VQIGConfig
     from flowvqtalker.render.vqvae import CodebookConfig
     from flowvqtalker.render.warp import WarpConfig
+    from flowvqtalker.speech.encoder import AudioConfig
     from flowvqtalker.train.config import to_dict
 
     folder = tmp_path_factory.mktemp("tiny_weights")
@@ -111,7 +111,7 @@ def tiny_weights(astronaut: np.ndarray, tmp_path_factory: pytest.TempPathFactory
     bank = LatentBank(torch.randn(400, 64, generator=generator), torch.arange(400) % 9)
     store("expflow", {**expflow.state_dict(), **bank.tensors()}, to_dict(expflow.config))
     poseflow = PoseFlow(PoseFlowConfig(steps=2, width=16, heads=2, audio=audio))
-    poseflow.unit.fill_(0.02)
+    poseflow.data_std.fill_(0.02)
     store("poseflow", poseflow.state_dict(), to_dict(poseflow.config))
 
     channels = (8, 8, 8, 8, 8, 16)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from flowvqtalker.speech.augment import CODECS, codec, noise, room, telephone, wear
+from flowvqtalker.speech.augment import CODECS, codec, degrade, noise, room, telephone
 
 
 def speech(seconds: float = 1.0) -> np.ndarray:
@@ -70,9 +70,9 @@ def test_a_codec_keeps_length_and_time(name):
 def test_wear_is_a_pure_function_of_wave_and_generator():
     wave = speech()
     for seed in range(6):
-        first, second = (wear(wave, np.random.default_rng(seed), codecs=True) for _ in range(2))
+        first, second = (degrade(wave, np.random.default_rng(seed), codecs=True) for _ in range(2))
         assert np.array_equal(first, second) and first.shape == wave.shape and np.isfinite(first).all()
-    worn = [wear(wave, np.random.default_rng(seed)) for seed in range(20)]
-    assert 10 < sum(not np.array_equal(one, wave) for one in worn) <= 20
-    assert len(wear(wave[:0], np.random.default_rng(0))) == 0
-    assert not wear(np.zeros(100, np.float32), np.random.default_rng(0)).any()
+    degraded = [degrade(wave, np.random.default_rng(seed)) for seed in range(20)]
+    assert 10 < sum(not np.array_equal(one, wave) for one in degraded) <= 20
+    assert len(degrade(wave[:0], np.random.default_rng(0))) == 0
+    assert not degrade(np.zeros(100, np.float32), np.random.default_rng(0)).any()

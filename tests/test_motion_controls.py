@@ -13,7 +13,7 @@ from flowvqtalker.errors import UserError
 from flowvqtalker.io import audio as decode
 from flowvqtalker.io.coefficients import Coefficients
 from flowvqtalker.loading import load_flows
-from flowvqtalker.motion.emotion_track import BLEND, EmotionKey, EmotionTrack, parse_emotion, smoothstep
+from flowvqtalker.motion.emotion import BLEND, EmotionKey, EmotionTrack, parse_emotion, smoothstep
 from flowvqtalker.motion.head_pose import PoseTrack
 from flowvqtalker.motion.options import MotionOptions
 from flowvqtalker.motion.sampler import MotionGenerator
@@ -197,7 +197,7 @@ def test_a_track_changes_nothing_before_its_key_and_the_emotion_after(tiny):
     assert torch.equal(changed[:26], happy[:26])  # the change begins at frame 25, with nothing of it done
     assert not torch.equal(changed[26], happy[26])
     assert (changed[36:] - happy[36:]).norm(dim=1).min() > 0.1
-    assert generator._chain.mood.weights.tolist() == [list(parse_emotion("sad"))]
+    assert generator._rollout.condition.weights.tolist() == [list(parse_emotion("sad"))]
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -217,7 +217,7 @@ def test_a_track_is_the_same_however_the_stream_is_cut(tiny, seed):
 
 def test_a_change_of_emotion_is_no_jump(trained, sample_speech):
     """Speed from frame to frame during a change lies within that of the unchanged emotions; a cut's does not."""
-    heard = windows_of(decode.load(sample_speech)[: 16_000 * 3], trained[0].audio.config.front)
+    heard = windows_of(decode.load(sample_speech)[: 16_000 * 3], trained[0].audio.config.frontend)
 
     def speed(part):
         return part.diff(dim=0).norm(dim=1)
@@ -244,7 +244,7 @@ def test_changes_that_come_too_thick_move_one_course(tiny):
     for window in heard:
         generator(window[None])
         assert generator._next is None
-        weights.append(generator._chain.mood.intensity)
+        weights.append(generator._rollout.condition.intensity)
     assert weights == sorted(weights)
     assert weights[0] == 0 and weights[-1] == 1
     assert max(np.diff(weights)) < 0.05

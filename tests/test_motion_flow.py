@@ -17,18 +17,18 @@ from flowvqtalker.motion.bijections import (
     MultiActNorm,
     class_weights,
 )
-from flowvqtalker.motion.context import AudioConfig, AudioEncoder, AudioStream, ContextEncoder, history_of
+from flowvqtalker.motion.context import ContextEncoder, history_of
 from flowvqtalker.motion.flow import ExpFlow, ExpFlowConfig, Flow, PoseFlow, PoseFlowConfig, Sequences
 from flowvqtalker.motion.fused import FusedInverse
-from flowvqtalker.speech.encoder import Listener, ListenerConfig
+from flowvqtalker.speech.encoder import AudioConfig, AudioEncoder, AudioStream, SpeechEncoder, SpeechEncoderConfig
 
 AUDIO = AudioConfig(mels=6, columns=8, width=8, layers=2, lookahead=1)
-EXP = ExpFlowConfig(dim=8, classes=3, steps=3, width=8, heads=2, history=4, limit=50.0, audio=AUDIO)
+EXP = ExpFlowConfig(dim=8, classes=3, steps=3, width=8, heads=2, history=4, soft_clamp=50.0, audio=AUDIO)
 POSE = PoseFlowConfig(dim=5, steps=3, width=8, heads=2, history=4, audio=AUDIO)
 FLOWS = [
     EXP,
     replace(EXP, linear="full", layers=2, learn_means=True),
-    replace(EXP, latent="gaussian-mixture", forecast=False),
+    replace(EXP, latent="gaussian-mixture", ar_prior=False),
     POSE,
 ]
 
@@ -53,7 +53,7 @@ def context_of(flow: Flow, count: int = 7) -> Context:
     generator = torch.Generator().manual_seed(2)
 
     def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(flow.unit)
+        return torch.randn(*shape, generator=generator).to(flow.data_std)
 
     return flow.encode(
         draw(count, config.audio.width),
@@ -103,7 +103,7 @@ def test_default_flow_is_invertible_in_float32():
 @pytest.mark.parametrize("config", FLOWS)
 def test_flow_logdet_matches_autograd(config):
     flow = make(config)
-    flow.unit.copy_(torch.linspace(0.5, 2, config.dim))
+    flow.data_std.copy_(torch.linspace(0.5, 2, config.dim))
     context = context_of(flow, 2)
     x = torch.randn(2, config.dim, dtype=torch.float64)
     _, logdet = flow.forward_and_logdet(x, context)
@@ -136,7 +136,7 @@ def test_flow_all_parameters_get_gradients(config):
     flow = make(config, torch.float32).train()
     batch = sequences(config)
     loss = flow.negative_log_likelihood(batch).mean()
-    (loss + (flow.voice(flow.audio(batch.windows)) - 1).square().mean()).backward()  # voice learns by regression
+    (loss + (flow.predict_lips(flow.audio(batch.windows)) - 1).square().mean()).backward()  # voice learns by regression
     for name, p in flow.named_parameters():
         assert p.grad is not None, f"{name} got no gradient"
         assert float(p.grad.abs().sum()) > 0, f"the gradient of {name} is zero"
@@ -147,18 +147,18 @@ def test_consistency_reaches_every_parameter_but_the_latent():
     flow = make(EXP, torch.float32).train()
     flow.consistency(sequences(EXP), 16).backward()
     for name, p in flow.named_parameters():
-        if not name.startswith("voicing"):  # it learns by regression alone
+        if not name.startswith("lip_prior"):  # it learns by regression alone
             assert p.grad is not None, f"{name} got no gradient"
 
 
-def test_voice_is_a_shift_of_the_frames_given_the_speech():
-    """log p of voiced frames is that of what is left under the same steps, and no speech foretells nothing."""
+def test_lip_prior_is_a_shift_of_the_frames_given_the_speech():
+    """log p of a frame is that of its residual under the same steps; without speech the lip prior is zero."""
     flow = make(EXP, torch.float32)
     batch = sequences(EXP)
     audio = flow.audio(batch.windows)
-    foretold = flow.voice(audio, batch.speech[:, None].expand(-1, audio.shape[1]))
+    foretold = flow.predict_lips(audio, batch.speech[:, None].expand(-1, audio.shape[1]))
     assert foretold[batch.speech].abs().sum() > 0 and foretold[~batch.speech].abs().sum() == 0
-    left = flow.unvoiced(batch)
+    left = flow.residual(batch)
     size = EXP.history
     assert torch.allclose(left.frames[:, size:] + foretold, batch.frames[:, size:], atol=1e-6)
     assert left.frames[:, :size].abs().sum() == 0
@@ -168,7 +168,7 @@ def test_voice_is_a_shift_of_the_frames_given_the_speech():
 
 def test_consistency_is_zero_for_true_motion():
     """A flow whose draws are the true frames has no inconsistency; one that draws a constant has that of the truth."""
-    flow = make(replace(EXP, voiced=False), torch.float32)
+    flow = make(replace(EXP, has_lip_prior=False), torch.float32)
     batch = sequences(EXP)
     still = replace(batch, frames=torch.ones_like(batch.frames))
     flow.inverse = lambda z, context: torch.full_like(z, 3.0)  # type: ignore[method-assign]
@@ -315,12 +315,12 @@ def test_audio_encoder_sees_its_neighbourhood_only():
         AudioConfig(layers=2, lookahead=5)
 
 
-DEEP = ListenerConfig(dim=8, heads=2, back=3, ahead=1, reach=((1, 1), (2, 0)), width=5)
+DEEP = SpeechEncoderConfig(dim=8, heads=2, back=3, ahead=1, reach=((1, 1), (2, 0)), width=5)
 
 
-def test_listener_sees_its_reach_only():
+def test_speech_encoder_sees_its_reach_only():
     torch.manual_seed(0)
-    encoder = Listener(DEEP).eval()
+    encoder = SpeechEncoder(DEEP).eval()
     assert (DEEP.lookback, DEEP.lookahead, DEEP.lookahead_ms) == (9, 3, 172.5)
     windows = torch.randn(1, 9 + 16 + 3, 80, 7)
     before = encoder(windows)
@@ -336,14 +336,14 @@ def test_listener_sees_its_reach_only():
 @pytest.mark.parametrize("frames", [1, 3, 30])
 def test_streamed_encoder_equals_the_whole_clip(config, frames):
     torch.manual_seed(0)
-    encoder = (Listener if isinstance(config, ListenerConfig) else AudioEncoder)(config).eval()
+    encoder = (SpeechEncoder if isinstance(config, SpeechEncoderConfig) else AudioEncoder)(config).eval()
     windows = torch.randn(frames, config.mels, config.columns)
     stream = AudioStream(encoder)
     with torch.no_grad():
         parts = [stream.push(window) for window in windows]
         assert [len(part) for part in parts] == [int(i >= config.lookahead) for i in range(frames)]
         found = [one for part in [*parts, stream.finish()] for one in part]
-    assert torch.allclose(torch.cat(found), encoder.of_clip(windows), atol=1e-5)
+    assert torch.allclose(torch.cat(found), encoder.encode_clip(windows), atol=1e-5)
 
 
 def test_default_lookahead_is_documented():
@@ -353,7 +353,7 @@ def test_default_lookahead_is_documented():
 @pytest.mark.parametrize("config", [EXP, replace(EXP, layers=2), POSE])
 def test_fused_inverse_equals_the_flow(config):
     flow = make(config, torch.float32)
-    flow.unit.copy_(torch.linspace(0.5, 2, config.dim))
+    flow.data_std.copy_(torch.linspace(0.5, 2, config.dim))
     context = context_of(flow, 1)
     weights = torch.full((1, config.classes), 1 / config.classes)
     context = replace(context, emotion=weights)
@@ -363,23 +363,23 @@ def test_fused_inverse_equals_the_flow(config):
 
 def test_contain_bends_back_only_what_is_far_out():
     flow = make(EXP, torch.float32)
-    flow.unit.fill_(0.5)
+    flow.data_std.fill_(0.5)
     x = torch.linspace(-100, 100, 2001)[:, None].expand(-1, 8)
-    bent = flow.contain(x)
-    inside = x.abs() <= 0.6 * EXP.limit * 0.5
+    bent = flow.soft_clamp(x)
+    inside = x.abs() <= 0.6 * EXP.soft_clamp * 0.5
     assert torch.equal(bent[inside], x[inside])
-    assert float(bent.abs().max()) <= EXP.limit * 0.5 + 1e-5
+    assert float(bent.abs().max()) <= EXP.soft_clamp * 0.5 + 1e-5
     assert (bent[1:] >= bent[:-1]).all(), "order is kept"
 
 
 def test_a_flow_that_runs_away_is_held():
-    """A forecast that doubles the last frame leaves any bound unless draws are contained."""
-    flow = make(replace(EXP, limit=3.0), torch.float32)
+    """A prior that doubles the last frame leaves any bound unless draws are contained."""
+    flow = make(replace(EXP, soft_clamp=3.0), torch.float32)
     with torch.no_grad():
-        flow.encoder.forecast.gain.fill_(2.0)
+        flow.encoder.ar_prior.gain.fill_(2.0)
     windows = torch.randn(2, 60 + 4, 6, 8)
     drawn = flow.rollout(windows, torch.tensor([0, 1]), torch.Generator(), source=torch.zeros(2, 8))
-    left = drawn - flow.voice(flow.audio(windows)).detach()
+    left = drawn - flow.predict_lips(flow.audio(windows)).detach()
     assert torch.isfinite(drawn).all()
     assert 2 < float(left.abs().max()) < 3.001
 
@@ -396,7 +396,7 @@ def test_rollout_feeds_back_its_own_frames():
     assert not torch.equal(draws[0], draws[2])
     cold = flow.rollout(batch.windows, batch.emotion, torch.Generator(), source=batch.source, temperature=0)
     audio = flow.audio(batch.windows)
-    left = cold - flow.voice(audio)
+    left = cold - flow.predict_lips(audio)
     history = torch.cat([torch.zeros(4, 3, 8), left[:, :1]], dim=1)
     context = flow.encode(audio[:, 1], history, batch.emotion, source=batch.source)
     assert torch.allclose(flow.inverse(flow.latent.centre(batch.emotion), context), left[:, 1], atol=1e-5)
@@ -404,7 +404,7 @@ def test_rollout_feeds_back_its_own_frames():
 
 def test_save_load_gives_equal_flow_and_names_what_is_wrong():
     flow = make(EXP, torch.float32)
-    values = {"dim": 8, "limit": 50.0, "classes": 3, "steps": 3, "width": 8, "heads": 2, "history": 4}
+    values = {"dim": 8, "soft_clamp": 50.0, "classes": 3, "steps": 3, "width": 8, "heads": 2, "history": 4}
     values["audio"] = {"mels": 6, "columns": 8, "width": 8, "layers": 2, "lookahead": 1}
     state = {**flow.state_dict(), "bank.latents": torch.zeros(1, 8)}
     again = ExpFlow.load(state, values)

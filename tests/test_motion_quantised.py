@@ -6,9 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from flowvqtalker.motion.context import AudioStream
-from flowvqtalker.speech.encoder import Listener, ListenerConfig
-from flowvqtalker.speech.quantize import QuantisedConvolution, QuantisedLinear, quantise
+from flowvqtalker.speech.encoder import AudioStream, SpeechEncoder, SpeechEncoderConfig
+from flowvqtalker.speech.quantize import QuantizedConvolution, QuantizedLinear, quantize
 
 
 def integers(rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -21,7 +20,7 @@ def integers(rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def test_what_was_stored_as_integers_stays_as_it_is():
     weight, steps = integers(24, 40)
-    layer = QuantisedLinear(weight, torch.zeros(24))
+    layer = QuantizedLinear(weight, torch.zeros(24))
     assert torch.equal(layer.steps.long(), steps)
     assert torch.equal(layer.steps * layer.scale[:, None], weight)
 
@@ -31,7 +30,7 @@ def test_what_was_stored_as_integers_stays_as_it_is():
 def test_product_is_that_of_the_rounded_matrix(dtype, shape):
     torch.manual_seed(1)
     plain = nn.Linear(64, 32).to(dtype)
-    layer = QuantisedLinear(plain.weight.detach(), plain.bias)
+    layer = QuantizedLinear(plain.weight.detach(), plain.bias)
     assert (
         layer.steps * layer.scale.float()[:, None] - plain.weight.float()
     ).abs().max() < plain.weight.abs().max() / 100
@@ -51,25 +50,25 @@ def test_convolution_is_that_of_the_rounded_kernel(stride):
     with torch.no_grad():
         plain.weight.copy_(weight.view(16, 8, 3))
     x = torch.randn(2, 8, 11)
-    assert torch.allclose(QuantisedConvolution(plain)(x), plain(x), atol=1e-5)
+    assert torch.allclose(QuantizedConvolution(plain)(x), plain(x), atol=1e-5)
 
 
 def test_small_layers_and_padded_convolutions_are_left_alone():
     parts = nn.Sequential(nn.Linear(8, 8), nn.Linear(64, 64), nn.Sequential(nn.Conv1d(64, 64, 3, padding=1)))
-    quantise(parts, least=4096)
-    assert isinstance(parts[0], nn.Linear) and isinstance(parts[1], QuantisedLinear)
+    quantize(parts, least=4096)
+    assert isinstance(parts[0], nn.Linear) and isinstance(parts[1], QuantizedLinear)
     assert isinstance(parts[2][0], nn.Conv1d)
 
 
-def test_a_listener_hears_the_same_with_integers():
+def test_a_speech_encoder_hears_the_same_with_integers():
     torch.manual_seed(3)
-    listener = Listener(ListenerConfig(dim=64, heads=4, attention=1, back=3, ahead=1, width=32)).eval()
+    speech_encoder = SpeechEncoder(SpeechEncoderConfig(dim=64, heads=4, attention=1, back=3, ahead=1, width=32)).eval()
     windows = torch.randn(20, 80, 7)
     with torch.inference_mode():
-        before = listener.of_clip(windows)
-        quantise(listener, least=2**10)
-        assert not any(isinstance(part, nn.Conv1d) for part in listener.modules())
-        stream = AudioStream(listener)
+        before = speech_encoder.encode_clip(windows)
+        quantize(speech_encoder, least=2**10)
+        assert not any(isinstance(part, nn.Conv1d) for part in speech_encoder.modules())
+        stream = AudioStream(speech_encoder)
         after = torch.cat([*(one for window in windows for one in stream.push(window)), *stream.finish()])
     assert after.shape == before.shape
     assert (after - before).norm() / before.norm() < 0.03

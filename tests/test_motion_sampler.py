@@ -10,13 +10,14 @@ import torch
 
 from flowvqtalker import EMOTIONS
 from flowvqtalker.errors import UserError
-from flowvqtalker.motion.context import AudioConfig
+from flowvqtalker.motion.emotion import reference_latent
 from flowvqtalker.motion.flow import ExpFlow, ExpFlowConfig, PoseFlow, PoseFlowConfig
 from flowvqtalker.motion.manifold import LatentBank
-from flowvqtalker.motion.sampler import SOURCE, MotionGenerator, reference_latent
+from flowvqtalker.motion.sampler import SOURCE, MotionGenerator
+from flowvqtalker.speech.encoder import AudioConfig
 
 AUDIO = AudioConfig(mels=6, columns=8, width=8, layers=2, lookahead=1)
-EXP = ExpFlowConfig(dim=8, steps=3, width=8, heads=2, history=4, limit=50.0, audio=AUDIO)
+EXP = ExpFlowConfig(dim=8, steps=3, width=8, heads=2, history=4, soft_clamp=50.0, audio=AUDIO)
 # Another look-ahead than the expression's: the slower of the two decides.
 POSE = PoseFlowConfig(steps=2, width=8, heads=2, history=3, audio=replace(AUDIO, lookahead=3))
 
@@ -194,11 +195,11 @@ def test_head_starts_at_the_portrait_and_moves_around_it(flows, windows):
 def test_long_speech_stays_finite(flows):
     exp, pose = (copy.deepcopy(flow) for flow in flows)
     with torch.no_grad():
-        pose.encoder.forecast.gain.fill_(1.5)
-        exp.encoder.forecast.gain.fill_(1.5)
+        pose.encoder.ar_prior.gain.fill_(1.5)
+        exp.encoder.ar_prior.gain.fill_(1.5)
     beta, rho = run((exp, pose), torch.randn(150, 6, 8), pose0=torch.zeros(6), articulation=0.0)
-    assert float(beta.abs().max()) <= EXP.limit + 1e-4
-    assert float(rho.abs().max()) <= 2 * POSE.limit
+    assert float(beta.abs().max()) <= EXP.soft_clamp + 1e-4
+    assert float(rho.abs().max()) <= 2 * POSE.soft_clamp
 
 
 def test_source_expression_matters(flows, windows):

@@ -13,21 +13,20 @@ from safetensors.torch import load_file, save_file
 
 from flowvqtalker import EMOTIONS
 from flowvqtalker.errors import UserError
-from flowvqtalker.motion.context import AudioConfig, AudioEncoder
 from flowvqtalker.motion.flow import ExpFlow, ExpFlowConfig, PoseFlow, PoseFlowConfig
 from flowvqtalker.motion.manifold import LatentBank
 from flowvqtalker.motion.sampler import SOURCE, TEMPERATURE
-from flowvqtalker.speech.encoder import Listener, ListenerConfig
+from flowvqtalker.speech.augment import change_voice, reverberate, spectral_augment
+from flowvqtalker.speech.encoder import AudioConfig, AudioEncoder, SpeechEncoder, SpeechEncoderConfig
 from flowvqtalker.speech.features import log_mel
 from flowvqtalker.speech.features import windows as all_windows
-from flowvqtalker.speech.spectral_augment import perturb, reverberate, vary
 from flowvqtalker.train import expflow, poseflow
-from flowvqtalker.train.calibrate import calibrate
 from flowvqtalker.train.config import LoopConfig, from_dict, to_dict
-from flowvqtalker.train.flow_stage import Hearing, Losses, correlation, load_listener, whole_clips
+from flowvqtalker.train.emotion_bias import fit_emotion_bias
+from flowvqtalker.train.flow_stage import Features, Losses, correlation, load_speech_encoder, whole_clips
 from flowvqtalker.train.loop import fit
-from flowvqtalker.train.resting import resting_faces
-from flowvqtalker.train.sequences import Corpus, MotionClip, SequenceConfig, SequenceDataset, hear
+from flowvqtalker.train.neutral_estimate import estimate_neutral
+from flowvqtalker.train.sequences import Corpus, MotionClip, SequenceConfig, SequenceDataset, encode_corpus
 
 AUDIO = AudioConfig(width=8, layers=2, lookahead=1)
 LOOP = LoopConfig(steps=6, batch_size=4, lr=3e-3, log_every=2, validate_every=3, save_every=3, device="cpu", ema=0.5)
@@ -57,9 +56,9 @@ def test_windows_equal_those_of_the_front_end():
 
 def test_fine_windows_equal_those_of_the_front_end():
     wave = np.random.default_rng(0).normal(size=40 * 640).astype(np.float32) * 0.1
-    mel = log_mel(wave, "fine").astype(np.float16)
-    one = MotionClip(np.zeros((40, 64), np.float32), mel, 0, True, "a", front="fine")
-    assert np.allclose(one.windows(np.arange(40)), all_windows(wave, "fine").numpy(), atol=3e-3)
+    mel = log_mel(wave, "whisper").astype(np.float16)
+    one = MotionClip(np.zeros((40, 64), np.float32), mel, 0, True, "a", frontend="whisper")
+    assert np.allclose(one.windows(np.arange(40)), all_windows(wave, "whisper").numpy(), atol=3e-3)
 
 
 def test_item_is_a_pure_function_of_seed_and_number(corpus):
@@ -118,12 +117,14 @@ def test_transplant_moves_an_emotion_to_the_speakers_face():
     speaker = replace(clip(2, 60, who="b"), emotion=neutral)
     angry = replace(angry, identity="a")
     both = Corpus([calm, angry, speaker], lips=np.zeros((64, 64), np.float32), known=0.5)
-    data = dataset(both, frames=60, transplant=1.0, no_source=0.0, perturb=False)
+    data = dataset(both, frames=60, retarget_expression=1.0, no_source=0.0, augment=False)
     item = data.item(1, 0, np.random.default_rng(0), speaker=2)
     moved = item["frames"][10:].numpy().mean(0) - speaker.frames.mean(0)
     assert np.allclose(moved, shift, atol=0.05)
     assert (np.abs(speaker.frames - item["source"].numpy()).max(1) < 1e-6).any(), "the source is the calm speaker"
-    stays = dataset(both, frames=60, transplant=0.0, perturb=False).item(1, 0, np.random.default_rng(0), speaker=2)
+    stays = dataset(both, frames=60, retarget_expression=0.0, augment=False).item(
+        1, 0, np.random.default_rng(0), speaker=2
+    )
     assert np.allclose(stays["frames"][10:].numpy().mean(0), angry.frames.mean(0), atol=0.05)
 
 
@@ -143,7 +144,7 @@ def test_an_emotion_of_a_stranger_moves_by_the_estimated_neutral_face():
     assert not known.has_neutral(number) and estimated.has_neutral(number)
     face = faces[clips[number].identity]
     assert np.abs(estimated.neutral(number) - face).max() < 0.1 < np.abs(known.neutral(number) - face).mean()
-    data = dataset(estimated, frames=20, transplant=1.0, no_source=0.0, perturb=False)
+    data = dataset(estimated, frames=20, retarget_expression=1.0, no_source=0.0, augment=False)
     moved = data.item(number, 0, np.random.default_rng(1), speaker=0)["frames"][10:].numpy().mean(0)
     assert np.allclose(moved - clips[0].frames.mean(0), shift, atol=0.1)
 
@@ -154,7 +155,7 @@ def test_resting_faces_are_the_best_linear_unbiased_prediction():
     emotions = [0, 0, 5, 5, 6, 6, 0, 5]
     people = ["a", "b", "a", "c", "c", "d", "d", "e"]
     x = random.normal(size=(8, 3)) * [1, 2, 0.5]
-    found = resting_faces(x, emotions, people)
+    found = estimate_neutral(x, emotions, people)
     design = np.array([[e == c for c in (0, 5, 6)] for e in emotions], float)
     member = np.array([[p == q for q in "abcde"] for p in people], float)
     for d in range(3):
@@ -167,7 +168,7 @@ def test_resting_faces_are_the_best_linear_unbiased_prediction():
     assert np.allclose(found.face("a", 6), found.emotions[6] + found.people["a"])
     assert np.allclose(found.face("nobody", 6), found.emotions[6])
     with pytest.raises(UserError, match="one emotion and one name"):
-        resting_faces(x, emotions[:3], people)
+        estimate_neutral(x, emotions[:3], people)
 
 
 def test_resting_faces_find_the_variances():
@@ -176,7 +177,7 @@ def test_resting_faces_find_the_variances():
     emotions = random.integers(0, 4, size=600).tolist()
     of_person = random.normal(size=(200, 2)) * [2, 0.5]
     x = np.repeat(of_person, 3, axis=0) + random.normal(size=(600, 2)) * [1, 1]
-    found = resting_faces(x, emotions, people)
+    found = estimate_neutral(x, emotions, people)
     assert np.allclose(found.person, [4, 0.25], rtol=0.25)
     assert np.allclose(found.rest, [1, 1], rtol=0.15)
 
@@ -230,14 +231,14 @@ def test_graft_puts_spoken_lips_on_an_emotional_face():
     lips = np.zeros((64, 64), np.float32)
     lips[0, 0] = lips[1, 1] = 1
     both = emotional_corpus(lips, np.eye(64, dtype=np.float32)[0])
-    data = dataset(both, frames=16, mute=0.0, perturb=False)
+    data = dataset(both, frames=16, audio_dropout=0.0, augment=False)
     grafted = data.item(1, 0, np.random.default_rng(0), speaker=0)
     spoken, happy = both.clips[0].frames, both.clips[1].frames
     got = grafted["frames"][10:].numpy()
     assert np.allclose(got[:, 1] - both.means[1, 1], spoken[:16, 1] - both.means[0, 1], atol=1e-4)
     assert np.allclose(got[:, 0], spoken[:16, 0], atol=1e-4), "the mouth opens as much as the speaker's"
     assert all((np.abs(happy[:, 2:] - row[2:]).max(1) < 1e-5).any() for row in got), "the rest is the happy clip's"
-    assert grafted["heard"]
+    assert grafted["has_speech"]
     assert grafted["speech"]
     assert np.array_equal(grafted["windows"][3:-1].numpy(), both.clips[0].windows(np.arange(16)))
     assert int(grafted["emotion"].argmax()) == EMOTIONS.index("happy")
@@ -248,25 +249,25 @@ def test_augmented_items_stay_in_their_share():
     data = dataset(emotional_corpus(lips), balanced=1.0, strength=0.0)
     items = [data[i] for i in range(400)]
     happy = [item for item in items if item["emotion"][EMOTIONS.index("happy")] == 1]
-    assert 0.4 < np.mean([item["heard"] for item in happy]) < 0.6
+    assert 0.4 < np.mean([item["has_speech"] for item in happy]) < 0.6
     plain = dataset(emotional_corpus(lips), plain=True, balanced=1.0)
     assert all(set(plain[i]["emotion"].tolist()) == {0.0, 1.0} for i in range(40))
-    assert not any(plain[i]["heard"] for i in range(40) if plain[i]["emotion"][EMOTIONS.index("happy")])
+    assert not any(plain[i]["has_speech"] for i in range(40) if plain[i]["emotion"][EMOTIONS.index("happy")])
 
 
 def test_speech_is_hidden_for_some_items(corpus):
     items = [dataset(corpus)[i] for i in range(300)]
-    spoken = [item for item in items if item["heard"]]
+    spoken = [item for item in items if item["has_speech"]]
     muted = sum(not item["speech"] for item in spoken)
     assert 0.07 < muted / len(spoken) < 0.25
-    assert not any(item["speech"] for item in items if not item["heard"])
+    assert not any(item["speech"] for item in items if not item["has_speech"])
     plain = dataset(corpus, plain=True)
-    assert all(plain[i]["speech"] == plain[i]["heard"] for i in range(50))
+    assert all(plain[i]["speech"] == plain[i]["has_speech"] for i in range(50))
 
 
 def test_perturbation_is_one_change_for_all_columns():
     flat = np.zeros((50, 80), np.float32)
-    changed = [perturb(flat, np.random.default_rng(s)) for s in range(30)]
+    changed = [change_voice(flat, np.random.default_rng(s)) for s in range(30)]
     assert all(np.abs(x).max() <= 4 for x in changed)
     clean = [x for x in changed if np.ptp(x, axis=0).max() == 0]
     assert clean, "without noise, all columns change alike"
@@ -283,7 +284,7 @@ def test_reverberation_decays_by_sixty_decibels_in_its_time():
 
 def test_varied_voices_differ_and_stay_in_range():
     mel = np.random.default_rng(0).normal(size=(60, 80)).clip(-4, 4).astype(np.float32)
-    found = [vary(mel, np.random.default_rng(s)) for s in range(20)]
+    found = [spectral_augment(mel, np.random.default_rng(s)) for s in range(20)]
     assert all(x.shape == mel.shape and x.dtype == np.float32 and np.abs(x).max() <= 4 for x in found)
     assert len({float(x.mean()) for x in found}) == 20
 
@@ -294,7 +295,7 @@ def test_a_frozen_encoder_runs_once_for_every_clip():
     torch.manual_seed(0)
     encoder = AudioEncoder(AUDIO).eval()
     windows = [plain.item(n, 9, np.random.default_rng(0))["windows"] for n in (0, 1)]
-    hear(clips, encoder, copies=3)
+    encode_corpus(clips, encoder, copies=3)
     for n in (0, 1):
         assert clips.clips[n].features.shape == (3, 30 + n, 8)
         ready = plain.item(n, 9, np.random.default_rng(0))["windows"]
@@ -389,7 +390,7 @@ def test_lip_regression_learns_lips_from_sound(corpus):
         mel = np.repeat(one.frames[:, :1] * 3, 4, axis=0)[:129].astype(np.float16)
         clips.append(replace(one, mel=np.broadcast_to(mel, (len(mel), 80))))
     stage = exp_stage(
-        Corpus(clips), losses=Losses(consistency=0, lips=1.0), sequences=SequenceConfig(12, perturb=False)
+        Corpus(clips), losses=Losses(consistency=0, lips=1.0), sequences=SequenceConfig(12, augment=False)
     )
     stage.lips = torch.zeros_like(stage.lips)
     stage.lips[0, 0] = 1
@@ -405,56 +406,58 @@ def test_lip_regression_learns_lips_from_sound(corpus):
     assert float(logs["lips"]) < 0.3
 
 
-LISTENER = ListenerConfig(dim=8, heads=2, attention=1, back=2, ahead=1, reach=((1, 0),), width=8)
+SPEECH_ENCODER = SpeechEncoderConfig(dim=8, heads=2, attention=1, back=2, ahead=1, reach=((1, 0),), width=8)
 
 
 @pytest.fixture
 def heard(tmp_path):
     """A run of the stage ``speech``, as it is written."""
     torch.manual_seed(3)
-    listener, voicing = Listener(LISTENER), torch.nn.Linear(8, 64)
-    state = {f"audio.{key}": value for key, value in listener.state_dict().items()}
-    state |= {f"voicing.{key}": value for key, value in voicing.state_dict().items()}
-    (tmp_path / "heard").mkdir()
-    save_file(state, str(tmp_path / "heard" / "weights.safetensors"))
-    about = {"stage": "speech", "config": to_dict(LISTENER)}
-    (tmp_path / "heard" / "config.json").write_text(json.dumps(about))
-    return tmp_path / "heard"
+    speech_encoder, lip_prior = SpeechEncoder(SPEECH_ENCODER), torch.nn.Linear(8, 64)
+    state = {f"audio.{key}": value for key, value in speech_encoder.state_dict().items()}
+    state |= {f"lip_prior.{key}": value for key, value in lip_prior.state_dict().items()}
+    (tmp_path / "speech").mkdir()
+    save_file(state, str(tmp_path / "speech" / "weights.safetensors"))
+    about = {"stage": "speech", "config": to_dict(SPEECH_ENCODER)}
+    (tmp_path / "speech" / "config.json").write_text(json.dumps(about))
+    return tmp_path / "speech"
 
 
-def test_flows_hear_with_a_listener_that_they_leave_alone(tmp_path, heard):
+def test_flows_hear_with_a_speech_encoder_that_they_leave_alone(tmp_path, heard):
     def fresh(dim: int) -> Corpus:
         clips = [clip(n, 20 + 3 * n, dim=dim, speech=n % 3 > 0) for n in range(18)]
-        return Corpus([replace(one, front="fine") for one in clips])
+        return Corpus([replace(one, frontend="whisper") for one in clips])
 
-    listener, voicing = load_listener(heard)
-    before = {key: value.clone() for key, value in listener.state_dict().items()}
+    speech_encoder, lip_prior = load_speech_encoder(heard)
+    before = {key: value.clone() for key, value in speech_encoder.state_dict().items()}
     config = exp_config()
-    config = replace(config, flow=replace(config.flow, listener=True))
-    stage = expflow.ExpFlowStage(config, fresh(64), fresh(64), torch.randn(64, 478, 3), heard=(listener, voicing))
+    config = replace(config, flow=replace(config.flow, speech_encoder=True))
+    stage = expflow.ExpFlowStage(
+        config, fresh(64), fresh(64), torch.randn(64, 478, 3), heard=(speech_encoder, lip_prior)
+    )
     fit(stage, LOOP, tmp_path / "exp")
     state = load_file(str(tmp_path / "exp" / "weights.safetensors"))
     assert not any(key.startswith("audio.") for key in state)
-    assert not torch.equal(state["voicing.weight"], voicing["weight"])
-    assert all(torch.equal(before[key], value) for key, value in listener.state_dict().items())
+    assert not torch.equal(state["lip_prior.weight"], lip_prior["weight"])
+    assert all(torch.equal(before[key], value) for key, value in speech_encoder.state_dict().items())
     settings = json.loads((tmp_path / "exp" / "config.json").read_text())["config"]
-    again = ExpFlow.load(state, settings, listener)
-    assert again.audio is listener
-    with pytest.raises(ValueError, match="needs a listener"):
+    again = ExpFlow.load(state, settings, speech_encoder)
+    assert again.audio is speech_encoder
+    with pytest.raises(ValueError, match="needs a speech encoder"):
         ExpFlow.load(state, settings)
 
-    flow = PoseFlowConfig(steps=2, width=8, heads=2, listener=True)
-    poses = poseflow.PoseFlowStage(poseflow.Config(flow=flow, loop=LOOP), fresh(6), fresh(6), listener)
+    flow = PoseFlowConfig(steps=2, width=8, heads=2, speech_encoder=True)
+    poses = poseflow.PoseFlowStage(poseflow.Config(flow=flow, loop=LOOP), fresh(6), fresh(6), speech_encoder)
     fit(poses, LOOP, tmp_path / "pose")
     assert not any(key.startswith("audio.") for key in load_file(str(tmp_path / "pose" / "weights.safetensors")))
 
 
-def test_missing_listener_is_named(tmp_path):
+def test_missing_speech_encoder_is_named(tmp_path):
     with pytest.raises(UserError, match="no finished run of `flowvqtalker train speech`"):
-        load_listener(tmp_path / "none")
-    hearing = Hearing(listener=tmp_path)
+        load_speech_encoder(tmp_path / "none")
+    features = Features(speech_encoder=tmp_path)
     with pytest.raises(UserError, match="no finished run"):
-        expflow.build(replace(exp_config(), hearing=hearing))
+        expflow.build(replace(exp_config(), features=features))
 
 
 def test_poseflow_stage_trains_exports_and_loads(tmp_path):
@@ -463,7 +466,7 @@ def test_poseflow_stage_trains_exports_and_loads(tmp_path):
     stage = poseflow.PoseFlowStage(poseflow.Config(flow=flow, loop=LOOP), poses, poses)
     scores = fit(stage, LOOP, tmp_path / "run")
     assert {"nll", "range", "speed"} <= set(scores)
-    assert (stage.flow.unit != 1).all(), "poses are scaled to numbers near one"
+    assert (stage.flow.data_std != 1).all(), "poses are scaled to numbers near one"
     state = load_file(str(tmp_path / "run" / "weights.safetensors"))
     again = PoseFlow.load(state, json.loads((tmp_path / "run" / "config.json").read_text())["config"])
     assert again.config == flow
@@ -482,10 +485,10 @@ def test_varied_speech_is_sometimes_worn():
     one = clip(1)
     assert one.mel is not None
     index = np.arange(10)
-    worn = replace(one, worn=np.full_like(one.mel, 1.5), share=1.0)
-    assert np.array_equal(worn.windows(index), one.windows(index)), "only varied speech is"
-    varied = worn.windows(index, np.random.default_rng(0))
-    plain = replace(worn, share=0.0).windows(index, np.random.default_rng(0))
+    degraded = replace(one, degraded=np.full_like(one.mel, 1.5), share=1.0)
+    assert np.array_equal(degraded.windows(index), one.windows(index)), "only varied speech is"
+    varied = degraded.windows(index, np.random.default_rng(0))
+    plain = replace(degraded, share=0.0).windows(index, np.random.default_rng(0))
     assert varied[..., 4].std(0).max() < 0.5 < plain[..., 4].std(0).max()
 
 
@@ -509,10 +512,10 @@ def test_calibrated_emotions_have_the_strength_of_the_training_people():
     with torch.no_grad():
         flow.opening.copy_(torch.from_numpy(0.02 * opening))
     data = dataset(corpus)
-    calibrate(flow, corpus, data, strength=1.5)
-    assert not flow.shift[neutral].any()
-    assert not flow.shift[EMOTIONS.index("angry")].any(), "nobody is angry"
-    assert abs(float(flow.shift[happy] @ flow.opening)) < 1e-4, "nothing parts the lips throughout"
+    fit_emotion_bias(flow, corpus, data, strength=1.5)
+    assert not flow.emotion_bias[neutral].any()
+    assert not flow.emotion_bias[EMOTIONS.index("angry")].any(), "nobody is angry"
+    assert abs(float(flow.emotion_bias[happy] @ flow.opening)) < 1e-4, "nothing parts the lips throughout"
 
     batch = whole_clips(corpus, [n for n, c in enumerate(clips) if c.speech][:24], data, 40)
     source = SOURCE * torch.stack([torch.from_numpy(corpus.neutral(2 * n)) for n in range(20)])
@@ -526,9 +529,9 @@ def test_calibrated_emotions_have_the_strength_of_the_training_people():
             temperature=TEMPERATURE,
         )
         means.append(drawn[:, 15:].mean((0, 1)))
-    shown = (means[1] - means[0] + flow.shift[happy]).numpy()
+    shown = (means[1] - means[0] + flow.emotion_bias[happy]).numpy()
     shown = shown - shown @ opening / (opening @ opening) * opening
     assert np.abs(shown - 1.5 * smile).max() < 0.25
-    before = flow.shift.clone()
-    calibrate(flow, corpus, data, strength=1.5)
-    assert torch.allclose(before, flow.shift, atol=1e-5), "calibrated twice is calibrated once"
+    before = flow.emotion_bias.clone()
+    fit_emotion_bias(flow, corpus, data, strength=1.5)
+    assert torch.allclose(before, flow.emotion_bias, atol=1e-5), "calibrated twice is calibrated once"

@@ -13,13 +13,13 @@ from flowvqtalker.data.speech import CURVES, TEACHER, UNITS, PrepareSpeech, Reco
 from flowvqtalker.data.splits import split_of
 from flowvqtalker.data.teacher import Teacher, read_variables, whisper_mel
 from flowvqtalker.errors import UserError
-from flowvqtalker.speech.encoder import Listener, ListenerConfig
+from flowvqtalker.speech.encoder import SpeechEncoder, SpeechEncoderConfig
 from flowvqtalker.speech.features import log_mel
 from flowvqtalker.train import speech
 from flowvqtalker.train.config import LoopConfig
 from flowvqtalker.train.loop import fit
 
-LISTENER = ListenerConfig(dim=8, heads=2, attention=1, back=3, ahead=1, reach=((1, 1),), width=8)
+SPEECH_ENCODER = SpeechEncoderConfig(dim=8, heads=2, attention=1, back=3, ahead=1, reach=((1, 1),), width=8)
 
 
 def listen(wave: np.ndarray, frames: int) -> np.ndarray:
@@ -53,11 +53,11 @@ def test_training_recordings_are_there_worn_with_the_targets_of_what_was_said(fo
     write(tmp_path / "set", (), folder, listen)
     one = SpeechSet(tmp_path / "set")
     names = [str(name) for name in one.index["name"]]
-    worn = [n for n, name in enumerate(names) if name.endswith(" worn")]
-    assert len(worn) == 4 and all(one.split[n] == "train" for n in worn)
+    degraded = [n for n, name in enumerate(names) if name.endswith(" degraded")]
+    assert len(degraded) == 4 and all(one.split[n] == "train" for n in degraded)
     changed = 0
-    for n in worn:
-        plain = names.index(names[n].removesuffix(" worn"))
+    for n in degraded:
+        plain = names.index(names[n].removesuffix(" degraded"))
         a, b = (slice(int(one.start[i]), int(one.start[i] + one.length[i])) for i in (n, plain))
         assert np.array_equal(one.teacher[a], one.teacher[b]) and one.length[n] == one.length[plain]
         assert np.array_equal(one.units[a], one.units[b], equal_nan=True)
@@ -67,7 +67,7 @@ def test_training_recordings_are_there_worn_with_the_targets_of_what_was_said(fo
 
 
 def test_a_set_holds_every_recording_as_it_is_and_at_another_rate(folder, tmp_path):
-    write(tmp_path / "set", (), folder, listen, worn=False)
+    write(tmp_path / "set", (), folder, listen, degraded=False)
     one = SpeechSet(tmp_path / "set")
     assert len(one) == 12
     assert one.index["rate"][::2].tolist() == [1.0] * 6
@@ -130,19 +130,19 @@ def test_the_stage_learns_what_the_teacher_hears(folder, tmp_path):
     write(tmp_path / "set", (), folder, listen)
     times = {"steps": 60, "log_every": 20, "validate_every": 60, "save_every": 60}
     loop = LoopConfig(**times, batch_size=4, lr=1e-2, device="cpu", ema=0)
-    config = speech.Config(sets=(tmp_path / "set",), listener=LISTENER, frames=16, vary=0.0, loop=loop)
+    config = speech.Config(sets=(tmp_path / "set",), speech_encoder=SPEECH_ENCODER, frames=16, augment=0.0, loop=loop)
     lips, gap = torch.randn(64, 16), torch.randn(64)
     stage = speech.SpeechStage(config, [SpeechSet(tmp_path / "set")], lips, gap)
     first, second = stage.train_data[5], stage.train_data[5]
     assert all(torch.equal(first[key].nan_to_num(), second[key].nan_to_num()) for key in first)
-    assert first["windows"].shape == (LISTENER.lookback + 16 + LISTENER.lookahead, 80, 7)
+    assert first["windows"].shape == (SPEECH_ENCODER.lookback + 16 + SPEECH_ENCODER.lookahead, 80, 7)
     scores = fit(stage, loop, tmp_path / "run")
     with open(tmp_path / "run" / "validation.csv", encoding="utf-8") as file:
         start = next(csv.DictReader(file))
     assert scores["teacher"] < 0.8 * float(start["teacher"])
     state, settings = stage.export()
-    assert {key.split(".")[0] for key in state} == {"audio", "voicing"}
-    assert ListenerConfig(**settings) == LISTENER
+    assert {key.split(".")[0] for key in state} == {"audio", "lip_prior"}
+    assert SpeechEncoderConfig(**settings) == SPEECH_ENCODER
 
 
 def test_windows_equal_those_of_the_front_end(folder, tmp_path):
@@ -152,12 +152,14 @@ def test_windows_equal_those_of_the_front_end(folder, tmp_path):
     write(tmp_path / "set", (), folder, listen)
     one = SpeechSet(tmp_path / "set")
     wave = decode.load(folder / "speech" / "r0.wav")
-    assert np.allclose(one.mel[: one.mel_length[0]], log_mel(wave, "fine"), atol=3e-3)
-    config = speech.Config(sets=(tmp_path / "set",), listener=LISTENER, frames=20, vary=0.0)
+    assert np.allclose(one.mel[: one.mel_length[0]], log_mel(wave, "whisper"), atol=3e-3)
+    config = speech.Config(sets=(tmp_path / "set",), speech_encoder=SPEECH_ENCODER, frames=20, augment=0.0)
     items = speech.SpeechStage(config, [one], torch.randn(64, 4), torch.randn(64)).train_data
     item = items.item(0, 0, 10, 20, np.random.default_rng(0))
-    whole = windows(wave, "fine")
-    assert torch.allclose(item["windows"], whole[10 - LISTENER.lookback : 30 + LISTENER.lookahead], atol=3e-3)
+    whole = windows(wave, "whisper")
+    assert torch.allclose(
+        item["windows"], whole[10 - SPEECH_ENCODER.lookback : 30 + SPEECH_ENCODER.lookahead], atol=3e-3
+    )
 
 
 def variables(dim: int, layers: int) -> dict[str, torch.Tensor]:
@@ -178,18 +180,18 @@ def variables(dim: int, layers: int) -> dict[str, torch.Tensor]:
     return found
 
 
-def test_a_started_listener_computes_what_whisper_does():
+def test_a_started_speech_encoder_computes_what_whisper_does():
     """With a reach as long as the clip and without positions, the layers are Whisper's."""
     dim, heads, frames = 8, 2, 6
-    config = ListenerConfig(dim=dim, heads=heads, attention=1, back=frames, ahead=frames, reach=(), width=4)
-    listener, given = Listener(config).eval(), variables(dim, 1)
-    listener.start_from_whisper(given)
+    config = SpeechEncoderConfig(dim=dim, heads=heads, attention=1, back=frames, ahead=frames, reach=(), width=4)
+    speech_encoder, given = SpeechEncoder(config).eval(), variables(dim, 1)
+    speech_encoder.start_from_whisper(given)
     mel = torch.randn(1, 80, 4 * frames + 3)
     windows = torch.stack([mel[0, :, 4 * t : 4 * t + 7] for t in range(frames)])
     gelu, layer = torch.nn.functional.gelu, {k.removeprefix("encoder/layer_0/"): v for k, v in given.items()}
     x = gelu(torch.conv1d(mel, given["encoder/conv1/weight"], given["encoder/conv1/bias"]))
     x = gelu(torch.conv1d(x, given["encoder/conv2/weight"], given["encoder/conv2/bias"], stride=2)).mT
-    steps = listener.embed(windows)
+    steps = speech_encoder.embed(windows)
     assert torch.allclose(steps.flatten(0, 1), x[0], atol=1e-5)
 
     def part(name: str, value: torch.Tensor) -> torch.Tensor:
@@ -203,11 +205,11 @@ def test_a_started_listener_computes_what_whisper_does():
     found = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v).reshape(1, 2 * frames, dim)
     x = x + part("self_attention/linear_1", found)
     x = x + part("ffn/linear_1", gelu(part("ffn/linear_0", norm("ffn", x))))
-    block = listener.blocks[0]
+    block = speech_encoder.blocks[0]
     ours = [block.complete(steps[None, t : t + 1], _attend(block, steps, t))[0, 0] for t in range(frames)]
     assert torch.allclose(torch.cat(ours), x[0], atol=1e-4)
-    with pytest.raises(UserError, match="does not fit the listener"):
-        listener.start_from_whisper(variables(16, 1))
+    with pytest.raises(UserError, match="does not fit the speech encoder"):
+        speech_encoder.start_from_whisper(variables(16, 1))
 
 
 def _attend(block: torch.nn.Module, steps: torch.Tensor, frame: int) -> torch.Tensor:

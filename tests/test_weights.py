@@ -158,15 +158,15 @@ def test_packaged_weights_are_whole():
     assert set(entries) == {file.name for file in weights.folder().glob("*.safetensors")}
 
 
-def test_large_matrices_of_the_listener_are_stored_in_a_byte_each(tmp_path):
+def test_large_matrices_of_the_speech_encoder_are_stored_in_a_byte_each(tmp_path):
     torch.manual_seed(0)
     given = {"audio.a": torch.randn(300, 256), "audio.b": torch.randn(8, 8), "audio.c": torch.zeros(256, 256)}
-    save_file(given, str(tmp_path / "listener.safetensors"))
-    source = tmp_path / "listener.safetensors"
-    entry = weights.add(source, "listener", path=tmp_path / "w", config={"dim": 8}, data="x", steps=1)
-    stored = load_file(str(tmp_path / "w" / "listener.safetensors"))
+    save_file(given, str(tmp_path / "speech_encoder.safetensors"))
+    source = tmp_path / "speech_encoder.safetensors"
+    entry = weights.add(source, "speech_encoder", path=tmp_path / "w", config={"dim": 8}, data="x", steps=1)
+    stored = load_file(str(tmp_path / "w" / "speech_encoder.safetensors"))
     assert stored["audio.a"].dtype == torch.int8 and stored["audio.b"].dtype == torch.float16
-    read, config = weights.load("listener", tmp_path / "w")
+    read, config = weights.load("speech_encoder", tmp_path / "w")
     assert config == {"dim": 8} and entry.parameters == sum(tensor.numel() for tensor in given.values())
     assert read.keys() == given.keys()
     largest = given["audio.a"].abs().amax(1, keepdim=True)
@@ -188,8 +188,8 @@ def test_large_convolutions_of_the_generator_are_stored_in_a_byte_each(tmp_path)
     assert ((read["a"] - given["a"]).abs() <= largest / 127 * 0.52).all()
 
 
-def test_the_listener_is_needed_by_flows_that_hear_with_it(tmp_path):
-    weights.add(run_folder(tmp_path / "run"), "expflow", path=tmp_path / "w", config={"listener": False})
-    assert "listener" not in weights.needed(tmp_path / "w")
-    weights.add(run_folder(tmp_path / "run2"), "expflow", path=tmp_path / "w", config={"listener": True})
-    assert "listener" in weights.needed(tmp_path / "w")
+def test_the_speech_encoder_is_needed_by_flows_that_hear_with_it(tmp_path):
+    weights.add(run_folder(tmp_path / "run"), "expflow", path=tmp_path / "w", config={"speech_encoder": False})
+    assert "speech_encoder" not in weights.needed(tmp_path / "w")
+    weights.add(run_folder(tmp_path / "run2"), "expflow", path=tmp_path / "w", config={"speech_encoder": True})
+    assert "speech_encoder" in weights.needed(tmp_path / "w")

@@ -14,8 +14,8 @@ from flowvqtalker.motion.flow import ExpFlow, Flow, PoseFlow
 from flowvqtalker.motion.manifold import LatentBank
 from flowvqtalker.render.vqig import VQIG, VQIGConfig
 from flowvqtalker.render.vqvae import CodebookConfig
-from flowvqtalker.speech.encoder import Listener, ListenerConfig
-from flowvqtalker.speech.quantize import quantise
+from flowvqtalker.speech.encoder import SpeechEncoder, SpeechEncoderConfig
+from flowvqtalker.speech.quantize import quantize
 
 __all__ = [
     "choose_device",
@@ -25,7 +25,7 @@ __all__ = [
     "load_flow",
     "load_flows",
     "load_generator",
-    "load_listener",
+    "load_speech_encoder",
 ]
 
 F = TypeVar("F", bound=Flow)
@@ -87,42 +87,42 @@ def load_face_model(path: str | Path | None = None) -> FaceModel:
         raise weights.mismatch("face_model", str(error), path) from error
 
 
-def load_listener(path: str | Path | None = None, *, exact: bool = False) -> Listener:
-    """The listener of a folder of weights.
+def load_speech_encoder(path: str | Path | None = None, *, exact: bool = False) -> SpeechEncoder:
+    """The speech encoder of a folder of weights.
 
     Arguments:
         exact: compute in float32; otherwise in bfloat16 and int8 where the processor has them, which is faster and
             differs from one kind of processor to another.
     """
-    tensors, config = weights.load("listener", path)
+    tensors, config = weights.load("speech_encoder", path)
     try:
-        listener = Listener(ListenerConfig(**config))
+        speech_encoder = SpeechEncoder(SpeechEncoderConfig(**config))
     except (ValueError, TypeError) as error:
-        raise weights.mismatch("listener", str(error), path) from error
+        raise weights.mismatch("speech_encoder", str(error), path) from error
     kept = {key.removeprefix("audio."): value for key, value in tensors.items() if key.startswith("audio.")}
-    weights.restore(listener, kept, "listener", path)
+    weights.restore(speech_encoder, kept, "speech_encoder", path)
     if exact:
-        return listener.eval()
-    listener = listener.to(fast_dtype(torch.device("cpu"))).eval()
-    if listener.offset.dtype == torch.bfloat16:
-        quantise(listener)
-    return listener
+        return speech_encoder.eval()
+    speech_encoder = speech_encoder.to(fast_dtype(torch.device("cpu"))).eval()
+    if speech_encoder.offset.dtype == torch.bfloat16:
+        quantize(speech_encoder)
+    return speech_encoder
 
 
 def load_flow(
-    kind: type[F], name: str, path: str | Path | None = None, listener: Listener | None = None
+    kind: type[F], name: str, path: str | Path | None = None, speech_encoder: SpeechEncoder | None = None
 ) -> tuple[F, LatentBank | None]:
     """A flow and, if the file holds one, its bank of latents.
 
     Arguments:
         kind, name: its class, and the name of its weights.
         path: folder of weights; None is the package's own.
-        listener: what it hears with, if it does, so that two flows can share one; None loads it.
+        speech_encoder: what it hears with, if it does, so that two flows can share one; None loads it.
     """
     tensors, config = weights.load(name, path)
-    hears = bool(config.get("listener", False))
+    hears = bool(config.get("speech_encoder", False))
     try:
-        flow = kind.load(tensors, config, (listener or load_listener(path)) if hears else None)
+        flow = kind.load(tensors, config, (speech_encoder or load_speech_encoder(path)) if hears else None)
         bank = LatentBank.load(tensors)
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
         raise weights.mismatch(name, str(error).splitlines()[-1].strip(), path) from error
@@ -130,15 +130,17 @@ def load_flow(
 
 
 def load_flows(path: str | Path | None = None, *, exact: bool = False) -> tuple[ExpFlow, PoseFlow, LatentBank | None]:
-    """The two flows of a folder of weights, which share their listener, and the bank of latents.
+    """The two flows of a folder of weights, which share their speech encoder, and the bank of latents.
 
     Arguments:
-        exact: see :func:`load_listener`.
+        exact: see :func:`load_speech_encoder`.
     """
-    hears = bool(weights.load("expflow", path)[1].get("listener", False))
-    expflow, bank = load_flow(ExpFlow, "expflow", path, load_listener(path, exact=True) if exact and hears else None)
-    listener = expflow.audio if isinstance(expflow.audio, Listener) else None
-    poseflow, _ = load_flow(PoseFlow, "poseflow", path, listener)
+    hears = bool(weights.load("expflow", path)[1].get("speech_encoder", False))
+    expflow, bank = load_flow(
+        ExpFlow, "expflow", path, load_speech_encoder(path, exact=True) if exact and hears else None
+    )
+    speech_encoder = expflow.audio if isinstance(expflow.audio, SpeechEncoder) else None
+    poseflow, _ = load_flow(PoseFlow, "poseflow", path, speech_encoder)
     return expflow, poseflow, bank
 
 

@@ -21,7 +21,7 @@ from flowvqtalker.io import audio as decode
 from flowvqtalker.io.coefficients import Coefficients
 from flowvqtalker.io.media import FPS, Picture, VideoWriter, check_output
 from flowvqtalker.loading import choose_device, choose_dtype, fast_dtype, load_face_model, load_flows, load_generator
-from flowvqtalker.motion.emotion_track import EmotionTrack
+from flowvqtalker.motion.emotion import EmotionTrack
 from flowvqtalker.motion.flow import ExpFlow, PoseFlow
 from flowvqtalker.motion.head_pose import PoseTrack
 from flowvqtalker.motion.manifold import LatentBank

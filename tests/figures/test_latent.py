@@ -11,8 +11,8 @@ from PIL import Image
 
 from flowvqtalker.data.shards import SAMPLES, Clip, Shard, ShardWriter
 from flowvqtalker.errors import MissingDependency, UserError
-from flowvqtalker.motion.context import AudioConfig
 from flowvqtalker.motion.flow import ExpFlow, ExpFlowConfig
+from flowvqtalker.speech.encoder import AudioConfig
 from flowvqtalker_eval.figures import latent, style
 
 pytest.importorskip("matplotlib")
@@ -141,7 +141,7 @@ def test_latents_are_those_of_each_clip_alone(shard) -> None:
     audio = made.audio(windows[None])[0]
     frames = torch.from_numpy(clip.frames)
     speech = torch.full((len(frames),), clip.speech)
-    left = frames - made.voice(audio, speech)
+    left = frames - made.predict_lips(audio, speech)
     found = []
     for t in range(len(frames)):
         history = torch.cat([torch.zeros(made.config.history, 64), left[:t]])[-made.config.history :]

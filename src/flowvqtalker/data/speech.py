@@ -7,7 +7,7 @@ A speech set is a folder. Row t of every column is video frame t (25 fps) of all
 =================  ==================================================================================================
 ``index.npz``      per recording: name, speaker, split, first row, rows, first mel column, mel columns, rate; and the
                    principal components that the teacher's features were reduced to
-``mel.npy``        (M, 80) float16 log-mel of the front end ``fine``, 100 columns a second (``audio.features``)
+``mel.npy``        (M, 80) float16 log-mel of the front end ``whisper``, 100 columns a second (``audio.features``)
 ``teacher.npy``    (N, 256) float16: the teacher's features, standardised and reduced
 ``lips.npy``       (N, 64) float16: β around the recording's mean, of clips with a tracked face; NaN elsewhere
 ``units.npy``      (N, 17) float16: facial action units, standardised; NaN where there are none
@@ -16,8 +16,8 @@ A speech set is a folder. Row t of every column is video frame t (25 fps) of all
 
 Every recording is there twice: as it is, and played faster or slower (a rate between 0.85 and 1.18), which moves pitch
 and formants like another speaker's; the targets are moved with it, and the teacher hears the changed sound. Recordings
-of training speakers are there once more, through a room, noise and a line or codec (``audio.wear``); their targets are
-those of the recording as it is, so that the listener learns to hear through all that.
+of training speakers are there once more, through a room, noise and a line or codec (``speech.augment.degrade``); their
+targets are those of the clean recording, so that the speech encoder learns to ignore all that.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from flowvqtalker.data.shards import FPS, SAMPLES, Shard
 from flowvqtalker.data.speech_set import COLUMNS, CURVES, TEACHER, UNITS, SpeechSet
 from flowvqtalker.data.splits import split_of
 from flowvqtalker.errors import UserError
-from flowvqtalker.speech.augment import wear
+from flowvqtalker.speech.augment import degrade
 from flowvqtalker.speech.features import log_mel
 
 __all__ = ["CURVES", "TEACHER", "UNITS", "PrepareSpeech", "Recording", "SpeechSet"]
@@ -108,21 +108,21 @@ class PrepareSpeech:
     """Folders of `flowvqtalker prepare`."""
     recordings: Annotated[Path | None, tyro.conf.arg(metavar="ROOT")] = None
     """Folder with speech.csv, and optionally ravdess_au/ and facegood/."""
-    worn: bool = True
+    degraded: bool = True
     """Add every training recording through a room, noise and a line or codec."""
     seed: int = 0
-    """Of the rates and of what is worn."""
+    """Of the rates and of what is degraded."""
 
     def run(self) -> None:
         from flowvqtalker.data.teacher import Teacher
 
         if not self.shards and self.recordings is None:
             raise UserError("no speech was given; give --shards, --recordings or both")
-        write(self.output, self.shards, self.recordings, Teacher(self.teacher), self.seed, self.worn)
+        write(self.output, self.shards, self.recordings, Teacher(self.teacher), self.seed, self.degraded)
 
 
 def write(
-    output: Path, shards: tuple[Path, ...], root: Path | None, teacher: Any, seed: int = 0, worn: bool = True
+    output: Path, shards: tuple[Path, ...], root: Path | None, teacher: Any, seed: int = 0, degraded: bool = True
 ) -> None:
     """Write a speech set; the folder appears when it is complete.
 
@@ -130,8 +130,8 @@ def write(
         output: folder.
         shards, root: see :class:`PrepareSpeech`.
         teacher: (wave, frames) -> (frames, width) features.
-        seed: of the rates and of what is worn.
-        worn: see :class:`PrepareSpeech`.
+        seed: of the rates and of what is degraded.
+        degraded: see :class:`PrepareSpeech`.
     """
     found = list(_of_shards(shards)) + (list(_of_folder(root)) if root is not None else [])
     if not found:
@@ -146,11 +146,11 @@ def write(
                 continue
             split = split_of(one.speaker)
             heard = [(one.name, one.wave)]
-            if worn and rate == 1 and split == "train":
-                heard.append((f"{one.name} worn", wear(one.wave, random, codecs=True)))
+            if degraded and rate == 1 and split == "train":
+                heard.append((f"{one.name} degraded", degrade(one.wave, random, codecs=True)))
             told = teacher(one.wave, one.frames).astype(np.float16)
             for name, wave in heard:
-                mel = log_mel(wave, "fine")
+                mel = log_mel(wave, "whisper")
                 about.append((name, one.speaker, split, one.frames, len(mel), rate))
                 mels.append(mel.astype(np.float16))
                 rows["teacher"].append(told)

@@ -20,9 +20,9 @@ from flowvqtalker.motion.bijections import (
     class_weights,
 )
 from flowvqtalker.motion.blink import BLINK_FRAMES
-from flowvqtalker.motion.context import AudioConfig, AudioEncoder, ContextEncoder, history_of
+from flowvqtalker.motion.context import ContextEncoder, history_of
 from flowvqtalker.motion.latents import build_latent
-from flowvqtalker.speech.encoder import Listener
+from flowvqtalker.speech.encoder import AudioConfig, AudioEncoder, SpeechEncoder
 
 __all__ = ["ExpFlow", "ExpFlowConfig", "Flow", "FlowConfig", "FlowStep", "PoseFlow", "PoseFlowConfig", "Sequences"]
 
@@ -59,16 +59,17 @@ class FlowConfig:
     """Train the means of the mixture; the paper draws them and says no more."""
     source: bool = True
     """Condition on the source's own coefficients."""
-    forecast: bool = True
-    """Let the steps work on what the context does not foretell (ours: motion.context.Forecast); off is the paper."""
-    voiced: bool = True
-    """Let the flow work around what the speech alone foretells (ours: Flow.voice); off is the paper."""
-    limit: float = 9.0
-    """Drawn frames stay within this many units (standard deviations): see :meth:`Flow.contain`."""
+    ar_prior: bool = True
+    """Start the steps from an autoregressive prediction of the frame (ours: motion.context.AutoregressivePrior); off is
+    the paper."""
+    has_lip_prior: bool = True
+    """Subtract a linear audio-only prediction; the flow models the residual (ours); off is the paper."""
+    soft_clamp: float = 9.0
+    """Bound of sampled frames in standard deviations of the data: see :meth:`Flow.soft_clamp`."""
     audio: AudioConfig = field(default_factory=AudioConfig)
     """The audio encoder."""
-    listener: bool = False
-    """Hear with the listener (motion.listener), which is trained before and kept apart, instead of that encoder."""
+    speech_encoder: bool = False
+    """Use the pretrained, frozen speech encoder (speech.encoder.SpeechEncoder) instead of that encoder."""
     seed: int = 0
     """Of the means and of the rotations at the start."""
 
@@ -80,7 +81,7 @@ class FlowConfig:
             (self.width % max(self.heads, 1) == 0, f"width {self.width} must be a multiple of heads {self.heads}"),
             (0 <= self.dropout < 1, f"dropout must be in [0, 1), got {self.dropout}"),
             (self.nu > 0, f"nu must be positive, got {self.nu}"),
-            (self.limit > 0, f"limit must be positive, got {self.limit}"),
+            (self.soft_clamp > 0, f"soft_clamp must be positive, got {self.soft_clamp}"),
         )
         problems = [message for holds, message in rules if not holds]
         if problems:
@@ -102,8 +103,8 @@ class PoseFlowConfig(FlowConfig):
     width: int = 48
     latent: Literal["student", "gaussian-mixture", "gaussian"] = "gaussian"
     source: bool = False
-    voiced: bool = False
-    limit: float = 4.5
+    has_lip_prior: bool = False
+    soft_clamp: float = 4.5
     audio: AudioConfig = field(default_factory=lambda: AudioConfig(width=64))
 
 
@@ -153,28 +154,31 @@ class FlowStep(Bijection):
 class Flow(Bijection):
     """K steps between a frame (N, D) and a latent (N, D), with the encoders of the context.
 
-    Frames are divided by the buffer ``unit`` first, so that the networks see numbers near one whatever the unit of the
-    data.
+    Frames are divided by the buffer ``data_std`` first, so that the networks see values near one.
     """
 
-    unit: Tensor
+    data_std: Tensor
     #: Buffers that weights may lack.
     optional: tuple[str, ...] = ()
 
-    def __init__(self, config: FlowConfig, listener: Listener | None = None) -> None:
+    def __init__(self, config: FlowConfig, speech_encoder: SpeechEncoder | None = None) -> None:
         super().__init__()
-        if config.listener != (listener is not None):
-            needs = "needs a listener: give one" if config.listener else "has its own audio encoder: give no listener"
+        if config.speech_encoder != (speech_encoder is not None):
+            needs = (
+                "needs a speech encoder: give one"
+                if config.speech_encoder
+                else "has its own audio encoder: give no speech encoder"
+            )
             raise ValueError(f"this {type(self).__name__} {needs}")
         self.config = config
         generator = torch.Generator().manual_seed(config.seed + 1)
-        self.register_buffer("unit", torch.ones(config.dim))
-        self.audio = AudioEncoder(config.audio) if listener is None else listener
+        self.register_buffer("data_std", torch.ones(config.dim))
+        self.audio = AudioEncoder(config.audio) if speech_encoder is None else speech_encoder
         width = self.audio.config.width
-        self.voicing = nn.Linear(width, config.dim) if config.voiced else None
-        if self.voicing is not None:
-            nn.init.zeros_(self.voicing.weight)
-            nn.init.zeros_(self.voicing.bias)
+        self.lip_prior = nn.Linear(width, config.dim) if config.has_lip_prior else None
+        if self.lip_prior is not None:
+            nn.init.zeros_(self.lip_prior.weight)
+            nn.init.zeros_(self.lip_prior.bias)
         self.encoder = ContextEncoder(
             config.dim,
             config.width,
@@ -184,7 +188,7 @@ class Flow(Bijection):
             classes=config.classes,
             source=config.source,
             dropout=config.dropout,
-            forecast=config.forecast,
+            ar_prior=config.ar_prior,
         )
         self.steps = nn.ModuleList(FlowStep(config, generator) for _ in range(config.steps))
         self.latent = build_latent(
@@ -197,14 +201,16 @@ class Flow(Bijection):
         )
 
     @classmethod
-    def load(cls: type[F], state: dict[str, Tensor], config: dict[str, Any], listener: Listener | None = None) -> F:
+    def load(
+        cls: type[F], state: dict[str, Tensor], config: dict[str, Any], speech_encoder: SpeechEncoder | None = None
+    ) -> F:
         """A flow in eval mode from weights (any float type; ``bank.*`` is left out) and a configuration as plain
-        values; with its listener, if it hears with one.
+        values; with its speech_encoder, if it hears with one.
 
         Raises:
             UserError: if the weights do not fit the configuration.
         """
-        flow = cls(config_from(cls.config_type(), config), listener)
+        flow = cls(config_from(cls.config_type(), config), speech_encoder)
         own = flow.own_state()
         given = {key: value for key, value in state.items() if not key.startswith("bank.")}
         given = {**{key: own[key] for key in cls.optional if key not in given}, **given}
@@ -215,8 +221,8 @@ class Flow(Bijection):
         return flow.eval()
 
     def own_state(self) -> dict[str, Tensor]:
-        """Its weights and buffers without those of a listener."""
-        kept = "audio." if self.config.listener else "\0"
+        """Its weights and buffers without those of a speech encoder."""
+        kept = "audio." if self.config.speech_encoder else "\0"
         return {key: value for key, value in self.state_dict().items() if not key.startswith(kept)}
 
     @classmethod
@@ -236,18 +242,18 @@ class Flow(Bijection):
         """The context of N frames.
 
         Arguments:
-            audio: (N, audio width) from :class:`~flowvqtalker.motion.context.AudioEncoder`.
+            audio: (N, audio width) from :class:`~flowvqtalker.speech.encoder.AudioEncoder`.
             history: (N, τ, D) previous frames, oldest first, zeros where there is none.
             emotion: (N,) class numbers or (N, C) weights.
             speech: (N,) bool; false: no sound.
             source: (N, D), for a flow with ``config.source``.
         """
         weights = class_weights(emotion, self.config.classes).to(history)
-        scaled = None if source is None else source / self.unit
-        context: Context = self.encoder(audio, history / self.unit, weights, speech=speech, source=scaled)
+        scaled = None if source is None else source / self.data_std
+        context: Context = self.encoder(audio, history / self.data_std, weights, speech=speech, source=scaled)
         return context
 
-    def listen(self, windows: Tensor) -> Tensor:
+    def encode_speech(self, windows: Tensor) -> Tensor:
         """Audio features (B, T, width) of ``windows`` as :class:`Sequences` has them."""
         features: Tensor = windows if windows.ndim == 3 else self.audio(windows)
         return features
@@ -256,7 +262,7 @@ class Flow(Bijection):
         """The K steps, from data to latent."""
         return cast("list[FlowStep]", list(self.steps))
 
-    def voice(self, audio: Tensor, speech: Tensor | None = None) -> Tensor:
+    def predict_lips(self, audio: Tensor, speech: Tensor | None = None) -> Tensor:
         """What the speech alone foretells of a frame (ours); (..., audio width) to (..., D), zeros without speech.
 
         The previous frames tell nearly all of the next one, so a flow on β itself learns to continue them and hardly
@@ -264,28 +270,28 @@ class Flow(Bijection):
         taught by regression, foretells the lips; the flow models what is left, β - voice(a), and its history is what
         was left of the frames before. That is a shift of β given the context, so log p(β) is unchanged by it.
         """
-        if self.voicing is None:
+        if self.lip_prior is None:
             return audio.new_zeros(*audio.shape[:-1], self.config.dim)
-        foretold: Tensor = self.voicing(audio)
+        foretold: Tensor = self.lip_prior(audio)
         return foretold if speech is None else foretold * speech[..., None].to(foretold.dtype)
 
-    def unvoiced(self, batch: Sequences, audio: Tensor | None = None) -> Sequences:
-        """The batch with :meth:`voice` taken off its frames; the flow's densities are those of such frames.
+    def residual(self, batch: Sequences, audio: Tensor | None = None) -> Sequences:
+        """The batch with :meth:`predict_lips` taken off its frames; the flow's densities are those of such frames.
 
         The τ frames before the first have no audio features, so they are left out (zeros, as before a clip). The
         regression is not moved by the likelihood: it would learn to leave little rather than what is typical.
         """
-        if self.voicing is None:
+        if self.lip_prior is None:
             return batch
-        audio = self.listen(batch.windows) if audio is None else audio
+        audio = self.encode_speech(batch.windows) if audio is None else audio
         size = self.config.history
-        foretold = self.voice(audio, batch.speech[:, None].expand(-1, audio.shape[1])).detach()
+        foretold = self.predict_lips(audio, batch.speech[:, None].expand(-1, audio.shape[1])).detach()
         frames = torch.cat([torch.zeros_like(batch.frames[:, :size]), batch.frames[:, size:] - foretold], dim=1)
         return dataclasses.replace(batch, frames=frames)
 
     def forward_and_logdet(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
-        z = x / self.unit
-        logdet = -self.unit.log().sum().expand(len(x))
+        z = x / self.data_std
+        logdet = -self.data_std.log().sum().expand(len(x))
         if context.centre is not None and context.log_scale is not None:
             z = (z - context.centre) * torch.exp(-context.log_scale)
             logdet = logdet - context.log_scale.sum(-1)
@@ -299,15 +305,15 @@ class Flow(Bijection):
             z = step.inverse(z, context)
         if context.centre is not None and context.log_scale is not None:
             z = z * torch.exp(context.log_scale) + context.centre
-        return z * self.unit
+        return z * self.data_std
 
-    def contain(self, x: Tensor) -> Tensor:
-        """Bend drawn frames (..., D) back where no data is; leaves them alone within six tenths of ``config.limit``.
+    def soft_clamp(self, x: Tensor) -> Tensor:
+        """Limit sampled frames (..., D) to the range of the data; identity up to 60 % of ``config.soft_clamp``.
 
-        Each drawn frame is the context of the next. Without this, one head in ten ran away within a minute: outside the
-        data the next frame is only ever farther out.
+        Each sampled frame is context of the next. Without the clamp one head in ten diverged within a minute, because
+        outside the data the next frame lies farther out still.
         """
-        start, room = 0.6 * self.config.limit * self.unit, 0.4 * self.config.limit * self.unit
+        start, room = 0.6 * self.config.soft_clamp * self.data_std, 0.4 * self.config.soft_clamp * self.data_std
         size = x.abs()
         bent = torch.copysign(start + room * torch.tanh((size - start) / room), x)
         return torch.where(size > start, bent, x)
@@ -319,11 +325,11 @@ class Flow(Bijection):
 
     def sample(self, context: Context, generator: torch.Generator | None = None, temperature: float = 1.0) -> Tensor:
         """Draw frames (N, D); without a generator, from torch's own."""
-        return self.contain(self.inverse(self.latent.sample(context.emotion, generator, temperature), context))
+        return self.soft_clamp(self.inverse(self.latent.sample(context.emotion, generator, temperature), context))
 
     def contexts(self, batch: Sequences, audio: Tensor | None = None) -> Context:
         """Contexts of the frames of ``batch`` that its mask keeps, in order: N = mask.sum()."""
-        audio = self.listen(batch.windows) if audio is None else audio
+        audio = self.encode_speech(batch.windows) if audio is None else audio
         keep = batch.mask
         length = keep.shape[1]
         emotion = class_weights(batch.emotion, self.config.classes).to(batch.frames)
@@ -337,8 +343,8 @@ class Flow(Bijection):
 
     def negative_log_likelihood(self, batch: Sequences, audio: Tensor | None = None) -> Tensor:
         """-log p of each frame that the mask keeps, (N,) nats: the terms of L_exp (eq. 10) and L_pose (eq. 12)."""
-        audio = self.listen(batch.windows) if audio is None else audio
-        batch = self.unvoiced(batch, audio)
+        audio = self.encode_speech(batch.windows) if audio is None else audio
+        batch = self.residual(batch, audio)
         targets = batch.frames[:, self.config.history :][batch.mask]
         return -self.log_prob(targets, self.contexts(batch, audio))
 
@@ -350,8 +356,8 @@ class Flow(Bijection):
         last, as in generation. Uses torch's global generator.
         """
         size, device = self.config.history, batch.frames.device
-        audio = self.listen(batch.windows) if audio is None else audio
-        batch = self.unvoiced(batch, audio)  # what is taken off is the same for true and drawn frames
+        audio = self.encode_speech(batch.windows) if audio is None else audio
+        batch = self.residual(batch, audio)  # what is taken off is the same for true and drawn frames
         rows, columns = torch.nonzero(batch.mask[:, 1:], as_tuple=True)  # column c: frames c and c + 1 of a pair
         chosen = torch.randperm(len(rows), device=device)[:pairs]
         rows, columns = rows[chosen], columns[chosen]
@@ -365,8 +371,8 @@ class Flow(Bijection):
             speech = batch.speech[rows]
             context = self.encode(audio[rows, columns + second], history, emotion, speech=speech, source=source)
             drawn.append(self.inverse(self.latent.sample(emotion), context))
-        true = (frames[:, size + 1] - frames[:, size]) / self.unit
-        return (true - (drawn[1] - drawn[0]) / self.unit).abs().sum(-1).mean()
+        true = (frames[:, size + 1] - frames[:, size]) / self.data_std
+        return (true - (drawn[1] - drawn[0]) / self.data_std).abs().sum(-1).mean()
 
     @torch.no_grad()
     def rollout(
@@ -393,13 +399,13 @@ class Flow(Bijection):
         Returns:
             (B, T, D).
         """
-        audio = self.listen(windows)
+        audio = self.encode_speech(windows)
         history = audio.new_zeros(len(audio), self.config.history, self.config.dim)
         frames = []
         for t in range(audio.shape[1]):
             context = self.encode(audio[:, t], history, emotion, speech=speech, source=source)
             drawn = self.sample(context, generator, temperature)
-            frames.append(drawn + self.voice(audio[:, t], speech))
+            frames.append(drawn + self.predict_lips(audio[:, t], speech))
             history = torch.cat([history[:, 1:], drawn[:, None]], dim=1)
         return torch.stack(frames, dim=1)
 
@@ -410,22 +416,22 @@ class ExpFlow(Flow):
     The buffers ``blink`` (12, 64) and ``blink_rate`` (a minute) hold the typical blink of the training clips
     (:mod:`flowvqtalker.motion.blink`), and ``opening`` (64,) what of β parts the lips, by a scalar product.
 
-    The buffer ``shift`` (C, 64) holds what drawn frames of each class lack of the difference to neutral that the
-    training people show (:mod:`flowvqtalker.train.calibrate`).
+    The buffer ``emotion_bias`` (C, 64) holds what drawn frames of each class lack of the difference to neutral that the
+    training people show (:mod:`flowvqtalker.train.emotion_bias`).
     """
 
     blink: Tensor
     blink_rate: Tensor
     opening: Tensor
-    shift: Tensor
-    optional = ("shift",)
+    emotion_bias: Tensor
+    optional = ("emotion_bias",)
 
-    def __init__(self, config: FlowConfig | None = None, listener: Listener | None = None) -> None:
-        super().__init__(config or ExpFlowConfig(), listener)
+    def __init__(self, config: FlowConfig | None = None, speech_encoder: SpeechEncoder | None = None) -> None:
+        super().__init__(config or ExpFlowConfig(), speech_encoder)
         self.register_buffer("blink", torch.zeros(BLINK_FRAMES, self.config.dim))
         self.register_buffer("blink_rate", torch.zeros(()))
         self.register_buffer("opening", torch.zeros(self.config.dim))
-        self.register_buffer("shift", torch.zeros(self.config.classes, self.config.dim))
+        self.register_buffer("emotion_bias", torch.zeros(self.config.classes, self.config.dim))
 
     @classmethod
     def config_type(cls) -> type[FlowConfig]:
@@ -435,8 +441,8 @@ class ExpFlow(Flow):
 class PoseFlow(Flow):
     """Head pose flow: motion (N, 6) around a clip's mean pose given speech and previous frames."""
 
-    def __init__(self, config: FlowConfig | None = None, listener: Listener | None = None) -> None:
-        super().__init__(config or PoseFlowConfig(), listener)
+    def __init__(self, config: FlowConfig | None = None, speech_encoder: SpeechEncoder | None = None) -> None:
+        super().__init__(config or PoseFlowConfig(), speech_encoder)
 
     @classmethod
     def config_type(cls) -> type[FlowConfig]:

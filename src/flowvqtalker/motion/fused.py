@@ -38,7 +38,7 @@ class FusedInverse:
         self.memory_weight = torch.cat([torch.cat([b.key.weight, b.value.weight]) for b in blocks]).mT.contiguous()
         self.memory_bias = torch.cat([torch.cat([b.key.bias, b.value.bias]) for b in blocks])
         self.nets = [self._prepare(step) for step in steps]
-        self.unit = flow.unit
+        self.data_std = flow.data_std
         self._linear = torch.stack([step.linear.inverse_matrix().mT for step in steps])  # K D D, transposed
         self._means = torch.stack([step.norm.mean for step in steps])  # K C D
         self._log_scales = torch.stack([step.norm.log_scale for step in steps])
@@ -106,4 +106,4 @@ class FusedInverse:
             x = addmm(offset, torch.cat((half, other), 1), matrix)
         if context.centre is not None and context.log_scale is not None:
             x = x * torch.exp(context.log_scale) + context.centre
-        return x * self.unit
+        return x * self.data_std

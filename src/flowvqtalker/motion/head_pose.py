@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from flowvqtalker.errors import UserError
-from flowvqtalker.motion.emotion_track import smoothstep
+from flowvqtalker.motion.emotion import smoothstep
 
 __all__ = ["CROSSFADE", "PoseTrack"]
 

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from flowvqtalker.errors import UserError
-from flowvqtalker.motion.emotion_track import EmotionTrack, parse_emotion
 
 # Without torch, so that --help stays quick.
 if TYPE_CHECKING:
     from torch import Tensor
 
     from flowvqtalker.io.coefficients import Coefficients
+    from flowvqtalker.motion.emotion import EmotionTrack
 
     Reference: TypeAlias = str | Path | Tensor
     Course: TypeAlias = str | Path | EmotionTrack
@@ -75,6 +75,8 @@ class MotionOptions:
 
     def __post_init__(self) -> None:
         if self.emotion is not None:
+            from flowvqtalker.motion.emotion import parse_emotion
+
             mixed = sum(weight > 0 for weight in parse_emotion(self.emotion)) > 1
             if mixed and self.emotion_reference is not None:
                 raise UserError(

@@ -13,23 +13,22 @@ from torch import Tensor
 from flowvqtalker.constants import EMOTIONS
 from flowvqtalker.errors import UserError
 from flowvqtalker.motion.blink import Blinks
-from flowvqtalker.motion.context import AudioStream
-from flowvqtalker.motion.emotion import Mood, make_mood, reference_latent
-from flowvqtalker.motion.emotion_track import EmotionTrack
+from flowvqtalker.motion.emotion import EmotionCondition, EmotionTrack, encode_emotion
 from flowvqtalker.motion.flow import ExpFlow, PoseFlow
 from flowvqtalker.motion.fused import FusedInverse
 from flowvqtalker.motion.head_pose import PoseTrack
 from flowvqtalker.motion.manifold import LatentBank, project
 from flowvqtalker.motion.options import check_limits
+from flowvqtalker.speech.encoder import AudioStream
 
-__all__ = ["ARTICULATION", "TEMPERATURE", "MotionGenerator", "reference_latent"]
+__all__ = ["ARTICULATION", "TEMPERATURE", "MotionGenerator"]
 
 #: Default temperatures of expression and pose: below one, a draw keeps to what the model is sure of.
 TEMPERATURE, POSE_TEMPERATURE = 0.9, 1.0
 #: Share of the drawn lips' opening, around its mean over half a second, that is taken off (ours): what the speech does
 #: not foretell of it is noise to a viewer, who sees lips that open in silence. Smiles, brows and the mouth's slow
 #: posture stay as drawn.
-QUIET, _SLOW = 0.9, 12.5
+LIP_DAMPING, _SLOW = 0.9, 12.5
 #: Gain on what the speech foretells: a regression halves a movement that it is not sure of, and such lips mumble.
 ARTICULATION = 1.4
 #: Share of the training clips' blinks that are laid over the motion by default: the flow draws the others itself.
@@ -63,18 +62,18 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-class _Chain:
+class _Rollout:
     """One course of drawn expressions: each frame is drawn given those before it.
 
     Attributes:
-        mood: what it expresses.
+        condition: what it expresses.
         history: (1, τ, D) of its own frames.
         level: (1,) slow course of the lips' opening.
         excess: (1, D) slow course of its difference to neutral.
     """
 
-    def __init__(self, mood: Mood, history: Tensor) -> None:
-        self.mood, self.history = mood, history
+    def __init__(self, condition: EmotionCondition, history: Tensor) -> None:
+        self.condition, self.history = condition, history
         self.level: Tensor | None = None
         self.excess = torch.zeros_like(history[:, -1])
 
@@ -87,7 +86,7 @@ class MotionGenerator:
     much later; ``last=True`` says that no window follows, and returns the rest.
 
     * Emotion label: z_t = μ_e + temperature · noise, then moved on to the manifold of training latents of that emotion.
-      What the drawn frames of an emotion lack of its mean difference to neutral is added (``ExpFlow.shift``).
+      What the drawn frames of an emotion lack of its mean difference to neutral is added (``ExpFlow.emotion_bias``).
     * Mixture: latent centre, multi-actnorm and emotion token are the weighted means of those of its emotions; the
       manifold is that of the heaviest.
     * Emotion over time: the flow holds on to what it has drawn, for seconds at times, so the next emotion is drawn on
@@ -95,7 +94,7 @@ class MotionGenerator:
       changes come too thick for that, as in a slow rise of intensity, all that an emotion sets moves along a smooth
       step from one to the next.
     * Reference: the class is the one under which the reference is most likely (or the given label), and its latents'
-      mean takes the place of μ_e (see :func:`reference_latent`).
+      mean takes the place of μ_e (see :func:`flowvqtalker.motion.emotion.reference_latent`).
     * Intensity s: neutral is drawn beside the emotion from the same noise, and what is shown is (1 - s) · neutral + s ·
       emotion; above 1, the emotion and (s - 1) times the slow course of the difference. (Half-way between two latent
       centres no training latent lies, and half a smile by latents came out as none.) Costs ExpFlow twice, unless s = 1.
@@ -108,7 +107,7 @@ class MotionGenerator:
         beta0: (64,) expression of the source.
         pose0: (6,) pose of the source.
         emotion: one of :data:`flowvqtalker.EMOTIONS` or, without a reference, a mixture (see
-            :func:`flowvqtalker.motion.emotion_track.parse_emotion`); may be None with a reference.
+            :func:`flowvqtalker.motion.emotion.parse_emotion`); may be None with a reference.
         reference: (R, 64) expression of a clip (25 fps) or picture to take the emotion from.
         track: emotion over time, instead of both.
         intensity: 0 to 2; of a track, where it says nothing itself.
@@ -171,28 +170,28 @@ class MotionGenerator:
         self._banks: dict[int, Tensor] = {}
         with torch.inference_mode(), _one_thread():
             if track is None:
-                self._moods = [make_mood(self.expflow, emotion, intensity, reference)]
+                self._conditions = [encode_emotion(self.expflow, emotion, intensity, reference)]
             else:
                 pairs = [(key.emotion, intensity if key.intensity is None else key.intensity) for key in track.keys]
-                known = {pair: make_mood(self.expflow, *pair) for pair in dict.fromkeys(pairs)}
-                self._moods = [known[pair] for pair in pairs]
-            neutral = make_mood(self.expflow, "neutral", 1.0)
+                known = {pair: encode_emotion(self.expflow, *pair) for pair in dict.fromkeys(pairs)}
+                self._conditions = [known[pair] for pair in pairs]
+            neutral = encode_emotion(self.expflow, "neutral", 1.0)
             if track is None and intensity == 0:
-                self._moods = [neutral]
-            self._neutral = neutral if any(mood.intensity != 1 for mood in self._moods) else None
+                self._conditions = [neutral]
+            self._neutral = neutral if any(condition.intensity != 1 for condition in self._conditions) else None
             if self._neutral is not None:
-                self._moods = [mood.faded() for mood in self._moods]
-            self._inverse = FusedInverse(self.expflow, self._moods[0].weights)
-            self._set_to = self._moods[0].weights
+                self._conditions = [condition.faded() for condition in self._conditions]
+            self._inverse = FusedInverse(self.expflow, self._conditions[0].weights)
+            self._set_to = self._conditions[0].weights
             single = torch.ones(1, self.poseflow.config.classes, device=self.device)
             self._pose_weights = single / self.poseflow.config.classes
             self._pose_inverse = FusedInverse(self.poseflow, self._pose_weights)
         self._reset()
 
     @property
-    def front(self) -> str:
-        """The front end whose windows it takes (:data:`flowvqtalker.speech.features.FRONTS`)."""
-        return self.expflow.audio.config.front
+    def frontend(self) -> str:
+        """The front end whose windows it takes (:data:`flowvqtalker.speech.features.FRONTENDS`)."""
+        return self.expflow.audio.config.frontend
 
     @property
     def lookahead(self) -> int:
@@ -202,24 +201,26 @@ class MotionGenerator:
     @property
     def emotion(self) -> str:
         """The emotion at present; of a mixture the heaviest."""
-        return EMOTIONS[self._chain.mood.label]
+        return EMOTIONS[self._rollout.condition.label]
 
     def _reset(self) -> None:
         self._finished, self._frame = False, 0
         flows = [self.expflow] if self.poses is not None else [self.expflow, self.poseflow]
-        encoders = list(dict.fromkeys(flow.audio for flow in flows))  # flows that share a listener listen once
-        if len({encoder.config.front for encoder in encoders}) > 1:
-            raise ValueError("the flows hear with different front ends: train both with the listener or both without")
+        encoders = list(dict.fromkeys(flow.audio for flow in flows))  # flows that share a speech encoder listen once
+        if len({encoder.config.frontend for encoder in encoders}) > 1:
+            raise ValueError(
+                "the flows hear with different front ends: train both with the speech encoder or both without"
+            )
         self._audio = [AudioStream(encoder) for encoder in encoders]
         self._waiting: list[deque[Tensor]] = [deque() for _ in encoders]
         self._generators = tuple(torch.Generator().manual_seed(2 * self.seed + which) for which in (0, 1))
         self._blinks = Blinks(self.expflow.blink, self.blink_rate, 2 * self.seed + 1)
-        self._chain: _Chain
-        self._next: _Chain | None
+        self._rollout: _Rollout
+        self._next: _Rollout | None
         exp, pose = self.expflow.config, self.poseflow.config
         self._start = torch.zeros(1, exp.history, exp.dim, device=self.device)
-        self._chain, self._next = _Chain(self._moods[0], self._start), None
-        self._calm = None if self._neutral is None else _Chain(self._neutral, self._start)
+        self._rollout, self._next = _Rollout(self._conditions[0], self._start), None
+        self._neutral_rollout = None if self._neutral is None else _Rollout(self._neutral, self._start)
         self._pose_history = torch.zeros(1, pose.history, pose.dim, device=self.device)
         self._pose_start: Tensor | None = None
 
@@ -228,7 +229,7 @@ class MotionGenerator:
         """Motion for the next windows.
 
         Arguments:
-            windows: (T, 80, 16 or 7) log-mel windows of consecutive frames by the front end :attr:`front`, T >= 0.
+            windows: (T, 80, 16 or 7) log-mel windows of consecutive frames by the front end :attr:`frontend`, T >= 0.
             last: whether they are the last ones.
 
         Returns:
@@ -272,62 +273,62 @@ class MotionGenerator:
     def _expression(self, audio: Tensor) -> Tensor:
         part = 0.0 if self._track is None else self._follow(self._track)
         noise = self.temperature * self.expflow.latent.noise(1, self._generators[0]).to(self.device)
-        calm = None if self._calm is None else self._draw(self._calm, audio, noise)
-        drawn = self._show(self._chain, self._draw(self._chain, audio, noise), calm)
+        neutral = None if self._neutral_rollout is None else self._draw(self._neutral_rollout, audio, noise)
+        drawn = self._show(self._rollout, self._draw(self._rollout, audio, noise), neutral)
         if self._next is not None:
-            coming = self._show(self._next, self._draw(self._next, audio, noise), calm)
+            coming = self._show(self._next, self._draw(self._next, audio, noise), neutral)
             drawn = torch.lerp(drawn, coming, part)
-        return drawn + self.articulation * self.expflow.voice(audio) + self._blinks.next()
+        return drawn + self.articulation * self.expflow.predict_lips(audio) + self._blinks.next()
 
     def _follow(self, track: EmotionTrack) -> float:
-        """Make the chains those of the next frame; returns how much of it is the coming chain's."""
+        """Make the chains those of the next frame; returns how much of it is the coming rollout's."""
         time = self._frame / _FPS
         former, latest, part = track.at(time)
         if part == 1:
-            if self._next is not None and self._next.mood is self._moods[latest]:
-                self._chain, self._next = self._next, None
-            self._chain.mood = self._moods[latest]
+            if self._next is not None and self._next.condition is self._conditions[latest]:
+                self._rollout, self._next = self._next, None
+            self._rollout.condition = self._conditions[latest]
             ahead = track.starts(latest + 1, PREPARE)
             if ahead is not None and time >= ahead and self._next is None:
-                self._next = _Chain(self._moods[latest + 1], self._start)
+                self._next = _Rollout(self._conditions[latest + 1], self._start)
             return 0.0
         if self._next is None:
-            self._chain.mood = self._moods[former].towards(self._moods[latest], part)
+            self._rollout.condition = self._conditions[former].towards(self._conditions[latest], part)
         return part
 
-    def _draw(self, chain: _Chain, audio: Tensor, noise: Tensor) -> Tensor:
-        """The next frame (1, D) of a chain, with its lips quietened, and with what its emotion lacks."""
-        mood = chain.mood
-        if mood.weights is not self._set_to:
-            self._inverse.set_emotion(mood.weights)
-            self._set_to = mood.weights
-        context = self.expflow.encode(audio, chain.history, mood.weights, source=self.source)
+    def _draw(self, rollout: _Rollout, audio: Tensor, noise: Tensor) -> Tensor:
+        """The next frame (1, D) of a rollout, with its lips quietened, and with what its emotion lacks."""
+        condition = rollout.condition
+        if condition.weights is not self._set_to:
+            self._inverse.set_emotion(condition.weights)
+            self._set_to = condition.weights
+        context = self.expflow.encode(audio, rollout.history, condition.weights, source=self.source)
         if self._bank is not None:
-            if mood.label not in self._banks:
-                offsets = self._bank.offsets(mood.label, self.expflow.latent.mean.cpu())  # around any centre
-                self._banks[mood.label] = offsets.to(self.device)
-            noise = project(noise, self._banks[mood.label], self.neighbours, self.manifold)
-        drawn = self.expflow.contain(self._inverse(mood.centre + noise, context))
-        chain.history = torch.cat([chain.history[:, 1:], drawn[None]], dim=1)
-        return self._quieten(chain, drawn) + mood.shift
+            if condition.label not in self._banks:
+                offsets = self._bank.offsets(condition.label, self.expflow.latent.mean.cpu())  # around any centre
+                self._banks[condition.label] = offsets.to(self.device)
+            noise = project(noise, self._banks[condition.label], self.neighbours, self.manifold)
+        drawn = self.expflow.soft_clamp(self._inverse(condition.centre + noise, context))
+        rollout.history = torch.cat([rollout.history[:, 1:], drawn[None]], dim=1)
+        return self._damp_lips(rollout, drawn) + condition.emotion_bias
 
-    def _show(self, chain: _Chain, drawn: Tensor, calm: Tensor | None) -> Tensor:
+    def _show(self, rollout: _Rollout, drawn: Tensor, neutral: Tensor | None) -> Tensor:
         """As much of an emotion (1, D) beside neutral as its intensity says."""
-        if calm is None:
+        if neutral is None:
             return drawn
-        chain.excess = torch.lerp(chain.excess, drawn - calm, 1 / (EXCESS * _FPS))
-        if chain.mood.intensity <= 1:
-            return torch.lerp(calm, drawn, chain.mood.intensity)
-        return self.expflow.contain(drawn + (chain.mood.intensity - 1) * chain.excess)
+        rollout.excess = torch.lerp(rollout.excess, drawn - neutral, 1 / (EXCESS * _FPS))
+        if rollout.condition.intensity <= 1:
+            return torch.lerp(neutral, drawn, rollout.condition.intensity)
+        return self.expflow.soft_clamp(drawn + (rollout.condition.intensity - 1) * rollout.excess)
 
-    def _quieten(self, chain: _Chain, drawn: Tensor) -> Tensor:
+    def _damp_lips(self, rollout: _Rollout, drawn: Tensor) -> Tensor:
         """Damp the drawn opening of the lips (1, D) around its slow course."""
         size = self.expflow.opening.square().sum()
         if size == 0:
             return drawn
         level = drawn @ self.expflow.opening / size
-        chain.level = level if chain.level is None else chain.level + (level - chain.level) / _SLOW
-        return drawn - QUIET * (level - chain.level)[:, None] * self.expflow.opening
+        rollout.level = level if rollout.level is None else rollout.level + (level - rollout.level) / _SLOW
+        return drawn - LIP_DAMPING * (level - rollout.level)[:, None] * self.expflow.opening
 
     def _pose(self, audio: Tensor) -> Tensor:
         motion = self._draw_pose(audio) if self.poses is None else self.poses.at(self._frame).to(self.device)
@@ -339,6 +340,6 @@ class MotionGenerator:
         context = self.poseflow.encode(audio, self._pose_history, self._pose_weights)
         noise = self.poseflow.latent.noise(1, self._generators[1]).to(self.device)
         z = self.poseflow.latent.place(noise, self._pose_weights, self.pose_temperature)
-        motion = self.poseflow.contain(self._pose_inverse(z, context))
+        motion = self.poseflow.soft_clamp(self._pose_inverse(z, context))
         self._pose_history = torch.cat([self._pose_history[:, 1:], motion[None]], dim=1)
         return motion

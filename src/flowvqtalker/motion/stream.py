@@ -15,7 +15,7 @@ from flowvqtalker.io.audio import SAMPLE_RATE
 from flowvqtalker.motion.sampler import MotionGenerator
 from flowvqtalker.speech import features
 
-__all__ = ["Block", "MotionStream", "front_end_ms"]
+__all__ = ["Block", "MotionStream", "frontend_ms"]
 
 #: Consecutive frames of motion: expression (t, 64) and pose (t, 6).
 Block = tuple[Tensor, Tensor]
@@ -24,10 +24,10 @@ _FRAME = SAMPLE_RATE // 25
 
 
 @lru_cache(maxsize=4)
-def front_end_ms(front: str = "mel") -> float:
+def frontend_ms(frontend: str = "mel") -> float:
     """Speech after the start of a frame, in milliseconds, that the features of the frame need; found by trying, so that
     it holds for whatever :class:`flowvqtalker.speech.features.FeatureStream` does."""
-    step, stream, needed, ready = 40, features.FeatureStream(front), 0, 0
+    step, stream, needed, ready = 40, features.FeatureStream(frontend), 0, 0
     for heard in range(step, 16 * _FRAME, step):
         for _ in stream.push(np.zeros(step, np.float32)):
             needed, ready = max(needed, heard - ready * _FRAME), ready + 1
@@ -54,7 +54,7 @@ class MotionStream:
     """
 
     def __init__(self, generator: MotionGenerator, pose0: Tensor, pose_scale: float = 1.0) -> None:
-        self._generator, self._features = generator, features.FeatureStream(generator.front)
+        self._generator, self._features = generator, features.FeatureStream(generator.frontend)
         self._pose0, self._scale = pose0, pose_scale
         #: Frames given out so far; the next one is ``frames / 25`` seconds into the speech.
         self.frames = 0
@@ -65,7 +65,7 @@ class MotionStream:
 
         The length of the blocks comes on top where they are longer than a frame, and computing takes its time.
         """
-        return front_end_ms(self._generator.front) + self._generator.lookahead * 1e3 * _FRAME / SAMPLE_RATE
+        return frontend_ms(self._generator.frontend) + self._generator.lookahead * 1e3 * _FRAME / SAMPLE_RATE
 
     def push(self, samples: npt.NDArray[Any] | Tensor) -> Block:
         """Take the next samples, (n,) float in [-1, 1] or int16 at 16 kHz; returns the frames that they complete."""

@@ -1,7 +1,7 @@
-"""The same speech in another room, with noise, over another line: changes of the wave for training.
+"""Speech augmentation for training: rooms, noise, lines and codecs on the wave; voices and rooms on log-mel columns.
 
-Changes of log-mel columns (:mod:`flowvqtalker.speech.spectral_augment`) are cheap, but no room, telephone or codec is a change of
-log-mel columns. Everything here keeps the time: what was said at a sample is still said there.
+Log-mel columns are cheap to change, but no change of columns is a room, a telephone or a codec; those work on the wave.
+Nothing here moves the speech in time: what was said at a sample is still said there.
 """
 
 from __future__ import annotations
@@ -11,10 +11,21 @@ import io
 import numpy as np
 import numpy.typing as npt
 
+from flowvqtalker.constants import SAMPLE_RATE
 from flowvqtalker.errors import MissingDependency, UserError
-from flowvqtalker.io.audio import SAMPLE_RATE
+from flowvqtalker.speech.features import MELS
 
-__all__ = ["CODECS", "codec", "noise", "room", "telephone", "wear"]
+__all__ = [
+    "CODECS",
+    "change_voice",
+    "codec",
+    "degrade",
+    "noise",
+    "reverberate",
+    "room",
+    "spectral_augment",
+    "telephone",
+]
 
 Floats = npt.NDArray[np.float32]
 
@@ -113,7 +124,7 @@ def _aligned(decoded: Floats, wave: Floats) -> Floats:
     return result
 
 
-def wear(wave: Floats, random: np.random.Generator, codecs: bool = False) -> Floats:
+def degrade(wave: Floats, random: np.random.Generator, codecs: bool = False) -> Floats:
     """Some of: a room, noise, a line.
 
     Arguments:
@@ -134,3 +145,76 @@ def wear(wave: Floats, random: np.random.Generator, codecs: bool = False) -> Flo
         name = str(random.choice(sorted(CODECS)))
         wave = codec(wave, name, int(random.choice(CODECS[name][3])))
     return wave
+
+
+#: One unit of the ``mel`` features is 12.5 dB; the natural logarithm of power per unit.
+_LOG_POWER = 12.5 / 10 * np.log(10)
+
+
+def spectral_augment(mel: Floats, random: np.random.Generator, frontend: str = "mel") -> Floats:
+    """Change log-mel columns as another voice, room or line would.
+
+    Draws loudness, spectral tilt, vocal tract length and noise floor; sometimes reverberation and a band limit.
+
+    Arguments:
+        mel: (m, 80) columns of the frontend.
+        random: of the change.
+        frontend: name of the frontend, one of :data:`flowvqtalker.speech.features.FRONTENDS`.
+    """
+    if frontend == "whisper":  # a unit is 40 dB there; its -80 to 20 dB lie in [-4, 4] of the other frontend
+        units = (40 * np.asarray(mel, np.float32) - 40 + 80) / 12.5 - 4
+        changed: Floats = ((12.5 * (_augment(units, random, 100) + 4) - 80 + 40) / 40).astype(np.float32)
+        return changed
+    return _augment(mel, random, 80)
+
+
+def _augment(mel: Floats, random: np.random.Generator, rate: int) -> Floats:
+    """:func:`spectral_augment` of columns in [-4, 4], ``rate`` of them per second."""
+    if random.random() < 0.4:
+        mel = reverberate(mel, random.uniform(0.15, 0.7), random.uniform(0.05, 0.4), rate)
+    mel = change_voice(mel, random)
+    if random.random() < 0.3:
+        cut = int(random.integers(50, MELS))  # 3 kHz and up
+        mel = mel.copy()
+        mel[:, cut:] = np.maximum(-4, mel[:, cut:] - random.uniform(1, 4))
+    return mel
+
+
+def change_voice(mel: Floats, random: np.random.Generator) -> Floats:
+    """Change loudness, spectral tilt, vocal tract length and noise floor of all columns alike.
+
+    Arguments:
+        mel: (m, 80) columns in [-4, 4], where 0.08 is one decibel.
+        random: of the change.
+    """
+    bands = np.arange(MELS, dtype=np.float32)
+    position = np.clip(bands * random.uniform(0.9, 1.1) + random.uniform(-1, 1), 0, MELS - 1)  # vocal tract length
+    low = np.minimum(position.astype(np.int64), MELS - 2)
+    part = (position - low).astype(np.float32)
+    changed = mel[:, low] * (1 - part) + mel[:, low + 1] * part
+    tilt = (bands / (MELS - 1) - 0.5) * random.uniform(-1, 1)
+    changed += (random.uniform(-0.8, 0.5) + tilt).astype(np.float32)
+    floor = random.uniform(-5, -1.5)  # noise fills everything below
+    if floor > -4:
+        noise = floor + random.normal(0, 0.2, changed.shape).astype(np.float32)
+        changed = np.logaddexp(changed * 3, noise * 3) / 3
+    clipped: Floats = np.clip(changed, -4, 4).astype(np.float32)
+    return clipped
+
+
+def reverberate(mel: Floats, seconds: float, level: float, rate: int = 80) -> Floats:
+    """Add the decaying tail of a room to the power of each band.
+
+    Arguments:
+        mel: (m, 80) columns in [-4, 4].
+        seconds: reverberation time, in which the tail falls by 60 dB.
+        level: power of the tail as a share of the power that feeds it.
+        rate: columns per second.
+    """
+    from scipy.signal import lfilter
+
+    power = np.exp(_LOG_POWER * mel.astype(np.float64))
+    keep = 10 ** (-6 / (rate * seconds))
+    tail = lfilter([0.0, 1 - keep], [1.0, -keep], power, axis=0)
+    louder: Floats = np.clip(np.log(power + level * tail) / _LOG_POWER, -4, 4).astype(np.float32)
+    return louder

@@ -1,16 +1,17 @@
-"""The listener: an audio encoder whose first layers come from a large pretrained speech encoder (ours).
+"""Speech encoders: a small one that is trained with its flow, and a student of Whisper that the flows share (ours).
 
-What lips do depends on the sounds of a language and little on the voice, and a hundred minutes of clips do not teach
-that difference. The first layers of Whisper, trained on 680,000 hours, know it already. The listener keeps its two
-convolutions and some of its transformer layers, lets each frame attend only to its neighbourhood, without positions, so
-that it can follow a stream, and is tuned to reproduce the features of all of Whisper's layers and to foretell lips
-(stage ``speech``).
+Lips depend on the sounds of a language and little on the voice, and a hundred minutes of clips do not teach that
+difference. The first layers of Whisper, trained on 680,000 hours, know it already. :class:`SpeechEncoder` keeps its two
+convolutions and some of its transformer layers. Each frame attends only to its neighbours, without positions, so the
+encoder can follow a stream. Stage ``speech`` trains it to reproduce the features of all of Whisper's layers and to
+predict lips.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from einops import rearrange
@@ -18,9 +19,199 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from flowvqtalker.errors import UserError
-from flowvqtalker.motion.context import FRAME_MS, AudioEncoder, TemporalBlock
 
-__all__ = ["AttentiveBlock", "Listener", "ListenerConfig"]
+__all__ = [
+    "AttentiveBlock",
+    "AudioConfig",
+    "AudioEncoder",
+    "AudioStream",
+    "SpeechEncoder",
+    "SpeechEncoderConfig",
+    "TemporalBlock",
+]
+
+#: One video frame lasts this long.
+FRAME_MS = 40
+#: What a log-mel window itself reaches past the start of its frame: its 16 columns of 12.5 ms start two frames before.
+WINDOW_AHEAD_MS = 16 * 12.5 - 2 * FRAME_MS
+
+
+@dataclass(frozen=True)
+class AudioConfig:
+    """Size and reach of the small audio encoder, which is trained with its flow."""
+
+    mels: int = 80
+    """Mel bins of a window."""
+    columns: int = 16
+    """Columns of a window."""
+    width: int = 128
+    """Size of an audio feature."""
+    layers: int = 4
+    """Temporal convolutions over 3 frames each, so a feature sees 2 layers + 1 windows."""
+    lookahead: int = 3
+    """Windows after the frame that a feature sees (of the 2 layers); the rest lie before it."""
+
+    def __post_init__(self) -> None:
+        positive = min(self.mels, self.width, self.layers) >= 1 and self.columns >= 4
+        if not positive or not 0 <= self.lookahead <= 2 * self.layers:
+            raise UserError(f"audio: sizes must be positive and 0 <= lookahead <= 2 layers, got {self}")
+
+    @property
+    def frontend(self) -> str:
+        """The front end of its windows (:data:`flowvqtalker.speech.features.FRONTENDS`)."""
+        return "mel"
+
+    @property
+    def lookback(self) -> int:
+        """Windows before the frame that a feature sees."""
+        return 2 * self.layers - self.lookahead
+
+    @property
+    def lookahead_ms(self) -> float:
+        """How much speech after the start of a frame must be known: 240 ms with the defaults."""
+        return self.lookahead * FRAME_MS + WINDOW_AHEAD_MS
+
+
+class TemporalBlock(nn.Module):
+    """A residual convolution over time with taps ``back`` frames before a frame, at it, and ``ahead`` frames after it.
+
+    There is no padding: T frames become T - back - ahead.
+    """
+
+    def __init__(self, width: int, back: int, ahead: int) -> None:
+        super().__init__()
+        self.back, self.ahead = back, ahead
+        self.norm = nn.LayerNorm(width)
+        self.convolution = nn.Linear(3 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, width) to (B, T - back - ahead, width)."""
+        length = x.shape[1] - self.back - self.ahead
+        y = self.norm(x)
+        taps = [y[:, start : start + length] for start in (0, self.back, self.back + self.ahead)]
+        y = functional.gelu(self.convolution(torch.cat(taps, dim=-1)), approximate="tanh")
+        result: Tensor = x[:, self.back : self.back + length] + y
+        return result
+
+    def start(self) -> _TemporalState:
+        """What a stream through this block needs to remember."""
+        return _TemporalState(self)
+
+
+class _TemporalState:
+    """A stream through a :class:`TemporalBlock`."""
+
+    def __init__(self, block: TemporalBlock) -> None:
+        self.block = block
+        self._held: deque[Tensor] = deque(maxlen=block.back + block.ahead + 1)
+
+    def push(self, x: Tensor) -> Tensor | None:
+        """Take a frame (1, width); returns the frame that is now complete, or None."""
+        self._held.append(x)
+        if len(self._held) < (self._held.maxlen or 0):
+            return None
+        result: Tensor = self.block(torch.stack(list(self._held), dim=1))[:, 0]
+        return result
+
+
+class AudioEncoder(nn.Module):
+    """Speech features from log-mel windows: a convolution within each window, then blocks over a neighbourhood of
+    windows.
+
+    The blocks make coarticulation visible (lips prepare the next sound) at a fixed look-ahead
+    (:attr:`AudioConfig.lookahead_ms`). :meth:`embed` and :meth:`mix` are the two halves; :class:`AudioStream` computes
+    each of their parts once for every frame of a stream.
+    """
+
+    def __init__(self, config: AudioConfig) -> None:
+        super().__init__()
+        self.config = config
+        width = config.width
+        length = (config.columns + 3) // 4  # after two strides of two
+        self.window = nn.Sequential(
+            nn.Conv1d(config.mels, width, 3, stride=2, padding=1),
+            nn.GELU(approximate="tanh"),
+            nn.Conv1d(width, width, 3, stride=2, padding=1),
+            nn.GELU(approximate="tanh"),
+            nn.Flatten(),
+            nn.Linear(length * width, width),
+            nn.LayerNorm(width),
+        )
+        self.blocks = nn.ModuleList(TemporalBlock(width, 1, 1) for _ in range(config.layers))
+        self.final = nn.LayerNorm(width)
+
+    def embed(self, windows: Tensor) -> Tensor:
+        """(N, mels, columns) log-mel in [-4, 4] to (N, width)."""
+        features: Tensor = self.window(windows / 4)
+        return features
+
+    def after_block(self, number: int, features: Tensor) -> Tensor:
+        """What follows block ``number`` directly: nothing."""
+        return features
+
+    def finish(self, features: Tensor) -> Tensor:
+        """What the last block gives to audio features."""
+        result: Tensor = self.final(features)
+        return result
+
+    def mix(self, features: Tensor) -> Tensor:
+        """(B, lookback + T + lookahead, width) window features to (B, T, width)."""
+        for number, block in enumerate(self.blocks):
+            features = self.after_block(number, block(features))
+        return self.finish(features)
+
+    def forward(self, windows: Tensor) -> Tensor:
+        """(B, lookback + T + lookahead, mels, columns) to (B, T, width)."""
+        batch, count = windows.shape[:2]
+        return self.mix(self.embed(windows.flatten(0, 1)).view(batch, count, -1))
+
+    @torch.no_grad()
+    def encode_clip(self, windows: Tensor) -> Tensor:
+        """Features (T, width) of a whole clip's windows (T, mels, columns), the outermost repeated."""
+        if len(windows) == 0:
+            return windows.new_zeros(0, self.config.width)
+        features = self.embed(windows)
+        before = features[:1].expand(self.config.lookback, *features.shape[1:])
+        after = features[-1:].expand(self.config.lookahead, *features.shape[1:])
+        return self.mix(torch.cat([before, features, after])[None])[0]
+
+
+class AudioStream:
+    """An audio encoder fed window by window: features come late by its look-ahead, each part is computed once a frame.
+
+    The first window is repeated before the start, and the last one after the end, as training repeats them.
+    """
+
+    def __init__(self, encoder: AudioEncoder) -> None:
+        self.encoder = encoder
+        blocks = cast("list[TemporalBlock]", list(encoder.blocks))
+        self._states = [block.start() for block in blocks]
+        self._last: Tensor | None = None
+
+    def _feed(self, feature: Tensor) -> list[Tensor]:
+        for number, state in enumerate(self._states):
+            done = state.push(feature)
+            if done is None:
+                return []
+            feature = self.encoder.after_block(number, done)
+        return [self.encoder.finish(feature)]
+
+    def push(self, window: Tensor) -> list[Tensor]:
+        """Take a window (mels, columns); returns no or one feature (1, width)."""
+        feature = self.encoder.embed(window[None])
+        if self._last is None:
+            for _ in range(self.encoder.config.lookback):
+                self._feed(feature)
+        self._last = feature
+        return self._feed(feature)
+
+    def finish(self) -> list[Tensor]:
+        """The features still held back."""
+        last = self._last
+        if last is None:
+            return []
+        return [feature for _ in range(self.encoder.config.lookahead) for feature in self._feed(last)]
+
 
 #: What the window of a frame reaches past the frame's start: its last column is centred 40 ms after it and 25 ms wide.
 _WINDOW_AHEAD_MS = 40 + 12.5
@@ -29,8 +220,8 @@ _STEPS = 2
 
 
 @dataclass(frozen=True)
-class ListenerConfig:
-    """Size and reach of the listener."""
+class SpeechEncoderConfig:
+    """Size and reach of the speech encoder."""
 
     dim: int = 512
     """Width of the transformer layers (Whisper base: 512)."""
@@ -56,12 +247,12 @@ class ListenerConfig:
         )
         problems = [message for holds, message in rules if not holds]
         if problems:
-            raise UserError("listener: " + "; ".join(problems))
+            raise UserError("speech_encoder: " + "; ".join(problems))
 
     @property
-    def front(self) -> str:
-        """The front end of its windows (:data:`flowvqtalker.speech.features.FRONTS`)."""
-        return "fine"
+    def frontend(self) -> str:
+        """The front end of its windows (:data:`flowvqtalker.speech.features.FRONTENDS`)."""
+        return "whisper"
 
     @property
     def mels(self) -> int:
@@ -164,16 +355,16 @@ class _AttentiveState:
         return self.block.complete(frame[:, None], found)[:, 0]
 
 
-class Listener(AudioEncoder):
-    """Audio features (T, width) from windows (T, 80, 7) of the front end ``fine``.
+class SpeechEncoder(AudioEncoder):
+    """Audio features (T, width) from windows (T, 80, 7) of the front end ``whisper``.
 
-    It has the interface of :class:`~flowvqtalker.motion.context.AudioEncoder`; between its two halves a frame is
+    It has the interface of :class:`AudioEncoder`; between its two halves a frame is
     (2, dim), Whisper's steps of 20 ms.
     """
 
-    config: ListenerConfig  # type: ignore[assignment]
+    config: SpeechEncoderConfig  # type: ignore[assignment]
 
-    def __init__(self, config: ListenerConfig) -> None:
+    def __init__(self, config: SpeechEncoderConfig) -> None:
         nn.Module.__init__(self)
         self.config = config
         dim, width = config.dim, config.width
@@ -194,7 +385,7 @@ class Listener(AudioEncoder):
         result: Tensor = x.mT + self.offset
         return result
 
-    def behind(self, number: int, features: Tensor) -> Tensor:
+    def after_block(self, number: int, features: Tensor) -> Tensor:
         """What follows block ``number`` directly, on (B, ..., 2, dim): behind the last attentive one, the join."""
         return self.join(features) if number == self.config.attention - 1 else features
 
@@ -206,7 +397,7 @@ class Listener(AudioEncoder):
     def mix(self, features: Tensor) -> Tensor:
         """(B, lookback + T + lookahead, 2, dim) to (B, T, width)."""
         for number, block in enumerate(self.blocks):
-            features = self.behind(number, block(features))
+            features = self.after_block(number, block(features))
         return self.finish(features)
 
     def forward(self, windows: Tensor) -> Tensor:
@@ -230,7 +421,7 @@ class Listener(AudioEncoder):
             assert parameter is not None
             if value.shape != parameter.shape:
                 shapes = f"{tuple(value.shape)}, not {tuple(parameter.shape)}"
-                raise UserError(f"the speech encoder does not fit the listener: {name} has shape {shapes}")
+                raise UserError(f"the speech encoder does not fit the speech encoder: {name} has shape {shapes}")
             parameter.copy_(value)
 
         for module, name in ((self.first, "conv1"), (self.second, "conv2")):

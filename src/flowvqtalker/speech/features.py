@@ -5,7 +5,7 @@
 pre-emphasis 0.97, 800-sample Hann frames every 200 samples (80 columns a second), magnitude, 80 Slaney mel bands from
 55 to 7600 Hz, decibels with 20 dB reference and -100 dB floor, scaled and clipped to +-4.
 
-``fine``: windows of 7 columns; Whisper's (``openai/whisper: whisper/audio.py``): 400-sample Hann frames every 160
+``whisper``: windows of 7 columns; Whisper's (``openai/whisper: whisper/audio.py``): 400-sample Hann frames every 160
 samples (100 columns a second), power, 80 Slaney mel bands from 0 to 8000 Hz, (log10 + 4) / 4. Whisper cuts what lies 8
 decades below a recording's loudest column; a stream does not know it, so the floor is fixed at 1e-10.
 
@@ -25,7 +25,17 @@ import torch
 
 from flowvqtalker.io.audio import SAMPLE_RATE, video_frames
 
-__all__ = ["COLUMNS", "FRONTS", "MELS", "FeatureStream", "Front", "log_mel", "mel_filters", "stream_windows", "windows"]
+__all__ = [
+    "COLUMNS",
+    "FRONTENDS",
+    "MELS",
+    "FeatureStream",
+    "Frontend",
+    "log_mel",
+    "mel_filters",
+    "stream_windows",
+    "windows",
+]
 
 #: Mel bands.
 MELS = 80
@@ -79,7 +89,7 @@ def _scaled_decades(spectrum: _Array) -> _Array:
 
 
 @dataclass(frozen=True)
-class Front:
+class Frontend:
     """A front end.
 
     Attributes:
@@ -109,15 +119,15 @@ class FeatureStream:
     Memory: about 0.3 s of sound, whatever the length of the recording.
 
     Arguments:
-        front: name of the front end, one of :data:`FRONTS`.
+        frontend: name of the front end, one of :data:`FRONTENDS`.
     """
 
-    def __init__(self, front: str = "mel") -> None:
-        self.front = FRONTS[front]
-        self._hann = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(self.front.window) / self.front.window)
+    def __init__(self, frontend: str = "mel") -> None:
+        self.frontend = FRONTENDS[frontend]
+        self._hann = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(self.frontend.window) / self.frontend.window)
         self._last = 0.0  # the last raw sample, for the pre-emphasis
         # Half a window of zeros before the first sample centres column c on sample 200 c.
-        self._wave: _Array = np.zeros(self.front.window // 2)
+        self._wave: _Array = np.zeros(self.frontend.window // 2)
         self._mel: npt.NDArray[np.float32] = np.zeros((0, MELS), dtype=np.float32)
         self._first = 0  # index of the first column still held
         self._frame = 0  # index of the next video frame
@@ -129,7 +139,7 @@ class FeatureStream:
         self.push_columns(wave)
         # The last column of its window must be there.
         ready = self._frame
-        while self.front.first(ready) + self.front.columns <= self._first + len(self._mel):
+        while self.frontend.first(ready) + self.frontend.columns <= self._first + len(self._mel):
             ready += 1
         return self._take(ready)
 
@@ -147,7 +157,7 @@ class FeatureStream:
         if len(wave) == 0:
             return np.zeros((0, MELS), dtype=np.float32)
         samples = wave.astype(np.float64)
-        emphasised = samples - self.front.emphasis * np.concatenate([[self._last], samples[:-1]])
+        emphasised = samples - self.frontend.emphasis * np.concatenate([[self._last], samples[:-1]])
         self._last = float(samples[-1])
         self._samples += len(samples)
         return self._analyse(emphasised)
@@ -158,12 +168,14 @@ class FeatureStream:
             raise RuntimeError("the stream is finished; make a new FeatureStream")
         self._finished = True
         return (
-            self._analyse(np.zeros(self.front.window // 2)) if self._samples else np.zeros((0, MELS), dtype=np.float32)
+            self._analyse(np.zeros(self.frontend.window // 2))
+            if self._samples
+            else np.zeros((0, MELS), dtype=np.float32)
         )
 
     def _analyse(self, emphasised: _Array) -> npt.NDArray[np.float32]:
         self._wave = np.concatenate([self._wave, emphasised])
-        window, hop = self.front.window, self.front.hop
+        window, hop = self.frontend.window, self.frontend.hop
         count = (len(self._wave) - window) // hop + 1
         if count <= 0:
             return np.zeros((0, MELS), dtype=np.float32)
@@ -174,19 +186,19 @@ class FeatureStream:
         return columns
 
     def _log_mel(self, frames: _Array) -> npt.NDArray[np.float32]:
-        columns: npt.NDArray[np.float32] = self.front.scale(np.abs(np.fft.rfft(frames * self._hann, axis=-1))).astype(
-            np.float32
-        )
+        columns: npt.NDArray[np.float32] = self.frontend.scale(
+            np.abs(np.fft.rfft(frames * self._hann, axis=-1))
+        ).astype(np.float32)
         return columns
 
     def _take(self, end: int) -> torch.Tensor:
         frames = np.arange(self._frame, max(end, self._frame))
-        starts = np.array([self.front.first(int(i)) for i in frames], dtype=np.int64)
-        width = self.front.columns
+        starts = np.array([self.frontend.first(int(i)) for i in frames], dtype=np.int64)
+        width = self.frontend.columns
         columns = np.clip(starts[:, None] + np.arange(width), 0, self._first + len(self._mel) - 1) - self._first
         taken = self._mel[columns] if len(frames) else np.zeros((0, width, MELS), dtype=np.float32)
         self._frame = max(end, self._frame)
-        unneeded = max(0, self.front.first(self._frame) - self._first)
+        unneeded = max(0, self.frontend.first(self._frame) - self._first)
         # One column stays in any case: the clamp of the last frames points to it.
         unneeded = min(unneeded, max(0, len(self._mel) - 1))
         self._mel = self._mel[unneeded:].copy()
@@ -205,32 +217,32 @@ def _first_fine_column(frame: int) -> int:
 
 
 #: The front ends by name.
-FRONTS = {
-    "mel": Front(_WINDOW, _HOP, _PREEMPHASIS, COLUMNS, _first_column, _scaled_decibels),
-    "fine": Front(_FINE_WINDOW, _FINE_HOP, 0.0, 7, _first_fine_column, _scaled_decades),
+FRONTENDS = {
+    "mel": Frontend(_WINDOW, _HOP, _PREEMPHASIS, COLUMNS, _first_column, _scaled_decibels),
+    "whisper": Frontend(_FINE_WINDOW, _FINE_HOP, 0.0, 7, _first_fine_column, _scaled_decades),
 }
 
 
-def log_mel(wave: npt.NDArray[np.float32], front: str = "mel") -> npt.NDArray[np.float32]:
-    """Log-mel spectrogram of samples (n,) at 16 kHz: (1 + n // hop, 80) float32, 80 (fine: 100) columns a second."""
-    stream = FeatureStream(front)
+def log_mel(wave: npt.NDArray[np.float32], frontend: str = "mel") -> npt.NDArray[np.float32]:
+    """Log-mel spectrogram of samples (n,) at 16 kHz: (1 + n // hop, 80) float32, 80 (whisper: 100) columns a second."""
+    stream = FeatureStream(frontend)
     return np.concatenate([stream.push_columns(wave), stream.finish_columns()])
 
 
-def windows(wave: npt.NDArray[np.float32], front: str = "mel") -> torch.Tensor:
-    """Windows of samples (n,) at 16 kHz: (T, 80, 16) float32 (fine: (T, 80, 7)), T = ceil(n / 640), one for each 25-fps
-    video frame."""
-    stream = FeatureStream(front)
+def windows(wave: npt.NDArray[np.float32], frontend: str = "mel") -> torch.Tensor:
+    """Windows of samples (n,) at 16 kHz, one for each 25-fps video frame: (ceil(n / 640), 80, 16) float32, for
+    ``whisper`` (ceil(n / 640), 80, 7)."""
+    stream = FeatureStream(frontend)
     return torch.cat([stream.push(wave), stream.finish()])
 
 
-def stream_windows(blocks: Iterable[npt.NDArray[np.float32]], front: str = "mel") -> Iterator[torch.Tensor]:
+def stream_windows(blocks: Iterable[npt.NDArray[np.float32]], frontend: str = "mel") -> Iterator[torch.Tensor]:
     """Windows of a recording that comes in blocks, for instance from :func:`flowvqtalker.io.audio.stream`.
 
     Yields:
         (t, 80, 16 or 7) float32 with t >= 1; together as many as ``windows`` of the whole gives.
     """
-    stream = FeatureStream(front)
+    stream = FeatureStream(frontend)
     for block in blocks:
         ready = stream.push(block)
         if len(ready):

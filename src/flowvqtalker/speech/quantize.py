@@ -1,4 +1,4 @@
-"""Products with matrices of small integers, for the listener on a CPU.
+"""Products with matrices of small integers, for the speech encoder on a CPU.
 
 A frame of a stream is a product of two rows with seven million weights, so its time is the time to read them. Kept as
 bytes, as they are stored, they are read twice as fast as bfloat16 (measured: 42 million weights in 1.6 ms, not 3.2).
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-__all__ = ["QuantisedConvolution", "QuantisedLinear", "quantise"]
+__all__ = ["QuantizedConvolution", "QuantizedLinear", "quantize"]
 
 #: Products with more rows than this are computed by the ordinary product, which is faster then.
 _FEW = 8
@@ -18,7 +18,7 @@ _FEW = 8
 _PRODUCT = getattr(torch, "_weight_int8pack_mm", None)
 
 
-class QuantisedLinear(nn.Module):
+class QuantizedLinear(nn.Module):
     """A linear layer whose weights are small integers times a factor for each output.
 
     Arguments:
@@ -46,14 +46,14 @@ class QuantisedLinear(nn.Module):
         return (product + self.bias).view(*x.shape[:-1], len(self.scale))
 
 
-class QuantisedConvolution(nn.Module):
-    """A convolution over time without padding or groups, as a :class:`QuantisedLinear` of what each tap reads."""
+class QuantizedConvolution(nn.Module):
+    """A convolution over time without padding or groups, as a :class:`QuantizedLinear` of what each tap reads."""
 
     def __init__(self, convolution: nn.Conv1d) -> None:
         super().__init__()
         self.size, self.stride = convolution.kernel_size[0], convolution.stride[0]
         assert convolution.bias is not None
-        self.product = QuantisedLinear(convolution.weight.detach().flatten(1), convolution.bias)
+        self.product = QuantizedLinear(convolution.weight.detach().flatten(1), convolution.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, L) to (N, M, L')."""
@@ -62,13 +62,13 @@ class QuantisedConvolution(nn.Module):
         return result
 
 
-def quantise(module: nn.Module, least: int = 2**16) -> None:
+def quantize(module: nn.Module, least: int = 2**16) -> None:
     """Replace the layers with at least so many weights inside a module: linear ones, and convolutions over time."""
     for name, child in module.named_children():
         plain = isinstance(child, nn.Conv1d) and child.padding == (0,) and child.groups == 1 and child.dilation == (1,)
         if sum(p.numel() for p in child.parameters(recurse=False)) < least:
-            quantise(child, least)
+            quantize(child, least)
         elif isinstance(child, nn.Linear) and child.bias is not None:
-            setattr(module, name, QuantisedLinear(child.weight.detach(), child.bias))
+            setattr(module, name, QuantizedLinear(child.weight.detach(), child.bias))
         elif isinstance(child, nn.Conv1d) and plain and child.bias is not None:
-            setattr(module, name, QuantisedConvolution(child))
+            setattr(module, name, QuantizedConvolution(child))

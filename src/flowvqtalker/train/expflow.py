@@ -23,16 +23,16 @@ from flowvqtalker.face.topology import LIPS
 from flowvqtalker.motion.blink import measure_blinks
 from flowvqtalker.motion.flow import ExpFlow, ExpFlowConfig, Flow
 from flowvqtalker.motion.manifold import LatentBank
-from flowvqtalker.speech.encoder import Listener
-from flowvqtalker.train.calibrate import calibrate
+from flowvqtalker.speech.encoder import SpeechEncoder
 from flowvqtalker.train.config import LoopConfig, check, to_dict
+from flowvqtalker.train.emotion_bias import fit_emotion_bias
 from flowvqtalker.train.flow_stage import (
+    Features,
     FlowStage,
-    Hearing,
     Losses,
     correlation,
     evaluating,
-    load_listener,
+    load_speech_encoder,
     whole_clips,
 )
 from flowvqtalker.train.loop import Stage
@@ -56,7 +56,7 @@ class Config:
     """Face model of the coefficients, which says what the lips do; None takes the package's own."""
     start: Path | None = None
     """Run of this stage, or its weights, of the same shape, to go on from with new settings; None starts anew."""
-    hearing: Hearing = field(default_factory=Hearing)
+    features: Features = field(default_factory=Features)
     flow: ExpFlowConfig = field(default_factory=ExpFlowConfig)
     sequences: SequenceConfig = field(default_factory=SequenceConfig)
     losses: Losses = field(default_factory=Losses)
@@ -94,8 +94,8 @@ class ExpFlowStage(FlowStage):
         train, val: clips of the two splits.
         expression: (64, 478, 3) basis of the face model, for the lips.
         lids: (65,) map from [β, 1] to the blendshape of shut lids; None: no blink is measured.
-        heard: the listener and the weights of its map to β, which the flow's begins with; None: the flow has an audio
-            encoder of its own.
+        heard: the speech encoder and the weights of its lip prior, from which the flow's starts; None: the flow has its
+            own audio encoder.
     """
 
     name = "expflow"
@@ -107,12 +107,12 @@ class ExpFlowStage(FlowStage):
         val: Corpus | None,
         expression: Tensor,
         lids: Tensor | None = None,
-        heard: tuple[Listener, dict[str, Tensor]] | None = None,
+        heard: tuple[SpeechEncoder, dict[str, Tensor]] | None = None,
     ) -> None:
         torch.manual_seed(config.loop.seed)
         flow = ExpFlow(config.flow, heard[0] if heard else None)
-        if heard and flow.voicing is not None:
-            flow.voicing.load_state_dict(heard[1])
+        if heard and flow.lip_prior is not None:
+            flow.lip_prior.load_state_dict(heard[1])
         super().__init__(config, flow, train, val)
         self.flow: ExpFlow
         self.lips, self.gap = lip_directions(expression), lip_gap(expression)
@@ -125,12 +125,12 @@ class ExpFlowStage(FlowStage):
     def auxiliary(self, batch: Any, audio: Tensor) -> tuple[Tensor | None, dict[str, Tensor]]:
         """Regression of the lips from the audio features, on frames with speech: their shape relative to the clip's
         mean, as a share of its variance."""
-        if self.losses.lips == 0 or self.flow.voicing is None:
+        if self.losses.lips == 0 or self.flow.lip_prior is None:
             return None, {}
-        heard = batch["mask"] & batch["heard"][:, None]
+        heard = batch["mask"] & batch["has_speech"][:, None]
         lips = self.lips.to(audio)
         target = (batch["frames"][:, self.flow.config.history :] - batch["mean"][:, None]) @ lips
-        error = (self.flow.voice(audio) @ lips - target).square().sum(-1)
+        error = (self.flow.predict_lips(audio) @ lips - target).square().sum(-1)
         weight = heard.to(error.dtype)
         count = weight.sum().clamp_min(1)
         share = (error * weight).sum() / count / ((target.square().sum(-1) * weight).sum() / count).clamp_min(1e-6)
@@ -154,7 +154,7 @@ class ExpFlowStage(FlowStage):
         drawn = self.flow.rollout(windows, emotion, generator, source=source, temperature=0.7).cpu()
         true = batch.frames[:, self.flow.config.history :]
         score = correlation(drawn @ self.gap, true @ self.gap, batch.mask)
-        guess = self.flow.voice(self.flow.listen(windows)).cpu() @ self.gap
+        guess = self.flow.predict_lips(self.flow.encode_speech(windows)).cpu() @ self.gap
         regression = correlation(guess, true @ self.gap, batch.mask)
         moves = [(x @ self.gap)[batch.mask].std() for x in (drawn, true)]
         speed = [(x[:, 1:] - x[:, :-1]).abs()[batch.mask[:, 1:]].mean() for x in (drawn, true)]
@@ -188,7 +188,7 @@ class ExpFlowStage(FlowStage):
                 for part in (chosen[i : i + 16] for i in range(0, len(chosen), 16)):
                     items = [plain.item(n, start, item_generator(0, n)) for n, start in part]
                     tensors = {key: value.to(device) for key, value in default_collate(items).items()}
-                    batch = self.flow.unvoiced(collate(tensors, self.flow.config.source))
+                    batch = self.flow.residual(collate(tensors, self.flow.config.source))
                     targets = batch.frames[:, self.flow.config.history :][batch.mask]
                     found.append(self.flow.forward_and_logdet(targets, self.flow.contexts(batch))[0].cpu())
                 if found:
@@ -200,22 +200,22 @@ class ExpFlowStage(FlowStage):
     def export(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The flow, with what its emotions lack, and its latent bank."""
         with evaluating(self.flow):
-            calibrate(self.flow, self.train_corpus, self.train_data)
+            fit_emotion_bias(self.flow, self.train_corpus, self.train_data)
         return {**self.flow.own_state(), **self.bank().tensors()}, to_dict(self.flow.config)
 
 
 def build(config: Config) -> Stage:
     """The stage for a configuration; reads the shards."""
-    heard = None if config.hearing.listener is None else load_listener(config.hearing.listener)
-    config = replace(config, flow=replace(config.flow, listener=heard is not None))
+    heard = None if config.features.speech_encoder is None else load_speech_encoder(config.features.speech_encoder)
+    config = replace(config, flow=replace(config.flow, speech_encoder=heard is not None))
     face = face_model(config.face_model)
     expression = face.expression
     lids = face.arkit[[arkit_index("eyeBlinkLeft"), arkit_index("eyeBlinkRight")]].mean(0)
-    front = heard[0].config.front if heard else config.flow.audio.front
+    frontend = heard[0].config.frontend if heard else config.flow.audio.frontend
     basis = torch.linalg.qr(lip_directions(expression))[0]
     lips, gap = (basis @ basis.mT).numpy(), lip_gap(expression).numpy()
     train, val = (
-        load_corpus(config.shards, split, config.sequences, lips=lips, gap=gap, front=front)
+        load_corpus(config.shards, split, config.sequences, lips=lips, gap=gap, frontend=frontend)
         for split in ("train", "val")
     )
     stage = ExpFlowStage(config, train, val, expression, lids, heard)

@@ -19,12 +19,12 @@ from torch.utils.data import Dataset, default_collate
 from flowvqtalker.data.order import item_generator
 from flowvqtalker.errors import UserError
 from flowvqtalker.motion.flow import Flow, Sequences
-from flowvqtalker.speech.encoder import Listener, ListenerConfig
+from flowvqtalker.speech.encoder import SpeechEncoder, SpeechEncoderConfig
 from flowvqtalker.train.config import LoopConfig, check, from_dict, to_dict
 from flowvqtalker.train.loop import Stage
-from flowvqtalker.train.sequences import Corpus, SequenceConfig, SequenceDataset, collate, hear
+from flowvqtalker.train.sequences import Corpus, SequenceConfig, SequenceDataset, collate, encode_corpus
 
-__all__ = ["FlowStage", "Hearing", "Losses", "correlation", "evaluating", "load_listener", "whole_clips"]
+__all__ = ["Features", "FlowStage", "Losses", "correlation", "evaluating", "load_speech_encoder", "whole_clips"]
 
 logger = logging.getLogger(__name__)
 
@@ -47,21 +47,21 @@ class Losses:
 
 
 @dataclass(frozen=True)
-class Hearing:
+class Features:
     """Who listens for the flow."""
 
-    listener: Path | None = None
+    speech_encoder: Path | None = None
     """Run of the stage `speech`, or its weights, which are then not trained any further; None trains a small audio
     encoder with the flow."""
-    voices: int = 2
-    """With a listener: versions of each clip's sound, the first as it is and the others of varied voices."""
+    copies: int = 2
+    """With a speech encoder: versions of each clip's sound, the first as it is and the others of varied voices."""
 
     def __post_init__(self) -> None:
-        check((self.voices > 0, f"voices must be positive, got {self.voices}"))
+        check((self.copies > 0, f"copies must be positive, got {self.copies}"))
 
 
-def load_listener(path: Path) -> tuple[Listener, dict[str, Tensor]]:
-    """The listener that the stage ``speech`` exported, and the weights of its map to β.
+def load_speech_encoder(path: Path) -> tuple[SpeechEncoder, dict[str, Tensor]]:
+    """The speech encoder that the stage ``speech`` exported, and the weights of its map to β.
 
     Raises:
         UserError: if the path holds no such weights.
@@ -74,14 +74,16 @@ def load_listener(path: Path) -> tuple[Listener, dict[str, Tensor]]:
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{file} is no finished run of `flowvqtalker train speech` ({error})") from error
     if about.get("stage") != "speech":
-        raise UserError(f"{file} is of stage {about.get('stage')!r}; hearing.listener must be a run of stage 'speech'")
-    listener = Listener(from_dict(ListenerConfig, about["config"]))
-    parts: dict[str, dict[str, Tensor]] = {"audio": {}, "voicing": {}}
+        raise UserError(
+            f"{file} is of stage {about.get('stage')!r}; features.speech_encoder must be a run of stage 'speech'"
+        )
+    speech_encoder = SpeechEncoder(from_dict(SpeechEncoderConfig, about["config"]))
+    parts: dict[str, dict[str, Tensor]] = {"audio": {}, "lip_prior": {}}
     for key, value in state.items():
         part, _, name = key.partition(".")
         parts[part][name] = value.float()
-    listener.load_state_dict(parts["audio"])
-    return listener.requires_grad_(False).eval(), parts["voicing"]
+    speech_encoder.load_state_dict(parts["audio"])
+    return speech_encoder.requires_grad_(False).eval(), parts["lip_prior"]
 
 
 @contextmanager
@@ -118,10 +120,10 @@ class FlowStage(Stage):
         self.config = config
         self.flow = flow
         self.module = nn.ModuleDict({"flow": flow})
-        if flow.config.listener:
-            for corpus, copies in ((train, config.hearing.voices), (val, 1)):
+        if flow.config.speech_encoder:
+            for corpus, copies in ((train, config.features.copies), (val, 1)):
                 if corpus is not None and corpus.clips[0].features is None:
-                    hear(corpus, flow.audio, copies, config.loop.seed)
+                    encode_corpus(corpus, flow.audio, copies, config.loop.seed)
         self.losses: Losses = config.losses
         self.train_corpus, self.val_corpus = train, val or train
         loop: LoopConfig = config.loop
@@ -132,7 +134,7 @@ class FlowStage(Stage):
         logger.info("%d clips to train on (%d frames), %d to validate", *counts)
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        kept = set(self.flow.audio.parameters()) if self.flow.config.listener else set()
+        kept = set(self.flow.audio.parameters()) if self.flow.config.speech_encoder else set()
         return {"flow": [parameter for parameter in self.module.parameters() if parameter not in kept]}
 
     def dataset(self, split: str) -> Dataset[Any]:
@@ -152,7 +154,7 @@ class FlowStage(Stage):
 
     def loss(self, group: str, batch: Any, step: int) -> tuple[Tensor, dict[str, float | Tensor]]:
         sequences = collate(batch, self.flow.config.source)
-        audio = self.flow.listen(sequences.windows)
+        audio = self.flow.encode_speech(sequences.windows)
         nll = self.flow.negative_log_likelihood(sequences, audio).mean()
         total, logs = nll, {"nll": nll.detach()}
         if self.losses.consistency > 0:

@@ -12,9 +12,9 @@ from lightning_fabric import Fabric
 from torch import Tensor
 
 from flowvqtalker.motion.flow import PoseFlow, PoseFlowConfig, Sequences
-from flowvqtalker.speech.encoder import Listener
+from flowvqtalker.speech.encoder import SpeechEncoder
 from flowvqtalker.train.config import LoopConfig, check, to_dict
-from flowvqtalker.train.flow_stage import FlowStage, Hearing, Losses, load_listener, whole_clips
+from flowvqtalker.train.flow_stage import Features, FlowStage, Losses, load_speech_encoder, whole_clips
 from flowvqtalker.train.loop import Stage
 from flowvqtalker.train.sequences import Corpus, SequenceConfig, load_corpus
 
@@ -27,7 +27,7 @@ class Config:
 
     shards: tuple[Path, ...] = (Path("data/shard"),)
     """Folders of `python -m flowvqtalker.data.prepare`."""
-    hearing: Hearing = field(default_factory=Hearing)
+    features: Features = field(default_factory=Features)
     flow: PoseFlowConfig = field(default_factory=PoseFlowConfig)
     sequences: SequenceConfig = field(
         default_factory=lambda: SequenceConfig(frames=48, balanced=0.2, strength=0, shortest=25)
@@ -49,14 +49,16 @@ class PoseFlowStage(FlowStage):
 
     name = "poseflow"
 
-    def __init__(self, config: Config, train: Corpus, val: Corpus | None, listener: Listener | None = None) -> None:
+    def __init__(
+        self, config: Config, train: Corpus, val: Corpus | None, speech_encoder: SpeechEncoder | None = None
+    ) -> None:
         torch.manual_seed(config.loop.seed)
-        super().__init__(config, PoseFlow(config.flow, listener), train, val)
+        super().__init__(config, PoseFlow(config.flow, speech_encoder), train, val)
 
     def prepare(self, first: Sequences) -> None:
         """Radians and model units to numbers near one."""
         frames = np.concatenate([clip.frames for clip in self.train_corpus.clips])
-        self.flow.unit.copy_(torch.from_numpy(frames.std(0)).clamp_min(1e-4))
+        self.flow.data_std.copy_(torch.from_numpy(frames.std(0)).clamp_min(1e-4))
 
     def validate(self, fabric: Fabric) -> dict[str, float]:
         results = self.held_out()
@@ -89,10 +91,12 @@ def _motion(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 
 def build(config: Config) -> Stage:
     """The stage for a configuration; reads the shards."""
-    listener = None if config.hearing.listener is None else load_listener(config.hearing.listener)[0]
-    config = replace(config, flow=replace(config.flow, listener=listener is not None))
-    front = listener.config.front if listener else config.flow.audio.front
-    train, val = (
-        load_corpus(config.shards, split, config.sequences, pose=True, front=front) for split in ("train", "val")
+    speech_encoder = (
+        None if config.features.speech_encoder is None else load_speech_encoder(config.features.speech_encoder)[0]
     )
-    return PoseFlowStage(config, train, val, listener)
+    config = replace(config, flow=replace(config.flow, speech_encoder=speech_encoder is not None))
+    frontend = speech_encoder.config.frontend if speech_encoder else config.flow.audio.frontend
+    train, val = (
+        load_corpus(config.shards, split, config.sequences, pose=True, frontend=frontend) for split in ("train", "val")
+    )
+    return PoseFlowStage(config, train, val, speech_encoder)

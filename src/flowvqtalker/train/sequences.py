@@ -6,7 +6,7 @@ the lips), where the people share the items by the square root of how much there
 fill in what few clips show: a *graft* puts the lips of a speech clip on an emotional clip; a *transplant* then moves
 the emotion, as its difference to the person's neutral face, to the speaker's face; and a changed *strength* moves the
 mean expression of an emotional clip towards the person's neutral face or away from it. Where no neutral clip of a
-person is known, the neutral face is estimated (:mod:`flowvqtalker.train.resting`).
+person is known, the neutral face is estimated (:mod:`flowvqtalker.train.neutral_estimate`).
 """
 
 from __future__ import annotations
@@ -28,21 +28,19 @@ from flowvqtalker.data.order import item_generator
 from flowvqtalker.data.shards import Shard
 from flowvqtalker.errors import UserError
 from flowvqtalker.loading import fast_dtype
-from flowvqtalker.motion.context import AudioConfig, AudioEncoder
 from flowvqtalker.motion.flow import Sequences
-from flowvqtalker.speech.augment import wear
-from flowvqtalker.speech.encoder import Listener
-from flowvqtalker.speech.features import FRONTS, MELS, log_mel
-from flowvqtalker.speech.spectral_augment import vary, vary_fine
-from flowvqtalker.train.resting import resting_faces
+from flowvqtalker.speech.augment import degrade, spectral_augment
+from flowvqtalker.speech.encoder import AudioConfig, AudioEncoder, SpeechEncoder
+from flowvqtalker.speech.features import FRONTENDS, MELS, log_mel
+from flowvqtalker.train.neutral_estimate import estimate_neutral
 
-__all__ = ["Corpus", "MotionClip", "SequenceConfig", "SequenceDataset", "collate", "hear", "load_corpus"]
+__all__ = ["Corpus", "MotionClip", "SequenceConfig", "SequenceDataset", "collate", "encode_corpus", "load_corpus"]
 
 Floats = npt.NDArray[np.float32]
 
 NEUTRAL = EMOTIONS.index("neutral")
 #: Seed of what the speech is played through.
-_WORN = 7
+_DEGRADE_SEED = 7
 #: Classes without a marked emotion.
 CALM = (NEUTRAL, EMOTIONS.index("natural"))
 
@@ -58,15 +56,15 @@ class SequenceConfig:
     known: float = 0.7
     """Of these, the share of people whose neutral face is known too, where a class has both: only with them does the
     source tell the emotion from the face."""
-    mute: float = 0.15
+    audio_dropout: float = 0.15
     """Share of the items with speech whose speech is hidden, so that the "no audio" token knows every face."""
     no_source: float = 0.2
     """Share of the items whose source is hidden (zeros, the mean face), so that the emotion is not only read off it."""
     other_source: float = 0.7
     """Share of the items whose source is a frame of another clip of the same person, where there is one."""
-    graft: float = 0.5
+    retarget_lips: float = 0.5
     """Share of the emotional items that get the lips and the sound of a neutral clip with speech."""
-    transplant: float = 0.6
+    retarget_expression: float = 0.6
     """Share of the grafted items in which the emotion's difference to the person's neutral face moves to the speaker's
     face, and the source is the speaker's: a calm portrait that is to show an emotion, as in use."""
     estimate: bool = True
@@ -75,10 +73,10 @@ class SequenceConfig:
     """Share of the emotional items whose strength is changed; their class weights say to what (see motion.sampler)."""
     strongest: float = 1.6
     """Strengths are drawn evenly between 0 (neutral) and this."""
-    perturb: bool = True
+    augment: bool = True
     """Vary the speech's voice and room (train.voices)."""
-    worn: float = 0.5
-    """Share of the varied speech that is first played through a room, noise and a line (audio.wear)."""
+    degraded: float = 0.5
+    """Share of the varied speech that is first played through a room, noise and a line (audio.degrade)."""
     shortest: int = 12
     """Clips with fewer frames are left out."""
 
@@ -89,15 +87,15 @@ class MotionClip:
 
     Attributes:
         frames: (L, D) coefficients.
-        mel: (m, 80) log-mel of the front end ``front``, or None without sound.
+        mel: (m, 80) log-mel of the front end ``frontend``, or None without sound.
         emotion: class number.
         speech: whether the sound is this face's speech.
         identity: who it is.
         features: (copies, L, width) audio features of a frozen encoder, the first of the speech as it is and the others
             of varied voices; None: the encoder is trained and needs windows.
-        front: name of the front end (:data:`flowvqtalker.speech.features.FRONTS`).
-        worn: ``mel`` of the same speech through a room, noise and a line; None: not needed.
-        share: of the varied windows that are taken from ``worn``.
+        frontend: name of the front end (:data:`flowvqtalker.speech.features.FRONTENDS`).
+        degraded: ``mel`` of the same speech through a room, noise and a line; None: not needed.
+        share: of the varied windows that are taken from ``degraded``.
     """
 
     frames: Floats
@@ -106,23 +104,23 @@ class MotionClip:
     speech: bool
     identity: str
     features: npt.NDArray[np.float16] | None = None
-    front: str = "mel"
-    worn: npt.NDArray[np.float16] | None = None
+    frontend: str = "mel"
+    degraded: npt.NDArray[np.float16] | None = None
     share: float = 0.5
 
     def windows(self, index: npt.NDArray[np.int64], random: np.random.Generator | None = None) -> Floats:
         """Windows (n, 80, columns) of some frames, as :func:`flowvqtalker.speech.features.windows` gives them; with a
         generator, of another voice in another room."""
-        front = FRONTS[self.front]
+        frontend = FRONTENDS[self.frontend]
         if self.mel is None:
-            return np.full((len(index), MELS, front.columns), -4, np.float32)
-        first = np.array([front.first(int(i)) for i in index], np.int64)
-        columns = np.clip(first[:, None] + np.arange(front.columns), 0, len(self.mel) - 1)
+            return np.full((len(index), MELS, frontend.columns), -4, np.float32)
+        first = np.array([frontend.first(int(i)) for i in index], np.int64)
+        columns = np.clip(first[:, None] + np.arange(frontend.columns), 0, len(self.mel) - 1)
         begin, end = int(columns.min()), int(columns.max()) + 1
-        worn = self.worn is not None and random is not None and random.random() < self.share
-        mel = np.asarray((self.worn if worn and self.worn is not None else self.mel)[begin:end], np.float32)
+        degraded = self.degraded is not None and random is not None and random.random() < self.share
+        mel = np.asarray((self.degraded if degraded and self.degraded is not None else self.mel)[begin:end], np.float32)
         if random is not None:
-            mel = (vary if self.front == "mel" else vary_fine)(mel, random)
+            mel = spectral_augment(mel, random, self.frontend)
         return np.ascontiguousarray(mel[columns - begin].transpose(0, 2, 1))
 
 
@@ -160,7 +158,7 @@ class Corpus:
         self._estimated: dict[str, Floats] = {}
         if estimate and calm:
             alike = [NEUTRAL if clip.emotion in CALM else clip.emotion for clip in clips]
-            found = resting_faces(self.means, alike, [clip.identity for clip in clips])
+            found = estimate_neutral(self.means, alike, [clip.identity for clip in clips])
             strangers = {clip.identity for clip in clips} - self._neutral.keys()
             self._estimated = {who: found.face(who, NEUTRAL).astype(np.float32) for who in strangers}
         lengths = np.array([len(clip.frames) for clip in clips], np.float64)
@@ -245,7 +243,7 @@ def load_corpus(
     pose: bool = False,
     lips: Floats | None = None,
     gap: Floats | None = None,
-    front: str = "mel",
+    frontend: str = "mel",
 ) -> Corpus:
     """Read the clips of a split into memory (a hundred minutes take about 150 MB).
 
@@ -254,7 +252,7 @@ def load_corpus(
         split: "train" or "val".
         config: what clips are wanted.
         lips, gap: see :class:`Corpus`.
-        front: front end of the speech.
+        frontend: front end of the speech.
         pose: head pose relative to the clip's mean instead of expression; then clips without a known emotion count too.
     """
     clips = []
@@ -268,9 +266,11 @@ def load_corpus(
             frames = np.array(shard.pose[rows] if pose else shard.expression[rows], np.float32)
             speech = bool(shard.speech[number] and shard.sound[number])
             wave = shard.wave(int(number)) if speech else None
-            changed = config.perturb and config.worn > 0 and split == "train"
-            worn = wear(wave, item_generator(_WORN, int(number))) if wave is not None and changed else None
-            mel, other = (None if w is None else log_mel(w, front).astype(np.float16) for w in (wave, worn))
+            changed = config.augment and config.degraded > 0 and split == "train"
+            degraded = (
+                degrade(wave, item_generator(_DEGRADE_SEED, int(number))) if wave is not None and changed else None
+            )
+            mel, other = (None if w is None else log_mel(w, frontend).astype(np.float16) for w in (wave, degraded))
             clips.append(
                 MotionClip(
                     frames - frames.mean(0) if pose else frames,
@@ -278,15 +278,15 @@ def load_corpus(
                     max(emotion, 0),
                     speech,
                     str(shard.identity[number]),
-                    front=front,
-                    worn=other,
-                    share=config.worn,
+                    frontend=frontend,
+                    degraded=other,
+                    share=config.degraded,
                 )
             )
     return Corpus(clips, lips, gap, config.known, config.estimate and not pose)
 
 
-def hear(corpus: Corpus, encoder: AudioEncoder, copies: int = 1, seed: int = 0) -> None:
+def encode_corpus(corpus: Corpus, encoder: AudioEncoder, copies: int = 1, seed: int = 0) -> None:
     """Give every clip its audio features, so that an encoder that is not trained runs once and not in every step.
 
     Arguments:
@@ -295,7 +295,7 @@ def hear(corpus: Corpus, encoder: AudioEncoder, copies: int = 1, seed: int = 0) 
         copies: 1, or more for varied voices beside the speech as it is.
         seed: of the voices.
     """
-    if isinstance(encoder, Listener):
+    if isinstance(encoder, SpeechEncoder):
         encoder = copy.deepcopy(encoder).to(fast_dtype(torch.device("cpu")))  # as it will hear in use
     for number, clip in enumerate(corpus.clips):
         if not clip.speech:
@@ -304,7 +304,7 @@ def hear(corpus: Corpus, encoder: AudioEncoder, copies: int = 1, seed: int = 0) 
             continue
         index = np.arange(len(clip.frames))
         voices = [None, *(item_generator(seed, number * copies + other) for other in range(1, copies))]
-        found = [encoder.of_clip(torch.from_numpy(clip.windows(index, voice))) for voice in voices]
+        found = [encoder.encode_clip(torch.from_numpy(clip.windows(index, voice))) for voice in voices]
         corpus.clips[number] = replace(clip, features=torch.stack(found).numpy().astype(np.float16))
 
 
@@ -337,7 +337,7 @@ class SequenceDataset(Dataset[dict[str, Any]]):
         number = self.corpus.pick(random, self.config.balanced)
         emotional = not self.plain and self.corpus.clips[number].emotion not in CALM
         graft = emotional and self.corpus.lips is not None and self.corpus.speakers
-        speaker = self.corpus.pick_speaker(random) if graft and random.random() < self.config.graft else None
+        speaker = self.corpus.pick_speaker(random) if graft and random.random() < self.config.retarget_lips else None
         strength = 1.0
         if emotional and random.random() < self.config.strength:
             strength = float(random.uniform(0, self.config.strongest))
@@ -358,14 +358,14 @@ class SequenceDataset(Dataset[dict[str, Any]]):
             strength: of its emotion.
         """
         config = self.config
-        moved = speaker is not None and self.corpus.has_neutral(number) and random.random() < config.transplant
+        moved = speaker is not None and self.corpus.has_neutral(number) and random.random() < config.retarget_expression
         clip, weights = self._clip(number, random, speaker, strength, moved)
         total = self.history + config.frames
         frames = np.zeros((total, clip.frames.shape[1]), np.float32)
         before = min(start, self.history)
         part = clip.frames[start - before : start + config.frames]
         frames[self.history - before : self.history - before + len(part)] = part
-        changed = config.perturb and clip.speech and not self.plain
+        changed = config.augment and clip.speech and not self.plain
         if clip.features is not None:
             which = int(random.integers(len(clip.features))) if changed else 0
             where = np.clip(start + np.arange(config.frames), 0, clip.features.shape[1] - 1)
@@ -379,8 +379,8 @@ class SequenceDataset(Dataset[dict[str, Any]]):
             "frames": torch.from_numpy(frames),
             "windows": torch.from_numpy(windows),
             "emotion": torch.from_numpy(weights),
-            "heard": clip.speech,
-            "speech": clip.speech and (self.plain or random.random() >= config.mute),
+            "has_speech": clip.speech,
+            "speech": clip.speech and (self.plain or random.random() >= config.audio_dropout),
             "mean": torch.from_numpy(clip.frames.mean(0)),
             "source": torch.from_numpy(np.ascontiguousarray(source)),
             "mask": torch.arange(config.frames) < len(clip.frames) - start,

@@ -1,9 +1,9 @@
-"""Stage ``speech``: the listener, taught on its own what to listen for before a flow is trained on it (ours).
+"""Stage ``speech``: the speech encoder, taught on its own what to listen for before a flow is trained on it (ours).
 
 It starts from the first layers of Whisper (:mod:`flowvqtalker.speech.encoder`) and learns to reproduce the features of
 all its layers (distillation), to foretell the lips of the clips whose face was tracked, and, as further tasks, facial
 action units and an animator's mouth curves. Voices and rooms are varied: pitch and formants by the speech set itself,
-the rest by :func:`flowvqtalker.speech.spectral_augment.vary_fine`.
+the rest by :func:`flowvqtalker.speech.augment.spectral_augment`.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from flowvqtalker.data.speech_set import CURVES, TEACHER, UNITS, SpeechSet
 from flowvqtalker.data.teacher import read_variables
 from flowvqtalker.errors import UserError
 from flowvqtalker.face.model import EXPRESSION
-from flowvqtalker.speech.encoder import Listener, ListenerConfig
-from flowvqtalker.speech.features import FRONTS
-from flowvqtalker.speech.spectral_augment import vary_fine
+from flowvqtalker.speech.augment import spectral_augment
+from flowvqtalker.speech.encoder import SpeechEncoder, SpeechEncoderConfig
+from flowvqtalker.speech.features import FRONTENDS
 from flowvqtalker.train.config import LoopConfig, check, to_dict
-from flowvqtalker.train.flow_stage import load_listener
+from flowvqtalker.train.flow_stage import load_speech_encoder
 from flowvqtalker.train.loop import Stage
 
 __all__ = ["Config", "SpeechStage", "Tasks", "build"]
@@ -58,12 +58,12 @@ class Config:
     """Folder of Whisper base for CTranslate2, stored as float16, to start from; None starts from nothing."""
     start: Path | None = None
     """Weights of an earlier run of this stage to start from, instead."""
-    listener: ListenerConfig = field(default_factory=ListenerConfig)
+    speech_encoder: SpeechEncoderConfig = field(default_factory=SpeechEncoderConfig)
     frames: int = 64
     """Frames of an item."""
     lips_share: float = 0.6
     """Share of the items that are taken from recordings with tracked lips."""
-    vary: float = 0.8
+    augment: float = 0.8
     """Probability that an item's voice and room are varied."""
     weights: Weights = field(default_factory=Weights)
     loop: LoopConfig = field(
@@ -75,19 +75,19 @@ class Config:
             (len(self.sets) > 0, "no speech sets were given"),
             (self.frames > 0, f"frames must be positive, got {self.frames}"),
             (0 <= self.lips_share <= 1, f"lips_share must be in [0, 1], got {self.lips_share}"),
-            (0 <= self.vary <= 1, f"vary must be in [0, 1], got {self.vary}"),
+            (0 <= self.augment <= 1, f"augment must be in [0, 1], got {self.augment}"),
         )
 
 
 class Tasks(nn.Module):
-    """The listener with the heads of its tasks. ``voicing`` (to β) goes on to the flow."""
+    """The speech encoder with the heads of its tasks. ``lip_prior`` (to β) goes on to the flow."""
 
-    def __init__(self, config: ListenerConfig) -> None:
+    def __init__(self, config: SpeechEncoderConfig) -> None:
         super().__init__()
-        self.audio = Listener(config)
-        self.voicing = nn.Linear(config.width, EXPRESSION)
-        nn.init.zeros_(self.voicing.weight)
-        nn.init.zeros_(self.voicing.bias)
+        self.audio = SpeechEncoder(config)
+        self.lip_prior = nn.Linear(config.width, EXPRESSION)
+        nn.init.zeros_(self.lip_prior.weight)
+        nn.init.zeros_(self.lip_prior.bias)
         self.teacher = nn.Linear(config.width, TEACHER)
         self.units = nn.Linear(config.width, UNITS)
         self.curves = nn.Linear(config.width, CURVES)
@@ -96,7 +96,7 @@ class Tasks(nn.Module):
         """(B, lookback + T + lookahead, mels, columns) to (B, T, ·) for each task."""
         features = self.audio(windows)
         return {
-            "lips": self.voicing(features),
+            "lips": self.lip_prior(features),
             "teacher": self.teacher(features),
             "units": self.units(features),
             "curves": self.curves(features),
@@ -142,17 +142,17 @@ class _Items(Dataset[dict[str, Any]]):
 
     def item(self, which: int, number: int, start: int, frames: int, random: np.random.Generator) -> dict[str, Any]:
         """``frames`` frames of a recording from ``start`` on; targets are NaN where there are none."""
-        one, audio = self.sets[which], self.config.listener
+        one, audio = self.sets[which], self.config.speech_encoder
         length = int(one.length[number])
         first, columns = int(one.mel_start[number]), int(one.mel_length[number])
         index = np.clip(start + np.arange(-audio.lookback, frames + audio.lookahead), 0, length - 1)
-        front = FRONTS[audio.front]
-        starts = np.array([front.first(int(i)) for i in index])
-        low = np.clip(starts[:, None] + np.arange(front.columns), 0, columns - 1)
+        frontend = FRONTENDS[audio.frontend]
+        starts = np.array([frontend.first(int(i)) for i in index])
+        low = np.clip(starts[:, None] + np.arange(frontend.columns), 0, columns - 1)
         begin, end = int(low.min()), int(low.max()) + 1
         mel = np.asarray(one.mel[first + begin : first + end], np.float32)
-        if not self.plain and random.random() < self.config.vary:
-            mel = vary_fine(mel, random)
+        if not self.plain and random.random() < self.config.augment:
+            mel = spectral_augment(mel, random, audio.frontend)
         windows = np.ascontiguousarray(mel[low - begin].transpose(0, 2, 1))
         rows = slice(int(one.start[number]) + start, int(one.start[number]) + min(start + frames, length))
         result: dict[str, Any] = {"windows": torch.from_numpy(windows)}
@@ -179,21 +179,21 @@ class SpeechStage(Stage):
     def __init__(self, config: Config, sets: list[SpeechSet], lips: Tensor, gap: Tensor) -> None:
         torch.manual_seed(config.loop.seed)
         self.config, self.sets = config, sets
-        self.module = Tasks(config.listener)
+        self.module = Tasks(config.speech_encoder)
         if config.whisper is not None and config.start is None:
             self.module.audio.start_from_whisper(read_variables(config.whisper))
         if config.start is not None:
-            listener, voicing = load_listener(config.start)
-            self.module.audio.load_state_dict(listener.state_dict())
+            speech_encoder, lip_prior = load_speech_encoder(config.start)
+            self.module.audio.load_state_dict(speech_encoder.state_dict())
             self.module.audio.requires_grad_(True)
-            self.module.voicing.load_state_dict(voicing)
+            self.module.lip_prior.load_state_dict(lip_prior)
         self.lips, self.gap = lips, gap
         self.train_data = _Items(sets, "train", config, plain=False)
         self.val_data = _Items(sets, "val", config, plain=True)
         logger.info("%d recordings to train on, %d to validate", len(self.train_data.places), len(self.val_data.places))
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        return {"listener": list(self.module.parameters())}
+        return {"speech_encoder": list(self.module.parameters())}
 
     def dataset(self, split: str) -> Dataset[Any]:
         return self.train_data if split == "train" else self.val_data
@@ -219,7 +219,7 @@ class SpeechStage(Stage):
 
     def validate(self, fabric: Fabric) -> dict[str, float]:
         """Unexplained shares and the correlation of lip opening on whole held-out recordings, mean over people."""
-        listener: Any = self.module
+        speech_encoder: Any = self.module
         found: dict[str, list[float]] = {}
         people: dict[str, list[float]] = {}
         for which, number in self.val_data.places:
@@ -229,7 +229,7 @@ class SpeechStage(Stage):
             length = int(one.length[number])
             item = self.val_data.item(which, number, 0, length, item_generator(0, 0))
             batch = {key: value[None].to(fabric.device) for key, value in item.items()}
-            given = listener(batch["windows"])
+            given = speech_encoder(batch["windows"])
             for key, share in self._shares(given, batch).items():
                 found.setdefault(key, []).append(float(share))
             real = batch["lips"][0] @ self.gap.to(batch["lips"])
@@ -247,10 +247,10 @@ class SpeechStage(Stage):
         return results
 
     def export(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The listener and the map to β."""
-        kept = ("audio.", "voicing.")
+        """The speech encoder and the map to β."""
+        kept = ("audio.", "lip_prior.")
         state = {key: value for key, value in self.module.state_dict().items() if key.startswith(kept)}
-        return state, to_dict(self.config.listener)
+        return state, to_dict(self.config.speech_encoder)
 
 
 def build(config: Config) -> Stage:

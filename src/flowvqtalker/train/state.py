@@ -161,7 +161,7 @@ def _load_model(path: Path, module: nn.Module, ema: Ema, content: Mapping[str, A
     """Parameters that are not trained may be left out of a checkpoint if the module has the same ones already."""
     left_out = set(content.get("frozen", {}).get("names", ())) - set(content["model"])
     if left_out and content["frozen"] != frozen(module, ema):
-        raise UserError(f"checkpoint {path} was made with other frozen parts; give the same codebook or listener again")
+        raise UserError(f"checkpoint {path} was made with other frozen parts; give the same codebook or speech encoder")
     module.load_state_dict({name: module.get_parameter(name) for name in left_out} | content["model"])
 
 

@@ -22,8 +22,8 @@ from flowvqtalker.errors import UserError
 __all__ = [
     "FINISHED",
     "JUDGES",
-    "LISTENER",
     "NAMES",
+    "SPEECH_ENCODER",
     "TERMS",
     "Entry",
     "add",
@@ -44,8 +44,8 @@ NAMES = {
     "poseflow": "poseflow",
 }
 
-#: What the flows hear with, where they do not have an audio encoder of their own.
-LISTENER = {"listener": "speech"}
+#: The encoder of the speech that flows without an audio encoder of their own share.
+SPEECH_ENCODER = {"speech_encoder": "speech"}
 
 #: Networks that only `evaluate` needs, and the training stage that makes each.
 JUDGES = {
@@ -54,7 +54,7 @@ JUDGES = {
     "motion_emotion": "motion-emotion",
 }
 
-_STAGES = {**NAMES, **LISTENER, **JUDGES}
+_STAGES = {**NAMES, **SPEECH_ENCODER, **JUDGES}
 #: Stages that finish the weights of another one: their files hold both.
 FINISHED = {"vqig": "mouth"}
 
@@ -63,7 +63,7 @@ TERMS = "research and non-commercial use only; see docs/model_card.md"
 
 _MANIFEST = "manifest.json"
 #: Weights that would not fit the package's budget as float16.
-_QUANTISED = ("listener", "vqig")
+_QUANTISED = ("speech_encoder", "vqig")
 #: What the name of a quantised matrix's scales ends with, and from how many numbers on a matrix is quantised.
 _SCALE, _LARGE = ".scale", 2**16
 
@@ -115,9 +115,11 @@ def manifest(path: str | Path | None = None) -> dict[str, Entry]:
 
 
 def needed(path: str | Path | None = None) -> tuple[str, ...]:
-    """Names of what a folder must hold to animate portraits: the listener only if one of its flows hears with it."""
+    """Names of what a folder must hold to animate portraits: the speech encoder only if a flow uses it."""
     configs = (entry.config for entry in manifest(folder(path)).values())
-    return (*NAMES, *LISTENER) if any(config.get("listener") is True for config in configs) else tuple(NAMES)
+    return (
+        (*NAMES, *SPEECH_ENCODER) if any(config.get("speech_encoder") is True for config in configs) else tuple(NAMES)
+    )
 
 
 def load(name: str, path: str | Path | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -197,8 +199,8 @@ def add(
 ) -> Entry:
     """Put the weights of a training run into a folder of weights, as float16, and write their manifest entry.
 
-    The large matrices and convolutions of the listener and of the image generator are stored as int8 with a scale for
-    each row (output channel).
+    The large matrices and convolutions of the speech encoder and of the image generator are stored as int8 with a scale
+    for each row (output channel).
 
     Arguments:
         source: a run's folder (``weights.safetensors`` and ``config.json``), or a safetensors file. A tensor that

@@ -21,7 +21,7 @@ class Add:
     """Copy a run's weights into the package as fp16 and write their manifest entry."""
 
     name: Annotated[str, tyro.conf.Positional]
-    """face_model, codebook, vqig, expflow, poseflow, listener, or a judge: sync, emotion, motion_emotion."""
+    """face_model, codebook, vqig, expflow, poseflow, speech_encoder, or a judge: sync, emotion, motion_emotion."""
     run: Annotated[Path, tyro.conf.Positional]
     """Folder of a finished training run, or a safetensors file."""
     data: str = ""

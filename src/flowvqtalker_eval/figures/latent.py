@@ -162,7 +162,7 @@ def make(panels: Sequence[Panel], methods: Sequence[Method] = ("tsne", "pca")) -
 # ------------------------------------------------------------------------------------------------------------ latents
 
 
-def pick_clips(shard: Shard, split: str, count: int, shortest: int = 12, front: str = "mel") -> list[MotionClip]:
+def pick_clips(shard: Shard, split: str, count: int, shortest: int = 12, frontend: str = "mel") -> list[MotionClip]:
     """Up to ``count`` clips of every emotion of a split, spread over its people; their speech by a front end.
 
     Raises:
@@ -183,9 +183,9 @@ def pick_clips(shard: Shard, split: str, count: int, shortest: int = 12, front: 
         for _, number in sorted(order)[:count]:
             speech = bool(shard.speech[number] and shard.sound[number])
             rows = slice(shard.rows(number).start, min(shard.rows(number).stop, shard.rows(number).start + _LONGEST))
-            mel = log_mel(shard.wave(number), front).astype(np.float16) if speech else None
+            mel = log_mel(shard.wave(number), frontend).astype(np.float16) if speech else None
             frames = np.array(shard.expression[rows], np.float32)
-            clips.append(MotionClip(frames, mel, label, speech, str(shard.identity[number]), front=front))
+            clips.append(MotionClip(frames, mel, label, speech, str(shard.identity[number]), frontend=frontend))
     if not clips:
         raise UserError(f"{shard.path} has no clip with a known emotion in split {split!r}; choose train or val")
     return clips
@@ -217,8 +217,8 @@ def encode(flow: ExpFlow, clips: Sequence[MotionClip], frames: int = 150) -> tup
             numbers = list(range(start, min(start + 8, len(clips))))
             longest = max(len(clips[n].frames) for n in numbers)
             audio_batch = whole_clips(corpus, numbers, data, longest)
-            audio = flow.listen(audio_batch.windows)
-            batch = flow.unvoiced(audio_batch, audio)
+            audio = flow.encode_speech(audio_batch.windows)
+            batch = flow.residual(audio_batch, audio)
             targets = batch.frames[:, flow.config.history :][batch.mask]
             row = batch.mask.nonzero()[:, 0]
             likelihoods = []
@@ -294,6 +294,6 @@ class Latent:
         shard = Shard(self.shard)
         panels = []
         for name, flow in flows.items():
-            clips = pick_clips(shard, self.split, self.clips, front=flow.audio.config.front)
+            clips = pick_clips(shard, self.split, self.clips, frontend=flow.audio.config.frontend)
             panels.append(Panel(name or _KINDS[flow.config.latent], *encode(flow, clips, self.frames)))
         return panels

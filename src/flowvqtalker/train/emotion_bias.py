@@ -4,11 +4,11 @@ Most people of whom there is an emotional clip are not seen neutral, so that a s
 same time how it looks in that emotion. The flow learns to keep what the source shows, and drawn for a calm portrait an
 emotion comes out weak, or as the faces of the few people who showed it. So calm speakers of the training data are drawn
 in every emotion, and the mean difference to neutral that comes out is compared with the one that the training people
-show, with the people themselves taken out (:mod:`flowvqtalker.train.resting`). The rest is added in use, but for what
-of it parts the lips: a mouth that hangs open throughout would never close on a b, m or p, and bared teeth are taken for
-a laugh (by viewers; the classifier of motion takes them for anger).
+show, with the people themselves taken out (:mod:`flowvqtalker.train.neutral_estimate`). The rest is added in use, but
+for what of it parts the lips: a mouth that hangs open throughout would never close on a b, m or p, and bared teeth are
+taken for a laugh (by viewers; the classifier of motion takes them for anger).
 
-    python -m flowvqtalker.train.calibrate RUN SHARD [--listener RUN]        of a run that was exported without it
+    python -m flowvqtalker.train.emotion_bias RUN SHARD [--speech-encoder RUN]   (a run exported without)
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from safetensors.torch import load_file, save_file
 
 from flowvqtalker.motion.flow import ExpFlow
 from flowvqtalker.motion.sampler import SOURCE, TEMPERATURE
-from flowvqtalker.train.flow_stage import load_listener, whole_clips
-from flowvqtalker.train.resting import resting_faces
+from flowvqtalker.train.flow_stage import load_speech_encoder, whole_clips
+from flowvqtalker.train.neutral_estimate import estimate_neutral
 from flowvqtalker.train.sequences import CALM, NEUTRAL, Corpus, SequenceConfig, SequenceDataset, load_corpus
 
-__all__ = ["STRENGTH", "calibrate"]
+__all__ = ["STRENGTH", "fit_emotion_bias"]
 
 logger = logging.getLogger(__name__)
 
@@ -41,8 +41,8 @@ _SPEAKERS, _FRAMES, _FROM = 24, 60, 15
 
 
 @torch.no_grad()
-def calibrate(flow: ExpFlow, corpus: Corpus, data: SequenceDataset, strength: float = STRENGTH) -> None:
-    """Set the buffer ``shift`` of a flow in eval mode.
+def fit_emotion_bias(flow: ExpFlow, corpus: Corpus, data: SequenceDataset, strength: float = STRENGTH) -> None:
+    """Set the buffer ``emotion_bias`` of a flow in eval mode.
 
     Arguments:
         flow: trained on ``corpus``.
@@ -50,7 +50,7 @@ def calibrate(flow: ExpFlow, corpus: Corpus, data: SequenceDataset, strength: fl
         data: items of the corpus.
         strength: factor on the differences to neutral.
     """
-    flow.shift.zero_()
+    flow.emotion_bias.zero_()
     alike = [NEUTRAL if clip.emotion in CALM else clip.emotion for clip in corpus.clips]
     longest: dict[str, int] = {}
     for number, clip in enumerate(corpus.clips):
@@ -62,13 +62,13 @@ def calibrate(flow: ExpFlow, corpus: Corpus, data: SequenceDataset, strength: fl
     if not speakers or NEUTRAL not in alike:
         logger.warning("no calm speaker in the data: emotions are left as they are drawn")
         return
-    found = resting_faces(corpus.means, alike, [clip.identity for clip in corpus.clips]).emotions
-    device = flow.shift.device
+    found = estimate_neutral(corpus.means, alike, [clip.identity for clip in corpus.clips]).emotions
+    device = flow.emotion_bias.device
     batch = whole_clips(corpus, speakers, data, _FRAMES)
-    audio = flow.listen(batch.windows.to(device))
+    audio = flow.encode_speech(batch.windows.to(device))
     keep = batch.mask.to(device).clone()
     keep[:, :_FROM] = False
-    faces = SOURCE * torch.stack([torch.from_numpy(corpus.neutral(n)) for n in speakers]).to(flow.shift)
+    faces = SOURCE * torch.stack([torch.from_numpy(corpus.neutral(n)) for n in speakers]).to(flow.emotion_bias)
     source = faces if flow.config.source else None
 
     def drawn(label: int) -> torch.Tensor:
@@ -78,29 +78,31 @@ def calibrate(flow: ExpFlow, corpus: Corpus, data: SequenceDataset, strength: fl
 
     calm = drawn(NEUTRAL)
     for label in found.keys() - {NEUTRAL}:
-        wanted = strength * torch.from_numpy(found[label] - found[NEUTRAL]).to(flow.shift)
-        flow.shift[label] = wanted - (drawn(label) - calm)
+        wanted = strength * torch.from_numpy(found[label] - found[NEUTRAL]).to(flow.emotion_bias)
+        flow.emotion_bias[label] = wanted - (drawn(label) - calm)
     if flow.opening.any():
         opening = flow.opening / flow.opening.norm()
-        flow.shift.sub_((flow.shift @ opening)[:, None] * opening)
+        flow.emotion_bias.sub_((flow.emotion_bias @ opening)[:, None] * opening)
 
 
 def main() -> None:
-    """Calibrate a run in place."""
+    """Fit the bias of a run in place."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
     parser.add_argument("shard", type=Path)
-    parser.add_argument("--listener", type=Path)
+    parser.add_argument("--speech-encoder", type=Path)
     parser.add_argument("--strength", type=float, default=STRENGTH)
     options = parser.parse_args()
     file = options.run / "weights.safetensors"
     state, about = load_file(str(file)), json.loads((options.run / "config.json").read_text(encoding="utf-8"))
-    listener = None if options.listener is None else load_listener(options.listener)[0]
+    speech_encoder = None if options.speech_encoder is None else load_speech_encoder(options.speech_encoder)[0]
     floats = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
-    flow = ExpFlow.load(floats, about["config"], listener)
-    config = dataclasses.replace(SequenceConfig(), worn=0.0)
-    corpus = load_corpus([options.shard], "train", config, front=flow.audio.config.front)
-    calibrate(flow, corpus, SequenceDataset(corpus, config, flow.audio.config, flow.config.history), options.strength)
+    flow = ExpFlow.load(floats, about["config"], speech_encoder)
+    config = dataclasses.replace(SequenceConfig(), degraded=0.0)
+    corpus = load_corpus([options.shard], "train", config, frontend=flow.audio.config.frontend)
+    fit_emotion_bias(
+        flow, corpus, SequenceDataset(corpus, config, flow.audio.config, flow.config.history), options.strength
+    )
     state.update({key: value.half() for key, value in flow.own_state().items() if key in flow.optional})
     temporary = file.with_suffix(".part")
     save_file(state, str(temporary))

@@ -24,13 +24,13 @@ import numpy.typing as npt
 
 from flowvqtalker.errors import UserError
 
-__all__ = ["Resting", "resting_faces"]
+__all__ = ["NeutralEstimate", "estimate_neutral"]
 
 Array = npt.NDArray[np.floating[Any]]
 
 
 @dataclass(frozen=True)
-class Resting:
+class NeutralEstimate:
     """What the mixed model found.
 
     Attributes:
@@ -52,7 +52,9 @@ class Resting:
         return result
 
 
-def resting_faces(means: Array, emotions: Sequence[int], identities: Sequence[str], rounds: int = 50) -> Resting:
+def estimate_neutral(
+    means: Array, emotions: Sequence[int], identities: Sequence[str], rounds: int = 50
+) -> NeutralEstimate:
     """Fit the mixed model by expectation and maximisation.
 
     Arguments:
@@ -86,7 +88,7 @@ def resting_faces(means: Array, emotions: Sequence[int], identities: Sequence[st
         residual = x - classes @ effect - people[who]
         person = np.maximum((people**2 + spread).mean(0), least)
         rest = np.maximum((residual**2 + spread[who]).mean(0), least)
-    return Resting(
+    return NeutralEstimate(
         {int(one): effect[i] for i, one in enumerate(labels)},
         {str(name): people[i] for i, name in enumerate(names)},
         person,
