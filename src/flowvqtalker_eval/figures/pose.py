@@ -233,7 +233,7 @@ class Pose:
     def figure(self) -> Figure:
         """The figure, not yet written."""
         from flowvqtalker.io import audio as decode
-        from flowvqtalker.motion.emotion_track import parse_emotion
+        from flowvqtalker.motion.emotion import parse_emotion
         from flowvqtalker.pipeline import Talker
 
         style.check_figure(self.output)
