@@ -12,15 +12,15 @@ import pytest
 from flowvqtalker.errors import MissingDependency
 from flowvqtalker.io.media import VideoWriter
 from flowvqtalker_eval.metrics.analysis import Analysis
-from flowvqtalker_eval.tables.measures import Both, Options, all_measures, pair_frames
-from flowvqtalker_eval.tables.measures.picture import compare_frames
+from flowvqtalker_eval.tables.measures import ClipPair, Options, all_measures, pair_frames
+from flowvqtalker_eval.tables.measures.image import compare_frames
 from flowvqtalker_eval.tables.pairs import Pair
 
 MEASURES = {measure.name: measure for measure in all_measures(Options())}
 T = 40
 
 
-def both(real: dict, made: dict | None, *, emotion=None, seed=None, name="a") -> Both:
+def both(real: dict, made: dict | None, *, emotion=None, seed=None, name="a") -> ClipPair:
     """A pair of analyses with these arrays; None for the real clip beside itself."""
     lengths = [len(next(iter(arrays.values()))) for arrays in (real, made or real)]
     paths = Path("real.mp4"), Path("real.mp4" if made is None else f"made{seed}.mp4")
@@ -28,7 +28,7 @@ def both(real: dict, made: dict | None, *, emotion=None, seed=None, name="a") ->
         Analysis(p, n, (64, 64), 25.0, a, {}) for p, n, a in zip(paths, lengths, (real, made or real), strict=True)
     ]
     pair = Pair(name, paths[1], paths[0], emotion, None, seed)
-    return Both(pair, found[1], found[0], *pair_frames(lengths[1], lengths[0]))
+    return ClipPair(pair, found[1], found[0], *pair_frames(lengths[1], lengths[0]))
 
 
 @pytest.fixture
@@ -164,7 +164,7 @@ def test_frames_as_they_are(tmp_path, random):
     assert compare_frames(real, tmp_path / "short.mp4") == {}
     native = {measure.name: measure for measure in all_measures(Options(protocol="native"))}
     assert native["ssim"].compare is compare_frames and native["ssim"].extractors() == []
-    assert native["frechet-mobilenet"].array == "mobilenet512"
+    assert native["frechet-mobilenet"].start().array == "mobilenet512"
 
 
 def test_portrait_that_is_named(tmp_path, random, astronaut):

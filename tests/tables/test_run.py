@@ -16,9 +16,8 @@ from flowvqtalker.cli import main
 from flowvqtalker.data.splits import HDTF_TEST, MEAD_TEST, split_of
 from flowvqtalker.errors import UserError
 from flowvqtalker.io.media import VideoWriter, probe, read_video
-from flowvqtalker_eval.tables import run as runner
-from flowvqtalker_eval.tables.methods import METHODS, Output
-from flowvqtalker_eval.tables.run import Run, Task, plan
+from flowvqtalker_eval.tables.plan import METHODS, Output, Task, plan
+from flowvqtalker_eval.tables.run import Run, make_all
 from flowvqtalker_eval.tables.splits import BUILTIN, Item, load_split
 from tests.conftest import babble, write_wav
 
@@ -84,7 +83,7 @@ def test_shared_split_holds_out_people(tmp_path):
     assert {row["emotion"] for row in rows} <= set(EMOTIONS)
     touch(tmp_path / "clips", *(row["clip"] for row in rows))
     items = load_split("shared-val", tmp_path)
-    assert len(items) == len(rows) and sum(not item.voiced for item in items) == 3
+    assert len(items) == len(rows) and sum(not item.has_speech for item in items) == 3
     (tmp_path / "clips" / rows[0]["clip"]).unlink()
     with pytest.raises(UserError, match=r"lacks files of shared-val\.csv: GRID"):
         load_split("shared-val", tmp_path)
@@ -95,7 +94,7 @@ def test_split_of_a_table(tmp_path):
     table = tmp_path / "split.csv"
     table.write_text("clip,name,emotion,speech,voiced,seconds\na.mp4,one,happy,,no,\nb.mp4,,,b.wav,,2.5\n")
     one, two = load_split(str(table), None)
-    assert (one.name, one.emotion, one.voiced, one.seconds) == ("one", "happy", False, None)
+    assert (one.name, one.emotion, one.has_speech, one.seconds) == ("one", "happy", False, None)
     assert (two.name, two.emotion, two.speech, two.seconds) == ("b", None, tmp_path / "b.wav", 2.5)
 
 
@@ -106,8 +105,8 @@ def test_split_of_a_table(tmp_path):
         ("clip,seconds\na.mp4,soon\n", "seconds must be a number"),
         ("clip,name\na.mp4,x\na.mp4,x\n", "give each row its own name"),
         ("clip,name\na.mp4,../x\n", "cannot name a file"),
-        ("file\na.mp4\n", "needs the column clip"),
-        ("", "needs the column clip"),
+        ("file\na.mp4\n", "it needs clip"),
+        ("", "it needs clip"),
         ("clip\nnone.mp4\n", "lacks files"),
     ],
 )
@@ -131,7 +130,7 @@ def test_unknown_split_and_missing_data(tmp_path):
 
 
 def test_plan_skips_what_is_there(tmp_path):
-    items = [Item("a", Path("a.mp4")), Item("b", Path("b.mp4"), voiced=False)]
+    items = [Item("a", Path("a.mp4")), Item("b", Path("b.mp4"), has_speech=False)]
     tasks = plan(items, tmp_path, ("animate", "copy"), seeds=2)
     assert [[str(o.path.relative_to(tmp_path)) for o in task.outputs] for task in tasks] == [
         ["animate/a#seed0.mp4", "animate/a#seed1.mp4", "copy/a.mp4"],
@@ -171,7 +170,7 @@ def three(tmp_path, monkeypatch, tiny_weights):
 
     def run(behaviour, **options):
         fake = Fake(tmp_path / "out", behaviour)
-        monkeypatch.setattr(runner._Options, "animator", lambda self, number=0: fake)
+        monkeypatch.setattr(Run, "animator", lambda self, number=0: fake)
         settings = {"method": ("copy",), "table": False, "weights": tiny_weights, **options}
         try:
             Run(split=str(tmp_path / "split.csv"), output=tmp_path / "out", **settings).run()
@@ -224,30 +223,34 @@ def test_bad_options(three, options, message):
         three({}, **options)
 
 
-def test_names_of_methods_agree():
-    assert tuple(METHODS) == runner._NAMES
+WORKER = """
+import os
+from pathlib import Path
+
+class Worker:
+    def make(self, item, outputs):
+        if item.name == "c":
+            os._exit(1)
+        for output in outputs:
+            Path(output.path).touch()
+        return {}
+
+def animator(number):
+    return Worker()
+"""
 
 
 def test_a_process_that_dies_costs_its_own_task_alone(monkeypatch, tmp_path):
-    tasks = [Task(Item(name, Path(name)), (Output("copy", 0, tmp_path / name),)) for name in "abcdefgh"]
-    pools = []
+    (tmp_path / "crashing_worker.py").write_text(WORKER)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    import crashing_worker
 
-    def pool(given, options, jobs, report):
-        """The task "c" kills its process; whatever had not come back is lost with it."""
-        pools.append(("".join(task.item.name for task in given), jobs))
-        names = [task.item.name for task in given]
-        stop = names.index("c") if "c" in names else len(names)
-        for _ in names[:stop]:
-            report([])
-        return list(given[stop:])
-
-    monkeypatch.setattr(runner, "_pool", pool)
-    monkeypatch.setattr(runner._Options, "animator", lambda self, number=0: None)
-    reports = []
-    runner._in_processes(tasks, runner._Options(tmp_path, None, "cpu", None, None, 2), 2, reports.append)
-    assert pools == [("abcdefgh", 2), ("c", 1), ("d", 1), ("e", 1), ("fgh", 2)]
-    failures = [failure for report in reports for failure in report]
-    assert [(name, method) for name, method, _, _ in failures] == [("c", "copy")] and len(reports) == len(tasks)
+    tasks = [Task(Item(name, Path(name)), (Output("copy", 0, tmp_path / name),)) for name in "abcdef"]
+    assert make_all(tasks, crashing_worker.animator, tmp_path / "errors.csv", jobs=2) == 1
+    assert sorted(path.name for path in tmp_path.glob("?")) == ["a", "b", "d", "e", "f"]
+    with open(tmp_path / "errors.csv", newline="") as stream:
+        (row,) = csv.DictReader(stream)
+    assert row["name"] == "c" and "its process died" in row["error"]
 
 
 # ------------------------------------------------------------------------------------------------------------ for real

@@ -127,14 +127,17 @@ class LevelMeasure(Measure):
     def settings(self):
         return {"unit": "levels"}
 
-    def pair(self, both):
-        real, made = both.paired("level")
+    def __init__(self):
+        super().__init__(Options())
+
+    def pair(self, clips):
+        real, made = clips.paired("level")
         if made.max() < 5:
             return {"difference": float("nan")}
         return {"difference": float(np.abs(real - made).mean()), "level": float(made.mean())}
 
 
-class Absent(Measure):
+class Absent(LevelMeasure):
     name = "absent"
     columns = (Column("absent", "Absent"),)
 
@@ -357,7 +360,7 @@ def test_what_cannot_be_had_is_left_out_or_required(folders):
     assert "left out: absent (the package nothing is not installed)" in table.notes
     with pytest.raises(MissingDependency, match="nothing is not installed"):
         measure(methods(folders, "near"), Options(jobs=1, require=("absent",)), measures=both)
-    with pytest.raises(UserError, match="no metric can be had"):
+    with pytest.raises(UserError, match="no metric is available"):
         measure(methods(folders, "near"), Options(jobs=1), measures=[Absent()])
 
 
@@ -373,11 +376,11 @@ def test_bad_options(folders):
     with pytest.raises(UserError, match="two rows are called near"):
         measure([*rows, *rows], Options(), measures=[LevelMeasure()])
     with pytest.raises(UserError, match="unknown metric psmr; choose from ssim"):
-        all_measures(Options(only=("psmr",)))
+        all_measures(Options(metrics=("psmr",)))
 
 
 def test_only_the_metrics_that_were_asked_for():
-    assert [m.name for m in all_measures(Options(only=("cpbd",), require=("lve",)))] == ["cpbd", "lve"]
+    assert [m.name for m in all_measures(Options(metrics=("cpbd",), require=("lve",)))] == ["cpbd", "lve"]
     everything = all_measures(Options())
     assert len({m.name for m in everything}) == len(everything)
     keys = [column.key for m in everything for column in m.columns]
@@ -456,23 +459,15 @@ def test_command_without_a_face(folders, capsys):
 @pytest.mark.parametrize(
     "line, message",
     [
-        (["evaluate", "nothing"], "choose one of table1"),
         (["evaluate", "table1"], "no method was given"),
         (["evaluate", "table1", "--method", "x"], "NAME=FOLDER"),
         (["evaluate", "table1", "--method", "x=here"], "needs --real"),
-        (["evaluate"], "evaluate --help"),
     ],
 )
 def test_command_errors(line, message, capsys):
     assert main(line) == 2
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error
-
-
-def test_help_lists_the_commands(capsys):
-    assert main(["evaluate", "--help"]) == 0
-    printed = capsys.readouterr().out
-    assert all(name in printed for name in ("table1", "run", "grid", "pose", "latent", "ablation", "study"))
 
 
 def test_pair_of_the_real_video_with_itself(folders):

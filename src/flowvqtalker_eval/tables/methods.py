@@ -1,62 +1,43 @@
-"""The videos that a benchmark compares: ours, and what ours must beat."""
+"""Make the videos that a benchmark compares: ours, and the baselines that ours must beat."""
 
 from __future__ import annotations
 
 import tempfile
-import wave
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from functools import cache, cached_property
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from scipy.io import wavfile
 from torch import Tensor
 
+from flowvqtalker.constants import FPS, SAMPLE_RATE
 from flowvqtalker.errors import UserError
 from flowvqtalker.face.fit import fit
-from flowvqtalker.face.portrait import Portrait, find_portrait, track_landmarks
-from flowvqtalker.io.audio import load as load_sound
+from flowvqtalker.face.portrait import find_portrait, track_landmarks
+from flowvqtalker.io.audio import load as load_audio
 from flowvqtalker.io.coefficients import write_whole
-from flowvqtalker.io.media import FPS, Picture, VideoWriter, read_image, read_video
+from flowvqtalker.io.media import Picture, VideoWriter, read_image, read_video
 from flowvqtalker.loading import choose_device, choose_dtype, fast_dtype, load_face_model, load_flows, load_generator
 from flowvqtalker.pipeline import Block, Talker, write_video
 from flowvqtalker.render.renderer import Renderer
 from flowvqtalker.render.vqig import VQIG
 from flowvqtalker_eval.metrics.analysis import read_wave
+from flowvqtalker_eval.tables.plan import METHODS, Output
 from flowvqtalker_eval.tables.splits import Item
 
-__all__ = ["METHODS", "Animator", "Output"]
+__all__ = ["Animator"]
 
-#: What can be made of each clip, by name on the command line.
-METHODS = {
-    "animate": "the portrait driven by the clip's speech and emotion",
-    "reenact": "the portrait driven by the clip's own tracked expression and pose",
-    "copy": "the portrait, repeated",
-    "warp": "I_w alone: the portrait warped to the tracked expression and pose",
-    "codebook": "each real frame through E_h, C and D_h",
-}
-
-_RATE = 16_000
-_SAMPLES = _RATE // FPS
-# Of the real videos: the metrics shall see the clip, not our encoder.
-_REAL_CRF = 10
-_REAL_PRESET = "medium"
+# Real videos are encoded almost without loss: the metrics shall see the clip, not our encoder.
+_REAL_CRF, _REAL_PRESET = 10, "medium"
 _BATCH = 4
 
 
-@dataclass(frozen=True)
-class Output:
-    """One video to make: by which method, with which seed (of ``animate``), where."""
-
-    method: str
-    seed: int
-    path: Path
-
-
 class _WarpRenderer(Renderer):
-    """Gives I_w in place of the generated frame."""
+    """Renders I_w in place of the generated frame."""
 
     @torch.inference_mode()
     def _batch(self, motion: Tensor) -> npt.NDArray[np.uint8]:
@@ -74,17 +55,17 @@ class _WarpRenderer(Renderer):
 def _pixels(images: Tensor) -> npt.NDArray[np.uint8]:
     """(B, 3, H, W) in [-1, 1] to (B, H, W, 3) uint8."""
     values = images.float().clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
-    pictures: npt.NDArray[np.uint8] = values.permute(0, 2, 3, 1).contiguous().cpu().numpy()
-    return pictures
+    pixels: npt.NDArray[np.uint8] = values.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+    return pixels
 
 
 class Animator:
-    """Makes the videos of one item after the other; loads what its methods need when it is first needed.
+    """Makes the videos of one item after the other; loads a network when it is first needed.
 
     Arguments:
-        folder: of the run: ``real/`` and ``portraits/`` are filled besides the outputs.
+        folder: of the run; ``real/`` and ``portraits/`` are filled besides the outputs.
         weights: folder of weights; None are those of the package.
-        device, dtype: see :meth:`flowvqtalker.pipeline.Talker.load`.
+        device, dtype: see :meth:`flowvqtalker.pipeline.Talker.from_pretrained`.
         seconds: at most so much of each clip; None is all.
     """
 
@@ -97,104 +78,92 @@ class Animator:
         seconds: float | None = None,
     ) -> None:
         self.folder, self.weights, self.seconds = folder, weights, seconds
-        self.device, self.dtype = choose_device(device), choose_dtype(dtype)
+        self.device = choose_device(device)
+        self._dtype = choose_dtype(dtype)
         self.face = load_face_model(weights)
-        self._generator: VQIG | None = None
-        self._talkers: dict[bool, Talker] = {}
+        self._talker = cache(self._load_talker)
 
-    @property
+    @cached_property
     def generator(self) -> VQIG:
         """VQIG with its codebook."""
-        if self._generator is None:
-            self._generator = load_generator(self.weights)
-        return self._generator
+        return load_generator(self.weights)
 
-    def _talker(self, motion: bool) -> Talker:
+    def _load_talker(self, motion: bool) -> Talker:
         """With the flows or without."""
-        if motion not in self._talkers:
-            expflow = poseflow = bank = None
-            if motion:
-                expflow, poseflow, bank = load_flows(self.weights)
-            self._talkers[motion] = Talker(
-                self.face, expflow, poseflow, bank, self.generator, device=self.device, dtype=self.dtype
-            )
-        return self._talkers[motion]
-
-    # -------------------------------------------------------------------------------------------------------- one item
+        expflow, poseflow, bank = load_flows(self.weights) if motion else (None, None, None)
+        return Talker(self.face, expflow, poseflow, bank, self.generator, device=self.device, dtype=self._dtype)
 
     def make(self, item: Item, outputs: Iterable[Output]) -> dict[Output | None, str]:
-        """Make the real video, if it is not there, and the outputs of one item.
+        """Make the outputs of one item, and its real video and portrait if they are missing.
 
         Returns:
-            what went wrong, by output; None is the item as a whole.
+            errors by output; None stands for the item as a whole.
         """
         errors: dict[Output | None, str] = {}
         with tempfile.TemporaryDirectory(prefix="flowvqtalker-") as place:
             try:
-                prepared = _Prepared(self, item, Path(place))
+                clip = _Clip(self, item, Path(place))
             except Exception as error:  # a broken item must not end a run of thousands
                 return {None: _reason(error)}
             for output in outputs:
                 try:
                     output.path.parent.mkdir(parents=True, exist_ok=True)
-                    self._make(prepared, output)
+                    self._make(clip, output)
                 except Exception as error:
                     errors[output] = _reason(error)
         return errors
 
-    def _make(self, item: _Prepared, output: Output) -> None:
+    def _make(self, clip: _Clip, output: Output) -> None:
         if output.method == "animate":
-            if item.sound is None:
-                raise UserError(f"{item.item.clip} has no speech to animate with")
-            self._talker(motion=True).animate(
-                item.portrait, item.sound, output.path, emotion=item.item.emotion, seed=output.seed
-            )
+            if clip.speech is None:
+                raise UserError(f"{clip.item.clip} has no speech to animate with")
+            emotion = clip.item.emotion
+            self._talker(True).animate(clip.portrait, clip.speech, output.path, emotion=emotion, seed=output.seed)
             return
         frames: Iterator[Picture]
         if output.method == "copy":
-            frames = (item.portrait.image for _ in range(item.frames))
+            frames = (clip.portrait.image for _ in range(clip.frames))
         elif output.method == "reenact":
-            frames = self._talker(motion=False).render(item.portrait, [item.motion()])
+            frames = self._talker(False).render(clip.portrait, [clip.motion()])
         elif output.method == "warp":
-            frames = self._warped(item)
+            frames = self._warped(clip)
         elif output.method == "codebook":
-            frames = self._rebuilt(item)
+            frames = self._reconstructed(clip)
         else:
             raise UserError(f"unknown method {output.method!r}; choose one of {', '.join(METHODS)}")
-        write_video(frames, output.path, item.sound, item.frames)
+        write_video(frames, output.path, clip.speech, clip.frames)
 
-    def _warped(self, item: _Prepared) -> Iterator[Picture]:
-        portrait = item.portrait
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type that was chosen, or the fastest on the device."""
+        return self._dtype or fast_dtype(self.device)
+
+    def _warped(self, clip: _Clip) -> Iterator[Picture]:
+        source = clip.portrait
         renderer = _WarpRenderer(
-            self.generator,
-            self.face,
-            portrait.image,
-            portrait.identity,
-            portrait.expression,
-            portrait.pose,
-            device=self.device,
-            dtype=self.dtype or fast_dtype(self.device),
-        )
-        return renderer.render([item.motion()])
+            self.generator, self.face, source.image, source.identity, source.expression, source.pose,
+            device=self.device, dtype=self.dtype,
+        )  # fmt: skip
+        return renderer.render([clip.motion()])
 
-    def _rebuilt(self, item: _Prepared) -> Iterator[Picture]:
+    def _reconstructed(self, clip: _Clip) -> Iterator[Picture]:
         autoencoder = self.generator.to(self.device).eval().autoencoder
-        dtype = self.dtype or fast_dtype(self.device)
-        crops = item.crops()
+        crops = clip.crops()
         while batch := list(islice(crops, _BATCH)):
             images = torch.from_numpy(np.stack(batch)).to(self.device).permute(0, 3, 1, 2).float().div(127.5).sub(1)
-            with torch.inference_mode(), torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
-                rebuilt, _ = autoencoder(images.contiguous(memory_format=torch.channels_last))
-            yield from _pixels(rebuilt)
+            autocast = torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+            with torch.inference_mode(), autocast:
+                reconstructed, _ = autoencoder(images.contiguous(memory_format=torch.channels_last))
+            yield from _pixels(reconstructed)
 
 
-class _Prepared:
-    """An item with its portrait, its sound cut to its frames, and its real video written.
+class _Clip:
+    """An item with its portrait, its speech cut to its frames, and its real video written.
 
     Attributes:
-        item, portrait: as they are named.
+        item, portrait: what is animated.
         frames: number of frames at 25 fps.
-        sound: 16 kHz WAV of 640 samples a frame; None where the clip has no speech.
+        speech: 16 kHz WAV file of 640 samples per frame; None if the clip has no speech.
     """
 
     def __init__(self, animator: Animator, item: Item, place: Path) -> None:
@@ -202,60 +171,51 @@ class _Prepared:
         limits = [s for s in (item.seconds, animator.seconds) if s is not None]
         self.limit = max(1, round(min(limits) * FPS)) if limits else None
         first = next(read_video(item.clip))
-        self.portrait: Portrait = find_portrait(
-            self.face, first if item.portrait is None else read_image(item.portrait), face=0
-        )
-        # A given portrait is another picture: the real clip gets the crop of its own first frame.
+        self.portrait = find_portrait(self.face, first if item.portrait is None else read_image(item.portrait), face=0)
+        # A given portrait is another image: the real clip gets the crop of its own first frame.
         self.crop = self.portrait.crop if item.portrait is None else find_portrait(self.face, first, face=0).crop
-        self.frames = sum(1 for _ in self._clip())
-        self.sound = self._write_sound(place)
+        self.frames = sum(1 for _ in self._read())
+        self.speech = self._write_speech(place / "speech.wav")
         real = animator.folder / "real" / f"{item.name}.mp4"
         if not real.exists():
             real.parent.mkdir(parents=True, exist_ok=True)
-            with VideoWriter(real, self.sound, crf=_REAL_CRF, preset=_REAL_PRESET) as writer:
+            with VideoWriter(real, self.speech, crf=_REAL_CRF, preset=_REAL_PRESET) as writer:
                 for frame in self.crops():
                     writer.write(frame)
-        picture = animator.folder / "portraits" / f"{item.name}.png"
-        if not picture.exists():
+        image = animator.folder / "portraits" / f"{item.name}.png"
+        if not image.exists():
             from PIL import Image
 
-            picture.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(picture, lambda path: Image.fromarray(self.portrait.image).save(path, format="PNG"))
+            image.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(image, lambda path: Image.fromarray(self.portrait.image).save(path, format="PNG"))
 
-    def _clip(self) -> Iterator[Picture]:
+    def _read(self) -> Iterator[Picture]:
         return islice(read_video(self.item.clip), self.limit)
 
     def crops(self) -> Iterator[Picture]:
         """The real frames (512, 512, 3), cut like the portrait."""
-        return map(self.crop.apply, self._clip())
+        return map(self.crop.apply, self._read())
 
     def motion(self) -> Block:
-        """Expression (T, 64) and pose (T, 6) of the real clip in the portrait's crop and of its identity."""
+        """Expression (T, 64) and pose (T, 6) of the real clip, in the portrait's crop and of its identity."""
         landmarks, _ = track_landmarks(self.item.clip, limit=self.limit)
         found = fit(self.face, self.crop.points(landmarks), identity=self.portrait.identity.cpu().numpy(), smooth=True)
         return torch.from_numpy(found.expression[: self.frames]), torch.from_numpy(found.pose[: self.frames])
 
-    def _write_sound(self, place: Path) -> Path | None:
-        if not self.item.voiced:
+    def _write_speech(self, path: Path) -> Path | None:
+        if not self.item.has_speech:
             return None
-        if self.item.speech is not None:
-            samples: npt.NDArray[np.float32] | None = load_sound(self.item.speech)
-        else:
-            samples = read_wave(self.item.clip, self.frames)
+        given = self.item.speech
+        samples = read_wave(self.item.clip, self.frames) if given is None else load_audio(given)
         if samples is None:
             return None
-        whole = np.zeros(self.frames * _SAMPLES, np.float32)
-        whole[: len(samples)] = samples[: len(whole)]
-        path = place / "speech.wav"
-        with wave.open(str(path), "wb") as file:
-            file.setnchannels(1)
-            file.setsampwidth(2)
-            file.setframerate(_RATE)
-            file.writeframes((np.clip(whole, -1, 1) * 32767).round().astype("<i2").tobytes())
+        padded = np.zeros(self.frames * SAMPLE_RATE // FPS, np.float32)
+        padded[: len(samples)] = samples[: len(padded)]
+        wavfile.write(path, SAMPLE_RATE, (np.clip(padded, -1, 1) * 32767).round().astype(np.int16))
         return path
 
 
 def _reason(error: Exception) -> str:
-    """One line about an error."""
+    """An error in one line."""
     text = " ".join(str(error).split()) or "no message"
     return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"

@@ -1,8 +1,7 @@
-"""Which generated video belongs to which real one: two folders, or a table."""
+"""Which generated video belongs to which real one: by name in two folders, or by a table."""
 
 from __future__ import annotations
 
-import csv
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -12,39 +11,40 @@ from flowvqtalker.constants import EMOTIONS
 from flowvqtalker.errors import UserError
 
 __all__ = [
+    "VIDEO_SUFFIXES",
     "Method",
     "Pair",
     "common",
     "emotion_of",
+    "listed",
     "read_folders",
     "read_labels",
     "read_method",
+    "read_rows",
     "read_table",
-    "videos",
 ]
 
-_VIDEOS = (".mp4", ".m4v", ".mov", ".mkv", ".avi", ".webm")
+VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".avi", ".webm", ".mpg")
+
 _SEED = re.compile(r"(?:#|_)seed_?(\d+)$")
-# How other programs spell the nine.
+# Spellings of the emotions in other datasets and programs.
 _SPELLINGS = {
     **{name: name for name in EMOTIONS},
     **{"anger": "angry", "disgust": "disgusted", "contemptuous": "contempt", "fearful": "fear", "happiness": "happy"},
     **{"sadness": "sad", "surprise": "surprised"},
 }
-_LISTED = 5
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A generated video and the real one that it is compared to.
+    """A generated video and the real one to compare it with.
 
     Attributes:
-        name: of the pair; several seeds of one item share it.
-        generated: the generated video.
-        real: the real video.
-        emotion: which of the nine it was meant to show; None where unknown.
-        source: the portrait that was animated, for identity; None takes the real video.
-        seed: for diversity over seeds; None where the file's name has none.
+        name: of the pair; samples of one item with several seeds share it.
+        generated, real: the videos.
+        emotion: the requested emotion; None if unknown.
+        source: the portrait that was animated, for identity; None if unknown.
+        seed: for diversity over seeds; None if the file's name has none.
     """
 
     name: str
@@ -63,99 +63,83 @@ class Method:
     pairs: tuple[Pair, ...]
 
 
-def videos(folder: str | Path) -> dict[str, Path]:
-    """The videos of a folder by their names without suffix.
-
-    Raises:
-        UserError: if there is no such folder, no video in it, or two of one name.
-    """
-    folder = Path(folder)
+def _videos(folder: Path) -> dict[str, Path]:
+    """The videos of a folder by their names without suffix."""
     if not folder.is_dir():
         problem = "is a file" if folder.is_file() else "does not exist"
         raise UserError(f"folder {folder} {problem}; give a folder of videos")
     found: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
-        if path.suffix.lower() in _VIDEOS and not path.name.startswith("."):
+        if path.suffix.lower() in VIDEO_SUFFIXES and not path.name.startswith("."):
             if path.stem in found:
                 raise UserError(f"{folder} holds both {found[path.stem].name} and {path.name}; remove one of them")
             found[path.stem] = path
     if not found:
-        raise UserError(f"folder {folder} holds no video ({', '.join(_VIDEOS)}); give a folder of videos")
+        raise UserError(f"folder {folder} holds no video ({', '.join(VIDEO_SUFFIXES)}); give a folder of videos")
     return found
 
 
-def read_folders(generated: str | Path, real: str | Path, labels: dict[str, str] | None = None) -> list[Pair]:
-    """Pairs of the videos of two folders that have the same name.
+def read_folders(
+    generated: str | Path, real: str | Path, labels: dict[str, str] | None = None, *, shared: bool = False
+) -> list[Pair]:
+    """Pair the videos of two folders by name.
 
-    A generated video may carry the seed it was made with: ``NAME#seed3.mp4`` and ``NAME_seed3.mp4`` belong to ``NAME``.
+    A generated video may carry its seed: ``NAME#seed3.mp4`` and ``NAME_seed3.mp4`` belong to ``NAME``.
 
     Arguments:
-        generated: folder.
-        real: folder.
-        labels: emotion of each name; for the others the name itself may tell, see :func:`emotion_of`.
+        generated, real: folders.
+        labels: emotion by name; other names may spell it, see :func:`emotion_of`.
+        shared: leave out videos without a partner instead of raising.
 
     Raises:
         UserError: if a folder holds no video, or the names differ (those without a partner are listed).
     """
-    pairs, lonely, missing = _match(generated, real, labels)
-    problems = []
-    if lonely:
-        problems.append(f"{_listed(lonely)} in {generated} without a real video")
-    if missing:
-        problems.append(f"{_listed(missing)} in {real} without a generated video")
-    if problems:
+    ours, theirs = _videos(Path(generated)), _videos(Path(real))
+    pairs, unmatched = [], []
+    for stem, path in ours.items():
+        match = None if stem in theirs else _SEED.search(stem)
+        name = stem[: match.start()] if match else stem
+        if name in theirs:
+            emotion = (labels or {}).get(name) or emotion_of(name)
+            pairs.append(Pair(name, path, theirs[name], emotion, None, int(match[1]) if match else None))
+        else:
+            unmatched.append(path.name)
+    missing = [theirs[name].name for name in sorted(set(theirs) - {pair.name for pair in pairs})]
+    problems = [f"{listed(unmatched)} in {generated} without a real video"] if unmatched else []
+    problems += [f"{listed(missing)} in {real} without a generated video"] if missing else []
+    if problems and not shared:
         raise UserError(
             f"the names of generated and real videos differ: {'; '.join(problems)}; "
-            "rename them, give a table of pairs (.csv), or compare what all have in common with --common"
+            "rename them, give a table of pairs (.csv), or compare the shared names only with --common"
         )
     return pairs
 
 
-def _match(
-    generated: str | Path, real: str | Path, labels: dict[str, str] | None
-) -> tuple[list[Pair], list[str], list[str]]:
-    """Pairs of equal names, and the files of either folder that have no partner."""
-    ours, theirs = videos(generated), videos(real)
-    pairs, lonely = [], []
-    for stem, path in ours.items():
-        match = None if stem in theirs else _SEED.search(stem)
-        name = stem[: match.start()] if match else stem
-        if name not in theirs:
-            lonely.append(path.name)
-            continue
-        emotion = (labels or {}).get(name) or emotion_of(name)
-        pairs.append(Pair(name, path, theirs[name], emotion, None, int(match.group(1)) if match else None))
-    missing = sorted(set(theirs) - {pair.name for pair in pairs})
-    return pairs, lonely, [theirs[name].name for name in missing]
-
-
 def read_table(path: str | Path) -> list[Pair]:
-    """Pairs of a table with the columns ``generated`` and ``real``, and optionally ``emotion``, ``source`` (the
-    portrait), ``name`` and ``seed``. Paths are relative to the table's folder.
+    """Pairs from a csv file with the columns ``generated`` and ``real``, and optionally ``emotion``, ``source`` (the
+    portrait), ``name`` and ``seed``. Paths are relative to the file's folder.
 
     Raises:
-        UserError: if it cannot be read, a column or file is missing, or an emotion is none of the nine.
+        UserError: if it cannot be read, a column or file is missing, or an emotion is unknown.
     """
     path = Path(path)
-    rows = _rows(path, ("generated", "real"))
     pairs = []
-    for row in rows:
-        generated, real = path.parent / row["generated"], path.parent / row["real"]
-        emotion = row.get("emotion") or ""
+    for row in read_rows(path, ("generated", "real")):
+        generated, source, seed = path.parent / row["generated"], row.get("source"), row.get("seed", "")
         pairs.append(
             Pair(
                 row.get("name") or generated.stem,
                 generated,
-                real,
-                _known(emotion, path) if emotion else emotion_of(generated.stem),
-                path.parent / row["source"] if row.get("source") else None,
-                int(row["seed"]) if (row.get("seed") or "").isdigit() else None,
+                path.parent / row["real"],
+                _known(row["emotion"], path) if row.get("emotion") else emotion_of(generated.stem),
+                path.parent / source if source else None,
+                int(seed) if seed.isdigit() else None,
             )
         )
     files = {file for pair in pairs for file in (pair.generated, pair.real, pair.source) if file is not None}
     missing = sorted(str(file) for file in files if not file.is_file())
     if missing:
-        raise UserError(f"{path} names files that do not exist: {_listed(missing)}; correct the table")
+        raise UserError(f"{path} names files that do not exist: {listed(missing)}; correct the table")
     return pairs
 
 
@@ -163,10 +147,9 @@ def read_method(text: str, real: Path | None, labels: dict[str, str] | None = No
     """A row from ``NAME=FOLDER`` or ``NAME=TABLE.csv``.
 
     Arguments:
-        text: what was given.
+        text: the argument.
         real: folder of the real videos, for folders.
-        labels: see :func:`read_folders`.
-        shared: leave out videos without a partner instead of raising.
+        labels, shared: see :func:`read_folders`.
     """
     name, sign, place = text.partition("=")
     if not sign or not name or not place:
@@ -178,13 +161,11 @@ def read_method(text: str, real: Path | None, labels: dict[str, str] | None = No
         return Method(name, tuple(read_table(path)))
     if real is None:
         raise UserError(f"--method {text}: a folder needs --real FOLDER with the real videos of the same names")
-    if shared:
-        return Method(name, tuple(_match(path, real, labels)[0]))
-    return Method(name, tuple(read_folders(path, real, labels)))
+    return Method(name, tuple(read_folders(path, real, labels, shared=shared)))
 
 
 def common(methods: Iterable[Method]) -> list[Method]:
-    """The methods with the names that all of them have.
+    """The methods, restricted to the names that all of them have.
 
     Raises:
         UserError: if there is none.
@@ -197,14 +178,14 @@ def common(methods: Iterable[Method]) -> list[Method]:
 
 
 def read_labels(path: str | Path) -> dict[str, str]:
-    """Emotions from a table with the columns ``name`` and ``emotion``."""
+    """Emotion by name, from a csv file with the columns ``name`` and ``emotion``."""
     path = Path(path)
-    rows = _rows(path, ("name", "emotion"))
+    rows = read_rows(path, ("name", "emotion"))
     return {Path(row["name"]).name: _known(row["emotion"], path) for row in rows if row["emotion"]}
 
 
 def emotion_of(name: str) -> str | None:
-    """The emotion that a name spells (``M003#angry#level_1#001`` is angry), or None; other programs' spellings too."""
+    """The emotion spelled in a name (``M003#angry#level_1#001`` is angry), or None."""
     found = [_SPELLINGS[word] for word in re.split(r"[^a-z]+", name.lower()) if word in _SPELLINGS]
     return found[-1] if found else None
 
@@ -216,23 +197,29 @@ def _known(emotion: str, path: Path) -> str:
     return known
 
 
-def _rows(path: Path, needed: tuple[str, ...]) -> list[dict[str, str]]:
-    """Rows of a table that has some columns."""
+def read_rows(path: Path, required: tuple[str, ...]) -> list[dict[str, str]]:
+    """Rows of a csv file as text; missing cells are empty.
+
+    Raises:
+        UserError: if it cannot be read, has no row, or lacks a required column.
+    """
+    import pandas as pd
+
+    needs = f"it needs {', '.join(required)}"
     try:
-        with open(path, newline="", encoding="utf-8-sig") as stream:
-            rows = list(csv.DictReader(stream))
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is no text"
-        raise UserError(f"table {path} cannot be read ({reason}); give a .csv with {', '.join(needed)}") from error
-    missing = [column for column in needed if not rows or rows[0].get(column) is None]
-    if missing:
-        problem = f"lacks the columns {', '.join(missing)}" if rows else "holds no row"
-        raise UserError(f"table {path} {problem}; it needs {', '.join(needed)}")
-    return rows
+        frame = pd.read_csv(path, dtype=str, keep_default_na=False, index_col=False, encoding="utf-8-sig").fillna("")
+    except pd.errors.EmptyDataError:
+        raise UserError(f"table {path} holds no row; {needs}") from None
+    except (OSError, UnicodeDecodeError, pd.errors.ParserError) as error:
+        reason = getattr(error, "strerror", None) or "not a valid csv file"
+        raise UserError(f"table {path} cannot be read ({reason}); {needs}") from error
+    missing = [column for column in required if column not in frame]
+    if missing or frame.empty:
+        problem = f"lacks the columns {', '.join(missing)}" if missing else "holds no row"
+        raise UserError(f"table {path} {problem}; {needs}")
+    return [{str(key): str(value) for key, value in row.items()} for row in frame.to_dict("records")]
 
 
-def _listed(names: Iterable[str]) -> str:
-    """The first names of a list and how many there are."""
-    names = list(names)
-    rest = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return ", ".join(names[:_LISTED]) + rest
+def listed(names: list[str], most: int = 5) -> str:
+    """The first names of a list, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -2,50 +2,45 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import logging
 import multiprocessing
 import os
+import sys
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from flowvqtalker.errors import UserError
+from flowvqtalker.io.coefficients import write_whole
+from flowvqtalker_eval.tables.plan import METHODS, Failures, Task, plan
 from flowvqtalker_eval.tables.splits import Item, load_split
 
 if TYPE_CHECKING:
-    from flowvqtalker_eval.tables.methods import Animator, Output
+    from flowvqtalker_eval.tables.methods import Animator
+    from flowvqtalker_eval.tables.pairs import Method
 
-__all__ = ["Run", "Task", "make_all", "plan"]
+__all__ = ["Run", "make_all"]
 
 logger = logging.getLogger(__name__)
 
-_NAMES = ("animate", "reenact", "copy", "warp", "codebook")
-_ABANDONED = 3600.0  # seconds after which a half-written file is taken for what a killed process left
-
-
-@dataclass(frozen=True)
-class Task:
-    """What is still to be made of one item."""
-
-    item: Item
-    outputs: tuple[Output, ...]
+_ABANDONED = 3600.0  # seconds after which a half-written file must come from a killed process
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
     """Animate every item of a split and print Table 1.
 
-    Every method's videos are OUT/METHOD/NAME.mp4 (512x512, 25 fps) beside the real ones, OUT/real/NAME.mp4, cut to the
-    portrait's crop and to the same frames. What is there already is kept, so an interrupted run goes on with the same
-    command. Items that fail are listed in OUT/errors.csv.
+    The videos of each method are OUT/METHOD/NAME.mp4 (512x512, 25 fps), beside the real ones, OUT/real/NAME.mp4, cut to
+    the portrait's crop and to the same frames. Existing videos are kept, so the same command resumes an interrupted
+    run. Items that fail are listed in OUT/errors.csv.
     """
 
     split: Annotated[str, tyro.conf.arg(metavar="SPLIT")]
@@ -58,45 +53,60 @@ class Run:
     """One or more of animate (portrait and speech), reenact (the clip's own tracked motion), copy (the portrait
     repeated), warp (the warped portrait alone), codebook (each real frame through the codebook)."""
     seeds: int = 1
-    """How many takes of animate; with more than one the table shows their diversity."""
+    """Number of samples of animate; with more than one the table shows their diversity."""
     limit: int | None = None
     """Only the first so many items."""
     seconds: float | None = None
     """At most so much of each clip."""
     jobs: int = 1
-    """Processes. With several GPUs each takes the next one."""
+    """Number of processes. With several GPUs each takes the next one."""
     weights: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
     """Folder of weights with a manifest. Default: those of the package."""
     device: str = "auto"
     """auto, cpu, cuda or mps."""
-    dtype: str = "auto"
-    """auto (the fastest on the device), float32 or bfloat16."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of the renderer's arithmetic; auto is the fastest on the device."""
     table: bool = True
     """Print Table 1 at the end (and write OUT/table1.md, .csv and .json)."""
-    protocol: Annotated[str, tyro.conf.arg(metavar="eat|native")] = "eat"
+    protocol: Literal["eat", "native"] = "eat"
     """Of the table, see `flowvqtalker evaluate table1`."""
 
     def run(self) -> None:
-        """Make what is missing, then the table."""
+        """Make the missing videos, then the table."""
         self._check()
         items = load_split(self.split, self.data)[: self.limit]
         tasks = plan(items, self.output, self.method, self.seeds)
         _same_settings(self.output, self._settings())
         _write_items(self.output / "items.csv", items)
         _clean(self.output)
-        wanted = sum(len(task.outputs) for task in plan(items, None, self.method, self.seeds))
+        total = sum(len(task.outputs) for task in plan(items, None, self.method, self.seeds))
         left = sum(len(task.outputs) for task in tasks)
-        logger.info("%d clips, %d videos to make, %d are there", len(items), left, wanted - left)
-        failed = make_all(tasks, self._animator(), self.output / "errors.csv", self.jobs)
+        logger.info("%d clips, %d videos to make, %d exist already", len(items), left, total - left)
+        failed = make_all(tasks, self.animator, self.output / "errors.csv", self.jobs)
         if failed:
-            logger.warning("%d videos could not be made; %s says why", failed, self.output / "errors.csv")
+            logger.warning("%d videos could not be made; see %s", failed, self.output / "errors.csv")
         if self.table:
             print(self._table(items).rstrip())
 
+    def animator(self, number: int = 0) -> Animator:
+        """For the process with a number; processes share the cores, and take the GPUs in turn."""
+        import torch
+
+        from flowvqtalker.loading import choose_device
+        from flowvqtalker_eval.tables.methods import Animator
+
+        device = choose_device(self.device)
+        name = str(device)
+        if self.jobs > 1:
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // self.jobs))
+            if device.type == "cuda" and device.index is None:
+                name = f"cuda:{number % torch.cuda.device_count()}"
+        return Animator(self.output, self.weights, name, self.dtype, self.seconds)
+
     def _check(self) -> None:
-        unknown = [name for name in self.method if name not in _NAMES]
+        unknown = [name for name in self.method if name not in METHODS]
         if unknown or not self.method:
-            raise UserError(f"unknown method {', '.join(unknown) or '(none)'}; choose from {', '.join(_NAMES)}")
+            raise UserError(f"unknown method {', '.join(unknown) or '(none)'}; choose from {', '.join(METHODS)}")
         for name in ("seeds", "jobs", "limit"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -107,7 +117,7 @@ class Run:
             raise UserError(f"unknown protocol {self.protocol!r}; choose eat or native")
 
     def _settings(self) -> dict[str, Any]:
-        """What the videos depend on; a folder holds videos of one choice alone."""
+        """What the videos depend on; a folder holds videos of the same settings only."""
         from flowvqtalker import __version__
         from flowvqtalker.weights import manifest
 
@@ -116,31 +126,36 @@ class Run:
         kept = {name: digest for name, digest in hashes.items() if name.partition(".")[0] in needed}
         return {"version": __version__, "weights": kept, "seconds": self.seconds}
 
-    def _animator(self) -> _Options:
-        return _Options(self.output, self.weights, self.device, self.dtype, self.seconds, max(1, self.jobs))
-
-    def _table(self, items: Sequence[Item]) -> str:
-        """Table 1 over the clips that every method made, printed and written."""
-        from flowvqtalker_eval.report import markdown, write
-        from flowvqtalker_eval.tables.pairs import Method, Pair, common
-        from flowvqtalker_eval.tables.table1 import Options, measure
+    def _methods(self, items: Sequence[Item]) -> list[Method]:
+        """The videos that exist, as rows of a table."""
+        from flowvqtalker_eval.tables.pairs import Method, Pair
 
         methods = []
         for name in self.method:
             pairs = []
             for task in plan(items, None, (name,), self.seeds):
+                real = self.output / "real" / f"{task.item.name}.mp4"
+                portrait = self.output / "portraits" / f"{task.item.name}.png"
                 for output in task.outputs:
-                    path, real = self.output / output.path, self.output / "real" / f"{task.item.name}.mp4"
+                    path = self.output / output.path
                     if path.is_file() and real.is_file():
                         seed = output.seed if self.seeds > 1 and name == "animate" else None
-                        portrait = self.output / "portraits" / f"{task.item.name}.png"
                         pairs.append(Pair(task.item.name, path, real, task.item.emotion, portrait, seed))
             if pairs:
                 methods.append(Method(name, tuple(pairs)))
             else:
                 logger.warning("%s made no video and is left out of the table", name)
+        return methods
+
+    def _table(self, items: Sequence[Item]) -> str:
+        """Table 1 over the clips that every method made, as Markdown; the files are written too."""
+        from flowvqtalker_eval.report import markdown, write
+        from flowvqtalker_eval.tables.pairs import common
+        from flowvqtalker_eval.tables.table1 import Options, measure
+
+        methods = self._methods(items)
         if not methods:
-            raise UserError(f"no video was made; {self.output / 'errors.csv'} says why")
+            raise UserError(f"no video was made; see {self.output / 'errors.csv'}")
         shared = common(methods)
         made = {pair.name for method in methods for pair in method.pairs}
         kept = {pair.name for pair in shared[0].pairs}
@@ -159,78 +174,21 @@ class Run:
         return markdown(table)
 
 
-def plan(items: Sequence[Item], folder: Path | None, methods: Sequence[str], seeds: int = 1) -> list[Task]:
-    """What is to be made of each item; what is in the folder already is left out, items without anything left as well.
-
-    An item without speech cannot be animated from it, so ``animate`` skips it.
-
-    Arguments:
-        items: of the split.
-        folder: of the run; None plans everything, with paths relative to the folder.
-        methods: by name.
-        seeds: takes of ``animate``; with several the seed is part of the file's name.
-    """
-    from flowvqtalker_eval.tables.methods import Output
-
-    tasks = []
-    for item in items:
-        outputs = []
-        for method in methods:
-            if method == "animate" and not item.voiced:
-                continue
-            for seed in range(seeds if method == "animate" else 1):
-                mark = f"#seed{seed}" if method == "animate" and seeds > 1 else ""
-                path = (folder or Path()) / method / f"{item.name}{mark}.mp4"
-                if folder is None or not path.exists():
-                    outputs.append(Output(method, seed, path))
-        if outputs:
-            tasks.append(Task(item, tuple(outputs)))
-    return tasks
-
-
-@dataclass(frozen=True)
-class _Options:
-    """What a process needs to make videos."""
-
-    folder: Path
-    weights: Path | None
-    device: str
-    dtype: str
-    seconds: float | None
-    jobs: int
-
-    def animator(self, number: int = 0) -> Animator:
-        """For the process with a number; several share the cores, and take the GPUs in turn."""
-        import torch
-
-        from flowvqtalker.loading import choose_device
-        from flowvqtalker_eval.tables.methods import Animator
-
-        device = choose_device(self.device)
-        name = str(device)
-        if device.type == "cuda" and device.index is None and self.jobs > 1:
-            name = f"cuda:{number % torch.cuda.device_count()}"
-        if self.jobs > 1:
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // self.jobs))
-        return Animator(self.folder, self.weights, name, self.dtype, self.seconds)
-
-
-Failures = list[tuple[str, str, int, str]]  # item, method, seed, reason
+# ------------------------------------------------------------------------------------------------------- making videos
 
 
 class _Report:
-    """Progress with the time that is left, and the table of what failed."""
+    """Progress bar, and the table of what failed."""
 
     def __init__(self, total: int, errors: Path) -> None:
         from tqdm import tqdm
 
-        self.total, self.errors, self.done, self.failed = total, errors, 0, 0
-        self.started = time.monotonic()
-        self.bar = tqdm(total=total, desc="evaluate run", unit="clip", disable=None, dynamic_ncols=True)
+        self.errors, self.failed = errors, 0
+        interval = 0.1 if sys.stderr.isatty() else 60.0  # seconds
+        self.bar = tqdm(total=total, desc="evaluate run", unit="clip", mininterval=interval, dynamic_ncols=True)
 
     def __call__(self, failures: Failures) -> None:
         """One more task is done."""
-        self.done += 1
         self.failed += len(failures)
         self.bar.update()
         if failures:
@@ -240,19 +198,16 @@ class _Report:
                 rows.writerows([("name", "method", "seed", "error"), *failures] if new else failures)
         for name, method, _, reason in failures:
             logger.warning("%s (%s): %s", name, method, reason)
-        if self.bar.disable and self.done % max(1, self.total // 20) == 0:  # no terminal: twenty lines in all
-            left = (time.monotonic() - self.started) / self.done * (self.total - self.done)
-            logger.info("%d of %d clips done, about %.0f s left", self.done, self.total, left)
 
 
-def make_all(tasks: Sequence[Task], options: _Options, errors: Path, jobs: int = 1) -> int:
+def make_all(tasks: Sequence[Task], animator: Callable[[int], Animator], errors: Path, jobs: int = 1) -> int:
     """Make all outputs.
 
     Arguments:
         tasks: from :func:`plan`.
-        options: for the processes.
-        errors: table of what failed; it is there only if something did.
-        jobs: processes; 1 works in this one.
+        animator: makes the animator of each process by its number; picklable if there are several processes.
+        errors: csv file of what failed; it exists only if something did.
+        jobs: number of processes; 1 works in the current one.
 
     Returns:
         how many outputs failed.
@@ -263,11 +218,11 @@ def make_all(tasks: Sequence[Task], options: _Options, errors: Path, jobs: int =
     report = _Report(len(tasks), errors)
     try:
         if jobs == 1:
-            animator = options.animator()
+            own = animator(0)
             for task in tasks:
-                report(_make(animator, task))
+                report(_make(own, task))
         else:
-            _in_processes(tasks, options, min(jobs, len(tasks)), report)
+            _in_processes(tasks, animator, min(jobs, len(tasks)), report)
     finally:
         report.bar.close()
     return report.failed
@@ -276,81 +231,72 @@ def make_all(tasks: Sequence[Task], options: _Options, errors: Path, jobs: int =
 def _make(animator: Animator, task: Task) -> Failures:
     found = animator.make(task.item, task.outputs)
     if None in found:  # nothing could be made of the item
-        return _lost(task, found[None])
+        return task.failures(found[None])
     return [(task.item.name, o.method, o.seed, reason) for o, reason in found.items() if o is not None]
 
 
-def _lost(task: Task, reason: str) -> Failures:
-    return [(task.item.name, output.method, output.seed, reason) for output in task.outputs]
+def _serve(connection: Connection, animator: Callable[[int], Animator], number: int) -> None:
+    """Body of a worker process: receives tasks, sends their failures."""
+    own = animator(number)
+    while True:
+        connection.send(_make(own, connection.recv()))
 
 
-# ------------------------------------------------------------------------------------------------------------ processes
-
-_animator: Animator | None = None  # of this process
-
-
-def _start(options: _Options, numbers: Any) -> None:
-    """Set up a process of the pool."""
-    global _animator
-    _animator = options.animator(numbers.get())
-
-
-def _work(task: Task) -> Failures:
-    assert _animator is not None  # _start has run
-    return _make(_animator, task)
-
-
-def _in_processes(tasks: Sequence[Task], options: _Options, jobs: int, report: Callable[[Failures], None]) -> None:
-    """Several processes at once. If one dies (out of memory), the tasks that may have been its own are tried again one
-    by one, each in a process of its own, and the others go on together."""
-    options.animator()  # what the user gave wrong is an error here, not the end of every process
-    waiting = list(tasks)
-    while waiting:
-        lost = _pool(waiting, options, jobs, report)
-        # Tasks start in order, so the culprit is among the first ones that did not come back.
-        for task in lost[: jobs + 1]:
-            if _pool([task], options, 1, report):
-                report(_lost(task, "its process died; perhaps the memory was not enough (fewer --jobs)"))
-        waiting = lost[jobs + 1 :]
-
-
-def _pool(tasks: Sequence[Task], options: _Options, jobs: int, report: Callable[[Failures], None]) -> list[Task]:
-    """Work on tasks in a pool; returns those that were lost with a process that died."""
+def _in_processes(
+    tasks: Sequence[Task], animator: Callable[[int], Animator], jobs: int, report: Callable[[Failures], None]
+) -> None:
+    """Work in several processes. A process that dies, for instance out of memory, costs its own task only."""
+    animator(0)  # reports bad options here, instead of in every process
     context = multiprocessing.get_context("spawn")
-    numbers = context.Queue()
-    for number in range(jobs):
-        numbers.put(number)
-    pool = ProcessPoolExecutor(jobs, context, initializer=_start, initargs=(options, numbers))
-    lost = set()
+    waiting = list(reversed(tasks))
+    busy: dict[Any, tuple[Any, int, Task]] = {}
+
+    def start(number: int) -> tuple[Any, Any]:
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_serve, args=(theirs, animator, number), daemon=True)
+        process.start()
+        theirs.close()  # so that reading ends when the process does
+        return ours, process
+
+    def give(connection: Any, process: Any, number: int) -> None:
+        busy[connection] = process, number, waiting.pop()
+        with contextlib.suppress(BrokenPipeError):  # if the process died, reading tells
+            connection.send(busy[connection][2])
+
     try:
-        futures = {pool.submit(_work, task): i for i, task in enumerate(tasks)}
-        for future in as_completed(futures):
-            try:
-                report(future.result())
-            except BrokenProcessPool:
-                lost.add(futures[future])
-        pool.shutdown()
-    except BaseException:  # interrupted, or an error in a process's start: do not wait for the clips at work
-        for process in (getattr(pool, "_processes", None) or {}).values():
+        for number in range(jobs):
+            give(*start(number), number)
+        while busy:
+            ready: list[Any] = wait(list(busy))
+            for connection in ready:
+                process, number, task = busy.pop(connection)
+                try:
+                    report(connection.recv())
+                except EOFError:
+                    process.join()
+                    report(task.failures("its process died, perhaps out of memory; try fewer --jobs"))
+                    if waiting:
+                        connection, process = start(number)
+                if waiting:
+                    give(connection, process, number)
+                else:
+                    process.terminate()
+    finally:  # after an interrupt, do not wait for the clips in progress
+        for process, _, _ in busy.values():
             process.terminate()
-        pool.shutdown(wait=False, cancel_futures=True)
-        raise
-    return [tasks[i] for i in sorted(lost)]
 
 
-# ----------------------------------------------------------------------------------------------------------- the folder
+# ---------------------------------------------------------------------------------------------------------- the folder
 
 
 def _same_settings(folder: Path, settings: dict[str, Any]) -> None:
-    """Note what the videos are made with; a folder of videos made with something else is refused."""
-    from flowvqtalker.io.coefficients import write_whole
-
+    """Store the settings in the folder, or refuse a folder whose videos were made with other settings."""
     file = folder / "run.json"
     if file.is_file():
         try:
             former = json.loads(file.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise UserError(f"{file} is damaged; remove it if the videos there are wanted") from error
+            raise UserError(f"{file} is damaged; remove it to keep the videos in the folder") from error
         different = [name for name in settings if former.get(name) != settings[name]]
         if different:
             raise UserError(
@@ -360,26 +306,22 @@ def _same_settings(folder: Path, settings: dict[str, Any]) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"folder {folder} cannot be made ({error.strerror}); choose another with -o") from error
+        raise UserError(f"folder {folder} cannot be created ({error.strerror}); choose another with -o") from error
     text = json.dumps(settings, indent=1)
-    write_whole(file, lambda path: _text(path, text))
+    write_whole(file, lambda path: _write_text(path, text))
 
 
-def _text(path: Path, text: str) -> None:
+def _write_text(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
 
 
 def _write_items(path: Path, items: Sequence[Item]) -> None:
     """Names and labels, as `evaluate table1 --labels` reads them."""
-    from flowvqtalker.io.coefficients import write_whole
+    import pandas as pd
 
-    def write(place: Path) -> None:
-        with open(place, "w", newline="", encoding="utf-8") as stream:
-            rows = csv.writer(stream)
-            rows.writerow(["name", "emotion", "voiced", "clip"])
-            rows.writerows([i.name, i.emotion or "", "yes" if i.voiced else "no", i.clip] for i in items)
-
-    write_whole(path, write)
+    rows = [(item.name, item.emotion, "yes" if item.has_speech else "no", item.clip) for item in items]
+    text = pd.DataFrame(rows, columns=["name", "emotion", "voiced", "clip"]).to_csv(index=False)
+    write_whole(path, lambda place: _write_text(place, text))
 
 
 def _clean(folder: Path) -> None:

@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,22 +19,27 @@ import tyro
 from flowvqtalker.errors import MissingDependency, UserError
 from flowvqtalker_eval.metrics.analysis import Analysis, Extractor, Settings, analyse, cached
 from flowvqtalker_eval.report import Row, Table, markdown, write
-from flowvqtalker_eval.tables.measures.base import Both, Measure, Options, Whole, pair_frames
-from flowvqtalker_eval.tables.pairs import Method, Pair, common, read_labels, read_method
+from flowvqtalker_eval.tables.measures.base import ClipPair, Measure, Options, SetScore, pair_frames
+from flowvqtalker_eval.tables.pairs import Method, Pair, common, listed, read_labels, read_method
 
 __all__ = ["Options", "Table1", "available", "measure"]
 
 logger = logging.getLogger(__name__)
 
 _MOST_JOBS = 8
-_LISTED = 5
+
+_PROTOCOLS = {
+    "eat": "protocol eat: 25 fps; SSIM, PSNR, LMD and the Fréchet distance on crops of 128x128 aligned by 68 "
+    "landmarks; clips of different lengths are paired frame by frame with linspace",
+    "native": "protocol native: 25 fps; the frames as they are; clips of different lengths are not compared",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Table1:
-    """Compare generated videos with real ones: a row for each method, GT first, every metric that can be had here.
+    """Compare generated videos with real ones: one row per method, GT first, every metric that is available here.
 
-    Videos belong together by their names (`NAME#seed3.mp4` and `NAME_seed3.mp4` are takes of `NAME`), or by a table.
+    Videos belong together by name (`NAME#seed3.mp4` and `NAME_seed3.mp4` are samples of `NAME`), or by a table.
     """
 
     method: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="NAME=FOLDER")] = ()
@@ -47,29 +52,7 @@ class Table1:
     """Compare only the names that the real folder and all methods have, instead of refusing others."""
     output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"], metavar="BASE")] = None
     """Write BASE.md, BASE.csv and BASE.json as well."""
-    protocol: Annotated[str, tyro.conf.arg(metavar="eat|native")] = "eat"
-    """eat: pictures aligned by 68 landmarks to 128x128, clips of different lengths paired by linspace. native: the
-    frames as they are, of clips with equal lengths."""
-    landmarks: Annotated[str, tyro.conf.arg(metavar="dlib|mediapipe")] = "dlib"
-    """Who finds the 68 landmarks; numbers of the one are not comparable with those of the other."""
-    metrics: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME")] = ()
-    """Only these. Default: all that can be had here."""
-    require: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME")] = ()
-    """An error if these cannot be had; by default such columns are left out with a note."""
-    syncnet: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-    """SyncNet's published weights (syncnet_v2.model)."""
-    inception: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-    """Inception's weights of pytorch-fid."""
-    emotion_fan: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-    """Emotion-FAN's published weights."""
-    cache: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
-    """Keep what is found in the videos, for the next table."""
-    jobs: int | None = None
-    """Processes. Default: one a core, at most 8."""
-    device: str = "auto"
-    """auto, cpu, cuda or mps."""
-    weights: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
-    """Folder of weights with a manifest. Default: those of the package."""
+    options: Annotated[Options, tyro.conf.arg(name="")] = field(default_factory=Options)
 
     def run(self) -> None:
         """Measure, print, write."""
@@ -77,22 +60,7 @@ class Table1:
             raise UserError("no method was given; for instance --method ours=out/animate --real out/real")
         labels = None if self.labels is None else read_labels(self.labels)
         methods = [read_method(text, self.real, labels, self.common) for text in self.method]
-        if self.common:
-            methods = common(methods)
-        options = Options(
-            protocol=self.protocol,
-            only=self.metrics,
-            require=self.require,
-            cache=self.cache,
-            jobs=self.jobs,
-            device=self.device,
-            weights=self.weights,
-            syncnet=self.syncnet,
-            inception=self.inception,
-            emotion_fan=self.emotion_fan,
-            landmarks=self.landmarks,
-        )
-        table = measure(methods, options)
+        table = measure(common(methods) if self.common else methods, self.options)
         print(markdown(table).rstrip())
         if self.output is not None:
             print(", ".join(str(path) for path in write(table, self.output)))
@@ -106,17 +74,16 @@ def measure(
     notes: Iterable[str] = (),
     measures: Sequence[Measure] | None = None,
 ) -> Table:
-    """Measure every method and the real videos themselves.
+    """Measure every method, and the real videos against themselves.
 
     Arguments:
         methods: rows; their names must differ.
-        options: see there.
-        title: of the table.
-        notes: to be printed with it.
-        measures: None takes those of the options.
+        options: how to measure.
+        title, notes: printed with the table.
+        measures: None takes those that the options ask for.
 
     Raises:
-        UserError: if an option is wrong, a required metric cannot be had, or no pair can be compared.
+        UserError: if an option is wrong, a required metric is not available, or no pair can be compared.
     """
     _check(methods, options)
     if measures is None:
@@ -125,28 +92,23 @@ def measure(
         measures = all_measures(options)
     chosen, extractors, missing = available(measures, options.require)
     if not chosen:
-        raise UserError(f"no metric can be had here: {'; '.join(missing)}")
+        raise UserError(f"no metric is available here: {'; '.join(missing)}")
     with tempfile.TemporaryDirectory(prefix="flowvqtalker-") as place:
-        cache = options.cache or Path(place)
-        paths = [path for method in methods for pair in method.pairs for path in (pair.real, pair.generated)]
-        broken = _analyse_all(list(dict.fromkeys(paths)), extractors, cache, options)
-        compared = _compare_all(chosen, methods, broken, options)
-        collector = _Collector(chosen, extractors, cache, options, broken, compared)
-        rows = [collector.row(_reference(methods), reference=True)]
-        rows += [collector.row(method) for method in methods]
+        job = _Job(chosen, list(extractors.values()), options.cache or Path(place), options)
+        rows = job.rows(methods)
     if not any(row.clips for row in rows):
-        raise UserError(f"no pair can be compared: {'; '.join(collector.problems[:_LISTED])}")
-    columns = [column for m in chosen for column in m.columns]
+        raise UserError(f"no pair can be compared: {listed(job.problems)}")
+    columns = [column for one in chosen for column in one.columns]
     columns = [c for c in columns if any(row.values.get(c.key) is not None for row in rows)]
-    everything = [*notes, _protocol_note(options), *(f"left out: {line}" for line in missing)]
+    remarks = [*notes, _PROTOCOLS[options.protocol], *(f"left out: {line}" for line in missing)]
     if len({row.clips for row in rows if not row.reference}) > 1:
-        everything.append("the rows are of different numbers of clips: compare them with care")
-    everything += [f"not compared: {problem}" for problem in dict.fromkeys(collector.problems)]
-    return Table(title, tuple(columns), tuple(rows), _settings(chosen, extractors), tuple(everything))
+        remarks.append("the rows have different numbers of clips: compare them with care")
+    remarks += [f"not compared: {problem}" for problem in dict.fromkeys(job.problems)]
+    return Table(title, tuple(columns), tuple(rows), _settings(chosen, extractors), tuple(remarks))
 
 
 def _check(methods: Sequence[Method], options: Options) -> None:
-    if options.protocol not in ("eat", "native"):
+    if options.protocol not in _PROTOCOLS:
         raise UserError(f"unknown protocol {options.protocol!r}; choose eat or native")
     if options.landmarks not in ("dlib", "mediapipe"):
         raise UserError(f"unknown landmarks {options.landmarks!r}; choose dlib or mediapipe")
@@ -155,24 +117,13 @@ def _check(methods: Sequence[Method], options: Options) -> None:
     names = ["GT", *(method.name for method in methods)]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise UserError(
-            f"two rows are called {', '.join(twice)}; give each method its own name (GT are the real videos)"
-        )
-
-
-def _protocol_note(options: Options) -> str:
-    if options.protocol == "eat":
-        return (
-            "protocol eat: 25 fps; SSIM, PSNR, LMD and the Fréchet distance on crops of 128x128 aligned by 68 "
-            "landmarks; clips of different lengths are paired frame by frame with linspace"
-        )
-    return "protocol native: 25 fps; the frames as they are; clips of different lengths are not compared"
+        raise UserError(f"two rows are called {', '.join(twice)}; use each name once (GT are the real videos)")
 
 
 def available(
     measures: Sequence[Measure], required: Sequence[str]
 ) -> tuple[list[Measure], dict[str, Extractor], list[str]]:
-    """The measures that can be had, their extractors by name, and why the others cannot."""
+    """The measures that are available, their extractors by name, and why the others are not."""
     chosen: list[Measure] = []
     extractors: dict[str, Extractor] = {}
     missing: list[str] = []
@@ -197,62 +148,146 @@ def _settings(measures: Sequence[Measure], extractors: dict[str, Extractor]) -> 
     return {name: values for name, values in found.items() if values}
 
 
-def _reference(methods: Sequence[Method]) -> Method:
-    """The real videos as a method of their own, each once."""
-    pairs: dict[Path, Pair] = {}
-    for method in methods:
+class _Job:
+    """One call of :func:`measure`: analyses all videos in parallel, then makes rows with one pair in memory at a time.
+
+    Attributes:
+        problems: pairs that could not be compared, and why.
+    """
+
+    def __init__(self, measures: list[Measure], extractors: list[Extractor], cache: Path, options: Options) -> None:
+        self.measures, self.extractors, self.cache, self.options = measures, extractors, cache, options
+        self.problems: list[str] = []
+        self.broken: dict[Path, str] = {}
+        self.compared: dict[tuple[Path, Path], dict[str, float]] = {}
+
+    def rows(self, methods: Sequence[Method]) -> list[Row]:
+        """The row of the real videos, then one per method."""
+        pairs = [pair for method in methods for pair in method.pairs]
+        self._analyse(dict.fromkeys(path for pair in pairs for path in (pair.real, pair.generated)))
+        self._compare(dict.fromkeys((pair.real, pair.generated) for pair in pairs))
+        real = {pair.real: replace(pair, generated=pair.real, seed=None) for pair in reversed(pairs)}
+        reference = Method("GT", tuple(real[path] for path in dict.fromkeys(pair.real for pair in pairs)))
+        return [self._row(reference, reference=True), *(self._row(method) for method in methods)]
+
+    def _analyse(self, paths: Iterable[Path]) -> None:
+        """Fill the cache with the analyses of all videos; note what cannot be analysed."""
+        waiting = []
+        for path in paths:
+            try:
+                if cached(path, self.extractors, self.cache) is None:
+                    waiting.append(path)
+            except UserError as error:
+                self.broken[path] = str(error)
+        calls = [(_analyse_one, (path, self.cache)) for path in waiting]
+        found = _in_parallel(calls, self.options.jobs, "analyse", self.extractors)
+        self.broken.update((path, problem) for path, problem in zip(waiting, found, strict=True) if problem is not None)
+
+    def _compare(self, pairs: Iterable[tuple[Path, Path]]) -> None:
+        """Values that need the frames of two videos, by (real, generated)."""
+        sound = [pair for pair in pairs if not self.broken.keys() & set(pair)]
+        calls = [(one.compare, pair) for one in self.measures if one.compare is not None for pair in sound]
+        for (_, pair), values in zip(calls, _in_parallel(calls, self.options.jobs, "compare"), strict=True):
+            self.compared.setdefault(pair, {}).update(values)
+
+    def _row(self, method: Method, reference: bool = False) -> Row:
+        """Means over the pairs of a method, and what is measured on all of them together."""
+        sets = {one.name: score for one in self.measures if (score := one.start()) is not None}
+        found: dict[str, list[tuple[float, int]]] = {}
+        pairs: dict[str, dict[str, float | None]] = {}
+        count = frames = 0
         for pair in method.pairs:
-            pairs.setdefault(pair.real, replace(pair, generated=pair.real, seed=None))
-    return Method("GT", tuple(pairs.values()))
+            clips = self._clips(pair)
+            if clips is None:
+                continue
+            count += 1
+            frames += len(clips.i)
+            values = pairs.setdefault(pair.name if pair.seed is None else f"{pair.name}#seed{pair.seed}", {})
+            for one in self.measures:
+                for key, value in self._values(one, clips, sets.get(one.name)).items():
+                    values[key] = value
+                    if not np.isnan(value):
+                        found.setdefault(key, []).append((value, len(clips.i) if one.by_frames else 1))
+        means: dict[str, float | None] = {
+            key: sum(value * weight for value, weight in items) / sum(weight for _, weight in items)
+            for key, items in found.items()
+        }
+        for score in sets.values():
+            means.update((key, value) for key, value in score.result().items() if not np.isnan(value))
+        return Row(method.name, means, count, frames, reference, pairs)
+
+    def _values(self, one: Measure, clips: ClipPair, score: SetScore | None) -> dict[str, float]:
+        if score is not None:
+            score.add(clips)
+        values = one.pair(clips)
+        if one.compare is not None and not clips.same:
+            made = self.compared.get((clips.pair.real, clips.pair.generated), {})
+            values |= {column.key: made[column.key] for column in one.columns if column.key in made}
+        return values
+
+    def _clips(self, pair: Pair) -> ClipPair | None:
+        """A pair's analyses; None (and a problem is noted) if it cannot be compared."""
+        for path in (pair.real, pair.generated):
+            if path in self.broken:
+                self.problems.append(f"{path.name}: {self.broken[path]}")
+                return None
+        real = self._load(pair.real)
+        generated = real if pair.generated == pair.real else self._load(pair.generated)
+        if self.options.protocol == "native" and generated.frames != real.frames:
+            lengths = f"{pair.generated.name} has {generated.frames} frames, {pair.real.name} has {real.frames}"
+            self.problems.append(lengths)
+            return None
+        return ClipPair(pair, generated, real, *pair_frames(generated.frames, real.frames))
+
+    def _load(self, path: Path) -> Analysis:
+        # The analysis is made again if the file changed meanwhile, or the cache was emptied.
+        return cached(path, self.extractors, self.cache) or analyse(path, self.extractors, self.cache)
 
 
-# ------------------------------------------------------------------------------------------------------------ analysis
+# ----------------------------------------------------------------------------------------------------------- processes
+
+_extractors: Sequence[Extractor] = ()  # of this process
 
 
-def _analyse_all(
-    paths: Sequence[Path], extractors: dict[str, Extractor], cache: Path, options: Options
-) -> dict[Path, str]:
-    """Fill the cache with the analyses of all videos, in several processes; returns what could not be analysed."""
-    wanted = list(extractors.values())
-    broken: dict[Path, str] = {}
-    waiting = []
-    for path in paths:
-        try:
-            if cached(path, wanted, cache) is None:
-                waiting.append(path)
-        except UserError as error:
-            broken[path] = str(error)
-    calls = [(_analyse_one, (path, cache, options.batch)) for path in waiting]
-    for path, problem in zip(waiting, _in_parallel(calls, options, "analyse", wanted), strict=True):
-        if problem is not None:
-            broken[path] = problem
-    return broken
+def _start(extractors: Sequence[Extractor], jobs: int = 0) -> None:
+    """Set up a process, one of a pool of ``jobs`` or (0) the current one. Closes the extractors it had before."""
+    global _extractors
+    for former in _extractors:
+        getattr(former, "close", lambda: None)()
+    _extractors = extractors
+    if jobs:
+        from multiprocessing.util import Finalize
+
+        import cv2
+        import torch
+
+        Finalize(None, _start, ((),), exitpriority=10)  # close native parts before the interpreter is torn down
+        threads = max(1, (os.cpu_count() or 1) // jobs)
+        torch.set_num_threads(threads)
+        cv2.setNumThreads(threads)
 
 
-def _compare_all(
-    measures: Sequence[Measure], methods: Sequence[Method], broken: dict[Path, str], options: Options
-) -> dict[tuple[Path, Path], dict[str, float]]:
-    """Values that are made of the frames of two videos, by (real, generated)."""
-    pairs = {(pair.real, pair.generated): None for method in methods for pair in method.pairs}
-    sound = [pair for pair in pairs if pair[0] not in broken and pair[1] not in broken]
-    comparing = [one.compare for one in measures if one.compare is not None]
-    calls = [(compare, pair) for compare in comparing for pair in sound]
-    found: dict[tuple[Path, Path], dict[str, float]] = {}
-    for (_, pair), values in zip(calls, _in_parallel(calls, options, "compare"), strict=True):
-        found.setdefault(pair, {}).update(values)
-    return found
+def _analyse_one(path: Path, cache: Path) -> str | None:
+    """Put the analysis of a video into the cache; returns what is wrong with the video."""
+    try:
+        analyse(path, _extractors, cache)
+    except MissingDependency:
+        raise
+    except UserError as error:
+        return str(error)
+    return None
 
 
 def _in_parallel(
     calls: Sequence[tuple[Callable[..., Any], tuple[Any, ...]]],
-    options: Options,
+    jobs: int | None,
     name: str,
     extractors: Sequence[Extractor] = (),
 ) -> list[Any]:
-    """Results of calls, made in several processes, with a bar; the extractors stay loaded from call to call."""
+    """Results of calls made in several processes, with a progress bar; extractors stay loaded between calls."""
     from tqdm import tqdm
 
-    jobs = min(options.jobs or min(os.cpu_count() or 1, _MOST_JOBS), len(calls))
+    jobs = min(jobs or min(os.cpu_count() or 1, _MOST_JOBS), len(calls))
     with tqdm(total=len(calls), desc=name, unit="video", disable=None, dynamic_ncols=True, leave=False) as bar:
         if jobs <= 1:
             results = []
@@ -271,121 +306,8 @@ def _in_parallel(
                 for future in as_completed(futures):
                     future.result()
                     bar.update()
-            except BaseException as error:
+            except BrokenProcessPool as error:
+                raise UserError("a process died, perhaps out of memory; try again with fewer --jobs") from error
+            finally:
                 pool.shutdown(wait=False, cancel_futures=True)
-                if isinstance(error, BrokenProcessPool):
-                    raise UserError(
-                        "a process died, perhaps for lack of memory; try again with fewer --jobs"
-                    ) from error
-                raise
             return [future.result() for future in futures]
-
-
-_extractors: Sequence[Extractor] = ()  # of this process
-
-
-def _start(extractors: Sequence[Extractor], jobs: int = 0) -> None:
-    """Set up a process, one of a pool of so many or (0) this one; what it had before is closed."""
-    global _extractors
-    for former in _extractors:
-        close = getattr(former, "close", None)
-        if close is not None:
-            close()
-    _extractors = extractors
-    if jobs:
-        from multiprocessing.util import Finalize
-
-        import cv2
-        import torch
-
-        Finalize(None, _start, ((),), exitpriority=10)  # native parts are closed before the process tears down
-        threads = max(1, (os.cpu_count() or 1) // jobs)
-        torch.set_num_threads(threads)
-        cv2.setNumThreads(threads)
-
-
-def _analyse_one(path: Path, cache: Path, batch: int) -> str | None:
-    """Put the analysis of a video into the cache; returns what is wrong with the video."""
-    try:
-        analyse(path, _extractors, cache, batch)
-    except MissingDependency:
-        raise
-    except UserError as error:
-        return str(error)
-    return None
-
-
-# ---------------------------------------------------------------------------------------------------------------- rows
-
-
-class _Collector:
-    """Makes rows out of analyses; keeps one pair in memory at a time."""
-
-    def __init__(
-        self,
-        measures: Sequence[Measure],
-        extractors: dict[str, Extractor],
-        cache: Path,
-        options: Options,
-        broken: dict[Path, str],
-        compared: dict[tuple[Path, Path], dict[str, float]],
-    ) -> None:
-        self.measures, self.extractors, self.cache, self.options = measures, list(extractors.values()), cache, options
-        self.broken, self.compared = broken, compared
-        self.problems: list[str] = []
-
-    def row(self, method: Method, reference: bool = False) -> Row:
-        """The values of one method: means over its pairs, and what is measured on all of them."""
-        wholes: dict[str, Whole] = {}
-        for one in self.measures:
-            whole = one.start()
-            if whole is not None:
-                wholes[one.name] = whole
-        found: dict[str, list[tuple[float, int]]] = {}
-        pairs: dict[str, dict[str, float | None]] = {}
-        clips = frames = 0
-        for pair in method.pairs:
-            both = self._both(pair)
-            if both is None:
-                continue
-            clips += 1
-            frames += len(both.i)
-            values: dict[str, float | None] = {}
-            made = self.compared.get((pair.real, pair.generated), {})
-            for one in self.measures:
-                found_here = one.pair(both)
-                if one.compare is not None and not both.same:
-                    found_here |= {key: value for key, value in made.items() if key in {c.key for c in one.columns}}
-                for key, value in found_here.items():
-                    values[key] = value
-                    if not np.isnan(value):
-                        found.setdefault(key, []).append((value, len(both.i) if one.by_frames else 1))
-                if one.name in wholes:
-                    wholes[one.name].add(both)
-            pairs[pair.name if pair.seed is None else f"{pair.name}#seed{pair.seed}"] = values
-        means: dict[str, float | None] = {
-            key: sum(value * weight for value, weight in items) / sum(weight for _, weight in items)
-            for key, items in found.items()
-        }
-        for whole in wholes.values():
-            means.update({key: value for key, value in whole.result().items() if not np.isnan(value)})
-        return Row(method.name, means, clips, frames, reference, pairs)
-
-    def _both(self, pair: Pair) -> Both | None:
-        """A pair's analyses, or None (and the problem is kept) if it cannot be compared."""
-        for path in (pair.real, pair.generated):
-            if path in self.broken:
-                self.problems.append(f"{path.name}: {self.broken[path]}")
-                return None
-        real = self._load(pair.real)
-        made = real if pair.generated == pair.real else self._load(pair.generated)
-        if self.options.protocol == "native" and made.frames != real.frames:
-            self.problems.append(f"{pair.generated.name} has {made.frames} frames, {pair.real.name} has {real.frames}")
-            return None
-        return Both(pair, made, real, *pair_frames(made.frames, real.frames))
-
-    def _load(self, path: Path) -> Analysis:
-        found = cached(path, self.extractors, self.cache)
-        if found is None:  # the file changed meanwhile, or somebody emptied the cache
-            found = analyse(path, self.extractors, self.cache, self.options.batch)
-        return found

@@ -1,27 +1,24 @@
-"""The columns of Table 1: each measure says what it needs of a video and what it makes of a pair."""
+"""The columns of Table 1: each measure says what it needs of a video and computes values of clip pairs or sets."""
 
 from __future__ import annotations
 
-from typing import Any
-
 from flowvqtalker.errors import UserError
-from flowvqtalker_eval.tables.measures.base import Both, Measure, Options, Whole, pair_frames
+from flowvqtalker_eval.tables.measures.base import ClipPair, Measure, Options, SetScore, pair_frames
 
-__all__ = ["Both", "Measure", "Options", "Whole", "all_measures", "pair_frames"]
+__all__ = ["ClipPair", "Measure", "Options", "SetScore", "all_measures", "pair_frames"]
 
 
 def all_measures(options: Options) -> list[Measure]:
-    """Every measure in the order of the table's columns, or those that were asked for.
+    """The measures that the options ask for, in the order of the table's columns.
 
     Raises:
         UserError: if a name is unknown.
     """
-    from flowvqtalker_eval.tables.measures import emotion, motion, picture, sync
+    from flowvqtalker_eval.tables.measures import emotion, image, motion, sync
 
-    kinds: tuple[Any, ...] = (*picture.MEASURES, *sync.MEASURES, *emotion.MEASURES, *motion.MEASURES)
-    names = [kind.name for kind in kinds]
-    unknown = [name for name in (*options.only, *options.require) if name not in names]
+    kinds = {kind.name: kind for module in (image, sync, emotion, motion) for kind in module.MEASURES}
+    unknown = [name for name in (*options.metrics, *options.require) if name not in kinds]
     if unknown:
-        raise UserError(f"unknown metric {', '.join(unknown)}; choose from {', '.join(names)}")
-    wanted = set(options.only) | set(options.require)
-    return [kind(options) for kind in kinds if not options.only or kind.name in wanted]
+        raise UserError(f"unknown metric {', '.join(unknown)}; choose from {', '.join(kinds)}")
+    wanted = {*options.metrics, *options.require}
+    return [kind(options) for name, kind in kinds.items() if not options.metrics or name in wanted]

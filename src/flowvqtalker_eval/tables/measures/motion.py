@@ -1,47 +1,34 @@
-"""Columns about motion: expression, pose, lips, unsteadiness, blinks, beats, diversity, detection."""
+"""Motion columns: expression, pose, lips, jitter, blinks, beats, diversity."""
 
 from __future__ import annotations
 
 import importlib.util
 from collections import defaultdict
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from flowvqtalker.errors import MissingDependency
 from flowvqtalker_eval.metrics import motion
-from flowvqtalker_eval.metrics.analysis import Array, ClipExtractor, Extractor, Settings
+from flowvqtalker_eval.metrics.analysis import Array, ClipExtractor, Extractor, Settings, Wave
 from flowvqtalker_eval.metrics.mesh import FitExtractor, MeshExtractor
 from flowvqtalker_eval.report import Column
-from flowvqtalker_eval.tables.measures.base import Both, Measure, Options, Whole
+from flowvqtalker_eval.tables.measures.base import ClipPair, Measure, PerSet, SetScore
 
-__all__ = ["MEASURES", "BeatExtractor", "Fitted"]
+__all__ = ["MEASURES", "BeatExtractor"]
 
 
-class Fitted(Measure):
-    """Whatever is computed from β and ρ."""
-
-    def __init__(self, options: Options) -> None:
-        self.weights = options.weights
-        self._face: Any = None
-
-    @property
-    def face(self) -> Any:
-        """The face model."""
-        if self._face is None:
-            from flowvqtalker.loading import load_face_model
-
-            self._face = load_face_model(self.weights)
-        return self._face
+class _Fitted(Measure):
+    """A measure of the fitted expression β and pose ρ."""
 
     def extractors(self) -> list[Extractor]:
         """Mesh and fit."""
-        return [MeshExtractor(), FitExtractor(self.weights)]
+        return [MeshExtractor(), FitExtractor(self.options.weights)]
 
 
-class Coefficients(Fitted):
+class Coefficients(_Fitted):
     """AED and APD."""
 
     name = "coefficients"
@@ -51,101 +38,79 @@ class Coefficients(Fitted):
         Column("apd_translation", "APD t", "lower", 4, "the same of (tx, ty, tz), eye distances", extra=True),
     )
 
-    def pair(self, both: Both) -> dict[str, float]:
+    def pair(self, clips: ClipPair) -> dict[str, float]:
         """From ``expression`` and ``pose``."""
-        pose = motion.pose_distance(*both.paired("pose"))
-        return {
-            "aed": motion.expression_distance(*both.paired("expression")),
-            "apd": pose.angles,
-            "apd_translation": pose.translation,
-        }
+        pose = motion.pose_distance(*clips.paired("pose"))
+        expression = motion.expression_distance(*clips.paired("expression"))
+        return {"aed": expression, "apd": pose.angles, "apd_translation": pose.translation}
 
 
-class Lips(Fitted):
+class Lips(_Fitted):
     """LVE."""
 
     name = "lve"
     columns = (
-        Column(
-            "lve",
-            "LVE",
-            "lower",
-            2,
-            "largest error of a lip vertex in a frame, mean over frames, % of the eyes' distance",
-        ),
-    )
+        Column("lve", "LVE", "lower", 2, "largest lip vertex error per frame, mean over frames, % of the eye distance"),
+    )  # fmt: skip
 
-    def pair(self, both: Both) -> dict[str, float]:
-        """From ``expression`` on the real clip's ``identity``."""
-        identity = both.real.arrays["identity"]
-        if not np.isfinite(identity).all():
+    @cached_property
+    def _face(self) -> Any:
+        from flowvqtalker.loading import load_face_model
+
+        return load_face_model(self.options.weights)
+
+    def pair(self, clips: ClipPair) -> dict[str, float]:
+        """From ``expression``, on the ``identity`` of the real clip."""
+        identity = clips.real.arrays["identity"]
+        real, generated = clips.paired("expression")
+        seen = np.isfinite(real).all(1) & np.isfinite(generated).all(1)
+        if not np.isfinite(identity).all() or not seen.any():
             return {"lve": float("nan")}
-        real, made = both.paired("expression")
-        seen = np.isfinite(real).all(1) & np.isfinite(made).all(1)
-        if not seen.any():
-            return {"lve": float("nan")}
-        shapes = [motion.shape(self.face, beta[seen], identity) for beta in (real, made)]
+        shapes = [motion.shape(self._face, beta[seen], identity) for beta in (real, generated)]
         return {"lve": motion.lip_vertex_error(*shapes)}
 
 
-class Steadiness(Fitted):
+class Jitter(_Fitted):
     """Jitter, and how much the head moves."""
 
     name = "jitter"
     columns = (
-        Column(
-            "jitter", "Jitter", None, 2, "mean acceleration of the landmarks in the head's frame, eye distances / s²"
-        ),
-        Column(
-            "jitter_bone", "Jitter bone", "lower", 2, "the same of landmarks over bone, which should rest", extra=True
-        ),
+        Column("jitter", "Jitter", None, 2, "mean landmark acceleration in the head's frame, eye distances / s²"),
+        Column("jitter_bone", "Jitter bone", "lower", 2, "the same of landmarks over bone, ideally zero", extra=True),
         Column("head", "Head", None, 2, "standard deviation of pitch, yaw and roll within a clip, degrees", extra=True),
     )
 
-    def pair(self, both: Both) -> dict[str, float]:
+    def pair(self, clips: ClipPair) -> dict[str, float]:
         """From ``mesh`` and ``pose`` of the generated clip."""
-        mesh = both.made.arrays["mesh"]
+        mesh, pose = (clips.generated.arrays[name] for name in ("mesh", "pose"))
         if not np.isfinite(mesh).all((1, 2)).any():
             return {}
         found = motion.landmark_jitter(mesh)
         return {
             "jitter": found["face"].acceleration,
             "jitter_bone": found["static"].acceleration,
-            "head": float(motion.head_deviation(both.made.arrays["pose"]).mean()),
+            "head": float(motion.head_deviation(pose).mean()),
         }
 
 
 class Blinks(Measure):
-    """Blinks a minute over all clips."""
+    """Blinks per minute over all clips."""
 
     name = "blinks"
-    columns = (
-        Column("blinks", "Blinks", None, 1, "a minute, over all clips together, from the lids' landmarks"),
-    )  # fmt: skip
-
-    def __init__(self, options: Options) -> None:
-        del options
+    columns = (Column("blinks", "Blinks", None, 1, "per minute, over all clips together, from landmarks of the lids"),)
 
     def extractors(self) -> list[Extractor]:
         """The mesh."""
         return [MeshExtractor()]
 
-    def start(self) -> Whole:
+    def start(self) -> SetScore:
         """Of all clips."""
-        return _BlinkSet()
 
+        def keep(clips: ClipPair) -> Array | None:
+            mesh = clips.generated.arrays["mesh"]
+            return motion.shut_from_landmarks(mesh) if np.isfinite(mesh).all((1, 2)).any() else None
 
-class _BlinkSet:
-    def __init__(self) -> None:
-        self.closures: list[Array] = []
-
-    def add(self, both: Both) -> None:
-        mesh = both.made.arrays["mesh"]
-        if np.isfinite(mesh).all((1, 2)).any():
-            self.closures.append(motion.shut_from_landmarks(mesh))
-
-    def result(self) -> dict[str, float]:
-        return {"blinks": motion.blink_rate(self.closures) if self.closures else float("nan")}
+        return PerSet(keep, lambda closures: {"blinks": motion.blink_rate(closures)})
 
 
 class BeatExtractor(ClipExtractor):
@@ -155,29 +120,28 @@ class BeatExtractor(ClipExtractor):
     needs: tuple[str, ...] = ("pose",)
     gives = ("audio_beats", "head_beats")
 
-    def __init__(self, weights: str | Path | None = None) -> None:
-        if importlib.util.find_spec("librosa") is None:  # to be known before anything is decoded
+    def __init__(self, weights: Path | None = None) -> None:
+        if importlib.util.find_spec("librosa") is None:  # report it before anything is decoded
             raise MissingDependency("beats need librosa; run `pip install 'flowvqtalker[eval]'`")
         self._weights = weights
         self._model: Any = None
 
     def settings(self) -> Settings:
-        """librosa's version and the scales of time."""
+        """Version of librosa and time scale."""
         from importlib.metadata import version
 
         from flowvqtalker_eval.metrics import beats
 
         return {"librosa": version("librosa"), "smoothing_frames": beats.SMOOTHING}
 
-    def __call__(self, known: dict[str, Array], wave: npt.NDArray[np.float32] | None) -> dict[str, Array]:
-        """Nothing where there is no sound, or no movement can be seen."""
+    def __call__(self, known: dict[str, Array], wave: Wave | None) -> dict[str, Array]:
+        """Empty arrays where there is no sound, or no motion was seen."""
         from flowvqtalker_eval.metrics import beats
 
         pose = known["pose"]
-        nothing = np.zeros(0)
-        pairs = np.asarray(np.isfinite(pose).all(1))
-        if wave is None or len(pose) < 3 or not (pairs[1:] & pairs[:-1]).any():
-            return {"audio_beats": nothing, "head_beats": nothing}
+        seen = np.asarray(np.isfinite(pose).all(1))
+        if wave is None or len(pose) < 3 or not (seen[1:] & seen[:-1]).any():
+            return {"audio_beats": np.zeros(0), "head_beats": np.zeros(0)}
         if self._model is None:
             from flowvqtalker.loading import load_face_model
 
@@ -186,7 +150,7 @@ class BeatExtractor(ClipExtractor):
         return {"audio_beats": beats.audio_beats(wave), "head_beats": beats.motion_beats(speed)}
 
 
-class Beats(Fitted):
+class Beats(_Fitted):
     """Beat alignment of head and speech."""
 
     name = "beats"
@@ -197,58 +161,57 @@ class Beats(Fitted):
 
     def extractors(self) -> list[Extractor]:
         """Beats, from the pose."""
-        return [*super().extractors(), BeatExtractor(self.weights)]
+        return [*super().extractors(), BeatExtractor(self.options.weights)]
 
     def settings(self) -> Settings:
-        """The score's tolerance."""
+        """Tolerance of the score."""
         from flowvqtalker_eval.metrics import beats
 
         return {"tolerance_frames": beats.TOLERANCE}
 
-    def pair(self, both: Both) -> dict[str, float]:
+    def pair(self, clips: ClipPair) -> dict[str, float]:
         """Of the generated clip."""
         from flowvqtalker_eval.metrics import beats
 
-        audio, head = both.made.arrays["audio_beats"], both.made.arrays["head_beats"]
+        audio, head = (clips.generated.arrays[name] for name in ("audio_beats", "head_beats"))
         if len(audio) == 0:
             return {}
-        return {
-            "beat": beats.beat_alignment(audio, head),
-            "beat_chance": beats.chance(audio, head, both.made.frames),
-        }
+        chance = beats.chance(audio, head, clips.generated.frames)
+        return {"beat": beats.beat_alignment(audio, head), "beat_chance": chance}
 
 
-class Diversity(Fitted):
-    """How far takes of one item with different seeds lie apart."""
+class Diversity(_Fitted):
+    """Distance between samples of one item with different seeds."""
 
     name = "diversity"
     columns = (
-        Column("diversity_expression", "Div β", None, 2, "mean ‖β - β'‖ of takes with different seeds, over frames"),
+        Column("diversity_expression", "Div β", None, 2, "mean ‖β - β'‖ of samples with different seeds, over frames"),
         Column("diversity_pose", "Div ρ", None, 2, "the same of (pitch, yaw, roll), degrees"),
     )
 
-    def start(self) -> Whole:
-        """Of all takes."""
-        return _TakeSet()
+    def start(self) -> SetScore:
+        """Of all samples."""
+
+        def keep(clips: ClipPair) -> tuple[str, Array, Array] | None:
+            if clips.pair.seed is None or clips.same:
+                return None
+            arrays = clips.generated.arrays
+            return clips.pair.name, arrays["expression"], np.degrees(arrays["pose"][:, :3])
+
+        return PerSet(keep, _diversity)
 
 
-class _TakeSet:
-    def __init__(self) -> None:
-        self.takes: dict[str, list[tuple[Array, Array]]] = defaultdict(list)
-
-    def add(self, both: Both) -> None:
-        if both.pair.seed is not None and not both.same:
-            arrays = both.made.arrays
-            self.takes[both.pair.name].append((arrays["expression"], np.degrees(arrays["pose"][:, :3])))
-
-    def result(self) -> dict[str, float]:
-        groups = [takes for takes in self.takes.values() if len(takes) > 1]
-        if not groups:
-            return {}
-        values = np.array([[motion.diversity([take[k] for take in takes]) for k in range(2)] for takes in groups])
-        with np.errstate(invalid="ignore"):
-            beta, rho = np.nanmean(values, axis=0)
-        return {"diversity_expression": float(beta), "diversity_pose": float(rho)}
+def _diversity(samples: list[tuple[str, Array, Array]]) -> dict[str, float]:
+    groups: dict[str, list[tuple[Array, Array]]] = defaultdict(list)
+    for name, expression, angles in samples:
+        groups[name].append((expression, angles))
+    several = [group for group in groups.values() if len(group) > 1]
+    if not several:
+        return {}
+    values = np.array([[motion.diversity([sample[k] for sample in group]) for k in range(2)] for group in several])
+    with np.errstate(invalid="ignore"):
+        beta, rho = np.nanmean(values, axis=0)
+    return {"diversity_expression": float(beta), "diversity_pose": float(rho)}
 
 
-MEASURES: tuple[type[Any], ...] = (Coefficients, Lips, Steadiness, Blinks, Beats, Diversity)
+MEASURES: tuple[type[Measure], ...] = (Coefficients, Lips, Jitter, Blinks, Beats, Diversity)
