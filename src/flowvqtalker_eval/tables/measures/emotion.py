@@ -40,6 +40,7 @@ class _Accuracy(Measure):
 
     def start(self) -> SetScore:
         """Of all clips."""
+
         def reduce(kept: list[tuple[Array, str | None]]) -> dict[str, float]:
             share, count = accuracy_of([scores for scores, _ in kept], [label for _, label in kept])
             key, clips = (column.key for column in self.columns)
