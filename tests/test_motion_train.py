@@ -377,7 +377,7 @@ def test_expflow_resume_is_exact(corpus, tmp_path):
     fit(exp_stage(corpus), LOOP, tmp_path / "whole")
     fit(exp_stage(corpus), replace(LOOP, steps=3), tmp_path / "parts")
     fit(exp_stage(corpus), LOOP, tmp_path / "parts", resume=True)
-    a, b = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["model"] for name in ("whole", "parts"))
+    a, b = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["parts"]["model"] for name in ("whole", "parts"))
     assert all(torch.equal(a[key], b[key]) for key in a)
 
 

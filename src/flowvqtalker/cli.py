@@ -214,7 +214,7 @@ def _stage(name: str, module: Any, given: Sequence[str]) -> Any:
         config = str(out / "config.yaml")
 
     def run(self: Any) -> None:
-        train(name, self.options, self.out, self.resume)
+        train(module, self.options, self.out, self.resume)
 
     default: Any = MISSING if config is None else load_yaml(module.Config, config)
     options = field(default_factory=module.Config) if default is MISSING else field(default=default)

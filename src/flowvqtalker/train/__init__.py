@@ -2,19 +2,19 @@
 
 Each stage's module holds ``Config`` (a frozen dataclass; a field ``loop`` of type
 :class:`~flowvqtalker.train.config.LoopConfig` says how to train) and either ``build(config) -> Stage``, for the common
-loop, or ``run(config, out, resume)`` for a stage that is no gradient descent.
+loop, or ``run(config, out, resume)`` for a stage that is not trained by gradient descent.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from flowvqtalker.errors import UserError
 
-__all__ = ["STAGES", "main", "stage_module", "train"]
+__all__ = ["STAGES", "stage_module", "train"]
 
 #: Name on the command line -> module.
 STAGES = {
@@ -25,14 +25,11 @@ STAGES = {
     "speech": "flowvqtalker.train.speech",
     "expflow": "flowvqtalker.train.expflow",
     "poseflow": "flowvqtalker.train.poseflow",
-    "sync": "flowvqtalker_eval.evaluators.sync_training",
-    "emotion": "flowvqtalker_eval.evaluators.emotion_training",
-    "motion-emotion": "flowvqtalker_eval.evaluators.motion_emotion",
 }
 
 
 def stage_module(name: str) -> Any:
-    """The module of a stage, imported now.
+    """The module of a stage of :data:`STAGES`, imported now.
 
     Raises:
         UserError: if there is no such stage.
@@ -42,11 +39,18 @@ def stage_module(name: str) -> Any:
     return importlib.import_module(STAGES[name])
 
 
-def train(name: str, config: Any, out: str | Path, resume: bool = False) -> dict[str, float]:
-    """Run a stage with its configuration; see :func:`flowvqtalker.train.loop.fit` for what ``out`` holds afterwards."""
+def train(stage: str | ModuleType, config: Any, out: str | Path, resume: bool = False) -> dict[str, float]:
+    """Run a stage; see :func:`flowvqtalker.train.loop.fit` for what ``out`` holds afterwards.
+
+    Arguments:
+        stage: a name of :data:`STAGES`, or the module of a stage that lives elsewhere.
+        config: an instance of the module's ``Config``; a copy is kept in ``out`` as ``config.yaml``.
+        out: folder of the run.
+        resume: continue the run in that folder.
+    """
     from flowvqtalker.train.config import save_yaml
 
-    module = stage_module(name)
+    module: Any = stage_module(stage) if isinstance(stage, str) else stage
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     if not resume or not (out / "config.yaml").exists():
@@ -56,27 +60,3 @@ def train(name: str, config: Any, out: str | Path, resume: bool = False) -> dict
     from flowvqtalker.train.loop import fit
 
     return fit(module.build(config), config.loop, out, resume)
-
-
-def main(name: str, arguments: Sequence[str]) -> dict[str, float]:
-    """``flowvqtalker train NAME --out FOLDER [--config FILE] [--resume] [--loop.steps 10 ...]``.
-
-    Arguments:
-        name: the stage.
-        arguments: the rest of the command line.
-    """
-    import argparse
-
-    from flowvqtalker.train.config import parse
-
-    prog = f"flowvqtalker train {name}"
-    module = stage_module(name)
-    own = argparse.ArgumentParser(prog=prog, add_help=False, allow_abbrev=False)
-    own.add_argument("--out", default=f"runs/{name}")
-    own.add_argument("--config")
-    own.add_argument("--resume", action="store_true")
-    options, rest = own.parse_known_args(list(arguments))
-    out, source = Path(options.out), options.config
-    if options.resume and source is None and (out / "config.yaml").exists():
-        source = out / "config.yaml"
-    return train(name, parse(module.Config, rest, prog=prog, config=source), out, options.resume)

@@ -1,8 +1,8 @@
-"""The one training loop: Lightning Fabric, one Adam per group of parameters, EMA, exact resume.
+"""The one training loop: Lightning Fabric, one Adam per group of parameters, averaged weights, exact resume.
 
-A stage says what is trained (:class:`Stage`), the loop says how. What makes a resumed run equal to an uninterrupted
+A stage says what is trained (:class:`Stage`), the loop says how. Two rules make a resumed run equal to an uninterrupted
 one to the last bit: step ``s`` reads the items ``s * batch ... (s + 1) * batch - 1`` of a data set whose item ``i``
-depends on nothing but the seed and ``i``, and torch's generators are seeded anew for each step from (seed, step).
+depends only on the seed and ``i``, and torch's generators are seeded anew for each step from (seed, step).
 """
 
 from __future__ import annotations
@@ -12,26 +12,32 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from flowvqtalker.errors import UserError
+from flowvqtalker.train.checkpoint import export, load_checkpoint, save_checkpoint
 from flowvqtalker.train.config import LoopConfig
-from flowvqtalker.train.feed import RangeSampler, batches
-from flowvqtalker.train.hardware import Utilisation, peak_memory
-from flowvqtalker.train.log import CsvLog
+from flowvqtalker.train.loader import batches
+from flowvqtalker.train.monitor import CsvLog, Meter, gpu_busy, peak_memory
 from flowvqtalker.train.stage import Stage
-from flowvqtalker.train.state import CHECKPOINT_VERSION, Ema, export, load_checkpoint, save_checkpoint
 
-__all__ = ["CHECKPOINT_VERSION", "Ema", "RangeSampler", "Stage", "fit", "learning_rate", "step_seed"]
+__all__ = ["Stage", "average_of", "fit", "learning_rate", "step_seed"]
 
+#: Consecutive steps without a finite gradient after which a run is given up.
 _MAX_SKIPPED = 20
+
+#: Random streams beside those of the steps, which are numbered from 0.
+_START, _VALIDATION = -1, -2
 
 logger = logging.getLogger(__name__)
 
@@ -47,14 +53,22 @@ def learning_rate(step: int, config: LoopConfig) -> float:
 
 
 def step_seed(seed: int, step: int, rank: int = 0) -> int:
-    """Seed of everything random within one step on one device (a 63-bit mix of the three numbers)."""
-    value = 0
-    for part in (seed, step, rank):
-        value = (value + part + 0x9E3779B97F4A7C15) & (2**64 - 1)
-        value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
-        value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & (2**64 - 1)
-        value ^= value >> 31
-    return value >> 1
+    """Seed in [0, 2^63) of all randomness within one step on one device."""
+    sequence = np.random.SeedSequence((seed, step - _VALIDATION, rank))
+    return int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def average_of(parameters: nn.ParameterList, decay: float) -> AveragedModel:
+    """Exponential moving average of parameters, starting from their first update.
+
+    The decay of the n-th update is at most (1 + n) / (10 + n), so that a young average forgets its start quickly.
+    """
+
+    @torch.no_grad()
+    def update(averages: Any, values: Any, count: Any) -> None:
+        torch._foreach_lerp_(averages, values, 1 - min(decay, (1 + int(count)) / (10 + int(count))))
+
+    return AveragedModel(parameters, multi_avg_fn=update)
 
 
 def fit(stage: Stage, config: LoopConfig, out: str | Path, resume: bool = False) -> dict[str, float]:
@@ -68,254 +82,248 @@ def fit(stage: Stage, config: LoopConfig, out: str | Path, resume: bool = False)
         stage: what to train.
         config: how to train.
         out: folder of the run.
-        resume: go on from the checkpoint in ``out`` if there is one.
+        resume: continue from the checkpoint in ``out`` if there is one.
 
     Returns:
         the numbers of the last validation, and ``step``.
 
     Raises:
-        UserError: if ``out`` holds a run and ``resume`` is false, or its checkpoint is of something else.
+        UserError: if ``out`` holds a run and ``resume`` is false, or its checkpoint does not fit.
         FloatingPointError: if the loss stops being finite.
     """
-    fabric = _fabric(config)
-    out = Path(out)
-    checkpoint = out / "checkpoint.pt"
-    if checkpoint.exists() and not resume:
-        raise UserError(f"{out} already holds a run; add --resume to go on with it or choose another --out")
-    out.mkdir(parents=True, exist_ok=True)
+    return _Run(stage, config, Path(out), resume).train()
 
-    module = stage.module.to(fabric.device)
-    if config.channels_last:
-        module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    module.train()
-    if config.compile:
-        for part in stage.compiled():
-            part.compile()
-    groups = stage.parameter_groups()
-    optimizers = {
-        name: torch.optim.Adam(parameters, lr=config.lr, betas=config.betas, fused=True)
-        for name, parameters in groups.items()
-    }
-    state: dict[str, Any] = {"step": 0, "best": math.inf}
-    names = _names(module, groups)
-    fresh = not checkpoint.exists()
-    if fresh:
-        first = next(iter(batches(stage, config, fabric, 0, 1)))
-        torch.manual_seed(step_seed(config.seed, -1))
-        with fabric.autocast():
-            stage.on_start(first)
-        _synchronise(fabric, module)
-    ema = Ema(names, config.ema)
-    if not fresh:
-        load_checkpoint(checkpoint, stage, config, module, ema, optimizers, state)
-        logger.info("resumed %s at step %d", checkpoint, state["step"])
 
-    kept = 0 if fresh else state["step"] + 1
-    log = CsvLog(out / "log.csv", keep_below=kept)
-    scores = CsvLog(out / "validation.csv", keep_below=kept)
-    results: dict[str, float] = {}
+class _Run:
+    """State of one run: model, optimisers, average, logs and progress."""
 
-    def validate() -> None:
-        results.clear()
-        with ema.applied():
-            module.eval()
-            torch.manual_seed(step_seed(config.seed, -2))
-            with torch.no_grad(), fabric.autocast():
-                results.update({key: float(value) for key, value in stage.validate(fabric).items()})
-            module.train()
-            value = results.get(stage.monitor or "", math.inf)
-            if value < state["best"] and fabric.is_global_zero:
-                state["best"] = value
-                export(stage, config, state["step"], out / "best.safetensors", results)
-        if fabric.is_global_zero:
-            scores.write({"step": state["step"], **results})
-            logger.info("step %d: %s", state["step"], ", ".join(f"{k} {v:.4g}" for k, v in results.items()))
+    def __init__(self, stage: Stage, config: LoopConfig, out: Path, resume: bool) -> None:
+        self.stage, self.config, self.out = stage, config, out
+        self.checkpoint = out / "checkpoint.pt"
+        self.fresh = not self.checkpoint.exists()
+        if not self.fresh and not resume:
+            raise UserError(f"{out} already holds a run; add --resume to continue it or choose another --out")
+        out.mkdir(parents=True, exist_ok=True)
+        self.fabric = _fabric(config)
+        self.module = stage.module.to(self.fabric.device)
+        if config.channels_last:
+            self.module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.module.train()
+        if config.compile:
+            for part in stage.compiled():
+                part.compile()
+        self.groups = stage.parameter_groups()
+        self.optimizers = {
+            name: torch.optim.Adam(parameters, lr=config.lr, betas=config.betas, fused=True)
+            for name, parameters in self.groups.items()
+        }
+        if self.fresh:
+            self._start()
+        self.trained = nn.ParameterList(p for parameters in self.groups.values() for p in parameters)
+        self.average = average_of(self.trained, config.ema)
+        self.parts: dict[str, Any] = {"model": self.module, "average": self.average}
+        self.parts |= {f"optimizer.{name}": optimizer for name, optimizer in self.optimizers.items()}
+        self.step, self.best, self.skipped = 0, math.inf, 0
+        self.results: dict[str, float] = {}
+        if not self.fresh:
+            progress = load_checkpoint(self.checkpoint, stage, config, self.parts)
+            self.step, self.best = int(progress["step"]), progress["best"]
+            logger.info("resumed %s at step %d", self.checkpoint, self.step)
+        kept = 0 if self.fresh else self.step + 1
+        self.log = CsvLog(out / "log.csv", keep_below=kept)
+        self.scores = CsvLog(out / "validation.csv", keep_below=kept)
+        self.meter = Meter()
 
-    def save() -> None:
-        _synchronise(fabric, module)
-        if fabric.is_global_zero:
-            save_checkpoint(checkpoint, stage, config, module, ema, optimizers, state)
-            with ema.applied():
-                export(stage, config, state["step"], out / "weights.safetensors", results)
+    def _start(self) -> None:
+        """Let the stage initialise itself from the first batch."""
+        first = next(iter(batches(self.stage, self.config, self.fabric, 0, 1)))
+        torch.manual_seed(step_seed(self.config.seed, _START))
+        with self.fabric.autocast():
+            self.stage.on_start(first)
+        self._synchronise()
 
-    if fresh:
-        validate()  # finds faults of the validation before an hour of training, and is the number before training
+    def train(self) -> dict[str, float]:
+        """Train until the last step, the time limit or a signal."""
+        config, fabric = self.config, self.fabric
+        if self.fresh:
+            self.validate()  # finds faults of the validation before an hour of training
+        started = last = time.monotonic()
+        logged, waited, saved = self.step, 0.0, -1
+        first, final = self.step * config.accumulate, config.steps * config.accumulate
+        loader = batches(self.stage, config, fabric, first, final)
+        bar = tqdm(total=config.steps, initial=self.step, desc=self.stage.name, disable=not fabric.is_global_zero)
+        with _stop_requested() as stop, bar:
+            while self.step < config.steps:
+                begun = time.monotonic()
+                parts = [next(loader) for _ in range(config.accumulate)]
+                waited += time.monotonic() - begun
+                self._optimise(parts)
+                bar.update()
+                over = config.minutes > 0 and time.monotonic() - started > config.minutes * 60
+                ending = bool(fabric.broadcast(stop.is_set() or over))
+                if self.step % config.log_every == 0 or self.step == config.steps or ending:
+                    elapsed = time.monotonic() - last
+                    self._write_log(self.step - logged, elapsed, waited)
+                    logged, waited, last = self.step, 0.0, time.monotonic()
+                due = config.validate_every and self.step % config.validate_every == 0
+                if due and not ending and self.step < config.steps:
+                    self.validate()
+                if self.step % config.save_every == 0 or ending:
+                    self.save()
+                    saved = self.step
+                if ending:
+                    logger.info("stopped at step %d (%s)", self.step, "signal" if stop.is_set() else "time limit")
+                    break
+        if self.step == config.steps:
+            self.validate()
+        if saved != self.step or self.step == config.steps:
+            self.save()
+        return {"step": float(self.step), **self.results}
 
-    started, last_log, last_step = time.monotonic(), time.monotonic(), state["step"]
-    meter, waited, skipped = _Meter(), 0.0, 0
-    saved = -1
-    per_step = config.batch_size * config.accumulate * fabric.world_size
-    with (
-        _Signals() as stop,
-        Utilisation(fabric.device) as utilisation,
-        tqdm(
-            total=config.steps,
-            initial=state["step"],
-            desc=stage.name,
-            disable=not fabric.is_global_zero,
-            dynamic_ncols=True,
-        ) as bar,
-    ):
-        micro = iter(
-            batches(stage, config, fabric, state["step"] * config.accumulate, config.steps * config.accumulate)
-        )
-        while state["step"] < config.steps:
-            step = state["step"]
-            tick = time.monotonic()
-            parts = [next(micro) for _ in range(config.accumulate)]
-            waited += time.monotonic() - tick
-            torch.manual_seed(step_seed(config.seed, step, fabric.global_rank))
+    def _optimise(self, parts: Sequence[Any]) -> None:
+        """One step of every group."""
+        config = self.config
+        torch.manual_seed(step_seed(config.seed, self.step, self.fabric.global_rank))
+        for group, parameters in self.groups.items():
+            self._require_gradients(group)
+            for batch in parts:
+                with self.fabric.autocast():
+                    loss, logs = self.stage.loss(group, batch, self.step)
+                self.meter.add({f"{group}/{key}": value for key, value in logs.items()})
+                if loss is not None:
+                    self.fabric.backward(loss / config.accumulate)
+                    self.meter.add({f"{group}/loss": loss})
+            if any(p.grad is not None for p in parameters):
+                self._update(group, parameters)
+        self._require_gradients(None)
+        self.average.update_parameters(self.trained)
+        self.stage.on_step_end(self.step)
+        self.step += 1
+        self.meter.add(gpu_busy(self.fabric.device))
 
-            for group, parameters in groups.items():
-                _only(groups, group)
-                for batch in parts:
-                    with fabric.autocast():
-                        loss, logs = stage.loss(group, batch, step)
-                    meter.add({f"{group}/{key}": value for key, value in logs.items()})
-                    if loss is not None:
-                        fabric.backward(loss / config.accumulate)
-                        meter.add({f"{group}/loss": loss})
-                if all(p.grad is None for p in parameters):
-                    continue
-                norm = _reduce(fabric, parameters, config.clip)
-                meter.add({f"{group}/grad_norm": norm})
-                for entry in optimizers[group].param_groups:
-                    entry["lr"] = learning_rate(step, config) * stage.lr_scale(group)
-                if torch.isfinite(norm):
-                    optimizers[group].step()
-                    skipped = 0
-                else:  # one bad batch must not end a long run, many mean that it is lost
-                    skipped += 1
-                    logger.warning("step %d: gradient of %s is not finite, step skipped", step, group)
-                    if skipped >= _MAX_SKIPPED:
-                        raise FloatingPointError(f"{skipped} steps without a finite gradient; lower loop.lr")
-                optimizers[group].zero_grad(set_to_none=True)
-            _only(groups, None)
-            ema.update()
-            stage.on_step_end(step)
-            state["step"] = step = step + 1
-            bar.update()
+    def _update(self, group: str, parameters: Sequence[nn.Parameter]) -> None:
+        """Let a group's optimiser step, unless its gradient is not finite."""
+        optimizer = self.optimizers[group]
+        norm = self._reduce_gradients(parameters)
+        self.meter.add({f"{group}/grad_norm": norm})
+        for entry in optimizer.param_groups:
+            entry["lr"] = learning_rate(self.step, self.config) * self.stage.lr_scale(group)
+        if torch.isfinite(norm):
+            optimizer.step()
+            self.skipped = 0
+        else:  # one bad batch must not end a long run, but many mean that it is lost
+            self.skipped += 1
+            logger.warning("step %d: gradient of %s is not finite, step skipped", self.step, group)
+            if self.skipped >= _MAX_SKIPPED:
+                raise FloatingPointError(f"{self.skipped} steps without a finite gradient; lower loop.lr")
+        optimizer.zero_grad(set_to_none=True)
 
-            over = config.minutes > 0 and time.monotonic() - started > config.minutes * 60
-            ending = bool(fabric.broadcast(stop.set_ or over)) if fabric.world_size > 1 else stop.set_ or over
-            if step % config.log_every == 0 or step == config.steps or ending:
-                now = time.monotonic()
-                speed = (step - last_step) / (now - last_log)
-                row = {"step": step, **meter.means(), "lr": learning_rate(step - 1, config), "steps_per_s": speed}
-                row |= {"items_per_s": speed * per_step, "data_wait": waited / (now - last_log)}
-                row |= utilisation.means() | {"memory_mib": peak_memory(fabric.device) / 2**20}
-                meter, waited, last_log, last_step = _Meter(), 0.0, now, step
-                if fabric.is_global_zero:
-                    log.write(row)
-                    bar.set_postfix({k.split("/")[0]: f"{v:.4g}" for k, v in row.items() if k.endswith("/loss")})
-            due = config.validate_every and step % config.validate_every == 0 and step < config.steps
-            if due and not ending:
-                validate()
-            if step % config.save_every == 0 or ending:
-                save()
-                saved = step
-            if ending:
-                logger.info("stopped at step %d (%s)", step, "signal" if stop.set_ else "time limit")
-                break
-    if state["step"] == config.steps:
-        validate()
-    if saved != state["step"] or state["step"] == config.steps:
-        save()
-    return {"step": float(state["step"]), **results}
+    def _require_gradients(self, chosen: str | None) -> None:
+        """Let only the chosen group's parameters require a gradient (None: all groups)."""
+        for group, parameters in self.groups.items():
+            for p in parameters:
+                p.requires_grad_(chosen is None or group == chosen)
+
+    def _reduce_gradients(self, parameters: Sequence[nn.Parameter]) -> Tensor:
+        """Average the gradients over the processes, clip them, and return their norm before clipping."""
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        if self.fabric.world_size > 1:
+            flat = torch.cat([g.flatten() for g in gradients])
+            flat = self.fabric.all_reduce(flat, reduce_op="mean")  # type: ignore[assignment]
+            for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+                gradient.copy_(part.view_as(gradient))
+        return torch.nn.utils.clip_grad_norm_(parameters, self.config.clip or math.inf)
+
+    def _synchronise(self) -> None:
+        """Give every process the first one's weights and buffers: buffers drift apart with each process's data."""
+        if self.fabric.world_size > 1:
+            for value in self.module.state_dict().values():
+                value.copy_(self.fabric.broadcast(value, src=0))
+
+    def _write_log(self, steps: int, seconds: float, waited: float) -> None:
+        speed = steps / seconds
+        items = speed * self.config.batch_size * self.config.accumulate * self.fabric.world_size
+        row = {"step": self.step, **self.meter.means(), "lr": learning_rate(self.step - 1, self.config)}
+        row |= {"steps_per_s": speed, "items_per_s": items, "data_wait": waited / seconds}
+        row["memory_mib"] = peak_memory(self.fabric.device) / 2**20
+        if self.fabric.is_global_zero:
+            self.log.write(row)
+
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """Within the block the module holds the averaged weights."""
+        live = [parameter.data for parameter in self.trained]
+        for parameter, average in zip(self.trained, self.average.parameters(), strict=True):
+            parameter.data = average.data
+        try:
+            yield
+        finally:
+            for parameter, data in zip(self.trained, live, strict=True):
+                parameter.data = data
+
+    def validate(self) -> None:
+        """Measure the averaged weights on held-out data, and keep them if they are the best so far."""
+        with self._averaged():
+            self.module.eval()
+            torch.manual_seed(step_seed(self.config.seed, _VALIDATION))
+            with torch.no_grad(), self.fabric.autocast():
+                self.results = {key: float(value) for key, value in self.stage.validate(self.fabric).items()}
+            self.module.train()
+            value = self.results.get(self.stage.monitor or "", math.inf)
+            if value < self.best and self.fabric.is_global_zero:
+                self.best = value
+                export(self.stage, self.config, self.step, self.out / "best.safetensors", self.results)
+        if self.fabric.is_global_zero:
+            self.scores.write({"step": self.step, **self.results})
+            logger.info("step %d: %s", self.step, ", ".join(f"{k} {v:.4g}" for k, v in self.results.items()))
+
+    def save(self) -> None:
+        """Write the checkpoint and the averaged weights."""
+        self._synchronise()
+        if self.fabric.is_global_zero:
+            progress = {"step": self.step, "best": self.best}
+            save_checkpoint(self.checkpoint, self.stage, self.config, progress, self.parts)
+            with self._averaged():
+                export(self.stage, self.config, self.step, self.out / "weights.safetensors", self.results)
 
 
 def _fabric(config: LoopConfig) -> Fabric:
     """Device, precision and processes; one process needs no launcher."""
     if config.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("loop.device cuda: no GPU that torch can use was found; choose cpu or auto, try cpu or auto")
+        raise UserError("loop.device cuda: no GPU that torch can use was found; choose cpu or auto")
     if config.threads:
         torch.set_num_threads(config.threads)
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it
-    many = config.devices * config.nodes > 1
     accelerator = "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
     if accelerator == "cuda":
         torch.backends.cudnn.allow_tf32 = True
-        torch.backends.cudnn.benchmark = True  # pictures of a stage have one size
+        torch.backends.cudnn.benchmark = True  # images of a stage have one size
     fabric = Fabric(
         accelerator=accelerator,
         devices=config.devices,
         num_nodes=config.nodes,
-        strategy="ddp" if many else "auto",
+        strategy="ddp" if config.devices * config.nodes > 1 else "auto",
         precision=config.precision,
     )
     fabric.launch()
     return fabric
 
 
-def _names(module: nn.Module, groups: Mapping[str, Sequence[nn.Parameter]]) -> dict[str, nn.Parameter]:
-    """Names of the trained parameters, in the module's order."""
-    trained = {id(p) for parameters in groups.values() for p in parameters}
-    names = {name: p for name, p in module.named_parameters() if id(p) in trained}
-    if len(names) != len(trained):
-        raise ValueError("a stage's parameter groups must hold parameters of its module only")
-    return names
+@contextmanager
+def _stop_requested() -> Iterator[threading.Event]:
+    """An event that SIGTERM and SIGINT set; a second SIGINT interrupts at once."""
+    requested = threading.Event()
+    former: dict[int, Any] = {}
 
-
-def _only(groups: Mapping[str, Sequence[nn.Parameter]], chosen: str | None) -> None:
-    """Let only the chosen group's parameters require a gradient (None: all groups)."""
-    for group, parameters in groups.items():
-        for p in parameters:
-            p.requires_grad_(chosen is None or group == chosen)
-
-
-def _reduce(fabric: Fabric, parameters: Sequence[nn.Parameter], clip: float) -> Tensor:
-    """Average the gradients over the processes, clip them, and return their norm before clipping."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    if fabric.world_size > 1:
-        flat = torch.cat([g.flatten() for g in gradients])
-        flat = fabric.all_reduce(flat, reduce_op="mean")  # type: ignore[assignment]
-        for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-            gradient.copy_(part.view_as(gradient))
-    return torch.nn.utils.clip_grad_norm_(parameters, clip or math.inf)
-
-
-def _synchronise(fabric: Fabric, module: nn.Module) -> None:
-    """Give every process the first one's weights and buffers (buffers drift apart: each process sees its own data)."""
-    if fabric.world_size > 1:
-        for value in module.state_dict().values():
-            value.copy_(fabric.broadcast(value, src=0))
-
-
-class _Meter:
-    """Means of logged numbers; tensors stay on their device until the means are asked for."""
-
-    def __init__(self) -> None:
-        self.sums: dict[str, float | Tensor] = {}
-        self.counts: dict[str, int] = {}
-
-    def add(self, values: Mapping[str, float | Tensor]) -> None:
-        for key, value in values.items():
-            value = value.detach().float() if isinstance(value, Tensor) else value
-            self.sums[key] = self.sums.get(key, 0.0) + value
-            self.counts[key] = self.counts.get(key, 0) + 1
-
-    def means(self) -> dict[str, float]:
-        return {key: float(total) / self.counts[key] for key, total in self.sums.items()}
-
-
-class _Signals:
-    """SIGTERM and SIGINT ask the loop to stop after the step; a second SIGINT interrupts at once."""
-
-    def __init__(self) -> None:
-        self.set_ = False
-        self._old: dict[int, Any] = {}
-
-    def _handle(self, number: int, frame: Any) -> None:
-        if self.set_ and number == signal.SIGINT:
+    def handle(number: int, frame: Any) -> None:
+        if requested.is_set() and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.set_ = True
+        requested.set()
 
-    def __enter__(self) -> _Signals:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._old[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(self, *unused: object) -> None:
-        for number, handler in self._old.items():
+    if threading.current_thread() is threading.main_thread():
+        former = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield requested
+    finally:
+        for number, handler in former.items():
             signal.signal(number, handler)

@@ -1,0 +1,103 @@
+"""Output files that appear whole or not at all: written under another name, then renamed.
+
+Where Linux allows it, a file has no name until it is complete, so that even a killed process leaves nothing behind.
+Elsewhere it grows as ``.NAME.XXXXXXXX.part`` beside its place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from flowvqtalker.errors import UserError
+
+__all__ = ["atomic_folder", "atomic_path", "atomic_write", "check_output"]
+
+
+def check_output(path: str | Path, suffixes: tuple[str, ...]) -> Path:
+    """Check that a file can be written, before any work is done.
+
+    Raises:
+        UserError: if the suffix is unknown, the folder is missing or not writable, or the path is a folder.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in suffixes:
+        raise UserError(f"output {path}: the name must end in one of {', '.join(suffixes)}")
+    if path.is_dir():
+        raise UserError(f"output {path} is a folder; give a file name")
+    if not path.parent.is_dir():
+        raise UserError(f"output {path} cannot be written: there is no folder {path.parent}; create it first")
+    if not os.access(path.parent, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
+        raise UserError(f"output {path} cannot be written: permission denied; choose another folder")
+    return path
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """A temporary path to write to; its file takes the place of ``path`` when the block ends without an error.
+
+    The temporary path may have no suffix: writers must be told the format. A symbolic link stays; the file that it
+    points to is replaced.
+    """
+    target = Path(os.path.realpath(path))
+    named = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.part")
+    descriptor = _unnamed(target.parent)
+    try:
+        yield named if descriptor is None else Path(f"/proc/{os.getpid()}/fd/{descriptor}")
+        if descriptor is not None:
+            # The folder's descriptor is of no use for an absolute path, but Python follows the link only with one.
+            os.link(f"/proc/self/fd/{descriptor}", named, src_dir_fd=descriptor)
+        os.replace(named, target)
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+        named.unlink(missing_ok=True)
+
+
+def _unnamed(folder: Path) -> int | None:
+    """A new file without a name in a folder, as a descriptor; None where the system has no such files."""
+    if not hasattr(os, "O_TMPFILE") or not Path("/proc/self/fd").is_dir():
+        return None
+    try:
+        return os.open(folder, os.O_TMPFILE | os.O_RDWR, 0o666)
+    except OSError:  # the file system has none, or the folder cannot be written to: a named file tells
+        return None
+
+
+def atomic_write(path: str | Path, write: Callable[[Path], object]) -> None:
+    """Write a file by ``write(temporary path)``, see :func:`atomic_path`.
+
+    Raises:
+        UserError: if it cannot be written.
+    """
+    try:
+        with atomic_path(path) as temporary:
+            write(temporary)
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise UserError(f"output {path} cannot be written ({reason}); check the folder and the disk") from error
+
+
+@contextlib.contextmanager
+def atomic_folder(path: str | Path) -> Iterator[Path]:
+    """A temporary folder ``NAME.writing`` that replaces ``path`` when the block ends without an error.
+
+    What a killed process left there is removed first.
+    """
+    path = Path(path)
+    beside, old = path.with_name(path.name + ".writing"), path.with_name(path.name + ".old")
+    for folder in (beside, old):
+        shutil.rmtree(folder, ignore_errors=True)
+    beside.mkdir(parents=True)
+    try:
+        yield beside
+        if path.exists():
+            path.rename(old)
+        beside.rename(path)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
