@@ -117,14 +117,14 @@ def from_dict(cls: type[T], values: Mapping[str, Any]) -> T:
         ConfigError: with every unknown key, wrong type and broken rule, each named by its path (``loop.batch_size``).
     """
     try:
-        return typing.cast(T, _model(cls)(value=values).value)
+        return typing.cast(T, _model(typing.cast(Any, cls))(value=values).value)
     except pydantic.ValidationError as error:
         problems = [text for detail in error.errors(include_url=False) for text in _problems(cls, detail)]
         raise ConfigError(problems) from None
 
 
 @functools.lru_cache
-def _model(cls: type) -> Any:
+def _model(cls: Any) -> Any:
     """Pydantic takes settings for plain dataclasses, here to refuse unknown keys, only from an enclosing model."""
     return pydantic.create_model("Config", __config__=pydantic.ConfigDict(extra="forbid"), value=(cls, ...))
 
