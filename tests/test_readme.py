@@ -45,7 +45,8 @@ def place(tmp_path, monkeypatch, portrait_file, astronaut, tiny_weights):
 
 def test_commands_run(place):
     ran = [shlex.split(line)[1:] for line in COMMANDS if line.startswith("flowvqtalker ")]
-    assert [line[0] for line in ran] == ["animate", "animate", "motion", "track", "render", "doctor", "train", "evaluate"]
+    names = ["animate", "animate", "motion", "track", "render", "doctor", "train", "evaluate"]
+    assert [line[0] for line in ran] == names
     for line in ran:
         assert main(line) == 0, line
     assert probe("out.mp4").kind == "video"
