@@ -7,6 +7,7 @@ import ctypes
 import importlib
 import importlib.metadata
 import platform
+import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -25,8 +26,6 @@ SYSTEM_LIBRARIES = {
     "libglib-2.0.so.0": "libglib2.0-0",
 }
 
-_REQUIRED = ("av", "einops", "lightning-fabric", "numpy", "pillow", "pyyaml", "safetensors", "scipy", "tqdm", "tyro")
-_EXTRAS = {"eval": ("matplotlib", "scikit-image"), "study": ("fastapi", "uvicorn"), "dev": ("mypy", "pytest", "ruff")}
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,7 @@ def report(findings: list[Finding]) -> str:
         remedy = f"  ->  {finding.remedy}" if finding.remedy and not finding.good else ""
         lines.append(f"{state}  {finding.name:<{width}}  {finding.detail}{remedy}")
     missing = sum(finding.needed and not finding.good for finding in findings)
-    lines.append("everything needed is there" if not missing else f"{missing} thing(s) needed are missing")
+    lines.append("nothing is missing" if not missing else f"{missing} of what animating needs is missing")
     return "\n".join(lines)
 
 
@@ -95,7 +94,7 @@ def _torch() -> Iterator[Finding]:
     device = choose_device("auto")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     kind = str(fast_dtype(device)).removeprefix("torch.")
-    yield Finding("torch", True, f"{torch.__version__}, {device} ({name}), pictures in {kind}")
+    yield Finding("torch", True, f"{torch.__version__}, {device} ({name}), images in {kind}")
 
 
 def _libraries() -> Iterator[Finding]:
@@ -139,9 +138,20 @@ def _codecs() -> Iterator[Finding]:
 
 
 def _packages() -> Iterator[Finding]:
-    for package in _REQUIRED:
+    for package in _requirements(""):
         version = _version(package)
         yield Finding(package, version is not None, version or "not installed", f"pip install {package}")
+
+
+def _requirements(extra: str) -> list[str]:
+    """Packages that the package itself ("") or one of its extras requires, by its own metadata."""
+    found = []
+    for line in importlib.metadata.requires("flowvqtalker") or []:
+        name, _, marker = line.partition(";")
+        wanted = re.search(r"extra\s*==\s*['\"]([\w-]+)['\"]", marker)
+        if (wanted.group(1) if wanted else "") == extra:
+            found.append(re.split(r"[\s<>=!~\[]", name.strip(), maxsplit=1)[0])
+    return [name for name in found if name != "flowvqtalker"]
 
 
 def _weights(folder: str | Path | None) -> Iterator[Finding]:
@@ -164,8 +174,8 @@ def _weights(folder: str | Path | None) -> Iterator[Finding]:
 
 
 def _optional() -> Iterator[Finding]:
-    for extra, packages in _EXTRAS.items():
-        absent = [package for package in packages if _version(package) is None]
+    for extra in importlib.metadata.metadata("flowvqtalker").get_all("Provides-Extra") or []:
+        absent = [package for package in _requirements(extra) if _version(package) is None]
         detail = "complete" if not absent else f"without {', '.join(absent)}"
         yield Finding(f"extra {extra}", not absent, detail, f"pip install 'flowvqtalker[{extra}]'", needed=False)
 
