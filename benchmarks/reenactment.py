@@ -1,14 +1,10 @@
 """Self-reenactment on held-out people: a clip's first stored frame driven to its others by their tracked beta and rho.
 
     python benchmarks/reenactment.py SHARD [--weights FOLDER] [--limit 120] [--grid out/reenactment.png]
-    python benchmarks/reenactment.py SHARD --cross [--pairs 12] [--grid out/cross.png]
 
 SHARD is a ``frames`` shard of ``flowvqtalker prepare``; its validation split (by identity) is used. Rows: the copied
 source, the codebook's reconstruction of the target, the warped source alone (I_w), and VQIG; columns as
 :class:`flowvqtalker_eval.metrics.reenactment.Scores` describes them. The grid shows source, target, I_w and ours.
-
-With --cross the portrait of one person is driven by the clip of another: :mod:`flowvqtalker_eval.metrics.cross`. The grid
-shows the portrait, the driver, I_w and ours. The tables lie beside the grids (.md, .csv, .json).
 """
 
 from __future__ import annotations
@@ -21,8 +17,7 @@ from tqdm import tqdm
 
 from flowvqtalker.errors import UserError
 from flowvqtalker.loading import fast_dtype, load_face_model, load_generator
-from flowvqtalker_eval.figures import ablation, grid, style
-from flowvqtalker_eval.metrics.cross import CrossAnimation, CrossScores
+from flowvqtalker_eval.figures import ablation, style
 from flowvqtalker_eval.metrics.reenactment import Reenactment, Scores
 from flowvqtalker_eval.report import Table, markdown, write
 
@@ -46,53 +41,21 @@ def own(options: argparse.Namespace) -> Table:
     return scores.table(f"{len(pairs)} pairs of {pairs.people} held-out people from {options.shard.name}")
 
 
-def cross(options: argparse.Namespace) -> Table:
-    """Cross-identity animation: write the grid, return the table."""
-    face = load_face_model(options.weights)
-    clips = CrossAnimation(
-        options.shard,
-        face,
-        {"VQIG": load_generator(options.weights)},
-        pairs=options.pairs,
-        frames=options.frames,
-        warped=("VQIG",),
-        dtype=fast_dtype(torch.device("cpu")),
-    )
-    scores, shown = CrossScores(face), {}
-    for i, clip in enumerate(tqdm(clips)):
-        scores.add(clip)
-        if i % max(1, len(clips) // options.rows) == 0 and len(shown) < options.rows:
-            apart = abs(clip.commanded[:, :64] - clip.start[:64]).sum(1)
-            frame = int(apart.argmax())
-            pictures = [clip.driver[0][frame], clip.images["I_w of VQIG"][frame], clip.images["VQIG"][frame]]
-            shown[clip.name] = [clip.portrait, *pictures]
-    scores.close()
-    columns = ["Portrait", "Driver", "Warped portrait", "Ours"]
-    style.save(grid.make(shown, columns=columns, labels=False), options.grid)
-    return scores.table(
-        f"Cross-identity animation, {len(clips)} pairs of {clips.people} held-out people from {options.shard.name}"
-    )
-
-
 def main() -> None:
     """Measure, print and write the table, write the grid."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shard", type=Path)
     parser.add_argument("--weights", type=Path)
     parser.add_argument("--limit", type=int, default=120, help="pairs of pictures, 0 takes all")
-    parser.add_argument("--cross", action="store_true", help="drive portraits by other people's clips")
-    parser.add_argument("--pairs", type=int, default=12, help="of portrait and clip, with --cross")
-    parser.add_argument("--frames", type=int, default=8, help="of each clip, with --cross")
-    parser.add_argument("--grid", type=Path)
+    parser.add_argument("--grid", type=Path, default=Path("out/reenactment.png"))
     parser.add_argument("--rows", type=int, default=6)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    options.grid = options.grid or Path("out/cross.png" if options.cross else "out/reenactment.png")
     try:
         options.grid.parent.mkdir(parents=True, exist_ok=True)
         style.check_figure(options.grid)
-        table = cross(options) if options.cross else own(options)
+        table = own(options)
         print(markdown(table))
         print(", ".join(map(str, write(table, options.grid.with_suffix("")))))
     except UserError as error:

@@ -62,7 +62,9 @@ def _picture(value: int) -> np.ndarray:
 
 
 def _pair(name: str, target: int, **images: int) -> Pair:
-    return Pair(name, _picture(0), _picture(target), {k: _picture(v) for k, v in images.items()}, (100, 200))
+    return Pair(
+        name, _picture(0), _picture(target), {k: _picture(v) for k, v in images.items()}, {"mouth": (36, 136, 128, 128)}
+    )
 
 
 def test_a_variant_begins_with_what_it_shares_with_the_given_weights(base: Config, tmp_path: Path) -> None:
@@ -142,20 +144,20 @@ def test_pairs_show_what_the_generators_make(shard: Path, face: FaceModel) -> No
     # Without W nothing of the motion reaches the picture; with it, something does.
     assert np.array_equal(first.images["B"], second.images["B"])
     assert not np.array_equal(first.images["+W"], second.images["+W"])
-    x, y, w, h = first.mouth_box()
+    x, y, w, h = first.boxes["mouth"]
     assert 0 <= x <= 512 - w and 0 <= y <= 512 - h and w == h == 128
     with pytest.raises(UserError, match="no image generator"):
         Reenactment(shard, face, {})
 
 
 class _Distance(torch.nn.Module):
-    """In place of a perceptual network, whose weights a test cannot ask for."""
+    """In place of a perceptual network, whose weights a test cannot ask for: the colours themselves are its tap."""
 
     def __init__(self, *unused: object) -> None:
         super().__init__()
 
-    def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        return (a - b).abs().mean() * 127.5
+    def features(self, image: torch.Tensor) -> list[torch.Tensor]:
+        return [image]
 
 
 def test_scores_have_closed_forms(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,13 +172,19 @@ def test_scores_have_closed_forms(monkeypatch: pytest.MonkeyPatch) -> None:
     table = scores.table("title", ("a note",))
     same, off = table.rows
     assert (same.name, same.clips, same.frames) == ("same", 1, 2)
-    assert same.values == {"l1": 0, "psnr": np.inf, "ssim": 1, "perceptual": 0, "mouth": 0}
-    assert off.values["l1"] == pytest.approx(0.3) and off.values["perceptual"] == pytest.approx(76.5)
-    assert off.values["mouth"] == pytest.approx(76.5)
+    assert same.values["l1"] == same.values["perceptual"] == same.values["mouth"] == 0
+    assert same.values["psnr"] == np.inf and same.values["ssim"] == 1
+    assert off.values["l1"] == pytest.approx(0.3)
+    # Squared differences over the target's mean square, of levels 51 and 102 in [-1, 1].
+    wanted = ((0.4 / 0.6) ** 2 + (0.8 / 0.2) ** 2) / 2
+    assert off.values["perceptual"] == pytest.approx(wanted, rel=1e-3) == off.values["mouth"]
     assert off.values["psnr"] == pytest.approx(-20 * (np.log10(0.2) + np.log10(0.4)) / 2)
     expected = float(ssim(_picture(51), _picture(0))[0] + ssim(_picture(102), _picture(0))[0]) / 2
     assert off.values["ssim"] == pytest.approx(expected)
-    assert [c.title for c in table.columns][3:] == ["MobileNet-perceptual", "MobileNet-perceptual, mouth"]
+    assert [c.title for c in table.columns if not c.extra][3:] == [
+        "MobileNet-perceptual",
+        "MobileNet-perceptual, mouth",
+    ]
     assert table.notes == ("a note",)
 
 

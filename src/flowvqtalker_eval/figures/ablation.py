@@ -48,7 +48,7 @@ def make(pairs: Sequence[Pair], methods: Mapping[str, str], *, zoom: bool = True
     if missing:
         raise UserError(f"no picture by {', '.join(missing)}; the methods are {', '.join(pairs[0].images)}")
     rows = {pair.name: [pair.source, pair.target, *(pair.images[name] for name in methods)] for pair in pairs}
-    boxes = {pair.name: [[], *([[pair.mouth_box()] if zoom else []] * (1 + len(methods)))] for pair in pairs}
+    boxes = {pair.name: [[], *([[pair.boxes["mouth"]] if zoom else []] * (1 + len(methods)))] for pair in pairs}
     return grid.make(
         rows, columns=["Source", "Target", *methods.values()], zoom=boxes, labels=False, cell=cell, inset=0.36
     )

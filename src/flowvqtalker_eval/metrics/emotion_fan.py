@@ -1,22 +1,20 @@
-"""Emotion-FAN (Meng et al., "Frame attention networks for facial expression recognition in videos", 2019): Acc_emo with
-the published weights.
+"""Acc_emo by Emotion-FAN with its published weights (Meng et al., "Frame attention networks for facial expression
+recognition in videos", 2019).
 
-The network and its names are those of ``yuangan/evaluation_eat`` (``code/emotionfan_basiccode/networks.py``), whose
-checkpoint, fine-tuned on MEAD, is the one behind the column Acc_emo of the papers that follow EAT: a ResNet-18, one
-weight α for each frame, one weight β for each frame and its relation to the clip, eight classes.
+Network and names are those of ``yuangan/evaluation_eat`` (``code/emotionfan_basiccode/networks.py``), whose checkpoint,
+fine-tuned on MEAD, stands behind the column Acc_emo of EAT and the papers after it: a ResNet-18, a weight α for each
+frame, a weight β for each frame and its relation to the clip, eight classes.
 
-That repository's evaluation differs from its training in one point: it divides Σ α [f; v] by Σ α β, without β in the
-numerator. ``protocol="eat"`` does the same, for numbers beside published ones; ``"paper"`` is the definition.
+That repository evaluates otherwise than it trains: it divides Σ α [f; v] by Σ α β, without β in the numerator.
+``protocol="eat"`` does the same, for numbers beside published ones; ``"paper"`` is the definition.
 
-**Not run here on the published weights**: they could not be had. The network, the loader and the attentions are tested
-on made-up weights and against slow, plain versions. The faces are dlib's chips as its five-point alignment defines
-them; size 224 and padding 0.25 are what the sources suggest, not verified on their files.
+**Never run here on the published weights**, which could not be had. Tests check network and attentions on made-up
+weights and against plain computations. Faces are dlib's chips by its five-point alignment; size 224 and padding 0.25
+are what the sources suggest.
 """
 
 from __future__ import annotations
 
-import os
-import pickle
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,26 +23,29 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from flowvqtalker import weights as bundled
-from flowvqtalker.errors import MissingDependency, UserError
 from flowvqtalker.face.alignment import similarity, warp
 from flowvqtalker_eval.metrics.accuracy import CLASSES
-from flowvqtalker_eval.metrics.analysis import Array, ClipExtractor, FrameExtractor, Settings
+from flowvqtalker_eval.metrics.analysis import Array, ClipExtractor, FrameExtractor, Frames, Settings, Wave
+from flowvqtalker_eval.metrics.published import PublishedWeights
 
 __all__ = [
-    "ORDER",
+    "WEIGHTS",
     "EmotionFan",
     "EmotionFanExtractor",
     "EmotionFanScores",
     "clip_vector",
     "face_chips",
-    "find_emotion_fan",
     "load_emotion_fan",
     "related",
     "to_project_order",
 ]
 
-VARIABLE = "FLOWVQTALKER_EMOTION_FAN"
+#: The authors publish no hash; the one found is printed with every number.
+WEIGHTS = PublishedWeights(
+    "Emotion-FAN weights",
+    "FLOWVQTALKER_EMOTION_FAN",
+    "the checkpoint fine-tuned on MEAD that github.com/yuangan/evaluation_eat links to",
+)
 SIZE = 224
 
 #: The published order of the classes, by this project's names.
@@ -53,7 +54,7 @@ ORDER = ("happy", "angry", "disgusted", "fear", "sad", "neutral", "surprised", "
 Protocol = Literal["paper", "eat"]
 
 # dlib's mean places of five landmarks in a chip without padding (image_transforms/interpolation.h): outer and inner
-# corner of the eye at the right of the picture, of the one at the left, and the base of the nose.
+# corner of the eye at the right of the image, of the one at the left, and the base of the nose.
 _CHIP = np.array(
     [
         (0.8595674595992, 0.2134981538014),
@@ -106,7 +107,7 @@ def related(
 
 
 def to_project_order(scores: Tensor) -> Tensor:
-    """Scores (..., 8) in the published order of classes, in that of :data:`flowvqtalker_eval.metrics.accuracy.CLASSES`."""
+    """Scores (..., 8) in the published order of classes, reordered as ``accuracy.CLASSES``."""
     return scores[..., [ORDER.index(name) for name in CLASSES]]
 
 
@@ -134,8 +135,8 @@ class _Block(nn.Module):
 class EmotionFan(nn.Module):
     """Faces (B, T, 3, 224, 224) RGB in [0, 1] -> logits (B, 8) in the published order :data:`ORDER`.
 
-    The names of the weights are those of the published file. ``pred_fc1`` classifies v alone; it is in the file and not
-    used with both attentions.
+    Weights have the names of the published file. ``pred_fc1``, which classifies v alone, is in the file and not used
+    here. Without dropout: for evaluation only.
 
     Arguments:
         protocol: of the relation attention, see the module.
@@ -154,7 +155,6 @@ class EmotionFan(nn.Module):
         self.beta = nn.Sequential(nn.Linear(1024, 1), nn.Sigmoid())
         self.pred_fc1 = nn.Linear(512, len(ORDER))
         self.pred_fc2 = nn.Linear(1024, len(ORDER))
-        self.dropout, self.dropout2 = nn.Dropout(0.5), nn.Dropout(0.6)
 
     def frames(self, faces: Tensor) -> tuple[Tensor, Tensor]:
         """Features (N, 512) and α (N,) of faces (N, 3, 224, 224)."""
@@ -165,90 +165,33 @@ class EmotionFan(nn.Module):
         for i in range(1, 5):
             x = getattr(self, f"layer{i}")(x)
         features = x.mean((2, 3))
-        return features, self.alpha(self.dropout(features))[:, 0]
+        return features, self.alpha(features)[:, 0]
 
-    def classify(self, features: Tensor, alpha: Tensor, mask: Tensor | None = None) -> Tensor:
+    def classify(self, features: Tensor, alpha: Tensor) -> Tensor:
         """Logits (B, 8) of features (B, T, 512) and α (B, T)."""
-        clip = clip_vector(features, alpha, mask)
-        pairs = torch.cat([features, clip[:, None].expand_as(features)], dim=2)
-        beta = self.beta(self.dropout(pairs))[..., 0]
-        # The protocol is one of evaluation; the network was trained by the definition.
-        protocol: Protocol = "paper" if self.training else self.protocol
-        logits: Tensor = self.pred_fc2(self.dropout2(related(features, clip, alpha, beta, mask, protocol)))
+        clip = clip_vector(features, alpha)
+        beta = self.beta(torch.cat([features, clip[:, None].expand_as(features)], dim=2))[..., 0]
+        logits: Tensor = self.pred_fc2(related(features, clip, alpha, beta, protocol=self.protocol))
         return logits
 
-    def forward(self, faces: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(self, faces: Tensor) -> Tensor:
         features, alpha = self.frames(faces.flatten(0, 1))
         shape = faces.shape[:2]
-        return self.classify(features.reshape(*shape, -1), alpha.reshape(shape), mask)
-
-
-def find_emotion_fan(path: str | Path | None = None, sha256: str | None = None) -> tuple[Path, str]:
-    """The checkpoint at ``path`` or at the path in FLOWVQTALKER_EMOTION_FAN, and its sha256.
-
-    The authors publish no hash; the one found is printed with every number.
-
-    Raises:
-        MissingDependency: if none was named, it is not there, or its hash is not the one asked for.
-    """
-    given = path or os.environ.get(VARIABLE)
-    if not given:
-        raise MissingDependency(
-            "no Emotion-FAN checkpoint was named; give the one fine-tuned on MEAD that yuangan/evaluation_eat links to "
-            f"(or its path in {VARIABLE})"
-        )
-    if not Path(given).is_file():
-        raise MissingDependency(
-            f"Emotion-FAN checkpoint not found at {given}; download it as yuangan/evaluation_eat says"
-        )
-    digest = bundled.sha256(given)
-    if sha256 is not None and digest != sha256:
-        raise MissingDependency(f"Emotion-FAN checkpoint {given} has sha256 {digest}, not {sha256}; download it again")
-    return Path(given), digest
+        return self.classify(features.reshape(*shape, -1), alpha.reshape(shape))
 
 
 def load_emotion_fan(path: str | Path, protocol: Protocol = "eat") -> EmotionFan:
-    """The network with the weights of a published checkpoint: a state dict, by itself or under ``state_dict``, whose
-    names may begin with ``module.``.
+    """The network with the weights of a published checkpoint.
 
     Raises:
-        UserError: if the file holds something else; says what does not fit.
+        UserError: if the file holds something else.
     """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise UserError(f"Emotion-FAN checkpoint not found at {path}") from error
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
-        reason = str(error).strip().splitlines()
-        raise UserError(
-            f"Emotion-FAN checkpoint {path} cannot be read ({reason[0] if reason else 'empty'}); download it again"
-        ) from error
-    state = content.get("state_dict", content) if isinstance(content, dict) else None
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(f"Emotion-FAN checkpoint {path} holds no state dict; give the file fine-tuned on MEAD")
-    state = {key.removeprefix("module."): value for key, value in state.items()}
-    state = {key: value for key, value in state.items() if key not in ("fc.weight", "fc.bias")}  # left of FER+
     model = EmotionFan(protocol)
-    own = model.state_dict()
-    needed = [key for key in own if not key.endswith("num_batches_tracked")]
-    problems = [f"{key} is missing" for key in needed if key not in state]
-    problems += [f"{key} is unknown" for key in state if key not in own]
-    problems += [
-        f"{key} has shape {tuple(state[key].shape)}, not {tuple(own[key].shape)}"
-        for key in needed
-        if key in state and state[key].shape != own[key].shape
-    ]
-    if problems:
-        more = f" and {len(problems) - 3} more" if problems[3:] else ""
-        raise UserError(
-            f"Emotion-FAN checkpoint {path} does not fit: {'; '.join(problems[:3])}{more}; "
-            "a checkpoint of eight classes with both attentions is needed"
-        )
-    model.load_state_dict({**own, **state})
-    return model.eval()
+    WEIGHTS.load(model, path, unused=("fc.",))  # the classifier left over from pre-training on FER+
+    return model
 
 
-def face_chips(frames: npt.NDArray[np.uint8], landmarks: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.uint8]:
+def face_chips(frames: Frames, landmarks: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.uint8]:
     """dlib's face chips (T, 224, 224, 3), zeros where there is no face.
 
     Arguments:
@@ -264,9 +207,8 @@ class EmotionFanExtractor(FrameExtractor):
     """``emotion_fan_features`` (T, 512) and ``emotion_fan_alpha`` (T,) of each frame; NaN where there is no face.
 
     Arguments:
-        checkpoint: the published weights; None: see :func:`find_emotion_fan`.
+        checkpoint: the published weights; None looks in their usual place.
         device: where it runs.
-        batch: faces at a time.
 
     Raises:
         MissingDependency: if there is no checkpoint.
@@ -276,29 +218,26 @@ class EmotionFanExtractor(FrameExtractor):
     needs: tuple[str, ...] = ("landmarks68",)
     gives = ("emotion_fan_features", "emotion_fan_alpha")
 
-    def __init__(self, checkpoint: str | Path | None = None, device: str = "cpu", batch: int = 16) -> None:
-        self._path, self._sha256 = find_emotion_fan(checkpoint)
-        self._device, self._batch = device, batch
-        self._model: EmotionFan | None = None
+    def __init__(self, checkpoint: str | Path | None = None, device: str = "cpu") -> None:
+        (self._path, self._sha256), self._device = WEIGHTS.find(checkpoint), device
 
     def settings(self) -> Settings:
         """The weights and the crop."""
         return {"weights": self._sha256, "crop": f"dlib chip {SIZE}, padding {_PADDING}"}
 
-    def __call__(self, frames: npt.NDArray[np.uint8], known: dict[str, Array]) -> dict[str, Array]:
+    def __call__(self, frames: Frames, known: dict[str, Array]) -> dict[str, Array]:
         """Of frames (n, H, W, 3)."""
         if self._model is None:
             self._model = load_emotion_fan(self._path).to(self._device)
         features = np.full((len(frames), 512), np.nan, np.float32)
         alpha = np.full(len(frames), np.nan, np.float32)
-        seen = np.flatnonzero(np.isfinite(known["landmarks68"]).all((1, 2)))
-        for start in range(0, len(seen), self._batch):
-            chosen = seen[start : start + self._batch]
-            chips = face_chips(frames[chosen], known["landmarks68"][chosen])
+        seen = np.isfinite(known["landmarks68"]).all((1, 2))
+        if seen.any():
+            chips = face_chips(frames[seen], known["landmarks68"][seen])
             faces = torch.from_numpy(chips).to(self._device).permute(0, 3, 1, 2).float() / 255
             with torch.inference_mode():
                 found = self._model.frames(faces)
-            features[chosen], alpha[chosen] = (part.cpu().numpy() for part in found)
+            features[seen], alpha[seen] = (part.cpu().numpy() for part in found)
         return {"emotion_fan_features": features, "emotion_fan_alpha": alpha}
 
 
@@ -315,15 +254,14 @@ class EmotionFanScores(ClipExtractor):
     gives = ("emotion_fan",)
 
     def __init__(self, checkpoint: str | Path | None = None, protocol: Protocol = "eat") -> None:
-        self._path, self._sha256 = find_emotion_fan(checkpoint)
+        self._path, self._sha256 = WEIGHTS.find(checkpoint)
         self._protocol: Protocol = protocol
-        self._model: EmotionFan | None = None
 
     def settings(self) -> Settings:
         """The weights and the protocol."""
         return {"weights": self._sha256, "protocol": self._protocol}
 
-    def __call__(self, known: dict[str, Array], wave: npt.NDArray[np.float32] | None) -> dict[str, Array]:
+    def __call__(self, known: dict[str, Array], wave: Wave | None) -> dict[str, Array]:
         """Of a whole clip."""
         if self._model is None:
             self._model = load_emotion_fan(self._path, self._protocol)

@@ -1,41 +1,40 @@
-"""Inception v3 (Szegedy et al. 2015) as the Fréchet inception distance needs it: features of 2048 numbers a picture.
+"""Inception v3 (Szegedy et al. 2015) as the Fréchet inception distance needs it: 2048 features of an image.
 
-The FID is defined on the weights of TensorFlow's release of 2015-12-05, ported by ``mseitzer/pytorch-fid`` (its
-``inception.py`` states the differences from torchvision's network): averages leave out the padding, the pool of the
-very last block takes the maximum, batch norms have ε = 0.001, pictures are brought to 299x299 bilinearly without
-antialiasing and to [-1, 1]. Names of modules are those of the published file; its classifier is not used.
+The FID is defined on TensorFlow's weights of 2015-12-05, which ``mseitzer/pytorch-fid`` ported. Its ``inception.py``
+states how they differ from torchvision's network: averages leave out the padding, the pool of the last block takes the
+maximum, batch norms have ε = 0.001, images are resized to 299x299 bilinearly without antialiasing and scaled to
+[-1, 1]. Modules have the names of the published file; its classifier is not used.
 
-**Not run here on the published weights**: they could not be had. Names and shapes are checked on a file made up in the
-same form, the blocks against plain computations.
+**Never run here on the published weights**, which could not be had. Tests check names and shapes on a made-up file of
+the same form, and the blocks against plain computations.
 """
 
 from __future__ import annotations
 
-import os
-import pickle
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flowvqtalker.errors import MissingDependency, UserError
-from flowvqtalker.weights import sha256
+from flowvqtalker_eval.metrics.published import PublishedWeights
 
-__all__ = ["HASH", "URL", "InceptionV3", "download_inception", "find_inception", "load_inception"]
+__all__ = ["WEIGHTS", "InceptionV3", "load_inception"]
 
 _FILE = "pt_inception-2015-12-05-6726825d.pth"
-URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{_FILE}"
-#: The beginning of the file's sha256, by torch's rule for names.
-HASH = "6726825d"
-VARIABLE = "FLOWVQTALKER_INCEPTION"
+WEIGHTS = PublishedWeights(
+    "FID Inception weights",
+    "FLOWVQTALKER_INCEPTION",
+    f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{_FILE} (91 MB)",
+    "6726825d",
+    _FILE,
+)
 
 Sizes = int | tuple[int, int]
 
 
 class _Conv(nn.Module):
-    """Convolution without bias, batch norm, ReLU; the size is kept unless the stride is 2 or ``padding`` says else."""
+    """Convolution without bias, batch norm, ReLU. Keeps the size unless the stride is 2 or ``padding`` is given."""
 
     def __init__(self, inp: int, out: int, kernel: Sizes = 1, stride: int = 1, padding: Sizes | None = None) -> None:
         super().__init__()
@@ -89,11 +88,8 @@ class _C(nn.Module):
     def __init__(self, inp: int, mid: int) -> None:
         super().__init__()
         self.branch1x1 = _Conv(inp, 192)
-        self.branch7x7_1, self.branch7x7_2, self.branch7x7_3 = (
-            _Conv(inp, mid),
-            _Conv(mid, mid, (1, 7)),
-            _Conv(mid, 192, (7, 1)),
-        )
+        self.branch7x7_1, self.branch7x7_2 = _Conv(inp, mid), _Conv(mid, mid, (1, 7))
+        self.branch7x7_3 = _Conv(mid, 192, (7, 1))
         self.branch7x7dbl_1, self.branch7x7dbl_2 = _Conv(inp, mid), _Conv(mid, mid, (7, 1))
         self.branch7x7dbl_3, self.branch7x7dbl_4 = _Conv(mid, mid, (1, 7)), _Conv(mid, mid, (7, 1))
         self.branch7x7dbl_5 = _Conv(mid, 192, (1, 7))
@@ -122,7 +118,7 @@ class _D(nn.Module):
 
 
 class _E(nn.Module):
-    """8x8: 1x1, 3x3 forked, twice that, pool (``largest``: the maximum, as in the last block of 2015's network)."""
+    """8x8: 1x1, 3x3 forked, twice that, pool (``largest``: the maximum, as in the last block)."""
 
     def __init__(self, inp: int, largest: bool) -> None:
         super().__init__()
@@ -144,7 +140,7 @@ class _E(nn.Module):
 
 
 class InceptionV3(nn.Module):
-    """Pictures (B, 3, H, W) in [0, 1] to features (B, 2048), the last average pool."""
+    """Images (B, 3, H, W) in [0, 1] to features (B, 2048), the last average pool."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -170,83 +166,12 @@ class InceptionV3(nn.Module):
         return x.mean((2, 3))
 
 
-def _cached() -> Path:
-    return Path(torch.hub.get_dir()) / "checkpoints" / _FILE
-
-
-def find_inception(path: str | Path | None = None, digest: str | None = HASH) -> tuple[Path, str]:
-    """The weights and their sha256: at ``path``, at the path in FLOWVQTALKER_INCEPTION, or in torch's hub cache.
-
-    Arguments:
-        path: where to look first.
-        digest: how its sha256 must begin; None takes any file, whose hash is still recorded with the numbers.
-
-    Raises:
-        MissingDependency: if they are nowhere or the hash differs.
-    """
-    for given in (path, os.environ.get(VARIABLE)):
-        if given:
-            if not Path(given).is_file():
-                raise MissingDependency(f"FID Inception weights not found at {given}; download them from {URL}")
-            return Path(given), _check(Path(given), digest)
-    if _cached().is_file():
-        return _cached(), _check(_cached(), digest)
-    raise MissingDependency(
-        f"FID Inception weights not found; download {URL} (91 MB) to {_cached()}, or set {VARIABLE} to their path"
-    )
-
-
-def _check(path: Path, digest: str | None) -> str:
-    found = sha256(path)
-    if digest is not None and not found.startswith(digest):
-        raise MissingDependency(f"{path} has sha256 {found}, expected {digest}...; download it again from {URL}")
-    return found
-
-
-def download_inception(url: str = URL) -> Path:
-    """Download the weights into torch's hub cache and check them; returns where they are.
-
-    Raises:
-        MissingDependency: if the address cannot be reached or what came is something else.
-    """
-    target = _cached()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        torch.hub.download_url_to_file(url, str(target), hash_prefix=HASH, progress=True)
-    except (OSError, RuntimeError, ValueError) as error:
-        raise MissingDependency(
-            f"FID Inception weights cannot be downloaded from {url} ({error}); copy them to {target}"
-        ) from error
-    return target
-
-
 def load_inception(path: str | Path) -> InceptionV3:
-    """The network with the weights of a file: a state dict, with or without the classifier and batch norms' counters.
+    """The network with the weights of a file.
 
     Raises:
         UserError: if the file holds something else.
     """
-    try:
-        state: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise UserError(
-            f"FID Inception weights {path} cannot be read ({str(error).splitlines()[0]}); download {URL}"
-        ) from error
-    if not isinstance(state, dict):
-        raise UserError(f"FID Inception weights {path} hold no state dict; download {URL}")
-    with torch.device("meta"):  # nothing is drawn only to be replaced
-        model = InceptionV3()
-    own = model.state_dict()
-    needed = [key for key in own if not key.endswith("num_batches_tracked")]
-    problems = [f"{key} is missing" for key in needed if key not in state]
-    problems += [f"{key} is unknown" for key in state if key not in own and not key.startswith(("fc.", "AuxLogits."))]
-    problems += [
-        f"{key} has shape {tuple(state[key].shape)}, not {tuple(own[key].shape)}"
-        for key in needed
-        if key in state and state[key].shape != own[key].shape
-    ]
-    if problems:
-        more = f" and {len(problems) - 3} more" if problems[3:] else ""
-        raise UserError(f"FID Inception weights {path} do not fit: {'; '.join(problems[:3])}{more}; download {URL}")
-    model.load_state_dict({key: state.get(key, torch.tensor(0)) for key in own}, assign=True)
-    return model.eval().requires_grad_(False)
+    model = InceptionV3()
+    WEIGHTS.load(model, path, unused=("fc.", "AuxLogits."))
+    return model

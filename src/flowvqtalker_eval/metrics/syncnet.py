@@ -1,20 +1,18 @@
-"""SyncNet (Chung and Zisserman, "Out of time", 2016): LSE-C, LSE-D and offset with the published weights.
+"""LSE-C, LSE-D and offset by SyncNet with its published weights (Chung and Zisserman, "Out of time", 2016).
 
-The network and its names are those of ``joonson/syncnet_python`` (``SyncNetModel.py``), the steps those of its
-``SyncNetInstance.py``, facts of the protocol: 25 fps, 16 kHz, 13 MFCC every 10 ms, windows of 5 frames and 20 columns,
-``min(frames, samples // 640) - 5`` windows, pictures 224x224 BGR in 0..255, shifts of up to 15 frames.
+Network and names are those of ``joonson/syncnet_python`` (``SyncNetModel.py``), the steps those of its
+``SyncNetInstance.py``: 25 fps, 16 kHz, 13 MFCC every 10 ms, windows of 5 frames and 20 columns,
+``min(frames, samples // 640) - 5`` windows, images 224x224 BGR in 0..255, shifts of up to 15 frames.
 
-Sound and faces come from :mod:`flowvqtalker_eval.metrics.syncnet_input`; the crop (``eat`` or ``native``) changes the
+MFCC and faces come from :mod:`flowvqtalker_eval.metrics.syncnet_input`. The crop (``eat`` or ``native``) changes the
 values, so each number is printed with it.
 
-**Not run here on the published weights**: they could not be had. The network, the loader, the front end and the crops
-are tested on made-up weights and against slow, plain versions.
+**Never run here on the published weights**, which could not be had. Tests check the network, the front end and the
+crops on made-up weights and against plain computations.
 """
 
 from __future__ import annotations
 
-import os
-import pickle
 from collections import deque
 from collections.abc import Iterable
 from pathlib import Path
@@ -25,21 +23,26 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from flowvqtalker import weights as bundled
-from flowvqtalker.errors import MissingDependency, UserError
-from flowvqtalker_eval.metrics.sync import REACH, SyncScore, sync_score
+from flowvqtalker.errors import UserError
+from flowvqtalker_eval.metrics.analysis import Array, Frames, Settings, StreamExtractor, Wave
+from flowvqtalker_eval.metrics.published import PublishedWeights
+from flowvqtalker_eval.metrics.sync import REACH, distance_curve
 from flowvqtalker_eval.metrics.syncnet_input import Crop, face_crops, mfcc
 
-__all__ = ["SHA256", "URL", "SyncNet", "SyncNetModel", "download_syncnet", "find_syncnet", "load_model"]
+__all__ = ["WEIGHTS", "SyncNetExtractor", "SyncNetModel", "embed", "load_syncnet"]
 
-URL = "http://www.robots.ox.ac.uk/~vgg/software/lipsync/data/syncnet_v2.model"
-#: Of ``syncnet_v2.model``, as several public projects that checked it state.
-SHA256 = "961e8696f888fce4f3f3a6c3d5b3267cf5b343100b238e79b2659bff2c605442"
-VARIABLE = "FLOWVQTALKER_SYNCNET"
+#: The hash is that of ``syncnet_v2.model`` as several public projects that checked it state.
+WEIGHTS = PublishedWeights(
+    "SyncNet weights",
+    "FLOWVQTALKER_SYNCNET",
+    "http://www.robots.ox.ac.uk/~vgg/software/lipsync/data/syncnet_v2.model (52 MB)",
+    "961e8696f888fce4f3f3a6c3d5b3267cf5b343100b238e79b2659bff2c605442",
+    "syncnet_v2.model",
+)
 
 _SPAN, _COLUMNS, _SAMPLES = 5, 4, 640
+_BATCH = 20
 
-Pixels = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.floating[Any]]
 
 
@@ -101,173 +104,102 @@ class SyncNetModel(nn.Module):
         embedding: Tensor = self.netfcaud(self.netcnnaud(cepstra).flatten(1))
         return embedding
 
-    def video(self, pictures: Tensor) -> Tensor:
+    def video(self, images: Tensor) -> Tensor:
         """Embeddings (n, dim) of windows (n, 3, 5, 224, 224), BGR in 0..255."""
-        embedding: Tensor = self.netfclip(self.netcnnlip(pictures).flatten(1))
+        embedding: Tensor = self.netfclip(self.netcnnlip(images).flatten(1))
         return embedding
 
 
-def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "flowvqtalker" / "syncnet_v2.model"
-
-
-def _check(path: Path, expected: str | None) -> str:
-    digest = bundled.sha256(path)
-    if expected is not None and digest != expected:
-        raise MissingDependency(f"SyncNet weights {path} have sha256 {digest}, not {expected}; download {URL} again")
-    return digest
-
-
-def find_syncnet(path: str | Path | None = None, sha256: str | None = SHA256) -> tuple[Path, str]:
-    """The file ``syncnet_v2.model`` and its sha256: at ``path``, at the path in FLOWVQTALKER_SYNCNET, or in the cache.
-
-    Arguments:
-        path: where to look first.
-        sha256: what its hash must be; None takes any file, whose hash is still recorded with the numbers.
-
-    Raises:
-        MissingDependency: if it is nowhere or its hash differs.
-    """
-    for given in (path, os.environ.get(VARIABLE)):
-        if given:
-            if not Path(given).is_file():
-                raise MissingDependency(f"SyncNet weights not found at {given}; download them from {URL}")
-            return Path(given), _check(Path(given), sha256)
-    cached = _cache()
-    if cached.is_file():
-        return cached, _check(cached, sha256)
-    raise MissingDependency(
-        f"SyncNet weights not found; download {URL} (52 MB) to {cached}, or set {VARIABLE} to its path"
-    )
-
-
-def download_syncnet(url: str = URL, sha256: str | None = SHA256) -> Path:
-    """Download the weights into the cache and check them; returns where they are.
-
-    Raises:
-        MissingDependency: if the address cannot be reached or what came is something else.
-    """
-    from urllib.request import urlopen
-
-    target = _cache()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    beside = target.with_name(target.name + ".part")
-    try:
-        with urlopen(url, timeout=30) as answer, open(beside, "wb") as file:
-            while block := answer.read(1 << 20):
-                file.write(block)
-        _check(beside, sha256)
-        os.replace(beside, target)
-    except OSError as error:
-        raise MissingDependency(
-            f"SyncNet weights cannot be downloaded from {url} ({error}); copy them to {target}"
-        ) from error
-    finally:
-        beside.unlink(missing_ok=True)
-    return target
-
-
-def load_model(path: Path) -> SyncNetModel:
-    """The network with the weights of a file: a state dict, with or without the counters of its batch norms.
+def load_syncnet(path: str | Path) -> SyncNetModel:
+    """The network with the weights of a file.
 
     Raises:
         UserError: if the file holds something else.
     """
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise UserError(
-            f"SyncNet weights {path} cannot be read ({str(error).splitlines()[0]}); download {URL}"
-        ) from error
-    if not isinstance(state, dict):
-        raise UserError(f"SyncNet weights {path} hold no state dict; download {URL}")
     model = SyncNetModel()
-    own = model.state_dict()
-    needed = [key for key in own if not key.endswith("num_batches_tracked")]
-    problems = [f"{key} is missing" for key in needed if key not in state]
-    problems += [f"{key} is unknown" for key in state if key not in own]
-    problems += [
-        f"{key} has shape {tuple(state[key].shape)}, not {tuple(own[key].shape)}"
-        for key in needed
-        if key in state and state[key].shape != own[key].shape
-    ]
-    if problems:
-        more = f" and {len(problems) - 3} more" if problems[3:] else ""
-        raise UserError(f"SyncNet weights {path} do not fit: {'; '.join(problems[:3])}{more}; download {URL}")
-    model.load_state_dict({**own, **state})
-    return model.eval()
+    WEIGHTS.load(model, path)
+    return model
 
 
-class SyncNet:
-    """SyncNet with its weights; they are read when it is made.
+@torch.inference_mode()
+def embed(
+    model: SyncNetModel, faces: Iterable[Frames], wave: Floats, device: str | torch.device = "cpu"
+) -> tuple[Floats, Floats]:
+    """Embeddings (n, 1024) of a clip's faces and of its sound, n = min(T, S // 640) - 5.
 
     Arguments:
-        weights: ``syncnet_v2.model``; None: see :func:`find_syncnet`.
-        crop: ``eat`` or ``native``.
-        sha256: what the hash of the weights must be; None takes any.
-        device: where to compute.
-        batch: windows at a time.
+        model: on the device.
+        faces: T of (224, 224, 3) uint8 RGB, read one after the other.
+        wave: (S,) in [-1, 1] at 16 kHz, sample 640 t at frame t.
+        device: where the model is.
+
+    Raises:
+        UserError: if the clip has fewer than six frames with sound.
     """
 
-    def __init__(
-        self,
-        weights: str | Path | None = None,
-        crop: Crop = "eat",
-        sha256: str | None = SHA256,
-        device: str | torch.device = "cpu",
-        batch: int = 20,
-    ) -> None:
-        path, self.sha256 = find_syncnet(weights, sha256)
-        self.crop: Crop = crop
-        self.batch = batch
-        self.device = torch.device(device)
-        self.model = load_model(path).to(self.device)
+    def lips(windows: list[Tensor]) -> Tensor:
+        return model.video(torch.stack(windows).to(device, torch.float32)).cpu()
 
-    def settings(self) -> dict[str, str | float | int]:
-        """What the numbers depend on."""
-        return {"weights": self.sha256, "crop": self.crop, "reach": REACH}
+    limit = len(wave) // _SAMPLES
+    window: deque[Tensor] = deque(maxlen=_SPAN)
+    waiting: list[Tensor] = []
+    video: list[Tensor] = []
+    count = 0
+    for face in faces:
+        count += 1
+        if count >= limit:  # one window less than would fit, as in SyncNetInstance.py
+            continue
+        window.append(torch.from_numpy(np.ascontiguousarray(face[..., ::-1].transpose(2, 0, 1))))
+        if len(window) == _SPAN:
+            waiting.append(torch.stack(list(window), dim=1))
+        if len(waiting) == _BATCH:
+            video.append(lips(waiting))
+            waiting = []
+    if waiting:
+        video.append(lips(waiting))
+    windows = min(count, limit) - _SPAN
+    if windows < 1:
+        raise UserError(f"SyncNet needs more than {_SPAN} frames with sound, this clip has {min(count, limit)}")
+    cepstra = torch.from_numpy(mfcc(np.round(np.asarray(wave, np.float64) * 32768)).T.astype(np.float32))
+    parts = cepstra.unfold(1, _SPAN * _COLUMNS, _COLUMNS).transpose(0, 1)[:windows, None]
+    audio = [model.audio(part.to(device)).cpu() for part in torch.split(parts, _BATCH)]
+    return torch.cat(video)[:windows].numpy(), torch.cat(audio).numpy()
 
-    @torch.no_grad()
-    def embed(self, faces: Iterable[Pixels], wave: Floats) -> tuple[Floats, Floats]:
-        """Embeddings (n, 1024) of faces (224, 224, 3) RGB and of sound (S,) in [-1, 1], n = min(T, S // 640) - 5.
 
-        Raises:
-            UserError: if the clip has fewer than six frames, or no sound.
-        """
-        limit = len(wave) // _SAMPLES
-        window: deque[Tensor] = deque(maxlen=_SPAN)
-        waiting: list[Tensor] = []
-        video: list[Tensor] = []
-        count = 0
-        for face in faces:
-            count += 1
-            if count >= limit:  # one window less than would fit, as in SyncNetInstance.py
-                continue
-            window.append(torch.from_numpy(np.ascontiguousarray(face[..., ::-1].transpose(2, 0, 1))))
-            if len(window) == _SPAN:
-                waiting.append(torch.stack(list(window), dim=1))
-            if len(waiting) == self.batch:
-                video.append(self._lips(waiting))
-                waiting = []
-        if waiting:
-            video.append(self._lips(waiting))
-        windows = min(count, limit) - _SPAN
-        if windows < 1:
-            raise UserError(f"SyncNet needs more than {_SPAN} frames with sound, this clip has {min(count, limit)}")
-        cepstra = torch.from_numpy(mfcc(np.round(np.asarray(wave, np.float64) * 32768)).T.astype(np.float32))
-        parts = cepstra.unfold(1, _SPAN * _COLUMNS, _COLUMNS).transpose(0, 1)[:windows, None]
-        audio = [self.model.audio(part.to(self.device)).cpu() for part in torch.split(parts, self.batch)]
-        return torch.cat(video)[:windows].numpy(), torch.cat(audio).numpy()
+class SyncNetExtractor(StreamExtractor):
+    """``syncnet_curve`` (31,): mean distance of lips and sound for each shift; empty where nothing can be compared.
 
-    def _lips(self, windows: list[Tensor]) -> Tensor:
-        return self.model.video(torch.stack(windows).to(self.device, torch.float32)).cpu()
+    Arguments:
+        weights: ``syncnet_v2.model``; None looks in the usual places.
+        crop: see :mod:`flowvqtalker_eval.metrics.syncnet_input`.
+        device: where it runs.
 
-    def score(self, frames: Iterable[Pixels], landmarks: Floats, wave: Floats) -> SyncScore:
-        """LSE-C (confidence), LSE-D (distance) and offset of a clip.
+    Raises:
+        MissingDependency: if the weights are nowhere.
+    """
 
-        Arguments:
-            frames: (H, W, 3) uint8 RGB at 25 fps, read one after the other.
-            landmarks: (T, 68, 2) in pixels, NaN where no face was found.
-            wave: (S,) 16 kHz mono in [-1, 1], sample 640 t at frame t.
-        """
-        return sync_score(*self.embed(face_crops(frames, landmarks, self.crop), wave), REACH)
+    name = "syncnet"
+    needs: tuple[str, ...] = ("landmarks68",)
+    gives = ("syncnet_curve",)
+
+    def __init__(self, weights: str | Path | None = None, crop: Crop = "eat", device: str = "cpu") -> None:
+        self._path, self._sha256 = WEIGHTS.find(weights)
+        self._crop: Crop = crop
+        self._device = device
+
+    def settings(self) -> Settings:
+        """Weights, crop and shifts."""
+        return {"weights": self._sha256[:16], "crop": self._crop, "reach": REACH}
+
+    def __call__(self, frames: Iterable[Frames], known: dict[str, Array], wave: Wave | None) -> dict[str, Array]:
+        """The curve of one clip."""
+        landmarks = known["landmarks68"]
+        if wave is None or not np.isfinite(landmarks).all((1, 2)).any():
+            return {"syncnet_curve": np.zeros(0)}
+        if self._model is None:
+            self._model = load_syncnet(self._path).to(self._device)
+        try:
+            video, audio = embed(self._model, face_crops(frames, landmarks, self._crop), wave, self._device)
+        except UserError:  # too short
+            return {"syncnet_curve": np.zeros(0)}
+        return {"syncnet_curve": distance_curve(video, audio)}

@@ -1,10 +1,9 @@
 """What SyncNet is fed: cepstra of the sound and 224x224 crops of the face.
 
 Two crops. ``eat``: faces aligned as PC-AVS does (``align_68.py``), which EAT and the papers after it give to SyncNet
-without its tracker. ``native``: the crop of ``run_pipeline.py`` (box, ``crop_scale`` 0.4, grey 110 around the picture).
-Deviations: faces come from the 68 landmarks of the analysis rather than from face-alignment (``eat``) or S3FD
-(``native``), pictures are not compressed in between, and clips shorter than 100 frames are kept, which
-``run_pipeline.py`` drops without a word.
+without its tracker. ``native``: the crop of ``run_pipeline.py`` (box, ``crop_scale`` 0.4, grey 110 around the image).
+Deviations: faces come from the 68 landmarks instead of face-alignment (``eat``) or S3FD (``native``), images are not
+compressed in between, and clips shorter than 100 frames are kept, which ``run_pipeline.py`` drops silently.
 """
 
 from __future__ import annotations
@@ -16,8 +15,12 @@ from typing import Any, Literal, cast
 import cv2
 import numpy as np
 import numpy.typing as npt
+from scipy.fft import dct
+from scipy.ndimage import median_filter
+from scipy.signal import medfilt
 
 from flowvqtalker.errors import UserError
+from flowvqtalker.face.alignment import similarity
 
 __all__ = ["Crop", "face_crops", "mfcc"]
 
@@ -64,8 +67,6 @@ def mfcc(samples: Floats | npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.float
     energy = power.sum(1)
     bands = power @ _mel_filters()
     bands = np.log(np.where(bands == 0, _EPSILON, bands))
-    from scipy.fft import dct
-
     cepstra = dct(bands, type=2, axis=1, norm="ortho")[:, :13] * (1 + 11 * np.sin(np.pi * np.arange(13) / 22))
     cepstra[:, 0] = np.log(np.where(energy == 0, _EPSILON, energy))
     return np.asarray(cepstra, np.float64)
@@ -84,25 +85,16 @@ def _filled(landmarks: Floats) -> npt.NDArray[np.float64]:
     return np.stack([np.interp(times, known, column[known]) for column in flat.T], 1).reshape(points.shape)
 
 
-def _similarity(source: Floats, target: Floats) -> npt.NDArray[np.float64]:
-    """Least-squares rotation, scale and shift (2, 3) from points (n, 2) to others."""
-    a, b = (p[:, 0] + 1j * p[:, 1] for p in (source, target))
-    middle_a, middle_b = a.mean(), b.mean()
-    turn = np.vdot(a - middle_a, b - middle_b) / np.vdot(a - middle_a, a - middle_a).real
-    shift = middle_b - turn * middle_a
-    return np.array([[turn.real, -turn.imag, shift.real], [turn.imag, turn.real, shift.imag]])
-
-
 def _eat_matrices(points: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """Maps (T, 2, 3) of PC-AVS: one rotation and scale for the clip, the mouth held in place by a smoothed shift."""
     parts = (slice(36, 42), slice(42, 48), slice(60, 68))
     three = np.stack([points[:, part].mean(1) for part in parts], axis=1)  # (T, 3, 2)
-    matrix = _similarity(three.mean(0), _EYES_AND_MOUTH)
+    matrix = similarity(three.mean(0, keepdims=True), _EYES_AND_MOUTH)[0]
     away = _EYES_AND_MOUTH[2] - (three[:, 2] @ matrix[:, :2].T + matrix[:, 2])
     matrices = np.repeat(matrix[None], len(points), axis=0)
     smooth = away[0]
     for number, shift in enumerate(away):
-        smooth = shift if number == 0 else 0.2 * smooth + 0.8 * shift
+        smooth = 0.2 * smooth + 0.8 * shift
         matrices[number, :, 2] += smooth
     return matrices
 
@@ -113,11 +105,7 @@ def _native_boxes(points: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     low[:, 1] -= _FOREHEAD * (high - low)[:, 1]
     boxes = np.concatenate([(low + high) / 2, (high - low).max(1, keepdims=True) / 2], axis=1)
     if len(boxes) < _MEDIAN:  # its zeros beyond the ends would be most of the window
-        from scipy.ndimage import median_filter
-
         return np.asarray(median_filter(boxes, size=(_MEDIAN, 1), mode="nearest"))
-    from scipy.signal import medfilt
-
     return np.stack([medfilt(column, _MEDIAN) for column in boxes.T], axis=1)
 
 

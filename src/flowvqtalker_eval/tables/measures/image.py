@@ -170,7 +170,6 @@ class Fid(Measure):
         from flowvqtalker_eval.metrics.frechet import InceptionFeatures
 
         features = InceptionFeatures(self.options.inception, self.options.chosen_device())
-        features.settings()  # looks for the weights, before anything is decoded
         return [*aligned_extractors(self.options), features]
 
     def start(self) -> SetScore:
@@ -197,7 +196,6 @@ class FrechetMobileNet(Measure):
         from flowvqtalker_eval.metrics.frechet import MobileNetFeatures
 
         features = MobileNetFeatures("frame" if self.native else "aligned", device=self.options.chosen_device())
-        features.settings()  # looks for the weights, before anything is decoded
         return [features] if self.native else [*aligned_extractors(self.options), features]
 
     def start(self) -> SetScore:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
-from flowvqtalker.errors import UserError
-from flowvqtalker_eval.metrics.analysis import Array, Extractor, Frames, Settings, StreamExtractor, Wave
+from flowvqtalker_eval.metrics.analysis import Extractor
 from flowvqtalker_eval.metrics.mesh import MeshExtractor
 from flowvqtalker_eval.report import Column
-from flowvqtalker_eval.tables.measures.base import ClipPair, Measure, Options, landmark_extractors, need_weights
+from flowvqtalker_eval.tables.measures.base import ClipPair, Measure, landmark_extractors, need_weights
 
-__all__ = ["MEASURES", "SyncNetExtractor"]
+__all__ = ["MEASURES"]
 
 
 class _Sync(Measure):
@@ -53,45 +51,6 @@ class SyncExpert(_Sync):
         return self.values(sync_expert_score(video, audio))
 
 
-class SyncNetExtractor(StreamExtractor):
-    """``syncnet_curve`` (31,): mean distance of lips and sound for each shift; empty if nothing can be compared.
-
-    Raises:
-        MissingDependency: if the weights are not found.
-    """
-
-    name = "syncnet"
-    needs: tuple[str, ...] = ("landmarks68",)
-    gives = ("syncnet_curve",)
-
-    def __init__(self, options: Options) -> None:
-        from flowvqtalker_eval.metrics.syncnet import find_syncnet
-
-        self._path, self._sha256 = find_syncnet(options.syncnet)
-        self._crop, self._device = options.protocol, options.device
-        self._model: Any = None
-
-    def settings(self) -> Settings:
-        """Weights, crop and shifts."""
-        from flowvqtalker_eval.metrics.sync import REACH
-
-        return {"weights": self._sha256[:16], "crop": self._crop, "reach": REACH}
-
-    def __call__(self, frames: Iterable[Frames], known: dict[str, Array], wave: Wave | None) -> dict[str, Array]:
-        """The curve of one clip."""
-        if self._model is None:
-            from flowvqtalker.loading import choose_device
-            from flowvqtalker_eval.metrics.syncnet import SyncNet
-
-            self._model = SyncNet(self._path, self._crop, device=choose_device(self._device))
-        if wave is None or not np.isfinite(known["landmarks68"]).all((1, 2)).any():
-            return {"syncnet_curve": np.zeros(0)}
-        try:
-            return {"syncnet_curve": self._model.score(frames, known["landmarks68"], wave).curve}
-        except UserError:  # a clip of six frames or less
-            return {"syncnet_curve": np.zeros(0)}
-
-
 class SyncNet(_Sync):
     """LSE-C, LSE-D and offset by SyncNet's published weights."""
 
@@ -104,7 +63,10 @@ class SyncNet(_Sync):
 
     def extractors(self) -> list[Extractor]:
         """Landmarks and SyncNet's curve."""
-        return [*landmark_extractors(self.options), SyncNetExtractor(self.options)]
+        from flowvqtalker_eval.metrics.syncnet import SyncNetExtractor
+
+        curve = SyncNetExtractor(self.options.syncnet, self.options.protocol, self.options.chosen_device())
+        return [*landmark_extractors(self.options), curve]
 
     def pair(self, clips: ClipPair) -> dict[str, float]:
         """Of the generated clip."""

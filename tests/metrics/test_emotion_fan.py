@@ -1,4 +1,4 @@
-"""Emotion classifiers: accuracy over folds of people, motion, pictures, and the published Emotion-FAN."""
+"""Emotion-FAN: attentions against loops, the names of the published file, chips, extractors."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from flowvqtalker import EMOTIONS, weights
-from flowvqtalker.errors import MissingDependency, UserError
+from flowvqtalker import EMOTIONS
 from flowvqtalker_eval.metrics.accuracy import CLASSES
 from flowvqtalker_eval.metrics.emotion_fan import (
     EmotionFan,
@@ -17,7 +16,6 @@ from flowvqtalker_eval.metrics.emotion_fan import (
     EmotionFanScores,
     clip_vector,
     face_chips,
-    find_emotion_fan,
     load_emotion_fan,
     related,
     to_project_order,
@@ -107,40 +105,6 @@ def test_published_checkpoint_loads_and_counts_alike(published):
         assert features.shape == (2, 512) and alpha.shape == (2,)
         assert torch.allclose(loaded.classify(features[None], alpha[None]), net(faces), atol=1e-5)
         assert not torch.allclose(load_emotion_fan(path, "paper")(faces), net(faces), atol=1e-5)
-
-
-def test_checkpoints_that_do_not_fit_say_why(published, tmp_path):
-    net, _ = published
-    file = tmp_path / "other.pth"
-    state = dict(net.state_dict())
-    torch.save({**state, "pred_fc2.weight": torch.zeros(7, 1024), "pred_fc2.bias": torch.zeros(7)}, file)
-    with pytest.raises(UserError, match=r"pred_fc2.weight has shape \(7, 1024\), not \(8, 1024\)"):
-        load_emotion_fan(file)
-    del state["beta.0.weight"]
-    torch.save({**state, "gamma": torch.zeros(1)}, file)
-    with pytest.raises(UserError, match=r"beta\.0\.weight is missing; gamma is unknown"):
-        load_emotion_fan(file)
-    torch.save([1, 2], file)
-    with pytest.raises(UserError, match="holds no state dict"):
-        load_emotion_fan(file)
-    file.write_bytes(b"not a checkpoint")
-    with pytest.raises(UserError, match="cannot be read"):
-        load_emotion_fan(file)
-    with pytest.raises(UserError, match="not found"):
-        load_emotion_fan(tmp_path / "none.pth")
-
-
-def test_finding_the_checkpoint(published, tmp_path, monkeypatch):
-    monkeypatch.delenv("FLOWVQTALKER_EMOTION_FAN", raising=False)
-    with pytest.raises(MissingDependency, match="no Emotion-FAN checkpoint was named"):
-        find_emotion_fan()
-    with pytest.raises(MissingDependency, match="not found at"):
-        find_emotion_fan(tmp_path / "none")
-    monkeypatch.setenv("FLOWVQTALKER_EMOTION_FAN", str(published[1]))
-    path, digest = find_emotion_fan()
-    assert path == published[1] and digest == weights.sha256(path)
-    with pytest.raises(MissingDependency, match="not 0123"):
-        find_emotion_fan(path, "0123")
 
 
 def test_chips_put_the_eyes_where_dlib_does():
