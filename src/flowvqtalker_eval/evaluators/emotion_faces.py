@@ -126,8 +126,8 @@ class PrepareEmotionFaces:
             raise UserError(f"shard {self.shard} has no clip with a face; prepare it with clips and images")
         beside = self.shard / (FILE + ".tmp.npz")
         size = np.array([len(jpeg) for jpeg in jpegs], np.int64)
-        columns = {"clip": np.array(clips, np.int64), "row": np.array(rows, np.int64), "size": size}
-        np.savez(beside, **columns, data=np.concatenate(jpegs))
+        numbers, places = np.array(clips, np.int64), np.array(rows, np.int64)
+        np.savez(beside, clip=numbers, row=places, size=size, data=np.concatenate(jpegs))
         beside.replace(self.shard / FILE)
         logger.info("%s: %d faces", self.shard / FILE, len(jpegs))
         return len(jpegs)

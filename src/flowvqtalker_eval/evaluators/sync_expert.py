@@ -200,7 +200,9 @@ def load_sync_expert(path: str | Path | None = None) -> SyncExpert:
     """
     tensors, config = weights.load("sync", path)
     try:
-        sizes = {key: tuple(value) if isinstance(value, list) else value for key, value in config.items()}
+        sizes: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in config.items()
+        }
         expert = SyncExpert(SyncExpertConfig(**sizes))
     except (TypeError, ValueError) as error:
         raise weights.mismatch("sync", str(error), path) from error

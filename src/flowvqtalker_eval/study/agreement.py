@@ -1,7 +1,4 @@
-"""Statistics of a user study: bootstrap intervals of means and Fleiss' kappa.
-
-Nothing here knows of studies: arrays in, numbers out.
-"""
+"""Statistics of a user study: bootstrap distributions of means, and Fleiss' kappa. Arrays in, numbers out."""
 
 from __future__ import annotations
 
@@ -12,35 +9,25 @@ import numpy.typing as npt
 
 from flowvqtalker.errors import UserError
 
-__all__ = ["bootstrap_kappa", "bootstrap_means", "fleiss_kappa", "interval", "means", "quadratic_weights"]
+__all__ = ["bootstrap_kappa", "bootstrap_means", "fleiss_kappa", "interval", "quadratic_weights"]
 
 Array = npt.NDArray[np.float64]
 
-_BLOCK = 2_000_000  # numbers at once
-
-
-def means(values: Array) -> Array:
-    """Mean over all answers that are there: (R, I, M) with NaN where there is none -> (M,), NaN without any answer."""
-    there = np.isfinite(values)
-    count = there.sum((0, 1))
-    total = np.where(there, values, 0.0).sum((0, 1))
-    result = np.full(values.shape[2], np.nan)
-    np.divide(total, count, out=result, where=count > 0)
-    return result
+_BLOCK = 2_000_000  # numbers of the bootstrap in memory at once
 
 
 def bootstrap_means(values: Array, draws: int, seed: int, over: str = "both") -> Array:
-    """Bootstrap distribution of :func:`means`.
+    """Bootstrap distribution of the mean over all answers of each method.
 
-    Raters and items are both samples of what might have been asked, and both are drawn anew, independently and with
+    Raters and items are both samples of what might have been asked, so both are drawn anew, independently and with
     replacement: an answer counts as often as its rater was drawn times as often as its item was drawn (the pigeonhole
-    bootstrap). An item is drawn for all methods together, so differences between methods can be taken draw by draw.
+    bootstrap). An item is drawn for all methods together, so methods can be compared draw by draw.
 
     Arguments:
         values: (R, I, M) answers of raters to items (contents) by method, NaN where there is none.
         draws: number of draws.
         seed: of the draws.
-        over: ``both``, or ``raters`` or ``items`` alone, the other being taken as given.
+        over: ``both``, or ``raters`` or ``items`` alone.
 
     Returns:
         (draws, M); NaN where a draw holds no answer to a method.
@@ -52,34 +39,34 @@ def bootstrap_means(values: Array, draws: int, seed: int, over: str = "both") ->
         raise UserError(f"cannot draw over {over!r}; choose both, raters or items")
     raters, items, methods = values.shape
     rng = np.random.default_rng(seed)
-    there = np.isfinite(values)
-    known = np.where(there, values, 0.0).reshape(raters, -1)
-    counted = there.astype(np.float64).reshape(raters, -1)
+    answered = np.isfinite(values)
+    known, counted = (part.reshape(raters, -1).astype(float) for part in (np.where(answered, values, 0), answered))
     result = np.full((draws, methods), np.nan)
     block = max(1, _BLOCK // max(1, items * methods))
     for start in range(0, draws, block):
         size = min(block, draws - start)
-        by_rater = _weights(rng, raters, size, over != "items")  # (size, R)
-        by_item = _weights(rng, items, size, over != "raters")  # (size, I)
-        total = ((by_rater @ known).reshape(size, items, methods) * by_item[..., None]).sum(1)
-        count = ((by_rater @ counted).reshape(size, items, methods) * by_item[..., None]).sum(1)
+        by_rater = _times_drawn(rng, raters, size) if over != "items" else np.ones((size, raters))
+        by_item = _times_drawn(rng, items, size) if over != "raters" else np.ones((size, items))
+        total, count = (
+            ((by_rater @ part).reshape(size, items, methods) * by_item[..., None]).sum(1) for part in (known, counted)
+        )
         np.divide(total, count, out=result[start : start + size], where=count > 0)
     return result
 
 
-def _weights(rng: np.random.Generator, count: int, draws: int, resampled: bool) -> Array:
-    """How often each of ``count`` is drawn, (draws, count)."""
-    if not resampled or count == 0:
-        return np.ones((draws, count))
+def _times_drawn(rng: np.random.Generator, count: int, draws: int) -> Array:
+    """How often each of ``count`` is drawn in a resample of the same size, (draws, count)."""
+    if count == 0:
+        return np.ones((draws, 0))
     return rng.multinomial(count, np.full(count, 1 / count), size=draws).astype(np.float64)
 
 
-def interval(draws: Array, level: float = 0.95) -> Array:
-    """Percentile interval of a bootstrap distribution: (draws, ...) -> (2, ...); draws that are NaN do not count."""
+def interval(draws: Array, level: float = 0.95) -> tuple[float, float]:
+    """Percentile interval of a bootstrap distribution (draws,); NaN does not count."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # nothing but NaN gives NaN
-        result = np.nanquantile(draws, [(1 - level) / 2, (1 + level) / 2], axis=0)
-    return np.asarray(result, np.float64)
+        low, high = np.nanquantile(draws, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
 
 
 def quadratic_weights(categories: int) -> Array:
@@ -96,15 +83,15 @@ def fleiss_kappa(counts: Array, weights: Array | None = None) -> float:
         P_i = Σ_k r_ik (r_ik - 1) / (r_i (r_i - 1)),   p_k = mean of r_ik / r_i,
         κ = (mean P_i - Σ p_k²) / (1 - Σ p_k²)
 
-    Subjects may have different numbers of raters (Gwet's generalisation; the same as Fleiss' where the number is one):
-    those with two or more enter P, those with one or more enter p.
+    Subjects may have different numbers of raters (Gwet's generalisation, equal to Fleiss' where the number is
+    constant): those with two or more enter P, those with one or more enter p.
 
     Arguments:
         counts: (N, q) number of raters by subject and category.
-        weights: (q, q) how far two categories agree, 1 on the diagonal; None treats them as unordered: the identity.
+        weights: (q, q) agreement of two categories, 1 on the diagonal; None: the identity (unordered categories).
 
     Returns:
-        kappa; NaN where it is not defined (no subject with two raters, or a single category in all answers).
+        kappa; NaN where it is undefined (no subject with two raters, or a single category in all answers).
 
     References:
         J. L. Fleiss, Measuring nominal scale agreement among many raters, Psychological Bulletin 76(5), 1971.
@@ -114,11 +101,11 @@ def fleiss_kappa(counts: Array, weights: Array | None = None) -> float:
 
 
 def bootstrap_kappa(counts: Array, draws: int, seed: int, weights: Array | None = None) -> Array:
-    """Bootstrap distribution of :func:`fleiss_kappa` over subjects, (draws,).
+    """Bootstrap distribution (draws,) of :func:`fleiss_kappa` over subjects.
 
-    Subjects alone are drawn: a rater drawn twice would agree with himself.
+    Raters are not drawn: one drawn twice would agree with himself.
     """
-    drawn = _weights(np.random.default_rng(seed), len(counts), draws, True)
+    drawn = _times_drawn(np.random.default_rng(seed), len(counts), draws)
     return _kappas(np.asarray(counts, np.float64), weights, drawn)
 
 
@@ -126,8 +113,7 @@ def _kappas(counts: Array, weights: Array | None, drawn: Array) -> Array:
     """Kappa for each row of ``drawn`` (B, N), which says how often each subject counts."""
     if counts.size == 0:
         return np.full(len(drawn), np.nan)
-    if weights is None:
-        weights = np.eye(counts.shape[1])
+    weights = np.eye(counts.shape[1]) if weights is None else weights
     raters = counts.sum(1)
     pairs = raters * (raters - 1)
     agreeing = (counts * (counts @ weights.T - 1)).sum(1)

@@ -6,33 +6,29 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
+import pandas as pd
 
 from flowvqtalker.errors import UserError
-from flowvqtalker_eval.study import agreement
+from flowvqtalker_eval.study.agreement import (
+    Array,
+    bootstrap_kappa,
+    bootstrap_means,
+    fleiss_kappa,
+    interval,
+    quadratic_weights,
+)
 from flowvqtalker_eval.study.answers import Answer
 from flowvqtalker_eval.study.key import CHOICES, SCALE, Key
 
-__all__ = ["MEASURES", "Estimate", "Kappa", "Method", "Result", "analyse", "failed_checks"]
+__all__ = ["MEASURES", "Estimate", "Kappa", "Method", "Result", "analyse"]
 
 #: Rows of the table: name -> heading, as in the paper.
 MEASURES = {"lip_sync": "Lip-sync", "quality": "Image quality", "emotion": "Acc_emo"}
 
-#: What agreement is measured on: name -> (measure, whether the categories are ordered).
-_KAPPAS = {
-    "emotion": ("emotion", False),
-    "lip_sync": ("lip_sync", False),
-    "lip_sync_quadratic": ("lip_sync", True),
-    "quality": ("quality", False),
-    "quality_quadratic": ("quality", True),
-}
-
-Array = npt.NDArray[np.float64]
-
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean (or a difference of means) and its 95 % interval; NaN where nothing was answered."""
+    """A mean or a difference of means with its 95 % interval; NaN where nothing was answered."""
 
     value: float
     low: float
@@ -42,12 +38,9 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Kappa:
-    """Fleiss' kappa and its 95 % interval over clips.
+    """Fleiss' kappa with its 95 % interval over clips; NaN where it is undefined.
 
     Attributes:
-        value: NaN where it is not defined.
-        low: lower end.
-        high: upper end.
         clips: clips that two or more answered.
         raters: mean number of raters of these.
     """
@@ -61,15 +54,14 @@ class Kappa:
 
 @dataclass(frozen=True)
 class Method:
-    """What was found for one method.
+    """The results of one method.
 
     Attributes:
-        name: of the method.
         raters: participants who rated a clip of it.
         clips: its clips that were rated.
         estimates: by measure.
-        differences: to the method compared with, by measure; empty for that method itself.
-        kappas: agreement among raters on its clips.
+        differences: to the reference method, by measure; empty for that method itself.
+        kappas: agreement on its clips.
         confusion: (8, 8) answers by intended (rows) and chosen emotion.
     """
 
@@ -79,7 +71,7 @@ class Method:
     estimates: dict[str, Estimate]
     differences: dict[str, Estimate]
     kappas: dict[str, Kappa]
-    confusion: tuple[tuple[int, ...], ...]
+    confusion: list[list[int]]
 
 
 @dataclass(frozen=True)
@@ -87,7 +79,6 @@ class Result:
     """Table 2 and everything that it rests on.
 
     Attributes:
-        key: of the study.
         methods: in the order of the key.
         kappas: agreement on all clips together.
         raters: participants whose answers count.
@@ -99,27 +90,17 @@ class Result:
         problems: input that could not be used, one line each.
     """
 
-    key: Key
-    methods: tuple[Method, ...]
+    study: str
+    title: str
+    methods: list[Method]
     kappas: dict[str, Kappa]
-    raters: tuple[str, ...]
+    raters: list[str]
     excluded: dict[str, int]
-    unchecked: tuple[str, ...]
+    unchecked: list[str]
     unplayable: int
     against: str
     settings: dict[str, str | int | float]
-    problems: tuple[str, ...]
-
-
-def failed_checks(answers: Sequence[Answer], key: Key) -> dict[str, int]:
-    """Number of attention checks that each participant answered otherwise than they asked; 0 is in it as well."""
-    failed = {answer.rater: 0 for answer in answers}
-    for answer in answers:
-        expected = key.by_id[answer.clip].expected
-        if expected is not None:
-            wanted = (expected.lip_sync, expected.quality, expected.emotion)
-            failed[answer.rater] += not answer.problem and wanted != (answer.lip_sync, answer.quality, answer.emotion)
-    return failed
+    problems: list[str]
 
 
 def analyse(
@@ -136,13 +117,12 @@ def analyse(
     """Evaluate a study.
 
     Arguments:
-        answers: of :func:`flowvqtalker_eval.study.answers.collect`.
+        answers: from :func:`flowvqtalker_eval.study.answers.collect`.
         key: of the study.
-        problems: what could not be read, passed on.
+        problems: input that could not be read, passed on.
         allowed_failures: attention checks that a participant may fail and still count.
         over: what the bootstrap draws anew: ``both`` raters and items, ``raters`` or ``items``.
-        draws: of the bootstrap.
-        seed: of the bootstrap.
+        draws, seed: of the bootstrap.
         against: method that the others are compared with; None is the first.
 
     Raises:
@@ -153,106 +133,101 @@ def analyse(
         raise UserError(f"no method is called {against!r}; choose one of {', '.join(key.methods)}")
     if draws < 100:
         raise UserError(f"{draws} draws are too few for a 95 % interval; give 100 or more, 10000 is usual")
-    failed = failed_checks(answers, key)
-    excluded = {rater: count for rater, count in sorted(failed.items()) if count > allowed_failures}
-    checks = {clip.id for clip in key.clips if clip.kind == "check"}
+    failed = {one.rater: 0 for one in sorted(answers, key=lambda one: one.rater)}
+    for one in answers:
+        if one.clip in key.checks and not one.problem:
+            right = key.checks[one.clip]
+            failed[one.rater] += (one.lip_sync, one.quality, one.emotion) != (
+                right.lip_sync,
+                right.quality,
+                right.emotion,
+            )
+    excluded = {rater: count for rater, count in failed.items() if count > allowed_failures}
     kept = [one for one in answers if one.rater not in excluded]
-    rated = [one for one in kept if one.clip not in checks and not one.problem]
+    rated = [one for one in kept if one.clip not in key.checks and not one.problem]
     if not rated:
         lost = f"; {len(excluded)} participants failed the attention checks" if excluded else ""
         raise UserError(f"no answer can be used{lost}{': ' + problems[0] if problems else ''}")
-    raters = tuple(sorted({one.rater for one in kept}))
-    answered_checks = {rater: {one.clip for one in kept if one.rater == rater} & checks for rater in raters}
-    measures = [name for name in MEASURES if key.speech or name != "lip_sync"]
-    tables = {name: _values(rated, key, raters, name) for name in measures}
-    drawn = {name: agreement.bootstrap_means(table, draws, seed, over) for name, table in tables.items()}
-    reference = key.methods.index(against)
-
-    methods = []
-    for column, name in enumerate(key.methods):
-        own = [one for one in rated if key.by_id[one.clip].method == name]
-        estimates, differences = {}, {}
-        for measure in measures:
-            value, draw = agreement.means(tables[measure]), drawn[measure]
-            count = int(np.isfinite(tables[measure][:, :, column]).sum())
-            estimates[measure] = _estimate(value[column], draw[:, column], count)
-            if column != reference:
-                gap = draw[:, column] - draw[:, reference]
-                differences[measure] = _estimate(value[column] - value[reference], gap, count)
-        methods.append(
-            Method(
-                name=name,
-                raters=len({one.rater for one in own}),
-                clips=len({one.clip for one in own}),
-                estimates=estimates,
-                differences=differences,
-                kappas=_kappas(own, measures, draws, seed),
-                confusion=_confusion(own, key),
-            )
-        )
+    raters = [rater for rater in failed if rater not in excluded]
+    checked = {rater: {one.clip for one in kept if one.rater == rater} & set(key.checks) for rater in raters}
+    table = _table(rated, key)
     return Result(
-        key=key,
-        methods=tuple(methods),
-        kappas=_kappas(rated, measures, draws, seed),
+        study=key.study,
+        title=key.title,
+        methods=_methods(table, key, raters, against, (over, draws, seed)),
+        kappas=_kappas(table, key.speech, draws, seed),
         raters=raters,
         excluded=excluded,
-        unchecked=tuple(rater for rater in raters if answered_checks[rater] != checks),
+        unchecked=[rater for rater in raters if checked[rater] != set(key.checks)],
         unplayable=sum(one.problem for one in kept),
         against=against,
         settings={"over": over, "draws": draws, "seed": seed, "level": 0.95, "allowed_failures": allowed_failures},
-        problems=tuple(problems),
+        problems=list(problems),
     )
 
 
-def _values(rated: Sequence[Answer], key: Key, raters: Sequence[str], measure: str) -> Array:
-    """Answers as numbers: (raters, items, methods), NaN where there is none."""
-    rows = {name: row for row, name in enumerate(raters)}
-    items = {name: place for place, name in enumerate(key.items)}
-    columns = {name: column for column, name in enumerate(key.methods)}
-    values = np.full((len(rows), len(items), len(columns)), np.nan)
-    for one in rated:
-        clip = key.by_id[one.clip]
-        value: float | None
-        if measure == "emotion":  # `natural` is none of the eight: nobody can be right
-            value = float(one.emotion == clip.emotion) if clip.emotion in CHOICES else None
-        else:
-            value = getattr(one, measure)
-        values[rows[one.rater], items[clip.item], columns[clip.method]] = np.nan if value is None else value
-    return values
+def _table(rated: Sequence[Answer], key: Key) -> pd.DataFrame:
+    """One row for each answer, with what the key says of its clip and whether the emotion is right."""
+    clips = pd.DataFrame([clip.model_dump(include={"id", "method", "item", "emotion"}) for clip in key.clips])
+    table = pd.DataFrame([one.model_dump() for one in rated]).rename(columns={"emotion": "chosen"})
+    table = table.merge(clips.rename(columns={"emotion": "intended"}), left_on="clip", right_on="id")
+    right = (table.chosen == table.intended).astype(float)
+    # `natural` is none of the eight: nobody could be right.
+    return table.assign(emotion=right.where(table.intended.isin(CHOICES)))
 
 
-def _estimate(value: float, draws: Array, count: int) -> Estimate:
-    low, high = agreement.interval(draws)
-    return Estimate(float(value), float(low), float(high), count)
+def _methods(
+    table: pd.DataFrame, key: Key, raters: list[str], against: str, bootstrap: tuple[str, int, int]
+) -> list[Method]:
+    over, draws, seed = bootstrap
+    values, drawn = {}, {}
+    for measure in _measures(key.speech):
+        array = np.full((len(raters), len(key.items), len(key.methods)), np.nan)
+        axes = {"rater": raters, "item": key.items, "method": key.methods}
+        place = tuple(pd.Categorical(table[name], categories=list(names)).codes for name, names in axes.items())
+        array[place] = table[measure].astype(float)
+        values[measure], drawn[measure] = array, bootstrap_means(array, draws, seed, over)
+    reference = key.methods.index(against)
+    methods = []
+    for column, name in enumerate(key.methods):
+        own = table[table["method"] == name]
+        estimates, differences = {}, {}
+        for measure, array in values.items():
+            draw = drawn[measure]
+            estimates[measure] = _estimate(array[:, :, column], draw[:, column])
+            if column != reference:
+                gap = estimates[measure].value - _estimate(array[:, :, reference], draw[:, reference]).value
+                low, high = interval(draw[:, column] - draw[:, reference])
+                differences[measure] = Estimate(gap, low, high, estimates[measure].answers)
+        confusion = pd.crosstab(own.intended, own.chosen).reindex(index=CHOICES, columns=CHOICES, fill_value=0)
+        kappas = _kappas(own, key.speech, draws, seed)
+        raters_of, clips = own["rater"].nunique(), own["clip"].nunique()
+        methods.append(Method(name, raters_of, clips, estimates, differences, kappas, confusion.to_numpy().tolist()))
+    return methods
 
 
-def _kappas(rated: Sequence[Answer], measures: Sequence[str], draws: int, seed: int) -> dict[str, Kappa]:
-    clips = {name: row for row, name in enumerate(sorted({one.clip for one in rated}))}
+def _measures(speech: bool) -> list[str]:
+    return [name for name in MEASURES if speech or name != "lip_sync"]
+
+
+def _estimate(values: Array, draws: Array) -> Estimate:
+    answered = values[np.isfinite(values)]
+    low, high = interval(draws)
+    return Estimate(float(answered.mean()) if len(answered) else float("nan"), low, high, len(answered))
+
+
+def _kappas(table: pd.DataFrame, speech: bool, draws: int, seed: int) -> dict[str, Kappa]:
+    """Agreement on the emotion, and on the ratings as unordered and as ordered categories."""
     result = {}
-    for name, (measure, ordered) in _KAPPAS.items():
-        if measure not in measures:
-            continue
-        categories: Sequence[int | str] = CHOICES if measure == "emotion" else SCALE
-        counts = np.zeros((len(clips), len(categories)))
-        for one in rated:
-            counts[clips[one.clip], categories.index(getattr(one, measure))] += 1
-        weights = agreement.quadratic_weights(len(categories)) if ordered else None
-        low, high = agreement.interval(agreement.bootstrap_kappa(counts, draws, seed, weights))
+    for measure in ("emotion", *(name for name in _measures(speech) if name != "emotion")):
+        column, categories = ("chosen", CHOICES) if measure == "emotion" else (measure, SCALE)
+        crossed = pd.crosstab(table["clip"], table[column]).reindex(columns=list(categories), fill_value=0)
+        counts = crossed.to_numpy(float)
         several = counts.sum(1)[counts.sum(1) > 1]
-        result[name] = Kappa(
-            value=agreement.fleiss_kappa(counts, weights),
-            low=float(low),
-            high=float(high),
-            clips=len(several),
-            raters=float(several.mean()) if len(several) else 0.0,
-        )
+        for suffix, weights in (("", None), ("_quadratic", quadratic_weights(len(categories)))):
+            if suffix and measure == "emotion":
+                continue
+            low, high = interval(bootstrap_kappa(counts, draws, seed, weights))
+            mean = float(several.mean()) if len(several) else 0.0
+            result[measure + suffix] = Kappa(fleiss_kappa(counts, weights), low, high, len(several), mean)
     return result
-
-
-def _confusion(rated: Sequence[Answer], key: Key) -> tuple[tuple[int, ...], ...]:
-    counts = np.zeros((len(CHOICES), len(CHOICES)), int)
-    for one in rated:
-        intended = key.by_id[one.clip].emotion
-        if intended in CHOICES and one.emotion is not None:
-            counts[CHOICES.index(intended), CHOICES.index(one.emotion)] += 1
-    return tuple(tuple(int(count) for count in row) for row in counts)

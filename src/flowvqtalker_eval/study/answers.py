@@ -1,54 +1,47 @@
 """Answers of a study: read from SQLite, JSON or CSV, checked against the key, written for export.
 
-What cannot be used is listed with its reason, never dropped in silence.
+Whatever cannot be used is listed with its reason, never dropped silently.
 """
 
 from __future__ import annotations
 
 import csv
-import io
 import json
-import math
 import sqlite3
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import AwareDatetime, BeforeValidator, Field, ValidationError, model_validator
 
 from flowvqtalker.errors import UserError
-from flowvqtalker_eval.study.key import CHOICES, SCALE, Key
+from flowvqtalker_eval.study.key import Emotion, Frozen, Key, Rating, reasons
 
-__all__ = [
-    "ANSWERS_FORMAT",
-    "DATABASE_FILE",
-    "RATER_PATTERN",
-    "SUFFIXES",
-    "Answer",
-    "collect",
-    "read_file",
-    "write_file",
-]
+__all__ = ["ANSWERS_FORMAT", "DATABASE_FILE", "SUFFIXES", "Answer", "ClipAnswer", "Rater", "Session", "collect"]
+__all__ += ["read_file", "write_file"]
 
 #: Format of a participant's answers as the page sends and downloads them.
 ANSWERS_FORMAT = "flowvqtalker-study-answers/1"
 #: Name of the server's database in a study's folder.
 DATABASE_FILE = "answers.sqlite"
-#: Codes of participants.
-RATER_PATTERN = r"^[A-Za-z0-9_-]{1,40}$"
 #: Files that answers are read from.
 SUFFIXES = (".sqlite", ".db", ".json", ".csv")
 
 _EXPORT_FORMAT = "flowvqtalker-study-export/1"
 
+#: Code of a participant.
+Rater = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,40}$")]
+#: Distinguishes two people who use the same code.
+Session = Annotated[str, Field(pattern=r"^[a-z]{16}$")]
+_Empty = BeforeValidator(lambda value: None if value == "" else value)  # of a csv file
+_Count = Annotated[int, Field(ge=0, le=1_000_000)]
 
-@dataclass(frozen=True)
-class Answer:
-    """What one participant said of one clip.
+
+class ClipAnswer(Frozen):
+    """The answers to one clip, as the page sends them.
 
     Attributes:
-        study: identifier of the study.
-        rater: code of the participant.
-        session: what tells apart two people who used the same code.
         clip: identifier of the clip.
         position: place in the participant's order, from 1.
         lip_sync: 1 to 5; None where it was not asked for or the clip did not play.
@@ -58,34 +51,50 @@ class Answer:
         plays: how often the clip was played to its end.
         revision: how often the answer was changed after it had been saved.
         problem: whether the clip did not play.
-        answered: date and time, ISO 8601.
+        answered: date and time.
     """
 
-    study: str
-    rater: str
-    session: str
-    clip: str
-    position: int
-    lip_sync: int | None
-    quality: int | None
-    emotion: str | None
-    seconds: float
-    plays: int
-    revision: int
+    clip: Annotated[str, Field(pattern=r"^[0-9a-f]{12}$")]
+    position: Annotated[int, Field(ge=1, le=1_000_000)]
+    lip_sync: Annotated[Rating | None, _Empty]
+    quality: Annotated[Rating | None, _Empty]
+    emotion: Annotated[Emotion | None, _Empty]
+    seconds: Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
+    plays: _Count
+    revision: _Count
     problem: bool
-    answered: str
+    answered: AwareDatetime
+
+    @model_validator(mode="after")
+    def _whole(self) -> ClipAnswer:
+        if self.problem != (self.quality is None) or self.problem != (self.emotion is None):
+            raise ValueError("a clip has all its answers, or none if it did not play")
+        return self
+
+    def misfit(self, key: Key) -> str:
+        """Why the answer does not belong to a study; empty if it does."""
+        if self.clip not in key.by_id:
+            return f"the study has no clip {self.clip}"
+        if (self.lip_sync is None) != (self.problem or not key.speech):
+            return f"lip_sync of clip {self.clip} is {self.lip_sync}"
+        return ""
+
+
+class Answer(ClipAnswer):
+    """What one participant said of one clip."""
+
+    study: str
+    rater: Rater
+    session: Session
 
     @property
-    def values(self) -> tuple[int | None, int | None, str | None, bool]:
+    def values(self) -> tuple[Any, ...]:
         """What was answered."""
         return self.lip_sync, self.quality, self.emotion, self.problem
 
 
-_FIELDS = tuple(field.name for field in fields(Answer))
-
-
 def read_file(path: str | Path) -> tuple[list[Answer], list[str]]:
-    """Read answers, whatever they are stored in.
+    """Read answers from a file.
 
     Arguments:
         path: the server's database, a participant's download (JSON or CSV), an export, or a study's folder.
@@ -111,10 +120,9 @@ def read_file(path: str | Path) -> tuple[list[Answer], list[str]]:
     answers, problems = [], []
     for number, row in enumerate(rows, 1):
         try:
-            answers.append(_answer(row))
-        except (ValueError, TypeError, KeyError) as error:
-            reason = f"{error.args[0]} is missing" if isinstance(error, KeyError) else str(error)
-            problems.append(f"{path.name}: answer {number} cannot be used ({reason})")
+            answers.append(Answer.model_validate({k: v for k, v in row.items() if k in Answer.model_fields}))
+        except ValidationError as error:
+            problems.append(f"{path.name}: answer {number} cannot be used ({reasons(error)})")
     if not rows:
         problems.append(f"{path.name}: holds no answer")
     return answers, problems
@@ -123,8 +131,8 @@ def read_file(path: str | Path) -> tuple[list[Answer], list[str]]:
 def collect(paths: Iterable[str | Path], key: Key) -> tuple[list[Answer], list[str]]:
     """Answers of several files that belong to a study, one for each participant and clip.
 
-    The same answer in several files counts once. Where they differ, the one changed most often and last is taken, and
-    listed; but two different sessions under one code are two people, and neither's answers to that clip are used.
+    The same answer in several files counts once. Where answers of one session differ, the one changed most often and
+    last is used, and listed. Two sessions under one code are two people; neither's answers to a shared clip are used.
 
     Returns:
         the answers, sorted, and one line for each thing that was left out.
@@ -137,39 +145,34 @@ def collect(paths: Iterable[str | Path], key: Key) -> tuple[list[Answer], list[s
         problems += unreadable
         for answer in found:
             name = f"{Path(path).name}: {answer.rater}, clip {answer.clip}"
-            reason = _unfit(answer, key)
-            if reason:
+            other = f"belongs to study {answer.study}, not {key.study}" if answer.study != key.study else ""
+            if reason := other or answer.misfit(key):
                 problems.append(f"{name}: {reason}")
                 continue
-            former = answers.setdefault((answer.rater, answer.clip), answer)
-            if former.values == answer.values and former.session == answer.session:
-                continue
+            place = answer.rater, answer.clip
+            former = answers.setdefault(place, answer)
             if former.session != answer.session:
-                clashes.add((answer.rater, answer.clip))
-                continue
-            problems.append(f"{name}: answered twice, the later answer is taken")
-            answers[answer.rater, answer.clip] = max(former, answer, key=lambda one: (one.revision, one.answered))
+                clashes.add(place)
+            elif former.values != answer.values:
+                problems.append(f"{name}: answered twice, the later answer is used")
+                answers[place] = max(former, answer, key=lambda one: (one.revision, one.answered))
     for rater in sorted({rater for rater, _ in clashes}):
         count = sum(clash[0] == rater for clash in clashes)
         problems.append(f"{rater}: two people used this code, {count} clips that both answered are left out")
-    for clash in clashes:
-        del answers[clash]
-    return [answers[name] for name in sorted(answers)], problems
+    return [answers[place] for place in sorted(answers) if place not in clashes], problems
 
 
 def write_file(answers: Sequence[Answer], path: Path) -> None:
     """Write answers as ``.json`` or ``.csv``, readable by :func:`read_file`."""
-    rows = [asdict(answer) for answer in answers]
-    if path.suffix.lower() == ".json":
-        text = json.dumps({"format": _EXPORT_FORMAT, "answers": rows}, indent=1) + "\n"
-    else:
-        buffer = io.StringIO()
-        writer = csv.DictWriter(buffer, _FIELDS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({**row, "problem": str(row["problem"]).lower()} for row in rows)
-        text = buffer.getvalue()
+    rows = [answer.model_dump(mode="json") for answer in answers]
     part = path.with_name(f".{path.name}.part")
-    part.write_text(text, encoding="utf-8")
+    with open(part, "w", encoding="utf-8", newline="") as file:
+        if path.suffix.lower() == ".json":
+            json.dump({"format": _EXPORT_FORMAT, "answers": rows}, file, indent=1)
+        else:
+            writer = csv.DictWriter(file, tuple(Answer.model_fields), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
     part.replace(path)
 
 
@@ -184,77 +187,14 @@ def _from_json(path: Path) -> list[dict[str, Any]]:
 def _from_csv(path: Path) -> list[dict[str, Any]]:
     with open(path, encoding="utf-8-sig", newline="") as file:
         rows = csv.DictReader(file)
-        missing = set(_FIELDS) - set(rows.fieldnames or ())
+        missing = set(Answer.model_fields) - set(rows.fieldnames or ())
         if missing:
             raise ValueError(f"the columns {', '.join(sorted(missing))} are missing")
-        return [{name: row[name] for name in _FIELDS} for row in rows]
+        return list(rows)
 
 
 def _from_database(path: Path) -> list[dict[str, Any]]:
-    connection = sqlite3.connect(f"file:{path.resolve().as_posix()}?mode=ro", uri=True, timeout=10)
-    try:
+    with closing(sqlite3.connect(f"file:{path.resolve().as_posix()}?mode=ro", uri=True, timeout=10)) as connection:
         connection.row_factory = sqlite3.Row
         query = "SELECT * FROM answers NATURAL JOIN raters ORDER BY rater, position"
         return [dict(row) for row in connection.execute(query)]
-    finally:
-        connection.close()
-
-
-def _answer(row: dict[str, Any]) -> Answer:
-    """One row of any source as an answer; text is read as what it means.
-
-    Raises:
-        ValueError: if a value is out of range.
-        KeyError: if one is missing.
-    """
-    problem = str(row["problem"]).strip().lower()
-    if problem not in ("true", "false", "1", "0"):
-        raise ValueError(f"problem is {row['problem']!r}")
-    seconds = float(row["seconds"])
-    if not math.isfinite(seconds) or seconds < 0:
-        raise ValueError(f"seconds is {row['seconds']!r}")
-    answer = Answer(
-        study=str(row["study"]),
-        rater=str(row["rater"]),
-        session=str(row["session"]),
-        clip=str(row["clip"]),
-        position=_whole(row, "position", 1),
-        lip_sync=_rating(row, "lip_sync"),
-        quality=_rating(row, "quality"),
-        emotion=str(row["emotion"]) if row["emotion"] not in (None, "") else None,
-        seconds=seconds,
-        plays=_whole(row, "plays", 0),
-        revision=_whole(row, "revision", 0),
-        problem=problem in ("true", "1"),
-        answered=str(row["answered"]),
-    )
-    if answer.emotion is not None and answer.emotion not in CHOICES:
-        raise ValueError(f"emotion is {answer.emotion!r}")
-    return answer
-
-
-def _whole(row: dict[str, Any], name: str, lowest: int) -> int:
-    value = float(row[name])
-    if value != int(value) or value < lowest:
-        raise ValueError(f"{name} is {row[name]!r}")
-    return int(value)
-
-
-def _rating(row: dict[str, Any], name: str) -> int | None:
-    if row[name] in (None, ""):
-        return None
-    if float(row[name]) not in SCALE:
-        raise ValueError(f"{name} is {row[name]!r}, not 1 to 5")
-    return int(float(row[name]))
-
-
-def _unfit(answer: Answer, key: Key) -> str:
-    """Why an answer does not belong to a study; empty if it does."""
-    if answer.study != key.study:
-        return f"belongs to study {answer.study}, not {key.study}"
-    if answer.clip not in key.by_id:
-        return "the study has no such clip"
-    given = (answer.quality, answer.emotion) + ((answer.lip_sync,) if key.speech else ())
-    if answer.problem != all(value is None for value in given) or (not answer.problem and None in given):
-        return "some of its answers are missing"
-    return ""

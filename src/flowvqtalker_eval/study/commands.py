@@ -9,75 +9,9 @@ from typing import Annotated, Literal
 import tyro
 
 from flowvqtalker.errors import UserError
+from flowvqtalker_eval.study.page import Build
 
 __all__ = ["Analyse", "Build", "Export", "Serve", "Study"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Build:
-    """Build the page of a blind study from videos that bear the same names in each method's folder."""
-
-    methods: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="METHOD=FOLDER")]
-    """Methods to compare, in the order of the table."""
-    output: Annotated[Path, tyro.conf.arg(aliases=["-o"], metavar="FOLDER")]
-    """Folder to make: page/ for the participants, key.json for nobody else."""
-    real: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
-    """Real videos of the same names, the column GT."""
-    emotions: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-    """Csv with the columns name and emotion. Default: the emotion is a word of the name, as in M003_happy_12.mp4."""
-    only: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...")] = ()
-    """Names to take, without the ending. Default: all."""
-    speech: Literal["yes", "no"] = "yes"
-    """Whether the videos speak; no leaves out the question about the lips."""
-    per_rater: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
-    """Clips each participant rates. Default: all."""
-    raters: int = 100
-    """Number of different orders: at least as many as participants are expected."""
-    checks: int = 1
-    """Attention checks, shown to everybody."""
-    practice: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-    """Clip to practise with, none of the study's. Default: a drawn face."""
-    title: str = "Talking faces"
-    """Heading of the page."""
-    contact: str = ""
-    """Whom participants may ask, for instance an address."""
-    seed: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
-    """Of names and orders. Default: a new one, kept in the key."""
-
-    def run(self) -> None:
-        from tqdm import tqdm
-
-        from flowvqtalker_eval.study.key import KEY_FILE, PAGE_FOLDER
-        from flowvqtalker_eval.study.page import build
-        from flowvqtalker_eval.study.sources import find_sources, method_folders
-
-        folders = method_folders(self.methods, self.real)
-        for file in (self.emotions, self.practice):
-            if file is not None and not file.is_file():
-                raise UserError(f"{file} {'is a folder' if file.is_dir() else 'does not exist'}; check the name")
-        speech = self.speech == "yes"
-        table = find_sources(folders, self.emotions, self.only, speech)
-        with tqdm(desc="study", unit="clip", disable=None, dynamic_ncols=True, leave=False) as bar:
-
-            def advance(done: int, total: int) -> None:
-                bar.total = total
-                bar.update(done - bar.n)
-
-            key = build(
-                table,
-                self.output,
-                title=self.title,
-                contact=self.contact,
-                per_rater=self.per_rater,
-                raters=self.raters,
-                checks=self.checks,
-                practice=self.practice,
-                speech=speech,
-                seed=self.seed,
-                progress=advance,
-            )
-        print(f"{self.output / PAGE_FOLDER / 'index.html'}: {len(key.plan[0])} clips for each participant")
-        print(f"{self.output / KEY_FILE}: keep it to yourself, it tells which clip is whose")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +23,7 @@ class Serve:
     host: str = "127.0.0.1"
     """Address to listen on; others than this machine need a server with HTTPS in front of it."""
     port: int = 8000
-    """Port to listen on; 0 takes a free one."""
+    """Port to listen on; 0 picks a free one."""
 
     def run(self) -> None:
         from flowvqtalker_eval.study.server import serve
@@ -133,7 +67,7 @@ class Analyse:
     draws: int = 10_000
     """Draws of the bootstrap."""
     seed: int = 0
-    """Of the draws."""
+    """Seed of the draws."""
     allowed_failures: int = 0
     """Attention checks that a participant may fail and still count."""
     against: Annotated[str | None, tyro.conf.arg(metavar="METHOD")] = None
@@ -179,4 +113,5 @@ class Study:
     ]
 
     def run(self) -> None:
+        """Run the chosen command."""
         self.command.run()

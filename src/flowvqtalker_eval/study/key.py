@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from flowvqtalker.constants import EMOTIONS
 from flowvqtalker.errors import UserError
 
-__all__ = ["CHOICES", "KEY_FILE", "LABELS", "PAGE_FOLDER", "SCALE", "Clip", "Expected", "Key"]
+__all__ = ["CHOICES", "KEY_FILE", "LABELS", "PAGE_FOLDER", "SCALE", "Clip", "Emotion", "Expected", "Key", "Rating"]
+__all__ += ["Frozen", "reasons"]
 
 #: The eight emotions to choose from: those of MEAD. ``natural`` is a way of speaking, not an emotion to recognise.
 CHOICES = EMOTIONS[:8]
-#: What the page calls them.
+#: Their names on the page.
 LABELS = dict(
     zip(CHOICES, ("Angry", "Contemptuous", "Disgusted", "Afraid", "Happy", "Neutral", "Sad", "Surprised"), strict=True)
 )
@@ -26,21 +27,25 @@ KEY_FILE = "key.json"
 #: Name of the folder of the page: all that participants may see.
 PAGE_FOLDER = "page"
 
-_FORMAT = "flowvqtalker-study-key/1"
-_KINDS = ("rated", "check", "practice")
+Rating = Annotated[int, Field(ge=SCALE[0], le=SCALE[-1])]
+Emotion = Literal[CHOICES]  # type: ignore[valid-type]
 
 
-@dataclass(frozen=True)
-class Expected:
-    """What an attention check asks for."""
+class Frozen(BaseModel):
+    """A record that cannot be changed and has no other fields."""
 
-    lip_sync: int | None
-    quality: int
-    emotion: str
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-@dataclass(frozen=True)
-class Clip:
+class Expected(Frozen):
+    """The answers that an attention check asks for."""
+
+    lip_sync: Rating | None
+    quality: Rating
+    emotion: Emotion
+
+
+class Clip(Frozen):
     """One video of the page.
 
     Attributes:
@@ -54,28 +59,34 @@ class Clip:
     """
 
     id: str
-    kind: str
+    kind: Literal["rated", "check", "practice"]
     source: str
     method: str = ""
     item: str = ""
     emotion: str = ""
     expected: Expected | None = None
 
+    @model_validator(mode="after")
+    def _complete(self) -> Clip:
+        if (self.kind == "check") != (self.expected is not None):
+            raise ValueError(f"clip {self.id} of kind {self.kind} has the wrong expected answers")
+        return self
 
-@dataclass(frozen=True)
-class Key:
+
+class Key(Frozen):
     """Everything about a study that its page does not tell.
 
     Attributes:
         study: identifier, also in the page and in every answer.
         title: of the page.
-        seed: that the names and orders were drawn with.
+        seed: that names and orders were drawn with.
         speech: whether lip synchronisation is asked for.
         methods: in the order of the table; the real videos last.
         clips: all videos.
-        plan: orders of clips, as identifiers; one is chosen by the participant's code.
+        plan: orders of clips, as identifiers; the participant's code chooses one.
     """
 
+    format: Literal["flowvqtalker-study-key/1"] = "flowvqtalker-study-key/1"
     study: str
     title: str
     seed: int
@@ -84,10 +95,21 @@ class Key:
     clips: tuple[Clip, ...]
     plan: tuple[tuple[str, ...], ...]
 
+    @model_validator(mode="after")
+    def _known_methods(self) -> Key:
+        if {clip.method for clip in self.clips if clip.kind == "rated"} - set(self.methods):
+            raise ValueError("a clip's method is not listed")
+        return self
+
     @cached_property
     def by_id(self) -> dict[str, Clip]:
-        """Clips that are answered, by identifier: the rated ones and the attention checks."""
+        """The clips that are answered, by identifier: rated ones and attention checks."""
         return {clip.id: clip for clip in self.clips if clip.kind != "practice"}
+
+    @cached_property
+    def checks(self) -> dict[str, Expected]:
+        """Right answers of the attention checks, by identifier."""
+        return {clip.id: clip.expected for clip in self.clips if clip.expected is not None}
 
     @cached_property
     def items(self) -> tuple[str, ...]:
@@ -98,8 +120,7 @@ class Key:
         """Write as JSON, readable by the owner alone where the file system can."""
         path = Path(path)
         path.touch(mode=0o600)
-        text = json.dumps({"format": _FORMAT, **asdict(self)}, indent=1, ensure_ascii=False)
-        path.write_text(text + "\n", encoding="utf-8")
+        path.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> Key:
@@ -114,25 +135,16 @@ class Key:
         if not path.is_file():
             raise UserError(f"key {path} does not exist; give the {KEY_FILE} that `study build` wrote")
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            if not isinstance(content, dict) or content.pop("format", None) != _FORMAT:
-                raise UserError(f"{path} is not the key of a study; give the {KEY_FILE} that `study build` wrote")
-            clips = tuple(_clip(entry) for entry in content.pop("clips"))
-            methods = tuple(content.pop("methods"))
-            plan = tuple(tuple(row) for row in content.pop("plan"))
-            key = cls(clips=clips, methods=methods, plan=plan, **content)
-        except (OSError, TypeError, KeyError, AttributeError, ValueError) as error:
-            if isinstance(error, UserError):
-                raise
-            raise UserError(f"key {path} is damaged ({error}); take the one that `study build` wrote") from error
-        if {clip.method for clip in clips if clip.kind == "rated"} - set(methods):
-            raise UserError(f"key {path} is damaged (a clip's method is not listed); take the one `study build` wrote")
-        return key
+            return cls.model_validate_json(path.read_bytes())
+        except ValidationError as error:
+            raise UserError(
+                f"key {path} is damaged ({reasons(error)}); take the one that `study build` wrote"
+            ) from error
 
 
-def _clip(entry: dict[str, Any]) -> Clip:
-    expected = entry.pop("expected", None)
-    clip = Clip(**entry, expected=Expected(**expected) if expected else None)
-    if clip.kind not in _KINDS or (clip.kind == "check") != (clip.expected is not None):
-        raise ValueError(f"clip {clip.id}")
-    return clip
+def reasons(error: ValidationError) -> str:
+    """The first problem of invalid data, in one line."""
+    found = error.errors(include_url=False, include_input=False, include_context=False)
+    place = ".".join(map(str, found[0]["loc"]))
+    more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+    return f"{place + ': ' if place else ''}{found[0]['msg']}{more}"

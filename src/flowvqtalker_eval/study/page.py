@@ -1,8 +1,8 @@
 """The page of a study: one HTML file and a folder of clips under opaque names, with the key kept apart.
 
-The page works from a disk, a web space or :mod:`flowvqtalker_eval.study.server`. It asks no other site for anything, which
-its own content security policy enforces. Neither its source nor the clips' names and tags tell the methods; orders are
-drawn beforehand (:mod:`flowvqtalker_eval.study.plan`), so that the page need not know which clips belong together.
+The page works from a disk, a web space or :mod:`flowvqtalker_eval.study.server`. It asks no other site for anything;
+its content security policy enforces that. Neither its source nor the clips' names and tags tell the methods. Orders are
+drawn beforehand (:mod:`flowvqtalker_eval.study.plan`), so the page need not know which clips belong together.
 """
 
 from __future__ import annotations
@@ -19,161 +19,159 @@ import secrets
 import shutil
 import statistics
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+import tyro
 
 from flowvqtalker.errors import UserError
 from flowvqtalker_eval.study.clips import blind_copy, write_check, write_practice
 from flowvqtalker_eval.study.key import CHOICES, KEY_FILE, LABELS, PAGE_FOLDER, SCALE, Clip, Expected, Key
 from flowvqtalker_eval.study.plan import make_plan
-from flowvqtalker_eval.study.sources import Source, differences
+from flowvqtalker_eval.study.sources import Source, differences, find_sources, method_folders
 
-__all__ = ["build", "page_source"]
+__all__ = ["Build", "page_source"]
 
 logger = logging.getLogger(__name__)
 
 
-def build(
-    table: Sequence[Sequence[Source]],
-    out: Path,
-    *,
-    title: str = "Talking faces",
-    contact: str = "",
-    per_rater: int | None = None,
-    raters: int = 100,
-    checks: int = 1,
-    practice: Path | None = None,
-    speech: bool = True,
-    seed: int | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Key:
-    """Build a study; the folder appears whole or not at all.
+@dataclass(frozen=True, kw_only=True)
+class Build:
+    """Build the page of a blind study from videos that have the same names in each method's folder."""
 
-    Arguments:
-        table: sources by item and method, from :func:`flowvqtalker_eval.study.sources.find_sources`.
-        out: folder to make: ``page/`` for the participants, ``key.json`` for nobody else.
-        title: heading of the page.
-        contact: whom participants may ask; empty leaves it out.
-        per_rater: rated clips a participant; None is all of them.
-        raters: number of orders; give at least as many as participants are expected.
-        checks: attention checks, shown to everybody.
-        practice: clip to practise with; None draws one.
-        speech: whether to ask for lip synchronisation.
-        seed: of names and orders; None draws one.
-        progress: called with (clips done, clips in all).
+    methods: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="METHOD=FOLDER")]
+    """Methods to compare, in the order of the table."""
+    output: Annotated[Path, tyro.conf.arg(aliases=["-o"], metavar="FOLDER")]
+    """Folder to make: page/ for the participants, key.json for nobody else."""
+    real: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
+    """Real videos of the same names, the column GT."""
+    emotions: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """Csv with the columns name and emotion. Default: the emotion is a word of the name, as in M003_happy_12.mp4."""
+    only: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...")] = ()
+    """Names to include, without the ending. Default: all."""
+    speech: Literal["yes", "no"] = "yes"
+    """Whether the videos have speech; no leaves out the question about the lips."""
+    per_rater: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    """Clips each participant rates. Default: all."""
+    raters: int = 100
+    """Number of different orders: at least as many as participants are expected."""
+    checks: int = 1
+    """Attention checks, shown to everybody."""
+    practice: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """Clip to practise with, not one of the study's. Default: a drawn face."""
+    title: str = "Talking faces"
+    """Heading of the page."""
+    contact: str = ""
+    """Whom participants may ask, for instance an email address."""
+    seed: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    """Seed of names and orders. Default: a new one, stored in the key."""
 
-    Returns:
-        the key, as stored.
+    def run(self) -> Key:
+        """Write the study; the folder appears complete or not at all.
 
-    Raises:
-        UserError: if a number is out of range, the title names a method, or the folder exists.
-    """
-    methods = tuple(source.method for source in table[0])
-    total = len(table) * len(methods)
-    _check_options(out, title, contact, methods, total, per_rater, raters, checks)
-    seed = secrets.randbits(32) if seed is None else seed
-    # Other videos give other names, even with the same seed: answers never fit the wrong study.
-    rng = random.Random(repr((seed, title, methods, [source.item for row in table for source in row])))
-    names = iter(_names(total + checks + 1, rng))
-    clips = [
-        Clip(next(names), "rated", str(source.path), source.method, source.item, source.emotion)
-        for row in table
-        for source in row
-    ]
-    for source in rng.choices([source for row in table for source in row], k=checks):
-        clips.append(Clip(next(names), "check", str(source.path), expected=_expected(speech, rng)))
-    clips.append(Clip(next(names), "practice", str(practice or "")))
-    ids = [[clips[row * len(methods) + column].id for column in range(len(methods))] for row in range(len(table))]
-    check_ids = [clip.id for clip in clips if clip.kind == "check"]
-    plan = make_plan(ids, check_ids, raters, per_rater or total, rng)
-    key = Key(f"{rng.getrandbits(40):010x}", title, seed, speech, methods, tuple(clips), plan)
+        Raises:
+            UserError: if an option is out of range, videos do not match, or the folder exists.
+        """
+        folders = method_folders(self.methods, self.real)
+        for file in (self.emotions, self.practice):
+            if file is not None and not file.is_file():
+                raise UserError(f"{file} {'is a folder' if file.is_dir() else 'does not exist'}; check the name")
+        table = find_sources(folders, self.emotions, self.only, self.speech == "yes")
+        self._check(tuple(folders), len(table) * len(folders))
+        for note in differences(table):
+            logger.warning("%s", note)
+        key = self._draw_key(table, tuple(folders))
+        part = self.output.with_name(f".{self.output.name}.{uuid.uuid4().hex[:8]}.part")
+        try:
+            (part / PAGE_FOLDER / "clips").mkdir(parents=True)
+            encoded = _write_clips(key, part / PAGE_FOLDER / "clips")
+            infos = [source.info for row in table for source in row]
+            seconds = round(statistics.mean(info.seconds for info in infos), 1)
+            shape = round(statistics.median(info.width / info.height for info in infos), 3)
+            page = page_source(key, seconds, shape, self.contact)
+            (part / PAGE_FOLDER / "index.html").write_text(page, encoding="utf-8")
+            key.save(part / KEY_FILE)
+            os.replace(part, self.output)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+        if encoded:
+            total = len(key.clips)
+            logger.warning("%d of %d clips were re-encoded, because browsers do not play their format", encoded, total)
+        print(f"{self.output / PAGE_FOLDER / 'index.html'}: {len(key.plan[0])} clips for each participant")
+        print(f"{self.output / KEY_FILE}: keep it to yourself, it tells which clip is whose")
+        return key
 
-    for note in differences(table):
-        logger.warning("%s", note)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    part = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}.part")
-    try:
-        (part / PAGE_FOLDER / "clips").mkdir(parents=True)
-        encoded = _write_clips(key, part / PAGE_FOLDER / "clips", progress)
-        infos = [source.info for row in table for source in row]
-        about = {
-            "seconds": round(statistics.mean(info.seconds for info in infos), 1),
-            "shape": round(statistics.median(info.width / info.height for info in infos), 3),
-            "contact": contact,
+    def _check(self, methods: Sequence[str], total: int) -> None:
+        if self.output.exists():
+            raise UserError(
+                f"{self.output} exists already; a study's key must not be lost: choose another folder or remove it"
+            )
+        per_rater = total if self.per_rater is None else self.per_rater
+        ranges = {
+            "per-rater": (per_rater, 1, total),
+            "raters": (self.raters, 1, 10_000),
+            "checks": (self.checks, 0, 20),
         }
-        (part / PAGE_FOLDER / "index.html").write_text(page_source(key, about), encoding="utf-8")
-        key.save(part / KEY_FILE)
-        os.replace(part, out)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-    if encoded:
-        logger.warning("%d of %d clips were encoded anew, since browsers do not play their format", encoded, len(clips))
-    return key
+        for name, (value, low, high) in ranges.items():
+            if not low <= value <= high:
+                note = f"there are {total} clips, " if name == "per-rater" else ""
+                raise UserError(f"--{name} {value} is out of range; {note}give {low} to {high}")
+        if not self.title.strip():
+            raise UserError("the title is empty; give participants a few plain words, for instance 'Talking faces'")
+        for method in methods:
+            if re.search(rf"(?<!\w){re.escape(method)}(?!\w)", f"{self.title} {self.contact}", re.IGNORECASE):
+                raise UserError(f"the title or the contact names the method {method}; change it, the study is blind")
 
-
-def page_source(key: Key, about: dict[str, Any]) -> str:
-    """The HTML of a study's page: style, script and what the script needs to know, in one file.
-
-    Arguments:
-        key: of the study; of it the identifiers alone go into the page.
-        about: ``seconds``, ``shape`` (width to height) and ``contact``.
-    """
-    ids = sorted(key.by_id)  # the order of the names tells nothing
-    places = {name: place for place, name in enumerate(ids)}
-    study = {
-        "study": key.study,
-        "speech": key.speech,
-        "emotions": [[name, LABELS[name]] for name in CHOICES],
-        "clips": ids,
-        "practice": next(clip.id for clip in key.clips if clip.kind == "practice"),
-        "checks": any(clip.kind == "check" for clip in key.clips),
-        "plan": [[places[name] for name in row] for row in key.plan],
-        **about,
-    }
-    style, script = _asset("page.css"), _asset("page.js")
-    policy = (
-        f"default-src 'none'; script-src '{_hash(script)}'; style-src '{_hash(style)}'; img-src data:; "
-        "media-src 'self'; connect-src 'self'; base-uri 'none'; form-action 'none'"
-    )
-    parts = {
-        "POLICY": policy,
-        "TITLE": html.escape(key.title),
-        "STYLE": style,
-        "SCRIPT": script,
-        "STUDY": json.dumps(study, separators=(",", ":"), ensure_ascii=False).replace("<", "\\u003c"),
-    }
-    return re.sub("@@([A-Z]+)@@", lambda match: parts[match[1]], _asset("page.html"))
-
-
-def _asset(name: str) -> str:
-    return (files("flowvqtalker_eval.study") / "assets" / name).read_text(encoding="utf-8")
-
-
-def _hash(text: str) -> str:
-    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-
-
-def _names(count: int, rng: random.Random) -> list[str]:
-    """Opaque names, all different."""
-    names: dict[str, None] = {}
-    while len(names) < count:
-        names[f"{rng.getrandbits(48):012x}"] = None
-    return list(names)
+    def _draw_key(self, table: list[list[Source]], methods: tuple[str, ...]) -> Key:
+        seed = secrets.randbits(32) if self.seed is None else self.seed
+        sources = [source for row in table for source in row]
+        # Other videos give other names, even with the same seed: answers never fit the wrong study.
+        rng = random.Random(repr((seed, self.title, methods, [source.item for source in sources])))
+        names = (f"{number:012x}" for number in rng.sample(range(16**12), len(sources) + self.checks + 1))
+        rated = [
+            Clip(
+                id=next(names),
+                kind="rated",
+                source=str(one.path),
+                method=one.method,
+                item=one.item,
+                emotion=one.emotion,
+            )
+            for one in sources
+        ]
+        checks = [
+            Clip(id=next(names), kind="check", source=str(one.path), expected=_expected(self.speech == "yes", rng))
+            for one in rng.choices(sources, k=self.checks)
+        ]
+        practice = Clip(id=next(names), kind="practice", source=str(self.practice or ""))
+        width = len(methods)
+        ids = [[clip.id for clip in rated[start : start + width]] for start in range(0, len(rated), width)]
+        return Key(
+            study=f"{rng.getrandbits(40):010x}",
+            title=self.title,
+            seed=seed,
+            speech=self.speech == "yes",
+            methods=methods,
+            clips=(*rated, *checks, practice),
+            plan=make_plan(ids, [clip.id for clip in checks], self.raters, self.per_rater or len(rated), rng),
+        )
 
 
 def _expected(speech: bool, rng: random.Random) -> Expected:
-    """Answers that nobody would give by pressing the same row everywhere."""
+    """Answers that nobody would give by choosing the same row everywhere."""
     lip_sync, quality = rng.sample(SCALE, 2)
-    return Expected(lip_sync if speech else None, quality, rng.choice(CHOICES))
+    return Expected(lip_sync=lip_sync if speech else None, quality=quality, emotion=rng.choice(CHOICES))
 
 
-def _write_clips(key: Key, folder: Path, progress: Callable[[int, int], None]) -> int:
-    """Write all clips; returns how many had to be encoded anew."""
+def _write_clips(key: Key, folder: Path) -> int:
+    """Write all clips; returns how many had to be re-encoded."""
+    from tqdm import tqdm
+
     encoded = 0
-    for done, clip in enumerate(key.clips):
-        progress(done, len(key.clips))
+    for clip in tqdm(key.clips, desc="study", unit="clip", disable=None, leave=False):
         target = folder / f"{clip.id}.mp4"
         if clip.kind == "practice" and not clip.source:
             write_practice(target)
@@ -181,30 +179,41 @@ def _write_clips(key: Key, folder: Path, progress: Callable[[int, int], None]) -
             write_check(Path(clip.source), target, clip.expected)
         else:
             encoded += not blind_copy(Path(clip.source), target)
-    progress(len(key.clips), len(key.clips))
     return encoded
 
 
-def _check_options(
-    out: Path,
-    title: str,
-    contact: str,
-    methods: Sequence[str],
-    total: int,
-    per_rater: int | None,
-    raters: int,
-    checks: int,
-) -> None:
-    if out.exists():
-        raise UserError(f"{out} exists already; a study's key must not be lost: choose another folder or remove it")
-    if per_rater is not None and not 1 <= per_rater <= total:
-        raise UserError(f"--per-rater {per_rater} is out of range; there are {total} clips, give 1 to {total}")
-    if not 1 <= raters <= 10_000:
-        raise UserError(f"--raters {raters} is out of range; give 1 to 10000")
-    if not 0 <= checks <= 20:
-        raise UserError(f"--checks {checks} is out of range; give 0 to 20")
-    if not title.strip():
-        raise UserError("the title is empty; give participants a few plain words, for instance 'Talking faces'")
-    for method in methods:
-        if re.search(rf"(?<!\w){re.escape(method)}(?!\w)", f"{title} {contact}", re.IGNORECASE):
-            raise UserError(f"the title or the contact names the method {method}; a blind study must not, change it")
+def page_source(key: Key, seconds: float, shape: float, contact: str) -> str:
+    """The HTML of a study's page: style, script and the script's data in one file.
+
+    Arguments:
+        key: of the study; only its identifiers go into the page.
+        seconds: mean length of a clip.
+        shape: width to height of the clips.
+        contact: whom participants may ask.
+    """
+    ids = sorted(key.by_id)  # the order of the names tells nothing
+    places = {name: place for place, name in enumerate(ids)}
+    study: dict[str, Any] = {
+        "study": key.study,
+        "speech": key.speech,
+        "emotions": [[name, LABELS[name]] for name in CHOICES],
+        "clips": ids,
+        "practice": next(clip.id for clip in key.clips if clip.kind == "practice"),
+        "checks": bool(key.checks),
+        "plan": [[places[name] for name in row] for row in key.plan],
+        "seconds": seconds,
+        "shape": shape,
+        "contact": contact,
+    }
+    assets = files("flowvqtalker_eval.study") / "assets"
+    style, script, page = ((assets / f"page.{kind}").read_text(encoding="utf-8") for kind in ("css", "js", "html"))
+    digests = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (script, style)]
+    parts = {
+        "POLICY": f"default-src 'none'; script-src 'sha256-{digests[0]}'; style-src 'sha256-{digests[1]}'; img-src "
+        "data:; media-src 'self'; connect-src 'self'; base-uri 'none'; form-action 'none'",
+        "TITLE": html.escape(key.title),
+        "STYLE": style,
+        "SCRIPT": script,
+        "STUDY": json.dumps(study, separators=(",", ":"), ensure_ascii=False).replace("<", "\\u003c"),
+    }
+    return re.sub("@@([A-Z]+)@@", lambda match: parts[match[1]], page)

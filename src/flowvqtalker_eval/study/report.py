@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+import pandas as pd
 
 from flowvqtalker_eval.study.analysis import MEASURES, Estimate, Kappa, Result
 from flowvqtalker_eval.study.key import CHOICES
@@ -17,8 +17,8 @@ __all__ = ["as_csv", "as_json", "as_markdown", "write_reports"]
 
 _OVER = {
     "both": "raters and items (contents) drawn independently",
-    "raters": "raters drawn, the items taken as given",
-    "items": "items (contents) drawn, the raters taken as given",
+    "raters": "raters drawn, items fixed",
+    "items": "items (contents) drawn, raters fixed",
 }
 _KAPPA_NAMES = {
     "emotion": "emotion (8 unordered categories)",
@@ -42,39 +42,27 @@ def write_reports(result: Result, folder: Path) -> list[Path]:
 
 
 def as_markdown(result: Result) -> str:
-    """Table 2 as the paper prints it (measures down, methods across), and under it what it rests on."""
-    measures = [name for name in MEASURES if name in result.methods[0].estimates]
-    names = [method.name for method in result.methods]
-    lines = ["# User study", ""]
-    lines += _row(["", *names]) + _row(["---"] * (len(names) + 1))
-    for measure in measures:
-        lines += _row(
-            [f"{MEASURES[measure]} ↑", *(_show(method.estimates[measure], measure) for method in result.methods)]
-        )
-    lines += _row(["raters", *(str(method.raters) for method in result.methods)])
-    lines += _row(["clips", *(str(method.clips) for method in result.methods)])
-    lines += _row(["answers", *(str(method.estimates["quality"].answers) for method in result.methods)])
-    settings = result.settings
-    lines += [
-        "",
+    """Table 2 as the paper prints it (measures down, methods across), followed by what it rests on."""
+    methods, settings = result.methods, result.settings
+    measures = list(methods[0].estimates)
+    names = [method.name for method in methods]
+    rows = [[f"{MEASURES[one]} ↑", *(_show(method.estimates[one], one) for method in methods)] for one in measures]
+    rows += [[name, *(str(getattr(method, name)) for method in methods)] for name in ("raters", "clips")]
+    rows.append(["answers", *(str(method.estimates["quality"].answers) for method in methods)])
+    lines = [
+        *("# User study", "", *_table(names, rows), ""),
         f"Mean over all answers [95 % interval]: percentile bootstrap, {_OVER[str(settings['over'])]}, "
         f"{settings['draws']} draws, seed {settings['seed']}. Ratings from 1 (worst) to 5 (best); "
         "Acc_emo: share of answers that name the intended one of eight emotions (chance 12.5 %).",
         "",
     ]
-    if len(names) > 1:
-        lines += [f"## Difference to {result.against}", ""]
-        others = [method for method in result.methods if method.differences]
-        lines += _row(["", *(method.name for method in others)]) + _row(["---"] * (len(others) + 1))
-        for measure in measures:
-            cells = [_show(method.differences[measure], measure, signed=True) for method in others]
-            lines += _row([MEASURES[measure], *cells])
-        lines += ["", "Intervals from the same draws: one that leaves out 0 is a difference at the 5 % level.", ""]
-    lines += ["## Agreement between raters: Fleiss' kappa", ""]
-    lines += _row(["", "all", *names]) + _row(["---"] * (len(names) + 2))
-    for name in result.kappas:
-        cells = [_kappa(result.kappas[name]), *(_kappa(method.kappas[name]) for method in result.methods)]
-        lines += _row([_KAPPA_NAMES[name], *cells])
+    if others := [method for method in methods if method.differences]:
+        rows = [[MEASURES[one], *(_show(method.differences[one], one, "+") for method in others)] for one in measures]
+        lines += [f"## Difference to {result.against}", "", *_table([method.name for method in others], rows)]
+        lines += ["", "Intervals from the same draws: one without 0 is a difference at the 5 % level.", ""]
+    groups = [result.kappas, *(method.kappas for method in methods)]
+    rows = [[_KAPPA_NAMES[name], *(_kappa(group[name]) for group in groups)] for name in result.kappas]
+    lines += ["## Agreement between raters: Fleiss' kappa", "", *_table(["all", *names], rows)]
     lines += ["", "[95 % interval]: percentile bootstrap over clips. Clips with one rater do not count.", ""]
     lines += ["## Answers", "", f"- {len(result.raters)} participants count."]
     for rater, count in result.excluded.items():
@@ -91,37 +79,21 @@ def as_markdown(result: Result) -> str:
 
 def as_csv(result: Result) -> str:
     """One line for each method and measure, kappas included."""
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(["method", "measure", "value", "low", "high", "answers", "raters", "clips"])
-    for method in result.methods:
-        for name, one in method.estimates.items():
-            numbers = [_number(one.value), _number(one.low), _number(one.high)]
-            writer.writerow([method.name, name, *numbers, one.answers, method.raters, method.clips])
+    rows: list[dict[str, Any]] = [
+        {"method": method.name, "measure": name, "raters": method.raters, "clips": method.clips, **asdict(one)}
+        for method in result.methods
+        for name, one in method.estimates.items()
+    ]
     for label, kappas in [("all", result.kappas), *((method.name, method.kappas) for method in result.methods)]:
-        for name, kappa in kappas.items():
-            numbers = [_number(kappa.value), _number(kappa.low), _number(kappa.high)]
-            writer.writerow([label, f"kappa_{name}", *numbers, "", f"{kappa.raters:.2f}", kappa.clips])
-    return buffer.getvalue()
+        rows += [{"method": label, "measure": f"kappa_{name}", **asdict(one)} for name, one in kappas.items()]
+    columns = ["method", "measure", "value", "low", "high", "answers", "raters", "clips"]
+    table = pd.DataFrame(rows, columns=columns).astype({"answers": "Int64", "clips": "Int64"})
+    return table.to_csv(index=False, float_format="%.6g")
 
 
 def as_json(result: Result) -> str:
-    """Everything, with null where a number is not defined."""
-    content = {
-        "study": result.key.study,
-        "title": result.key.title,
-        "settings": result.settings,
-        "against": result.against,
-        "emotions": CHOICES,
-        "methods": [asdict(method) for method in result.methods],
-        "kappas": {name: asdict(kappa) for name, kappa in result.kappas.items()},
-        "raters": result.raters,
-        "excluded": result.excluded,
-        "unchecked": result.unchecked,
-        "unplayable": result.unplayable,
-        "problems": result.problems,
-    }
-    return json.dumps(_finite(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    """Everything, with null where a number is undefined."""
+    return json.dumps(_finite({**asdict(result), "emotions": CHOICES}), indent=1, ensure_ascii=False) + "\n"
 
 
 def _finite(content: Any) -> Any:
@@ -133,26 +105,19 @@ def _finite(content: Any) -> Any:
     return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
-def _row(cells: list[str]) -> list[str]:
-    escaped = [cell.replace("|", "\\|") for cell in cells]
-    return [f"| {' | '.join(escaped)} |"]
+def _table(names: list[str], rows: list[list[str]]) -> list[str]:
+    """Lines of a Markdown table whose first column has no heading."""
+    cells = [["", *names], ["---"] * (len(names) + 1), *rows]
+    return [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in cells]
 
 
-def _show(one: Estimate, measure: str, signed: bool = False) -> str:
+def _show(one: Estimate, measure: str, sign: str = "") -> str:
     if not math.isfinite(one.value):
         return "n/a"
-    scale, digits, unit = (100, 1, " %") if measure == "emotion" else (1, 2, "")
-    sign = "+" if signed else ""
-    unit = " points" if signed and unit else unit
+    scale, digits, unit = (100, 1, " points" if sign else " %") if measure == "emotion" else (1, 2, "")
     value, low, high = (f"{number * scale:{sign}.{digits}f}" for number in (one.value, one.low, one.high))
     return f"{value}{unit} [{low}, {high}]"
 
 
 def _kappa(kappa: Kappa) -> str:
-    if not math.isfinite(kappa.value):
-        return "n/a"
-    return f"{kappa.value:.3f} [{kappa.low:.3f}, {kappa.high:.3f}]"
-
-
-def _number(value: float) -> str:
-    return f"{value:.6g}" if math.isfinite(value) else ""
+    return f"{kappa.value:.3f} [{kappa.low:.3f}, {kappa.high:.3f}]" if math.isfinite(kappa.value) else "n/a"

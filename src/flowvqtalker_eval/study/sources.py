@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import pandas as pd
 
 from flowvqtalker.constants import EMOTIONS
 from flowvqtalker.errors import UserError
@@ -34,7 +35,7 @@ class Source:
 
 
 def method_folders(given: Sequence[str], real: Path | None) -> dict[str, Path]:
-    """``METHOD=FOLDER`` arguments as a table, the real videos last.
+    """``METHOD=FOLDER`` arguments as a mapping, the real videos last.
 
     Raises:
         UserError: if one is malformed, a name comes twice, or a folder does not exist.
@@ -67,9 +68,9 @@ def find_sources(
 
     Arguments:
         folders: by method.
-        emotions: csv with columns ``name`` and ``emotion``; without one the emotion is a word of the name
+        emotions: csv with columns ``name`` and ``emotion``; None: the emotion is a word of the name
             (``M003_happy_12.mp4``).
-        only: names to take; empty takes all.
+        only: names to include; empty: all.
         speech: whether every video needs sound.
 
     Returns:
@@ -77,7 +78,7 @@ def find_sources(
 
     Raises:
         UserError: if a folder is empty, a name is missing from a method, an emotion is unknown, or a video has no
-            sound. All names concerned are listed.
+            sound.
     """
     found = {method: _videos(method, folder) for method, folder in folders.items()}
     names = sorted(set().union(*found.values()))
@@ -99,37 +100,36 @@ def find_sources(
             "names as a word, or give --emotions FILE, a csv with the columns name and emotion"
         )
     table = [
-        [
-            Source(method, name, labels[name], videos[name], probe(videos[name]))  #
-            for method, videos in found.items()
-        ]
+        [Source(method, name, labels[name], own[name], probe(own[name])) for method, own in found.items()]
         for name in names
     ]
-    for source in (source for row in table for source in row):
+    sources = [source for row in table for source in row]
+    for source in sources:
         if source.info.kind != "video":
-            raise UserError(f"{source.path} is a picture; a study compares videos")
-    silent = [str(source.path) for row in table for source in row if speech and not source.info.sound]
+            raise UserError(f"{source.path} is an image; a study compares videos")
+    silent = [str(source.path) for source in sources if speech and not source.info.sound]
     if silent:
         raise UserError(f"no sound in {_some(silent)}; lip synchronisation needs it, or build with --speech no")
     return table
 
 
 def differences(table: Sequence[Sequence[Source]]) -> list[str]:
-    """What besides the method tells the videos of an item apart, one line each; a fair comparison has none."""
+    """What else than the method distinguishes the videos of an item, one line each; a fair comparison has none."""
     notes: dict[str, list[str]] = {}
     for row in table:
         infos = [source.info for source in row]
         lengths = [info.seconds for info in infos]
-        if max(lengths) - min(lengths) > _LENGTH_TOLERANCE:
-            notes.setdefault("length", []).append(f"{row[0].item} ({min(lengths):.1f}-{max(lengths):.1f} s)")
         sizes = sorted({f"{info.width}x{info.height}" for info in infos})
-        if len({info.width / info.height for info in infos}) > 1:
-            notes.setdefault("shape of the picture", []).append(f"{row[0].item} ({', '.join(sizes)})")
         rates = sorted({round(info.fps, 2) for info in infos})
-        if len(rates) > 1:
-            notes.setdefault("frames per second", []).append(f"{row[0].item} ({', '.join(map(str, rates))})")
-        if len({info.sound for info in infos}) > 1:
-            notes.setdefault("having sound", []).append(row[0].item)
+        spread = max(lengths) - min(lengths) > _LENGTH_TOLERANCE
+        for what, differs, detail in (
+            ("length", spread, f" ({min(lengths):.1f}-{max(lengths):.1f} s)"),
+            ("aspect ratio", len({info.width / info.height for info in infos}) > 1, f" ({', '.join(sizes)})"),
+            ("frames per second", len(rates) > 1, f" ({', '.join(map(str, rates))})"),
+            ("having sound", len({info.sound for info in infos}) > 1, ""),
+        ):
+            if differs:
+                notes.setdefault(what, []).append(row[0].item + detail)
     return [f"the methods differ in {what}: {_some(where)}" for what, where in notes.items()]
 
 
@@ -153,18 +153,17 @@ def _emotion_of(name: str) -> str:
 
 
 def _read_emotions(path: Path) -> dict[str, str]:
-    if not path.is_file():
-        raise UserError(f"{path} does not exist; check the name of --emotions")
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        rows = csv.DictReader(file)
-        if not {"name", "emotion"} <= set(rows.fieldnames or ()):
-            raise UserError(f"{path} needs the columns name and emotion, it has {', '.join(rows.fieldnames or ())}")
-        labels = {}
-        for row in rows:
-            name, emotion = (row["name"] or "").strip(), (row["emotion"] or "").strip().lower()
-            if emotion not in EMOTIONS:
-                raise UserError(f"{path}: {emotion!r} of {name!r} is no emotion; choose one of {', '.join(EMOTIONS)}")
-            labels[Path(name).stem if Path(name).suffix.lower() in _SUFFIXES else name] = emotion
+    try:
+        table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}); give a csv with the columns name and emotion") from error
+    if not {"name", "emotion"} <= set(table.columns):
+        raise UserError(f"{path} needs the columns name and emotion, it has {', '.join(table.columns)}")
+    labels = {}
+    for name, emotion in zip(table.name.str.strip(), table.emotion.str.strip().str.lower(), strict=True):
+        if emotion not in EMOTIONS:
+            raise UserError(f"{path}: {emotion!r} of {name!r} is no emotion; choose one of {', '.join(EMOTIONS)}")
+        labels[Path(name).stem if Path(name).suffix.lower() in _SUFFIXES else name] = emotion
     return labels
 
 

@@ -14,7 +14,7 @@ from flowvqtalker_eval.study.answers import Answer
 from flowvqtalker_eval.study.key import Clip, Expected, Key
 from flowvqtalker_eval.study.plan import make_plan
 
-from .conftest import babble, write_wav
+from ..conftest import babble, write_wav
 
 METHODS = ("SecretNet", "Rival-2")
 ITEMS = ("M003_happy_1", "W009_sad_2")
@@ -56,16 +56,26 @@ def make_key(
 ) -> Key:
     """A key as ``build`` makes it."""
     made = [
-        Clip(f"{1000 * row + column:012x}", "rated", f"{method}/{item}.mp4", method, item, emotion)
+        Clip(
+            id=f"{1000 * row + column:012x}",
+            kind="rated",
+            source=f"{method}/{item}.mp4",
+            method=method,
+            item=item,
+            emotion=emotion,
+        )
         for row, (item, emotion) in enumerate(zip(items, emotions, strict=True))
         for column, method in enumerate(methods)
     ]
-    expected = Expected(2 if speech else None, 5, "fear")
-    extra = [Clip(f"{10**6 + number:012x}", "check", "c.mp4", expected=expected) for number in range(checks)]
+    expected = Expected(lip_sync=2 if speech else None, quality=5, emotion="fear")
+    extra = [
+        Clip(id=f"{10**6 + number:012x}", kind="check", source="c.mp4", expected=expected) for number in range(checks)
+    ]
     ids = [[clip.id for clip in made if clip.item == item] for item in items]
     plan = make_plan(ids, [clip.id for clip in extra], 8, len(made), random.Random(0))
-    practice = Clip(f"{10**7:012x}", "practice", "")
-    return Key("0123456789", "Faces", 1, speech, tuple(methods), (*made, *extra, practice), plan)
+    practice = Clip(id=f"{10**7:012x}", kind="practice", source="")
+    clips = (*made, *extra, practice)
+    return Key(study="0123456789", title="Faces", seed=1, speech=speech, methods=methods, clips=clips, plan=plan)
 
 
 def answer(
@@ -87,7 +97,7 @@ def answer(
         "problem": False,
         "answered": "2025-01-01T10:00:00.000Z",
     }
-    return Answer(**{**usual, **more})  # type: ignore[arg-type]
+    return Answer.model_validate({**usual, **more})
 
 
 def answers_of(

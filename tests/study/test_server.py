@@ -23,15 +23,13 @@ with warnings.catch_warnings():  # newer versions of Starlette prefer another HT
     warnings.simplefilter("ignore")
     from fastapi.testclient import TestClient
 
-ABOUT = {"seconds": 3, "shape": 1, "contact": ""}
-
 
 @pytest.fixture
 def folder(tmp_path):
     """A study whose clips are no videos."""
     key = make_key()
     (tmp_path / "page" / "clips").mkdir(parents=True)
-    (tmp_path / "page" / "index.html").write_text(page_source(key, ABOUT), encoding="utf-8")
+    (tmp_path / "page" / "index.html").write_text(page_source(key, 3, 1, ""), encoding="utf-8")
     for clip in key.clips:
         (tmp_path / "page" / "clips" / f"{clip.id}.mp4").write_bytes(bytes(range(256)) * 4)
     key.save(tmp_path / "key.json")
@@ -168,10 +166,10 @@ REFUSED = {
     "negative time": (first(seconds=-1), "answers.6.seconds"),
     "no date": (first(answered="yesterday"), "answers.6.answered"),
     "more than asked": (first(extra=1), "answers.6.extra"),
-    "a clip twice": (lambda given: given["answers"].append(given["answers"][0]), "was answered twice"),
+    "a clip twice": (lambda given: given["answers"].append(given["answers"][0]), "answered twice"),
     "no answers": (lambda given: given.update(answers=[]), "answers: List should have at least 1"),
     "other study": (lambda given: given.update(study="x"), "belong to study x"),
-    "other format": (lambda given: given.update(format="x"), "format 'x'"),
+    "other format": (lambda given: given.update(format="x"), "format: Input should be"),
     "code with a space": (lambda given: given.update(rater="P 1"), "rater"),
     "code of several lines": (lambda given: given.update(rater="P1\n"), "rater"),
     "no session": (lambda given: given.pop("session"), "session: Field required"),

@@ -19,9 +19,8 @@ import pytest
 from flowvqtalker.errors import UserError
 from flowvqtalker.io.media import VideoWriter, probe, read_video
 from flowvqtalker_eval.study import clips as clips_module
-from flowvqtalker_eval.study.commands import Build
 from flowvqtalker_eval.study.key import CHOICES, Expected, Key
-from flowvqtalker_eval.study.page import build
+from flowvqtalker_eval.study.page import Build
 from flowvqtalker_eval.study.plan import assign, insert_checks, make_plan, order, williams
 from flowvqtalker_eval.study.sources import differences, find_sources, method_folders
 
@@ -163,25 +162,23 @@ def test_page_asks_nobody_else(built):
     assert [name for name, _ in config(built / "page" / "index.html")["emotions"]] == list(CHOICES)
 
 
-def test_title_and_contact_are_text(methods, tmp_path, monkeypatch):
-    quick_clips(monkeypatch)
+def test_title_and_contact_are_text(methods, tmp_path):
     title, contact = "<b>Faces</b> & \\1 @@STYLE@@", "</script><script>alert(1)</script>"
-    table = find_sources(method_folders(methods[1], None))
     practice = write_video(tmp_path / "p.mp4")
-    build(table, tmp_path / "s", title=title, contact=contact, practice=practice, checks=0, raters=2)
+    options = {"practice": practice, "checks": 0, "raters": 2}
+    Build(methods=tuple(methods[1]), output=tmp_path / "s", title=title, contact=contact, **options).run()
     page = tmp_path / "s" / "page" / "index.html"
     assert "<h1>&lt;b&gt;Faces&lt;/b&gt; &amp; \\1 @@STYLE@@</h1>" in page.read_text(encoding="utf-8")
     assert config(page)["contact"] == contact
     assert page.read_text(encoding="utf-8").count("<script") == 2
 
 
-def test_seed_repeats_and_none_differs(methods, tmp_path, monkeypatch):
-    quick_clips(monkeypatch)
-    table = find_sources(method_folders(methods[1], None))
+def test_seed_repeats_and_none_differs(methods, tmp_path):
     practice = write_video(tmp_path / "p.mp4")
 
     def key(name, **options):
-        return build(table, tmp_path / name, practice=practice, checks=0, raters=3, **options)
+        shared = {"practice": practice, "checks": 0, "raters": 3}
+        return Build(methods=tuple(methods[1]), output=tmp_path / name, **shared, **options).run()
 
     assert key("a", seed=1) == key("b", seed=1)
     assert (tmp_path / "a/page/index.html").read_bytes() == (tmp_path / "b/page/index.html").read_bytes()
@@ -199,7 +196,7 @@ def test_check_clip_says_what_to_answer(methods, tmp_path, monkeypatch):
         clips_module, "_text", lambda lines, w, h: drawn.append(lines) or np.zeros((h, w, 1), np.float32)
     )
     source = next((methods[0] / "real").glob("*.mp4"))
-    clips_module.write_check(source, tmp_path / "c.mp4", Expected(2, 4, "fear"))
+    clips_module.write_check(source, tmp_path / "c.mp4", Expected(lip_sync=2, quality=4, emotion="fear"))
     assert drawn == [
         [
             "Attention check",
@@ -277,7 +274,7 @@ def test_differences_are_told(tmp_path):
     found = differences(find_sources({"a": tmp_path / "a", "b": tmp_path / "b"}, speech=False))
     assert found == [
         "the methods differ in length: x_happy (0.4-0.6 s)",
-        "the methods differ in shape of the picture: x_happy (64x64, 96x64)",
+        "the methods differ in aspect ratio: x_happy (64x64, 96x64)",
         "the methods differ in having sound: x_happy",
         "the methods differ in frames per second: y_sad (25.0, 30.0)",
     ]
