@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from motion_quality import Bench, mean, plain, score_emotions
+from motion_scores import motion_scores
 from safetensors.torch import load_file
 
 from flowvqtalker.face.arkit import arkit_index
@@ -30,7 +31,6 @@ from flowvqtalker.train.config import from_dict, load_yaml, to_dict
 from flowvqtalker.train.flow_stage import load_speech_encoder
 from flowvqtalker.train.loop import fit
 from flowvqtalker.train.sequences import Corpus, encode_corpus, load_corpus
-from flowvqtalker_eval.metrics.motion_scores import motion_scores
 
 #: Name -> what it changes: settings by their path, and options of the sampling.
 VARIANTS: dict[str, dict[str, Any]] = {

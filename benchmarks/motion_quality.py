@@ -3,7 +3,7 @@
     python benchmarks/motion_quality.py SHARD [--clips 24] [--seeds 10] [--json FILE] [--temperature X] [...]
     python benchmarks/motion_quality.py SHARD --intensity [0 0.25 ...]   the classifier's score over intensity
 
-Prints: means over held-out clips of flowvqtalker_eval.metrics.motion_scores (landmark and lip distances on the true pose and
+Prints: means over held-out clips of motion_scores.py (landmark and lip distances on the true pose and
 identity, beats, jitter, speed, head, correlation of mouth opening with loudness and with the real clip), generated with
 several seeds, beside the real clips; the distances of the mean face, of the source's expression held still, and of the
 training clips that sound most alike; whether one seed gives one motion to the last bit; and, for every emotion, how far
@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from motion_scores import NearestSpeech, motion_scores
 from torch import Tensor
 
 from flowvqtalker import EMOTIONS
@@ -32,7 +33,6 @@ from flowvqtalker.loading import load_face_model, load_flows
 from flowvqtalker.motion.sampler import ARTICULATION, TEMPERATURE, MotionGenerator
 from flowvqtalker.speech.features import windows
 from flowvqtalker_eval.metrics.motion import blink_rate, diversity, eye_closure, head_deviation
-from flowvqtalker_eval.metrics.motion_scores import NearestSpeech, motion_scores
 
 _DISTANCES = ("M-LMD", "F-LMD", "lip-vertex error (%)", "AED", "AED L2", "opening generated-real")
 _SHAPES = ("jawOpen", "mouthSmile", "mouthFrown", "browDown", "browInnerUp")

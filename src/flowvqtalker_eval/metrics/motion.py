@@ -1,9 +1,8 @@
-"""Measures of motion: of coefficients (β, ρ), of the face model's vertices, and of tracked landmarks.
+"""Metrics of motion: of coefficients (β, ρ), of the face model's vertices, and of tracked landmarks.
 
-Arrays are NumPy's, one row a frame at 25 fps. A pair of clips must have the same number of frames; whoever compares
-clips of different lengths pairs their frames first. Frames without a face are rows of NaN; they are left out, and a
-measure of nothing is NaN. Lengths are shares of the distance between the outer eye corners,
-so no measure depends on how large a face is in its picture.
+Arrays are NumPy's, one row per frame at 25 fps. Metrics of a pair need clips of equal length; pair the frames first.
+Frames without a face are rows of NaN. They are left out, and a metric of nothing is NaN. Lengths are shares of the
+distance between the outer eye corners, so no metric depends on the size of the face in the image.
 """
 
 from __future__ import annotations
@@ -11,21 +10,19 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
+from flowvqtalker.constants import FPS
 from flowvqtalker.errors import UserError
 from flowvqtalker.face.arkit import arkit_index
 from flowvqtalker.face.model import IDENTITY, FaceModel
 from flowvqtalker.face.topology import EYE_CORNERS, EYES, LIPS, RIGID
-from flowvqtalker.io.media import FPS
 from flowvqtalker.motion.blink import BLINK_FRAMES, measure_blinks
+from flowvqtalker_eval.metrics.analysis import Array
 
 __all__ = [
-    "Jitter",
     "PoseDistance",
     "blink_rate",
     "correlation",
@@ -33,6 +30,7 @@ __all__ = [
     "expression_distance",
     "eye_aspect_ratio",
     "eye_closure",
+    "eye_closure_of_landmarks",
     "face_frame",
     "head_deviation",
     "jitter",
@@ -41,25 +39,24 @@ __all__ = [
     "lip_vertex_error",
     "pose_distance",
     "shape",
-    "shut_from_landmarks",
     "speed",
 ]
-
-Array = npt.NDArray[np.floating[Any]]
 
 #: Middle of the upper and of the lower lip, inner side.
 _UPPER, _LOWER = 13, 14
 _LIPS, _RIGID = list(LIPS), list(RIGID)
 
 
-def _pair(real: Array, made: Array, width: int | None = None) -> tuple[Array, Array]:
-    """The frames that both have, as float64, after checking that the arrays fit together."""
-    real, made = np.asarray(real, np.float64), np.asarray(made, np.float64)
-    if real.shape != made.shape or len(real) == 0 or (width is not None and real.shape[1:] != (width,)):
+def _pair(real: Array, generated: Array, width: int | None = None) -> tuple[Array, Array]:
+    """The frames that both have, as float64."""
+    real, generated = np.asarray(real, np.float64), np.asarray(generated, np.float64)
+    if real.shape != generated.shape or len(real) == 0 or (width is not None and real.shape[1:] != (width,)):
         wanted = "the same shape" if width is None else f"the same shape (T, {width})"
-        raise UserError(f"motion of {wanted} is compared, got {real.shape} and {made.shape}; pair the frames first")
-    both = np.isfinite(real).reshape(len(real), -1).all(1) & np.isfinite(made).reshape(len(made), -1).all(1)
-    return real[both], made[both]
+        raise UserError(
+            f"motion of {wanted} is compared, got {real.shape} and {generated.shape}; pair the frames first"
+        )
+    both = [np.isfinite(values).reshape(len(values), -1).all(1) for values in (real, generated)]
+    return real[both[0] & both[1]], generated[both[0] & both[1]]
 
 
 def _mean(values: Array) -> float:
@@ -76,33 +73,31 @@ class PoseDistance:
     """APD in two parts, since radians and lengths do not add up.
 
     Attributes:
-        angles: mean over frames and the three axes of the absolute difference, degrees.
-        translation: the same of (tx, ty, tz), in the face model's unit, the mean face's eye distance.
+        angles: mean absolute difference of pitch, yaw and roll in degrees.
+        translation: the same of (tx, ty, tz) in the face model's unit, the mean face's eye distance.
     """
 
     angles: float
     translation: float
 
 
-def expression_distance(real: Array, made: Array, norm: int = 1) -> float:
-    """AED, average expression distance.
+def expression_distance(real: Array, generated: Array, norm: int = 1) -> float:
+    """AED, average expression distance of β (T, 64), in standard deviations of faces.
 
     Arguments:
-        real, made: (T, 64) β, in standard deviations of faces.
-        norm: 1 is the definition of PIRender and its successors, the mean over frames and coefficients of |β̂ - β|; 2 is
-            the mean over frames of ‖β̂ - β‖₂.
+        real, generated: (T, 64).
+        norm: 1 is PIRender's definition, the mean over frames and coefficients of |β̂ - β|; 2 is the mean over frames
+            of ‖β̂ - β‖₂.
     """
-    real, made = _pair(real, made, 64)
-    if norm not in (1, 2):
-        raise ValueError(f"norm must be 1 or 2, got {norm}")
-    difference = made - real
+    real, generated = _pair(real, generated, 64)
+    difference = generated - real
     return _mean(np.abs(difference) if norm == 1 else np.linalg.norm(difference, axis=1))
 
 
-def pose_distance(real: Array, made: Array) -> PoseDistance:
+def pose_distance(real: Array, generated: Array) -> PoseDistance:
     """APD, average pose distance, of ρ (T, 6) = (pitch, yaw, roll in radians, tx, ty, tz)."""
-    real, made = _pair(real, made, 6)
-    difference = made - real
+    real, generated = _pair(real, generated, 6)
+    difference = generated - real
     angles = np.abs((difference[:, :3] + np.pi) % (2 * np.pi) - np.pi)  # the short way round
     return PoseDistance(_mean(np.degrees(angles)), _mean(np.abs(difference[:, 3:])))
 
@@ -111,35 +106,28 @@ def head_deviation(rho: Array) -> Array:
     """(3,) standard deviation of pitch, yaw and roll within a clip (T, 6), degrees."""
     angles = np.asarray(rho, np.float64)[:, :3]
     angles = angles[np.isfinite(angles).all(1)]
-    deviation: Array = np.degrees(angles.std(0)) if len(angles) else np.full(3, np.nan)
-    return deviation
+    return np.degrees(angles.std(0)) if len(angles) else np.full(3, np.nan)
 
 
 def speed(values: Array, fps: float = FPS) -> float:
-    """Mean over frames of the Euclidean distance that (T, D) moves, a second; NaN for a single frame."""
+    """Mean Euclidean distance that (T, D) moves per second; NaN for a single frame."""
     return _mean(np.linalg.norm(np.diff(np.asarray(values, np.float64), axis=0), axis=1)) * fps
 
 
-def diversity(takes: Sequence[Array]) -> float:
-    """Mean over pairs of takes and over frames of the Euclidean distance between them.
+def diversity(samples: Sequence[Array]) -> float:
+    """Mean over pairs of samples and over frames of their Euclidean distance; NaN for a single sample.
 
     Arguments:
-        takes: N >= 2 of (T, D): the same speech drawn with N seeds, or N clips; of different lengths, the frames that
-            both have are compared.
-
-    Returns:
-        0 for equal takes, NaN for a single one.
+        samples: (T, D) or (T,) each, generated for the same speech with different seeds. The frames that a pair has in
+            common are compared.
     """
-    rows = [np.asarray(take, np.float64).reshape(len(take), -1) for take in takes]
-    found = []
-    for a, b in combinations(rows, 2):
-        length = min(len(a), len(b))
-        found.append(_mean(np.linalg.norm(a[:length] - b[:length], axis=1)))
-    return _mean(np.array(found))
+    rows = [np.asarray(sample, np.float64).reshape(len(sample), -1) for sample in samples]
+    common = [(a, b, min(len(a), len(b))) for a, b in combinations(rows, 2)]
+    return _mean(np.array([_mean(np.linalg.norm(a[:n] - b[:n], axis=1)) for a, b, n in common]))
 
 
 def correlation(a: Array, b: Array) -> float:
-    """Pearson correlation of two (T,); 0 where one of the two does not move."""
+    """Pearson correlation of two (T,); 0 if one of them does not move."""
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     return float(np.corrcoef(a, b)[0, 1]) if a.std() > 1e-9 and b.std() > 1e-9 else 0.0
 
@@ -151,89 +139,64 @@ def shape(face: FaceModel, beta: Array, alpha: Array | None = None) -> Array:
     """Vertices (T, 478, 3) of β (T, 64) on the identity α (80,), or on the mean identity; no head pose."""
     person = torch.zeros(IDENTITY) if alpha is None else torch.as_tensor(np.asarray(alpha, np.float32))
     with torch.inference_mode():
-        vertices: Array = face.shape(person, torch.as_tensor(np.asarray(beta, np.float32))).numpy()
-    return vertices
+        return face.shape(person, torch.as_tensor(np.asarray(beta, np.float32))).numpy()
 
 
 def lip_opening(face: FaceModel, beta: Array) -> Array:
-    """(T,) distance that β parts the middles of the lips' inner rims by, beyond the mean face's."""
+    """(T,) distance by which β parts the middles of the inner lips, beyond the mean face's."""
     gap = face.expression[:, _LOWER, 1] - face.expression[:, _UPPER, 1]
-    opening: Array = np.asarray(beta) @ gap.numpy()
-    return opening
+    return np.asarray(np.asarray(beta) @ gap.numpy())
 
 
-def lip_vertex_error(real: Array, made: Array) -> float:
-    """LVE: the largest distance of a lip vertex from where it should be, mean over frames, in % of the eye distance.
+def lip_vertex_error(real: Array, generated: Array) -> float:
+    """LVE: the largest L2 error of a lip vertex in a frame, mean over frames, in % of the eye distance.
 
-    The definition of VOCA, MeshTalk and FaceFormer: of each frame the maximum over the lips' vertices of the L2
-    distance. (The last one's code leaves out the root; here it is taken.) They work on their scans' fixed identity and
-    a still head; so does this, on what :func:`shape` gives for the true identity or for the mean face.
+    The definition of VOCA, MeshTalk and FaceFormer, whose scans have one identity and a still head. So have the
+    vertices that :func:`shape` gives.
 
     Arguments:
-        real, made: (T, 478, 3) vertices in any unit.
+        real, generated: (T, 478, 3) vertices in any unit.
     """
-    real, made = _pair(real, made)
+    real, generated = _pair(real, generated)
     if real.ndim != 3 or real.shape[1] <= max(_LIPS):
         raise UserError(f"vertices (T, 478, 3) are compared, got {real.shape}")
-    worst = np.linalg.norm(made[:, _LIPS] - real[:, _LIPS], axis=-1).max(axis=1)
+    worst = np.linalg.norm(generated[:, _LIPS] - real[:, _LIPS], axis=-1).max(axis=1)
     return 100 * _mean(worst) / _mean(_eye_distance(real))
 
 
 def _eye_distance(points: Array) -> Array:
-    """(T,) distance between the outer corners of the eyes of (T, 478, 2 or 3)."""
-    distance: Array = np.linalg.norm(points[:, EYE_CORNERS[0]] - points[:, EYE_CORNERS[1]], axis=-1)
-    return distance
+    """(T,) distance between the outer eye corners of (T, 478, 2 or 3)."""
+    return np.asarray(np.linalg.norm(points[:, EYE_CORNERS[0]] - points[:, EYE_CORNERS[1]], axis=-1))
 
 
-@dataclass(frozen=True)
-class Jitter:
-    """How unsteadily points move; NaN where the clip is too short or has no run of frames with a face.
+def jitter(points: Array, order: int = 2, fps: float = FPS) -> float:
+    """Mean acceleration (order 2) or jerk (order 3) of points (T, V, 2 or 3), in their unit per s² or s³.
 
-    Attributes:
-        acceleration: mean over frames and points of the length of the second difference, eye distances / s².
-        jerk: the same of the third difference, eye distances / s³.
+    NaN if the clip is too short or has no run of frames with a face.
     """
-
-    acceleration: float
-    jerk: float
-
-
-def jitter(points: Array, fps: float = FPS, scale: float = 1.0) -> Jitter:
-    """Mean acceleration and jerk of points (T, V, 2 or 3); rows of NaN are left out with all that touches them.
-
-    Arguments:
-        points: in units of ``scale``.
-        fps: frames a second.
-        scale: the eye distance in the points' unit: 1 for :func:`shape`.
-    """
-    points = np.asarray(points, np.float64)
-
-    def mean(order: int) -> float:
-        return _mean(np.linalg.norm(np.diff(points, n=order, axis=0), axis=-1)) * fps**order / scale
-
-    return Jitter(mean(2), mean(3))
+    return _mean(np.linalg.norm(np.diff(np.asarray(points, np.float64), n=order, axis=0), axis=-1)) * fps**order
 
 
 # --------------------------------------------------------------------------------------------------------- landmarks
 
 
 def face_frame(mesh: Array) -> Array:
-    """Landmarks with the head's movement in the picture plane taken off.
+    """Landmarks without the head's movement in the image plane.
 
-    Each frame is moved by the similarity that brings the vertices over bone (:data:`~flowvqtalker.face.topology.RIGID`)
-    closest to their mean place, which is found in two rounds.
+    A similarity brings each frame's vertices over bone (:data:`~flowvqtalker.face.topology.RIGID`) closest to their
+    mean place, which is found in two rounds.
 
     Arguments:
-        mesh: (T, 478, 2 or 3) tracked landmarks in pixels, NaN where there is no face; z is not used, it is a guess.
+        mesh: (T, 478, 2 or 3) tracked landmarks in pixels, NaN without a face; their depth is a guess and not used.
 
     Returns:
-        (T, 478, 2), unit: the mean eye distance.
+        (T, 478, 2) in mean eye distances.
     """
     plane = np.asarray(mesh, np.float64)[..., :2]
     found = np.isfinite(plane).all(axis=(1, 2))
     if not found.any():
         raise UserError("no frame has a face; landmarks of a face are needed")
-    points = plane[found, :, 0] + 1j * plane[found, :, 1]  # a similarity of the plane is a product and a sum
+    points = plane[found] @ [1, 1j]  # a similarity of the plane is a product and a sum of complex numbers
     points = points - points[:, _RIGID].mean(1, keepdims=True)
     target = points[0, _RIGID]
     for _ in range(2):
@@ -242,70 +205,58 @@ def face_frame(mesh: Array) -> Array:
         target = aligned[:, _RIGID].mean(0)
     flat = np.full(plane.shape, np.nan)
     flat[found] = np.stack([aligned.real, aligned.imag], axis=-1)
-    frame: Array = flat / _mean(_eye_distance(flat))
-    return frame
+    return np.asarray(flat / _mean(_eye_distance(flat)))
 
 
-def landmark_jitter(mesh: Array, fps: float = FPS) -> dict[str, Jitter]:
-    """Jitter of tracked landmarks (T, 478, 2 or 3), NaN where there is no face.
+def landmark_jitter(mesh: Array) -> dict[str, float]:
+    """Acceleration of tracked landmarks (T, 478, 2 or 3) without the head's movement, in eye distances / s².
 
     Returns:
-        ``face``: all landmarks with the head's movement taken off; ``static``: those over bone, taken off likewise,
-        which an ideal video does not move at all; ``head``: those over bone as they move in the picture.
+        ``face``: of all landmarks; ``bone``: of those over bone, which do not move at all in an ideal video.
     """
     frame = face_frame(mesh)
-    plane = np.asarray(mesh, np.float64)[..., :2]
-    size = float(np.nanmean(_eye_distance(plane)))
-    return {
-        "face": jitter(frame, fps),
-        "static": jitter(frame[:, _RIGID], fps),
-        "head": jitter(plane[:, _RIGID], fps, scale=size),
-    }
+    return {"face": jitter(frame), "bone": jitter(frame[:, _RIGID])}
 
 
 def eye_aspect_ratio(mesh: Array) -> Array:
-    """(T,) height of the eyes' opening as a share of its width, mean of both eyes (Soukupová and Čech 2016), of
-    landmarks (T, 478, 2 or 3)."""
+    """(T,) height of the eyes' opening over its width, mean of both eyes (Soukupová and Čech 2016), of landmarks
+    (T, 478, 2 or 3)."""
     plane = np.asarray(mesh, np.float64)[..., :2]
     ratios = []
     for eye in EYES:
         outer, upper, upper2, inner, lower2, lower = (plane[:, i] for i in eye)
         height = np.linalg.norm(upper - lower, axis=-1) + np.linalg.norm(upper2 - lower2, axis=-1)
         ratios.append(height / (2 * np.linalg.norm(outer - inner, axis=-1)))
-    ratio: Array = np.mean(ratios, axis=0)
-    return ratio
+    return np.asarray(np.mean(ratios, axis=0))
 
 
-def shut_from_landmarks(mesh: Array) -> Array:
+# ------------------------------------------------------------------------------------------------------------ blinks
+
+
+def eye_closure_of_landmarks(mesh: Array) -> Array:
     """(T,) how far the eyes are shut: 0 as open as the clip's widest tenth, 1 without any opening."""
     ratio = eye_aspect_ratio(mesh)
     found = np.isfinite(ratio)
     if not found.any():
         raise UserError("no frame has a face; landmarks of a face are needed")
     ratio = np.interp(np.arange(len(ratio)), np.flatnonzero(found), ratio[found])
-    shut: Array = 1 - ratio / np.percentile(ratio, 90)
-    return shut
-
-
-# ------------------------------------------------------------------------------------------------------------ blinks
+    return np.asarray(1 - ratio / np.percentile(ratio, 90))
 
 
 def eye_closure(face: FaceModel, beta: Array) -> Array:
     """(T,) mean of the two ``eyeBlink`` blendshapes of β (T, 64), not clamped."""
     lids = face.arkit[[arkit_index("eyeBlinkLeft"), arkit_index("eyeBlinkRight")]].mean(0).numpy()
-    closure: Array = np.asarray(beta) @ lids[:-1] + lids[-1]
-    return closure
+    return np.asarray(np.asarray(beta) @ lids[:-1] + lids[-1])
 
 
 def blink_rate(closures: Iterable[Array]) -> float:
-    """Blinks a minute of one or several clips together, counted as :func:`~flowvqtalker.motion.blink.measure_blinks`
-    does.
+    """Blinks per minute of clips together, counted as :func:`~flowvqtalker.motion.blink.measure_blinks` does.
 
-    The middle of a blink must lie a few frames from either end of a clip to be seen, so only the time in which it can
-    be seen counts; otherwise clips of a second would seem to blink half as often as they do.
+    A blink is seen only if its middle lies some frames from both ends of its clip. Only the time in which it can be
+    seen counts; otherwise clips of a second would seem to blink half as often.
 
     Arguments:
-        closures: (T,) each, from :func:`eye_closure` or :func:`shut_from_landmarks`.
+        closures: (T,) each, from :func:`eye_closure` or :func:`eye_closure_of_landmarks`.
 
     Returns:
         NaN if every clip is shorter than a blink.

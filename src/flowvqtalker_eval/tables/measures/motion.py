@@ -87,8 +87,8 @@ class Jitter(_Fitted):
             return {}
         found = motion.landmark_jitter(mesh)
         return {
-            "jitter": found["face"].acceleration,
-            "jitter_bone": found["static"].acceleration,
+            "jitter": found["face"],
+            "jitter_bone": found["bone"],
             "head": float(motion.head_deviation(pose).mean()),
         }
 
@@ -108,7 +108,7 @@ class Blinks(Measure):
 
         def keep(clips: ClipPair) -> Array | None:
             mesh = clips.generated.arrays["mesh"]
-            return motion.shut_from_landmarks(mesh) if np.isfinite(mesh).all((1, 2)).any() else None
+            return motion.eye_closure_of_landmarks(mesh) if np.isfinite(mesh).all((1, 2)).any() else None
 
         return PerSet(keep, lambda closures: {"blinks": motion.blink_rate(closures)})
 
