@@ -111,7 +111,7 @@ def test_arguments_are_checked(tmp_path: Path) -> None:
             parse_box(text)
     (tmp_path / "a").touch()
     assert named_paths([f"x={tmp_path / 'a'}"], "--method") == {"x": tmp_path / "a"}
-    with pytest.raises(UserError, match="NAME=FILE"):
+    with pytest.raises(UserError, match="NAME=PATH"):
         named_paths(["a.mp4"], "--method")
     with pytest.raises(UserError, match="given twice"):
         named_paths([f"x={tmp_path / 'a'}"] * 2, "--method")

@@ -188,7 +188,7 @@ def test_the_command_sets_flows_side_by_side(shard, tmp_path) -> None:
     [
         ({"clips": 0}, "must be positive"),
         ({"output": Path("latent.jpg")}, r"\.png, \.pdf"),
-        ({"weights": ("folder",)}, "NAME=FOLDER"),
+        ({"weights": ("folder",)}, "NAME=PATH"),
         ({"shard": Path("nowhere")}, "no shard"),
     ],
 )

@@ -133,7 +133,7 @@ def test_the_command_draws_motion_files_and_seeds(tmp_path, tiny_weights) -> Non
     ("options", "message"),
     [
         ({}, "no speech to draw motion from"),
-        ({"motion": ("made.npz",)}, "NAME=FILE"),
+        ({"motion": ("made.npz",)}, "NAME=PATH"),
         ({"motion": ("ours=missing.npz",)}, "does not exist"),
         ({"speech": Path("missing.wav")}, "does not exist"),
         ({"speech": SPEECH, "emotion": "bored"}, "unknown emotion"),

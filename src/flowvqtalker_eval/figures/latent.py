@@ -1,19 +1,20 @@
-"""Latents z = f(β) of real frames by emotion, of one or several flows side by side: the paper's figure 6.
+"""Latents z = f(β) of real frames by emotion, of one or several flows side by side: Fig. 6 of the paper.
 
-Every frame is encoded as in training: given the true frames before it, its speech, its source and its own emotion. So
-what is shown is where the flow puts each emotion's frames, not whether it could tell them apart; the second number
-beside each map answers that, with the emotion hidden. Numbers (ours, the paper prints none):
+Every frame is encoded as in training, given the true frames before it, its speech, its source and its own emotion. The
+maps therefore show where a flow puts the frames of each emotion, not whether it could tell the emotions apart; the
+score "by likelihood" answers that, with the emotion hidden. Scores (ours; the paper prints none):
 
 * nearest mean: share of frames whose z is nearest to the mean μ of their own emotion;
 * by likelihood: share of clips whose β is most likely under their own emotion, log p(β | c, e) over the nine e;
 * silhouette: of z by emotion (Rousseeuw 1987), -1 to 1.
-Shares are means over the emotions, so that each counts alike however many frames it has.
+
+Each score is a mean over the emotions, so that emotions with many frames do not dominate.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -41,8 +42,8 @@ Method = Literal["pca", "tsne"]
 _TITLES: dict[Method, str] = {"pca": "PCA", "tsne": "t-SNE"}
 _KINDS = {"student": "SMM", "gaussian-mixture": "GMM", "gaussian": "Gaussian"}
 _PERPLEXITY = 30.0
-#: Frames of a clip that are encoded, from its start.
-_LONGEST = 100
+_SHORTEST, _LONGEST = 12, 100  # frames of a clip: the least, and how many are encoded from its start
+_BATCH = 8  # clips
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Panel:
         name: of the flow.
         latents: (N, D).
         labels: (N,) emotion of each.
-        scores: numbers to print above the maps, by their names.
+        scores: printed above the maps.
     """
 
     name: str
@@ -62,53 +63,51 @@ class Panel:
     scores: Mapping[str, float] = field(default_factory=dict)
 
 
-def _learn() -> Any:
+def _need_sklearn() -> None:
     try:
-        import sklearn
+        import sklearn  # noqa: F401
     except ImportError as error:
-        raise MissingDependency(
-            "maps of latents need scikit-learn, which is not installed; run pip install 'flowvqtalker[eval]'"
-        ) from error
-    return sklearn
+        raise MissingDependency("maps of latents need scikit-learn; run `pip install 'flowvqtalker[eval]'`") from error
 
 
 def embed(latents: Array, method: Method = "pca") -> Array:
-    """Points (N, 2) of latents (N, D): their first two principal components, or t-SNE (perplexity 30, at most a third
-    of the points; started from the components, so that the same latents give the same map)."""
+    """Points (N, 2) of latents (N, D): two principal components, or t-SNE.
+
+    t-SNE has perplexity 30 (at most a third of the points) and starts from the components, so that the same latents
+    give the same map.
+    """
     latents = np.asarray(latents, np.float64)
     if latents.ndim != 2 or len(latents) < 4 or not np.isfinite(latents).all():
         raise UserError(f"a map needs at least 4 finite latents (N, D), got an array of shape {latents.shape}")
-    _learn()
+    _need_sklearn()
     if method == "pca":
         from sklearn.decomposition import PCA
 
-        points: Array = PCA(2, svd_solver="full").fit_transform(latents)
-        return points
+        return np.asarray(PCA(2, svd_solver="full").fit_transform(latents))
     from sklearn.manifold import TSNE
 
     perplexity = min(_PERPLEXITY, (len(latents) - 1) / 3)
-    points = TSNE(2, perplexity=perplexity, init="pca", random_state=0).fit_transform(latents)
-    return points
+    return np.asarray(TSNE(2, perplexity=perplexity, init="pca", random_state=0).fit_transform(latents))
 
 
 def silhouette(latents: Array, labels: Labels) -> float:
     """Mean silhouette of latents (N, D) by label (N,), mean over the labels; NaN with a single label."""
-    _learn()
+    _need_sklearn()
     from sklearn.metrics import silhouette_samples
 
     if len(np.unique(labels)) < 2:
         return float("nan")
-    return _by_class(silhouette_samples(latents, labels), labels)
+    return _mean_by_class(silhouette_samples(latents, labels), labels)
 
 
 def nearest_mean(latents: Array, labels: Labels, means: Array) -> float:
-    """Share of latents (N, D) that lie nearest to the mean (C, D) of their own label, mean over the labels."""
-    latents, means = np.asarray(latents, np.float64), np.asarray(means, np.float64)
-    squared = ((latents[:, None] - means) ** 2).sum(-1)
-    return _by_class((squared.argmin(1) == labels).astype(float), labels)
+    """Share of latents (N, D) that are nearest to the mean (C, D) of their own label, mean over the labels."""
+    from scipy.spatial.distance import cdist
+
+    return _mean_by_class((cdist(latents, means).argmin(1) == labels).astype(float), labels)
 
 
-def _by_class(values: Array, labels: Labels) -> float:
+def _mean_by_class(values: Array, labels: Labels) -> float:
     return float(np.mean([values[labels == label].mean() for label in np.unique(labels)]))
 
 
@@ -123,47 +122,39 @@ def make(panels: Sequence[Panel], methods: Sequence[Method] = ("tsne", "pca")) -
     maps = [[embed(one.latents, method) for one in panels] for method in methods]
     with style.look():
         figure, axes = style.subplots(len(methods), len(panels), 2.9, 2.7)
-        for row, (method, points) in enumerate(zip(methods, maps, strict=True)):
-            for column, (one, where) in enumerate(zip(panels, points, strict=True)):
-                cell = axes[row, column]
-                for label in np.unique(one.labels):
-                    name, own = EMOTIONS[label], one.labels == label
-                    cell.scatter(
-                        *where[own].T,
-                        s=6,
-                        c=style.EMOTION_COLOURS[name],
-                        marker=style.EMOTION_MARKERS[name],
-                        linewidths=0,
-                        alpha=0.7,
-                        label=name,
-                        rasterized=True,
-                    )
-                cell.set_xticks([])
-                cell.set_yticks([])
-                if column == 0:
-                    cell.set_ylabel(_TITLES[method])
-                if row == 0:
-                    numbers = "\n".join(f"{key} {value:.2f}" for key, value in one.scores.items())
-                    cell.set_title(f"{one.name}\n{numbers}" if numbers else one.name, fontsize=8)
-        handles = {
-            text: handle for cell in axes.flat for handle, text in zip(*cell.get_legend_handles_labels(), strict=True)
-        }
+        handles: dict[str, Any] = {}
+        for row, method in enumerate(methods):
+            axes[row, 0].set_ylabel(_TITLES[method])
+            for column, one in enumerate(panels):
+                handles |= _scatter(axes[row, column], maps[row][column], one.labels)
+        for cell, one in zip(axes[0], panels, strict=True):
+            cell.set_title(
+                "\n".join([one.name, *(f"{key} {value:.2f}" for key, value in one.scores.items())]), fontsize=8
+            )
         shown = [name for name in EMOTIONS if name in handles]
-        figure.legend(
-            [handles[name] for name in shown],
-            shown,
-            loc="outside lower center",
-            ncols=min(len(shown), (3, 5, 9)[min(len(panels), 3) - 1]),
-            markerscale=2,
-        )
+        columns = min(len(shown), (3, 5, 9)[min(len(panels), 3) - 1])
+        legend = [handles[name] for name in shown]
+        figure.legend(legend, shown, loc="outside lower center", ncols=columns, markerscale=2)
     return figure
 
 
-# ------------------------------------------------------------------------------------------------------------ latents
+def _scatter(axes: Any, points: Array, labels: Labels) -> dict[str, Any]:
+    """Draw points (N, 2) by label; returns the handles of the legend by emotion."""
+    axes.set_xticks([])
+    axes.set_yticks([])
+    handles = {}
+    for label in np.unique(labels):
+        name = EMOTIONS[label]
+        look = {"c": style.EMOTION_COLOURS[name], "marker": style.EMOTION_MARKERS[name], "linewidths": 0, "alpha": 0.7}
+        handles[name] = axes.scatter(*points[labels == label].T, s=6, rasterized=True, **look)
+    return handles
 
 
-def pick_clips(shard: Shard, split: str, count: int, shortest: int = 12, frontend: str = "mel") -> list[MotionClip]:
-    """Up to ``count`` clips of every emotion of a split, spread over its people; their speech by a front end.
+# ------------------------------------------------------------------------------------------------------------- latents
+
+
+def pick_clips(shard: Shard, split: str, count: int, frontend: str = "mel") -> list[MotionClip]:
+    """Up to ``count`` clips of every emotion of a split, spread over its people, with features of a speech frontend.
 
     Raises:
         UserError: if there is none.
@@ -171,20 +162,19 @@ def pick_clips(shard: Shard, split: str, count: int, shortest: int = 12, fronten
     from flowvqtalker.speech.features import log_mel
     from flowvqtalker.train.sequences import MotionClip
 
-    numbers = shard.select(split, picture=False, min_length=shortest)
+    numbers = shard.select(split, picture=False, min_length=_SHORTEST)
     clips = []
     for label in range(len(EMOTIONS)):
-        people: dict[str, int] = {}
+        turns: dict[str, int] = {}
         order = []
         for number in numbers[shard.emotion[numbers] == label].tolist():
             person = str(shard.identity[number])
-            people[person] = people.get(person, 0) + 1
-            order.append((people[person], number))
+            turns[person] = turns.get(person, 0) + 1
+            order.append((turns[person], number))
         for _, number in sorted(order)[:count]:
             speech = bool(shard.speech[number] and shard.sound[number])
-            rows = slice(shard.rows(number).start, min(shard.rows(number).stop, shard.rows(number).start + _LONGEST))
+            frames = np.array(shard.expression[shard.rows(number)][:_LONGEST], np.float32)
             mel = log_mel(shard.wave(number), frontend).astype(np.float16) if speech else None
-            frames = np.array(shard.expression[rows], np.float32)
             clips.append(MotionClip(frames, mel, label, speech, str(shard.identity[number]), frontend=frontend))
     if not clips:
         raise UserError(f"{shard.path} has no clip with a known emotion in split {split!r}; choose train or val")
@@ -197,56 +187,58 @@ def encode(flow: ExpFlow, clips: Sequence[MotionClip], frames: int = 150) -> tup
     Arguments:
         flow: in eval mode.
         clips: of known emotions.
-        frames: kept of each emotion at most, drawn evenly with a fixed seed.
+        frames: kept per emotion at most, drawn with a fixed seed.
 
     Returns:
         (N, D), their labels (N,), and the scores.
     """
-    import dataclasses
-
-    import torch
-
-    from flowvqtalker.train.flow_stage import evaluating, whole_clips
+    from flowvqtalker.train.flow_stage import evaluating
     from flowvqtalker.train.sequences import Corpus, SequenceConfig, SequenceDataset
 
     corpus = Corpus(clips)
     data = SequenceDataset(corpus, SequenceConfig(), flow.audio.config, flow.config.history, plain=True)
-    latents, labels, guesses, truth = [], [], [], []
     with evaluating(flow):
-        for start in range(0, len(clips), 8):
-            numbers = list(range(start, min(start + 8, len(clips))))
-            longest = max(len(clips[n].frames) for n in numbers)
-            audio_batch = whole_clips(corpus, numbers, data, longest)
-            audio = flow.encode_speech(audio_batch.windows)
-            batch = flow.residual(audio_batch, audio)
-            targets = batch.frames[:, flow.config.history :][batch.mask]
-            row = batch.mask.nonzero()[:, 0]
-            likelihoods = []
-            for label in range(flow.config.classes):
-                told = dataclasses.replace(batch, emotion=torch.full((len(numbers),), label))
-                context = flow.contexts(told, audio)
-                z, logdet = flow.forward_and_logdet(targets, context)
-                each = flow.latent.log_prob(z, context.emotion) + logdet
-                likelihoods.append(torch.zeros(len(numbers)).index_add(0, row, each))
-                for position, n in enumerate(numbers):
-                    if clips[n].emotion == label:
-                        latents.append(z[row == position].numpy())
-                        labels.append(np.full(len(latents[-1]), label))
-            guesses += torch.stack(likelihoods).argmax(0).tolist()
-            truth += [clips[n].emotion for n in numbers]
-    found, label_of = np.concatenate(latents), np.concatenate(labels).astype(np.int64)
-    right = np.array(guesses) == np.array(truth)
-    kept = np.sort(np.concatenate([_some(np.flatnonzero(label_of == label), frames) for label in np.unique(label_of)]))
+        found = [
+            _encode_batch(flow, corpus, data, list(range(start, min(start + _BATCH, len(clips)))))
+            for start in range(0, len(clips), _BATCH)
+        ]
+    emotions = np.array([clip.emotion for clip in clips])
+    per_clip = [z for batch, _ in found for z in batch]
+    latents = np.concatenate(per_clip)
+    labels = np.repeat(emotions, [len(z) for z in per_clip])
+    right = np.concatenate([guesses for _, guesses in found]) == emotions
+    random = np.random.default_rng
+    kept = [random(0).permutation(np.flatnonzero(labels == label))[:frames] for label in np.unique(labels)]
+    rows = np.sort(np.concatenate(kept))
     scores = {
-        "nearest mean": nearest_mean(found, label_of, flow.latent.mean.detach().numpy()),
-        "by likelihood": _by_class(right.astype(float), np.array(truth)),
-        "silhouette": silhouette(found[kept], label_of[kept]),
+        "nearest mean": nearest_mean(latents, labels, flow.latent.mean.detach().numpy()),
+        "by likelihood": _mean_by_class(right.astype(float), emotions),
+        "silhouette": silhouette(latents[rows], labels[rows]),
     }
-    return found[kept], label_of[kept], scores
+    return latents[rows], labels[rows], scores
 
 
-def _some(rows: npt.NDArray[np.intp], count: int) -> npt.NDArray[np.intp]:
-    return np.random.default_rng(0).permutation(rows)[:count]
+def _encode_batch(flow: ExpFlow, corpus: Any, data: Any, numbers: list[int]) -> tuple[list[Array], Labels]:
+    """Latents (t, D) of each clip under its own emotion, and the emotion under which each clip is most likely."""
+    import torch
+
+    from flowvqtalker.train.flow_stage import whole_clips
+
+    clips = [corpus.clips[n] for n in numbers]
+    speech_batch = whole_clips(corpus, numbers, data, max(len(clip.frames) for clip in clips))
+    speech = flow.encode_speech(speech_batch.windows)
+    batch = flow.residual(speech_batch, speech)
+    targets = batch.frames[:, flow.config.history :][batch.mask]
+    clip_of_row = batch.mask.nonzero()[:, 0]
+    latents: dict[int, Array] = {}
+    likelihoods = []
+    for label in range(flow.config.classes):
+        context = flow.contexts(replace(batch, emotion=torch.full((len(clips),), label)), speech)
+        z, logdet = flow.forward_and_logdet(targets, context)
+        density = flow.latent.log_prob(z, context.emotion) + logdet
+        likelihoods.append(torch.zeros(len(clips)).index_add(0, clip_of_row, density))
+        latents.update((i, z[clip_of_row == i].numpy()) for i, clip in enumerate(clips) if clip.emotion == label)
+    return [latents[i] for i in range(len(clips))], torch.stack(likelihoods).argmax(0).numpy()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -256,13 +248,13 @@ class Latent:
     shard: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="SHARD")]
     """Folder of `flowvqtalker prepare`."""
     weights: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="NAME=FOLDER")] = ()
-    """Weights of a flow and its label; repeat it for every column. Default: those of the package."""
+    """Label and weights of a flow; repeat it for every column. Default: those of the package."""
     split: Literal["train", "val"] = "train"
     """People the flows were trained on (as in the paper), or held-out ones."""
     clips: int = 24
-    """Clips of each emotion, at most."""
+    """Clips per emotion, at most."""
     frames: int = 150
-    """Frames shown of each emotion, at most."""
+    """Frames shown per emotion, at most."""
     maps: tuple[Method, ...] = ("tsne", "pca")
     """Kinds of map, one row each."""
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"], metavar="FILE")] = Path("latent.png")
@@ -273,8 +265,8 @@ class Latent:
         panels = self.panels()
         print(", ".join(str(path) for path in style.save(make(panels, self.maps), self.output)))
         for one in panels:
-            numbers = ", ".join(f"{name} {value:.3f}" for name, value in one.scores.items())
-            print(f"{one.name}: {len(one.latents)} frames of {len(np.unique(one.labels))} emotions; {numbers}")
+            scores = ", ".join(f"{name} {value:.3f}" for name, value in one.scores.items())
+            print(f"{one.name}: {len(one.latents)} frames of {len(np.unique(one.labels))} emotions; {scores}")
 
     def panels(self) -> list[Panel]:
         """The latents of every flow."""
@@ -283,17 +275,14 @@ class Latent:
         from flowvqtalker.motion.flow import ExpFlow
 
         style.check_figure(self.output)
-        _learn()
+        _need_sklearn()
         if self.clips < 1 or self.frames < 1:
             raise UserError(f"--clips and --frames must be positive, got {self.clips} and {self.frames}")
-        for text in self.weights:
-            if not all(text.partition("=")):
-                raise UserError(f"--weights {text!r}: give NAME=FOLDER, for instance --weights GMM=runs/gmm/weights")
         folders: dict[str, Path | None] = {**style.named_paths(self.weights, "--weights")} or {"": None}
         flows = {name: load_flow(ExpFlow, "expflow", folder)[0] for name, folder in folders.items()}
         shard = Shard(self.shard)
         panels = []
         for name, flow in flows.items():
-            clips = pick_clips(shard, self.split, self.clips, frontend=flow.audio.config.frontend)
+            clips = pick_clips(shard, self.split, self.clips, flow.audio.config.frontend)
             panels.append(Panel(name or _KINDS[flow.config.latent], *encode(flow, clips, self.frames)))
         return panels

@@ -1,13 +1,12 @@
-"""Where heads go and what they listen to: the paper's figure 5 (trace maps and audio-pose correlation maps).
+"""Head motion and its relation to speech: trace maps and audio-pose correlation maps, Fig. 5 of the paper.
 
 No definition of either map is published, so these are ours:
 
-* Trace map: the face's outline and the ridge of the nose are projected with the clip's camera and drawn as points; the
-  map is, at each pixel of one canvas, the brightest that any frame has there. A head that moves leaves wide traces.
-* Correlation map: Pearson's correlation between what is heard (level in dB, or fundamental frequency F0 in semitones
-  where there is a voice) and how fast the head moves about an axis, |ρ_t - ρ_{t-1}|, in windows of two seconds that
-  overlap by half, averaged over the windows. Rows are the axes (pitch, yaw, roll), columns the lag: at +5 the head
-  moves five frames after the sound.
+* Trace map: the outline of the face and the ridge of the nose are projected with the clip's camera and drawn as points;
+  each pixel of the canvas takes the brightest value of all frames. A head that moves leaves wide traces.
+* Correlation map: Pearson's correlation between a speech feature (level in dB, or F0 in semitones in voiced frames) and
+  the speed of the head about an axis, |ρ_t - ρ_{t-1}|, in two-second windows that overlap by half, averaged over the
+  windows. Rows are the axes (pitch, yaw, roll), columns the lag: at +5 the head moves five frames after the sound.
 """
 
 from __future__ import annotations
@@ -21,8 +20,8 @@ import numpy as np
 import numpy.typing as npt
 import tyro
 
+from flowvqtalker.constants import CROP, FPS
 from flowvqtalker.errors import UserError
-from flowvqtalker.io.media import FPS
 from flowvqtalker_eval.figures import style
 
 if TYPE_CHECKING:
@@ -31,18 +30,16 @@ if TYPE_CHECKING:
     from flowvqtalker.face.model import FaceModel
     from flowvqtalker.io.coefficients import Coefficients
 
-__all__ = ["AXES", "LAGS", "OUTLINE", "WINDOW", "Panel", "Pose", "correlation_map", "make", "panel", "trace_map"]
+__all__ = ["Panel", "Pose", "correlation_map", "make", "panel", "trace_map"]
 
 Array = npt.NDArray[np.floating[Any]]
 
-AXES = ("pitch", "yaw", "roll")
-#: Largest lag of the correlation map in frames, either way.
-LAGS = 15
-#: Frames of a window of the correlation map.
-WINDOW = 2 * FPS
+_AXES = ("pitch", "yaw", "roll")
+_LAGS = 15  # largest lag of the correlation map in frames, either way
+_WINDOW = 2 * FPS
 
-#: Outline of the face, from the top of the forehead round, and the ridge of the nose.
-OUTLINE = (
+#: Outline of the face, round from the top of the forehead, and the ridge of the nose (face mesh indices).
+_OUTLINE = (
     *(10, 338, 297, 332, 284, 251, 389, 356, 454, 323, 361, 288, 397, 365, 379, 378, 400, 377, 152),
     *(148, 176, 149, 150, 136, 172, 58, 132, 93, 234, 127, 162, 21, 54, 103, 67, 109),
     *(168, 6, 197, 195, 5, 4, 1),
@@ -59,7 +56,7 @@ class Panel:
         name: of the method or the seed.
         trace: (S, S) in [0, 1].
         deviation: (3,) standard deviation of pitch, yaw and roll, degrees.
-        correlations: maps (3, 2 LAGS + 1) by what is heard (``level``, ``F0``); none without sound.
+        correlations: maps (3, lags) by speech feature (``level``, ``F0``); none without sound.
     """
 
     name: str
@@ -68,11 +65,11 @@ class Panel:
     correlations: Mapping[str, Array] = field(default_factory=dict)
 
 
-def trace_map(points: Array, size: int = _CANVAS, extent: float = 512.0) -> Array:
+def trace_map(points: Array, size: int = _CANVAS, extent: float = CROP) -> Array:
     """Maximum over time of the points of each frame, drawn on one canvas: (size, size) float32 in [0, 1].
 
     Arguments:
-        points: (T, P, 2) in pixels; frames with NaN are left out, points beyond the canvas are not seen.
+        points: (T, P, 2) in pixels; frames with NaN are skipped, points beyond the canvas are not visible.
         size: of the canvas in pixels.
         extent: width of the square that the canvas shows, in the points' pixels.
     """
@@ -80,12 +77,12 @@ def trace_map(points: Array, size: int = _CANVAS, extent: float = 512.0) -> Arra
 
     points = np.asarray(points, np.float64)
     if points.ndim != 3 or points.shape[2] != 2 or len(points) == 0:
-        raise UserError(f"points (T, P, 2) are traced, got {points.shape}")
+        raise UserError(f"a trace map needs points (T, P, 2), got {points.shape}")
     canvas = np.zeros((size, size), np.uint8)
     radius = round(size / 400 * 2**_SHIFT)
     for frame in points[np.isfinite(points).all((1, 2))]:
         drawn = np.zeros_like(canvas)
-        # Coordinates beyond the canvas would overflow OpenCV's; one canvas away they are as invisible.
+        # Far coordinates would overflow OpenCV's; one canvas away they are as invisible.
         where = np.clip(frame / extent * size, -size, 2 * size) * 2**_SHIFT
         for x, y in np.round(where).astype(int).tolist():
             cv2.circle(drawn, (x, y), radius, 255, -1, cv2.LINE_AA, _SHIFT)
@@ -93,51 +90,48 @@ def trace_map(points: Array, size: int = _CANVAS, extent: float = 512.0) -> Arra
     return canvas.astype(np.float32) / 255
 
 
-def correlation_map(sound: Array, rho: Array, lags: int = LAGS, window: int = WINDOW) -> Array:
-    """Correlation of a sound's feature with the head's speed about each axis, at each lag.
+def correlation_map(feature: Array, rho: Array, lags: int = _LAGS, window: int = _WINDOW) -> Array:
+    """Correlation of a speech feature with the head's speed about each axis, at each lag.
 
     Arguments:
-        sound: (T,) feature of each frame, NaN where it is not defined (no voice).
-        rho: (T, 6) pose.
-        lags: L, largest lag in frames.
-        window: frames of a window; half of it is the step.
+        feature: (T,) value of each frame, NaN where it is undefined (F0 of an unvoiced frame).
+        rho: (T, 6) poses, NaN where no face was found; only the first min(T) frames of both are used.
+        lags: largest lag in frames.
+        window: length in frames; a shorter clip is one window.
 
     Returns:
-        (3, 2 L + 1), column L + l for the head l frames after the sound; NaN where no window has something to
-        correlate.
+        (3, 2 lags + 1); NaN where nothing moves.
     """
-    sound, rho = np.asarray(sound, np.float64), np.asarray(rho, np.float64)
-    count = min(len(sound), len(rho))
-    if sound.ndim != 1 or rho.ndim != 2 or rho.shape[1] < 3:
-        raise UserError(f"a feature (T,) and poses (T, 6) are needed, got {sound.shape} and {rho.shape}")
+    feature, rho = np.asarray(feature, np.float64), np.asarray(rho, np.float64)
+    if feature.ndim != 1 or rho.ndim != 2 or rho.shape[1] < 3:
+        raise UserError(f"a correlation map needs a feature (T,) and poses (T, 6), got {feature.shape} and {rho.shape}")
+    count = min(len(feature), len(rho))
     if count < lags + 4:
         raise UserError(f"{count} frames are too few for lags up to {lags}; give a longer clip")
-    moved = np.abs(np.diff(rho[:count, :3], axis=0))
-    heard = sound[1:count]
+    speed = np.abs(np.diff(rho[:count, :3], axis=0))
+    sound = feature[1:count]
     found = np.full((3, 2 * lags + 1), np.nan)
     for column, lag in enumerate(range(-lags, lags + 1)):
-        later = slice(max(lag, 0), len(heard) + min(lag, 0))
-        earlier = slice(max(-lag, 0), len(heard) + min(-lag, 0))
-        x, y = heard[earlier], moved[later]
+        x, y = sound[max(-lag, 0) : len(sound) - max(lag, 0)], speed[max(lag, 0) : len(speed) - max(-lag, 0)]
         span = min(window, len(x))
-        windows = [_correlate(x[s : s + span], y[s : s + span]) for s in range(0, len(x) - span + 1, max(1, span // 2))]
-        stacked = np.array(windows)
-        seen = np.isfinite(stacked).any(0)
-        found[seen, column] = np.nanmean(stacked[:, seen], axis=0)
+        starts = range(0, len(x) - span + 1, max(1, span // 2))
+        windows = np.array([_correlate(x[s : s + span], y[s : s + span]) for s in starts])
+        seen = np.isfinite(windows).any(0)
+        found[seen, column] = np.nanmean(windows[:, seen], axis=0)
     return found
 
 
 def _correlate(x: Array, y: Array) -> Array:
-    """Pearson correlation (3,) of (n,) with the columns of (n, 3); NaN where one does not move, or where less than half
-    is there."""
-    there = np.isfinite(x) & np.isfinite(y).all(1)
+    """Pearson correlation (3,) of (n,) with the columns of (n, 3); NaN for a constant column, or if more than half of
+    the frames are missing."""
+    known = np.isfinite(x) & np.isfinite(y).all(1)
     result = np.full(y.shape[1], np.nan)
-    if there.sum() < max(3, len(x) / 2):
+    if known.sum() < max(3, len(x) / 2):
         return result
-    x, y = x[there] - x[there].mean(), y[there] - y[there].mean(0)
-    size = np.sqrt((x**2).sum() * (y**2).sum(0))
-    moving = size > 1e-12
-    result[moving] = (x @ y[:, moving]) / size[moving]
+    x, y = x[known] - x[known].mean(), y[known] - y[known].mean(0)
+    norm = np.sqrt((x**2).sum() * (y**2).sum(0))
+    moving = norm > 1e-12
+    result[moving] = (x @ y[:, moving]) / norm[moving]
     return result
 
 
@@ -147,8 +141,8 @@ def panel(face: FaceModel, name: str, motion: Coefficients, wave: Array | None =
     Arguments:
         face: the model of the coefficients.
         name: its heading.
-        motion: at any rate; it is brought to 25 fps.
-        wave: its speech (S,) at 16 kHz; None: no correlation maps.
+        motion: at any frame rate.
+        wave: its speech (S,) at 16 kHz; None draws no correlation maps.
     """
     import torch
 
@@ -158,13 +152,9 @@ def panel(face: FaceModel, name: str, motion: Coefficients, wave: Array | None =
     motion = motion.at(FPS)
     with torch.inference_mode():
         beta, rho, alpha = (torch.as_tensor(x) for x in (motion.expression, motion.pose, motion.identity))
-        points = face.project(alpha, beta, rho)[:, list(OUTLINE), :2].numpy()
-    maps: dict[str, Array] = {}
-    if wave is not None:
-        maps = {
-            "level": correlation_map(loudness(wave), motion.pose),
-            "F0": correlation_map(pitch(wave), motion.pose),
-        }
+        points = face.project(alpha, beta, rho)[:, list(_OUTLINE), :2].numpy()
+    features = {} if wave is None else {"level": loudness(wave), "F0": pitch(wave)}
+    maps = {key: correlation_map(values, motion.pose) for key, values in features.items()}
     return Panel(name, trace_map(points), head_deviation(motion.pose), maps)
 
 
@@ -177,10 +167,9 @@ def make(panels: Sequence[Panel]) -> Figure:
     if not panels:
         raise UserError("there is no motion to draw; give at least one")
     rows = max(len(one.correlations) for one in panels)
+    heights = {"height_ratios": [1.5, *[0.8] * rows]}
     with style.look():
-        figure, axes = style.subplots(
-            1 + rows, len(panels), 1.9, 1.6, gridspec_kw={"height_ratios": [1.5, *[0.8] * rows]}
-        )
+        figure, axes = style.subplots(1 + rows, len(panels), 1.9, 1.6, gridspec_kw=heights)
         image = None
         for column, one in enumerate(panels):
             top = axes[0, column]
@@ -188,21 +177,15 @@ def make(panels: Sequence[Panel]) -> Figure:
             style.hide_axes(top)
             angles = ", ".join(f"{value:.1f}°" for value in one.deviation)
             top.set_title(f"{one.name}\nstd {angles}", fontsize=7)
-            for row, (feature, values) in enumerate(one.correlations.items(), 1):
-                below, reach = axes[row, column], values.shape[1] // 2
-                image = below.imshow(
-                    values,
-                    cmap="RdBu_r",
-                    vmin=-0.5,
-                    vmax=0.5,
-                    aspect="auto",
-                    extent=(-reach - 0.5, reach + 0.5, 2.5, -0.5),
-                )
-                below.set_yticks(range(3), AXES if column == 0 else [""] * 3)
+            for below, (feature, values) in zip(axes[1:, column], one.correlations.items(), strict=False):
+                reach = values.shape[1] // 2
+                extent = (-reach - 0.5, reach + 0.5, 2.5, -0.5)
+                image = below.imshow(values, cmap="RdBu_r", vmin=-0.5, vmax=0.5, aspect="auto", extent=extent)
+                below.set_yticks(range(3), _AXES if column == 0 else [""] * 3)
                 below.set_xlabel(f"lag to {feature} (frames)")
                 below.axvline(0, color="black", linewidth=0.4)
-            for row in range(1 + len(one.correlations), 1 + rows):
-                axes[row, column].set_axis_off()
+            for below in axes[1 + len(one.correlations) :, column]:
+                below.set_axis_off()
         if image is not None:
             figure.colorbar(image, ax=axes[1:].ravel().tolist(), shrink=0.8, label="correlation", pad=0.02)
     return figure
@@ -214,25 +197,25 @@ class Pose:
     PNG and PDF."""
 
     motion: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="NAME=FILE")] = ()
-    """Motion (.npz of `motion` or `track`) or video of a method, and its label; repeat it for every column."""
+    """Label and motion (.npz of `motion` or `track`) or video of a method; repeat it for every column."""
     speech: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-    """Speech of the seeds and of motion files. A video with sound keeps its own."""
+    """Speech for the seeds and for motion files. A video with sound keeps its own."""
     seeds: tuple[int, ...] = ()
-    """Seeds to draw motion from the speech with. Default: 0 1 2 3 where no motion is given."""
+    """Seeds to generate motion with. Default: 0 1 2 3 if no motion is given."""
     emotion: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
-    """Emotion of what is drawn. Default: neutral."""
+    """Emotion of the generated motion. Default: neutral."""
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"], metavar="FILE")] = Path("pose.png")
     """Figure to write (.png or .pdf; both are written)."""
     weights: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
     """Folder of weights with a manifest. Default: those of the package."""
 
     def run(self) -> None:
-        """Read or draw the motions and write the figure."""
+        """Read or generate the motions and write the figure."""
         print(", ".join(str(path) for path in style.save(self.figure(), self.output)))
 
     def figure(self) -> Figure:
-        """The figure, not yet written."""
-        from flowvqtalker.io import audio as decode
+        """The figure, before it is written."""
+        from flowvqtalker.io.audio import load as load_audio
         from flowvqtalker.motion.emotion import parse_emotion
         from flowvqtalker.pipeline import Talker
 
@@ -242,34 +225,32 @@ class Pose:
         files = style.named_paths(self.motion, "--motion")
         seeds = self.seeds if self.seeds or files else (0, 1, 2, 3)
         if seeds and self.speech is None:
-            raise UserError("no speech to draw motion from; add --speech FILE, or give --motion NAME=FILE")
+            raise UserError("no speech to generate motion from; add --speech FILE, or give --motion NAME=FILE")
         for path in (*files.values(), self.speech):
             if path is not None and not path.is_file():
                 raise UserError(f"{path} does not exist; check the name")
         talker = Talker.load(self.weights, "cpu", parts=("face", "motion") if seeds else ("face",))
-        wave = None if self.speech is None else decode.load(self.speech)
+        wave = None if self.speech is None else load_audio(self.speech)
         found = [panel(talker.face_model, name, *_read(talker, path, wave)) for name, path in files.items()]
         for seed in seeds:
-            assert self.speech is not None and wave is not None
-            found.append(panel(talker.face_model, f"seed {seed}", _draw(talker, self.speech, self.emotion, seed), wave))
+            motion = _generate(talker, self.speech, self.emotion, seed)
+            found.append(panel(talker.face_model, f"seed {seed}", motion, wave))
         return make(found)
 
 
 def _read(talker: Any, path: Path, wave: Array | None) -> tuple[Coefficients, Array | None]:
-    """Motion of a file, and its speech: a video's own, else what was given, else none."""
-    from flowvqtalker.io import audio as decode
+    """Motion of a file, and its speech: a video's own, else the given one, else none."""
+    from flowvqtalker.io.audio import load as load_audio
     from flowvqtalker.io.coefficients import Coefficients
     from flowvqtalker.io.media import probe
 
     if path.suffix.lower() == ".npz":
         return Coefficients.load(path), wave
-    if probe(path).sound:
-        wave = decode.load(path)
-    return talker.track(path), wave
+    return talker.track(path), load_audio(path) if probe(path).sound else wave
 
 
-def _draw(talker: Any, speech: Path, emotion: str | None, seed: int) -> Coefficients:
-    """Motion drawn for speech, on the mean face seen from the front."""
+def _generate(talker: Any, speech: Path | None, emotion: str | None, seed: int) -> Coefficients:
+    """Motion for speech, on the mean face seen from the front."""
     from flowvqtalker.io.coefficients import Coefficients
 
     blocks = list(talker.motion(speech, emotion=emotion, seed=seed))

@@ -108,7 +108,7 @@ def hide_axes(axes: Axes) -> None:
 
 
 def named_paths(given: Iterable[str], option: str) -> dict[str, Path]:
-    """Parse the NAME=FILE arguments of an option that may be repeated.
+    """Parse the NAME=PATH arguments of an option that may be repeated.
 
     Raises:
         UserError: if one has another form, a name comes twice, or a path does not exist.
@@ -117,7 +117,7 @@ def named_paths(given: Iterable[str], option: str) -> dict[str, Path]:
     for text in given:
         name, equals, path = text.partition("=")
         if not (name and equals and path):
-            raise UserError(f"{option} {text!r}: give NAME=FILE, for instance {option} Ours=out/ours.mp4")
+            raise UserError(f"{option} {text!r}: give NAME=PATH, for instance {option} ours=out/ours.mp4")
         if name in found:
             raise UserError(f"{option} {name!r} is given twice; use each name once")
         if not Path(path).exists():
