@@ -104,7 +104,7 @@ def test_what_is_missing_is_trained_once_and_loads_again(
     with pytest.raises(UserError, match=r"B was trained with another configuration \(loop\)"):
         train_missing(replace(base, loop=replace(base.loop, steps=3)), ["B"], tmp_path)
     monkeypatch.setattr(training, "train", lambda stage, config, out, resume: {"step": 1.0})
-    with pytest.raises(UserError, match="M stopped at step 1 of 2; give the same command again"):
+    with pytest.raises(UserError, match="M stopped at step 1 of 2; run the same command again"):
         train_missing(base, ["M"], tmp_path)
 
 
@@ -113,20 +113,20 @@ def test_bad_weights_are_named(base: Config, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="do not exist"):
         load_variant(file)
     save_file({"a": torch.zeros(1)}, file)
-    with pytest.raises(UserError, match="no JSON beside it"):
+    with pytest.raises(UserError, match="must name stage vqig, got none"):
         load_variant(file)
     file.with_suffix(".json").write_text('{"stage": "codebook", "config": {}}')
-    with pytest.raises(UserError, match="stage vqig, but codebook"):
+    with pytest.raises(UserError, match="must name stage vqig, got codebook"):
         load_variant(file)
     file.with_suffix(".json").write_text('{"stage": "vqig", "config": {}}')
-    with pytest.raises(UserError, match="cannot be used"):
+    with pytest.raises(UserError, match="is not usable"):
         load_variant(file)
     file.with_suffix(".json").write_text(json.dumps({"stage": "vqig", "config": SMALL.to_dict()}))
     save_yaml(base, tmp_path / "config.yaml")
     with pytest.raises(UserError, match="does not fit its configuration or its codebook"):
         load_variant(file)
     file.with_suffix(".json").write_text("{")
-    with pytest.raises(UserError, match="no valid JSON"):
+    with pytest.raises(UserError, match="is not valid JSON"):
         load_variant(file)
 
 
@@ -218,9 +218,9 @@ def test_the_figure_has_a_column_for_each_method() -> None:
     assert [text.get_text() for text in figure.texts] == ["Source", "Target", "X", "Y"]
     assert len(figure.axes) == 2 * (4 + 3)  # pictures, and a detail of each but the source
     assert len(make(pairs, {"x": "X"}, zoom=False, cell=0.5).axes) == 6
-    with pytest.raises(UserError, match="no picture by z"):
+    with pytest.raises(UserError, match="no image by z"):
         make(pairs, {"z": "Z"})
-    with pytest.raises(UserError, match="no pair of pictures"):
+    with pytest.raises(UserError, match="no pair of images"):
         make([], {"x": "X"})
 
 
@@ -260,7 +260,7 @@ def test_the_command_trains_measures_and_writes(
     text = capsys.readouterr().out
     names = [line.split("|")[1].strip() for line in text.splitlines() if line.startswith("| ")][1:]
     assert names == [*BASELINES, *ABLATION.values()]
-    assert "each variant trained for 1 steps, beginning with start.safetensors" in text
+    assert "each variant trained for 1 steps, starting from the matching parts of start.safetensors" in text
     replace(command, train=False).run()  # what is there needs no training
     with pytest.raises(UserError, match="trained with another configuration"):
         replace(command, steps=2).run()
@@ -269,7 +269,7 @@ def test_the_command_trains_measures_and_writes(
 def test_the_command_refuses_what_it_cannot_do(shard: Path, tmp_path: Path) -> None:
     (tmp_path / "w").mkdir()
     command = Ablation(shard=shard, output=tmp_path / "out.png", runs=tmp_path / "runs")
-    with pytest.raises(UserError, match="leave them or --variant out"):
+    with pytest.raises(UserError, match="omit them or --variant"):
         replace(command, train=True, variant=(f"a={tmp_path / 'w'}",)).run()
     with pytest.raises(UserError, match=r"weights\.safetensors do not exist"):
         replace(command, variant=(f"a={tmp_path / 'w'}",)).run()

@@ -132,7 +132,7 @@ def test_the_command_draws_motion_files_and_seeds(tmp_path, tiny_weights) -> Non
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "no speech to draw motion from"),
+        ({}, "no speech to generate motion from"),
         ({"motion": ("made.npz",)}, "NAME=PATH"),
         ({"motion": ("ours=missing.npz",)}, "does not exist"),
         ({"speech": Path("missing.wav")}, "does not exist"),

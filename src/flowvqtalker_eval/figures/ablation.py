@@ -284,7 +284,8 @@ class Ablation:
             if self.train or self.extra:
                 raise UserError("--train and --extra are about the variants in --runs; omit them or --variant")
             return given, ()
-        wanted = {**ABLATION, **{name: EXTRA[name] for name in self.extra}}
+        wanted = dict(ABLATION)
+        wanted.update((name, EXTRA[name]) for name in self.extra)
         if self.train:
             train_missing(self._training(), list(wanted), self.runs, residual=self.residual)
         steps = {variant: _steps(self.runs / variant) for variant in wanted}
