@@ -32,7 +32,7 @@ from flowvqtalker.data.shards import Shard
 from flowvqtalker.data.splits import split_of
 from flowvqtalker.errors import UserError
 from flowvqtalker.face.tracker import FaceTracker
-from flowvqtalker.io.media import Picture
+from flowvqtalker.io.image import ImageArray
 from flowvqtalker.loading import choose_device, fast_dtype
 from flowvqtalker.render.vqvae import CodebookConfig, VQAutoencoder
 from flowvqtalker_eval.figures import grid, style
@@ -41,7 +41,7 @@ from flowvqtalker_eval.metrics.regions import Box, as_tensor, regions
 from flowvqtalker_eval.metrics.ssim import psnr
 from flowvqtalker_eval.report import Column, Table, markdown, write
 
-Portrait = tuple[str, Picture, dict[str, Box]]
+Portrait = tuple[str, ImageArray, dict[str, Box]]
 SIDE = 512
 
 
@@ -65,7 +65,7 @@ def load_codebook(folder: Path | None) -> VQAutoencoder:
 
 def stored(shard: Shard, stills: bool, limit: int) -> Iterator[Portrait]:
     """Single images of a shard's held-out people, or the stored frames of their clips."""
-    numbers = shard.images_of(np.flatnonzero((shard.split == "val") & (shard.picture == stills)))
+    numbers = shard.images_of(np.flatnonzero((shard.split == "val") & (shard.is_image == stills)))
     for i in in_turn([str(shard.identity[shard.image_clip[n]]) for n in numbers], limit):
         clip, row = int(shard.image_clip[numbers[i]]), int(shard.image_row[numbers[i]])
         name = f"{shard.name[clip]}/{row - int(shard.start[clip])}"
@@ -87,16 +87,16 @@ def found(folder: Path, table: Path | None, limit: int) -> Iterator[Portrait]:
             yield held[i][0].stem, image, regions(faces[0].landmarks) if faces else {}
 
 
-def reduced(image: Picture, side: int) -> Picture:
+def reduced(image: ImageArray, side: int) -> ImageArray:
     """The image area-averaged to ``side`` x ``side`` pixels of 24 bits and enlarged again by cubic splines."""
     small = cv2.resize(image, (side, side), interpolation=cv2.INTER_AREA)
     return np.asarray(cv2.resize(small, image.shape[1::-1], interpolation=cv2.INTER_CUBIC), np.uint8)
 
 
-def webp_within(image: Picture, size: int) -> tuple[Picture, int]:
+def webp_within(image: ImageArray, size: int) -> tuple[ImageArray, int]:
     """The image of the best PSNR that a WebP file of at most ``size`` bytes gives, over sides and qualities, and the
     file's size."""
-    best: tuple[float, Picture, int] | None = None
+    best: tuple[float, ImageArray, int] | None = None
     for side in (16, 24, 32, 48, 64, 96, 128, 192, 256):
         small = cv2.resize(np.ascontiguousarray(image[..., ::-1]), (side, side), interpolation=cv2.INTER_AREA)
         codes = [cv2.imencode(".webp", small, [cv2.IMWRITE_WEBP_QUALITY, q])[1] for q in range(1, 101, 3)]
@@ -125,10 +125,10 @@ class Bench:
             model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     @torch.inference_mode()
-    def add(self, name: str, image: Picture, boxes: dict[str, Box]) -> Mapping[str, Picture]:
+    def add(self, name: str, image: ImageArray, boxes: dict[str, Box]) -> Mapping[str, ImageArray]:
         """Measure one image; returns what every method made of it."""
-        images: dict[str, Picture] = {}
-        plain: dict[str, Picture] = {}
+        images: dict[str, ImageArray] = {}
+        plain: dict[str, ImageArray] = {}
         given = as_tensor(image, self.device).contiguous(memory_format=torch.channels_last)
         for label, model in self.models.items():
             with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):

@@ -31,7 +31,7 @@ from flowvqtalker.data.shards import Shard
 from flowvqtalker.errors import UserError
 from flowvqtalker.face.fit import fit
 from flowvqtalker.face.topology import LIPS
-from flowvqtalker.io.media import Picture
+from flowvqtalker.io.image import ImageArray
 from flowvqtalker.loading import fast_dtype, load_face_model, load_generator
 from flowvqtalker_eval.figures import grid, style
 from flowvqtalker_eval.metrics import motion
@@ -69,7 +69,7 @@ def choose(shard: Shard, count: int) -> list[tuple[int, int]]:
     people: dict[str, int] = {}
     for number in held:
         people.setdefault(str(shard.identity[shard.image_clip[number]]), int(number))
-    clips = [int(c) for c in np.unique(shard.image_clip[held]) if not shard.picture[c] and shard.length[c] > 1]
+    clips = [int(c) for c in np.unique(shard.image_clip[held]) if not shard.is_image[c] and shard.length[c] > 1]
     drivers = [clips[i] for i in in_turn([str(shard.identity[c]) for c in clips], count)]
     if len(people) < 2 or not drivers:
         raise UserError(f"shard {shard.path} has no portrait and clip of two held-out people; prepare another")
@@ -95,7 +95,7 @@ class Bench:
         self.rows: dict[str, dict[str, dict[str, float | None]]] = {}
         self.frames, self.dtype = 0, fast_dtype(torch.device("cpu"))
 
-    def measure(self, number: int, clip: int) -> tuple[str, list[Picture]]:
+    def measure(self, number: int, clip: int) -> tuple[str, list[ImageArray]]:
         """One portrait and driver; returns a row of the grid."""
         shard = self.shard
         portrait = Portrait.stored(shard, number)
@@ -122,7 +122,7 @@ class Bench:
         shown = driven[frames[far]]
         return name, [portrait.image, real[far], shown.warped, shown.image]
 
-    def _embed(self, images: Sequence[Picture]) -> np.ndarray:
+    def _embed(self, images: Sequence[ImageArray]) -> np.ndarray:
         frames = np.stack(images)
         return self.identity(frames, self.dlib(frames, {}))["identity_embedding"]
 
@@ -130,9 +130,9 @@ class Bench:
         self,
         method: str,
         name: str,
-        portrait: Picture,
-        images: Sequence[Picture],
-        begin: tuple[Picture, np.ndarray],
+        portrait: ImageArray,
+        images: Sequence[ImageArray],
+        begin: tuple[ImageArray, np.ndarray],
         alpha: np.ndarray,
         wanted: np.ndarray,
     ) -> None:

@@ -35,7 +35,7 @@ from flowvqtalker.face.portrait import Portrait
 from flowvqtalker.face.topology import EYE_CORNERS, LIPS
 from flowvqtalker.face.tracker import FaceTracker
 from flowvqtalker.io import audio as decode
-from flowvqtalker.io.media import read_image
+from flowvqtalker.io.image import read_image
 from flowvqtalker.pipeline import Talker
 from flowvqtalker_eval.metrics.identity import FaceIdentity, csim_to_portrait
 

@@ -12,7 +12,7 @@ import torch
 
 from flowvqtalker.data.shards import Shard
 from flowvqtalker.face.model import FaceModel
-from flowvqtalker.io.media import Picture
+from flowvqtalker.io.image import ImageArray
 from flowvqtalker.render.renderer import Renderer
 from flowvqtalker.render.vqig import VQIG
 
@@ -41,7 +41,7 @@ class Portrait:
 
     name: str
     identity: str
-    image: Picture
+    image: ImageArray
     alpha: np.ndarray
     start: np.ndarray
 
@@ -58,8 +58,8 @@ class Portrait:
 class Driven:
     """A generated frame (512, 512, 3), the warped portrait I_w, and the codes (16, 16) if there are any."""
 
-    image: Picture
-    warped: Picture
+    image: ImageArray
+    warped: ImageArray
     codes: np.ndarray | None
 
 
@@ -77,7 +77,7 @@ def drive(
     """
     start, alpha = torch.from_numpy(portrait.start), torch.from_numpy(portrait.alpha)
     renderer = Renderer(generator, face, portrait.image, alpha, start[:64], start[64:], device=device, dtype=dtype)
-    seen: deque[tuple[Picture, np.ndarray | None]] = deque()
+    seen: deque[tuple[ImageArray, np.ndarray | None]] = deque()
 
     def keep(module: object, arguments: object, found: Any) -> None:
         warped = found.warped.float().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)

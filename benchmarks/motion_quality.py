@@ -63,7 +63,7 @@ class Bench:
         """The longest clips with speech of each held-out person, round and round, so that nobody fills the list."""
         places: dict[str, int] = {}
         order = []
-        speech = self.shard.select("val", speech=True, picture=False, min_length=25)
+        speech = self.shard.select("val", speech=True, is_image=False, min_length=25)
         for number in sorted(speech.tolist(), key=lambda n: -int(self.shard.length[n])):
             person = str(self.shard.identity[number])
             places[person] = places.get(person, 0) + 1
@@ -101,7 +101,7 @@ class Bench:
 
     def portraits(self) -> list[np.ndarray]:
         """Expressions (64,) of held-out pictures."""
-        pictures = self.shard.select("val", picture=True)
+        pictures = self.shard.select("val", is_image=True)
         pictures = pictures[:: max(1, len(pictures) // self.options.portraits)][: self.options.portraits]
         return [np.array(self.shard.expression[self.shard.start[n]]) for n in pictures]
 
@@ -112,7 +112,7 @@ class Bench:
 
     def speakers(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Speech and expression of the training clips."""
-        for number in self.shard.select("train", speech=True, picture=False, min_length=NearestSpeech.LENGTH):
+        for number in self.shard.select("train", speech=True, is_image=False, min_length=NearestSpeech.LENGTH):
             yield self.shard.wave(int(number)), np.array(self.shard.expression[self.shard.rows(int(number))])
 
 
@@ -172,7 +172,7 @@ def score_emotions(bench: Bench, number: int) -> dict[str, dict[str, float]]:
     results: dict[str, dict[str, float]] = {}
     for label, emotion in enumerate(EMOTIONS):
         takes = [bench.generate(number, emotion, seed) for seed in range(options.seeds)]
-        same = np.flatnonzero((shard.emotion == label) & ~shard.picture & (shard.length >= 25))
+        same = np.flatnonzero((shard.emotion == label) & ~shard.is_image & (shard.length >= 25))
         same = same[:: 1 if label < 8 else 30][:60]
         real = [bench.clip(int(n)).expression for n in same]
         drawn = [
@@ -235,7 +235,7 @@ def real_accuracy(bench: Bench) -> tuple[float, int]:
         return float("nan"), 0
     shard = bench.shard
     found = []
-    for number in shard.select("val", picture=False, min_length=25):
+    for number in shard.select("val", is_image=False, min_length=25):
         if 0 <= shard.emotion[number] < len(classes):
             beta = bench.clip(int(number)).expression
             found.append(int(classify(beta).argmax()) == int(shard.emotion[number]))

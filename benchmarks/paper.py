@@ -119,7 +119,7 @@ def _clip(name: str, identity: str, pictures: list[np.ndarray[Any, Any]]) -> Cli
     codes = [cv2.imencode(".png", picture[..., ::-1])[1].tobytes() for picture in pictures]
     return Clip(
         name=name, source="made up", identity=identity, split=split_of(identity), emotion=5, speech=False,
-        picture=frames == 1, identity_shape=np.zeros(80, np.float32),
+        is_image=frames == 1, identity_shape=np.zeros(80, np.float32),
         expression=np.random.default_rng(0).normal(0, 0.3, (frames, 64)).astype(np.float32), pose=pose,
         blendshapes=np.zeros((frames, 52), np.float32), landmarks=np.full((frames, 478, 3), 256, np.float32),
         residual=np.zeros(frames, np.float32), audio=None, crop=np.eye(2, 3),

@@ -73,7 +73,7 @@ def examples(shard: Shard, split: str, kind: str, options: argparse.Namespace) -
 
         teacher = Teacher(options.whisper)
     found = []
-    for number in shard.select(split, speech=True, picture=False, min_length=12):
+    for number in shard.select(split, speech=True, is_image=False, min_length=12):
         if split == "train" and shard.correlation[number] < _WORST:
             continue
         beta = torch.from_numpy(np.array(shard.expression[shard.rows(int(number))], np.float32))

@@ -32,7 +32,8 @@ from tqdm import tqdm
 from flowvqtalker.data.shards import Shard
 from flowvqtalker.errors import UserError
 from flowvqtalker.face.crop import Crop
-from flowvqtalker.io.media import Picture, read_video
+from flowvqtalker.io.image import ImageArray
+from flowvqtalker.io.video import read_video
 from flowvqtalker.loading import choose_device, fast_dtype, load_face_model, load_generator
 from flowvqtalker.render.mesh_flow import MeshFlow
 from flowvqtalker_eval.metrics.reenactment import to_image
@@ -60,7 +61,7 @@ class Stability:
         self.still: np.ndarray | None = None
         self.codes: np.ndarray | None = None
 
-    def add(self, frame: Picture, flow: np.ndarray | None, codes: np.ndarray | None = None) -> None:
+    def add(self, frame: ImageArray, flow: np.ndarray | None, codes: np.ndarray | None = None) -> None:
         """The next frame; flow (2, h, w) in pixels back to the frame before it, None for the first."""
         now = frame.astype(np.float32)
         if flow is not None:
@@ -108,7 +109,7 @@ class Bench:
         """The first stored image of each held-out clip that is measured."""
         first: dict[int, int] = {}
         for number, clip in enumerate(self.shard.image_clip.tolist()):
-            if self.shard.split[clip] == "val" and not self.shard.picture[clip] and self.shard.length[clip] >= 3:
+            if self.shard.split[clip] == "val" and not self.shard.is_image[clip] and self.shard.length[clip] >= 3:
                 first.setdefault(clip, number)
         if not first:
             raise UserError(f"shard {self.shard.path} has no clip with images in its validation split")
@@ -127,7 +128,7 @@ class Bench:
         def add(
             found: dict[str, Stability],
             name: str,
-            frame: Picture,
+            frame: ImageArray,
             flow: np.ndarray | None,
             codes: np.ndarray | None = None,
         ) -> None:
@@ -160,7 +161,7 @@ class Bench:
         return [(self.mesh(*pair)[0, :2] * (self.mesh.image_size / 2)).cpu().numpy() for pair in pairs]
 
     @torch.inference_mode()
-    def _real(self, name: str, clip: int, count: int) -> Iterator[tuple[Picture, Picture, np.ndarray]]:
+    def _real(self, name: str, clip: int, count: int) -> Iterator[tuple[ImageArray, ImageArray, np.ndarray]]:
         """Real frames, the same through the codebook, and their codes."""
         path = Path(self.options.clips) / name
         if not path.is_file():

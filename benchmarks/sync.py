@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from flowvqtalker.data.order import item_generator
 from flowvqtalker_eval.evaluators.sync_data import SpeechClip, load_speech_clips
 from flowvqtalker_eval.evaluators.sync_expert import SyncExpert, load_sync_expert
 from flowvqtalker_eval.evaluators.sync_training import exchanged_score, offset_scores
@@ -31,7 +30,7 @@ def found(expert: SyncExpert, clips: list[SpeechClip], frames: int | None) -> li
         own = offset_scores(expert, clip, 0).offset
         size = frames or len(clip)
         for start in range(0, len(clip) - size + 1, max(1, size // 2)):
-            late = int(item_generator(2, 1000 * number + start).integers(-MOST, MOST + 1))
+            late = int(np.random.default_rng([2, 1000 * number + start]).integers(-MOST, MOST + 1))
             piece = clip.part(start, start + size)
             hits.append(abs(offset_scores(expert, piece, late).offset - own + late) <= 1)
     return hits

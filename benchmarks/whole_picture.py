@@ -33,9 +33,9 @@ import torch
 from gallery import read_choice  # beside this file
 from tqdm import tqdm
 
-from flowvqtalker.face.crop import SIZE
+from flowvqtalker.constants import CROP
 from flowvqtalker.face.portrait import Portrait
-from flowvqtalker.io.media import read_image
+from flowvqtalker.io.image import read_image
 from flowvqtalker.pipeline import Talker
 from flowvqtalker.render.paste import POSE_LIMITS, Paster, limit_pose
 
@@ -71,8 +71,8 @@ class Box:
     def __init__(self, portrait: Portrait) -> None:
         self._picture = portrait.picture
         height, width = portrait.picture.shape[:2]
-        y, x = np.abs(np.mgrid[:SIZE, :SIZE].astype(np.float32) + 0.5 - SIZE / 2)
-        outside = np.hypot(np.maximum(x - SIZE / 2 + 64, 0), np.maximum(y - SIZE / 2 + 64, 0))
+        y, x = np.abs(np.mgrid[:CROP, :CROP].astype(np.float32) + 0.5 - CROP / 2)
+        outside = np.hypot(np.maximum(x - CROP / 2 + 64, 0), np.maximum(y - CROP / 2 + 64, 0))
         depth = np.clip((64 - outside) / 40, 0, 1)
         self._matrix = portrait.crop.inverse
         self._matrix[:, 2] += self._matrix[:, :2] @ [0.5, 0.5] - 0.5

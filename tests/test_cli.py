@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import os
 import signal
@@ -16,9 +17,9 @@ from PIL import Image
 
 from flowvqtalker import EMOTIONS, __version__
 from flowvqtalker.cli import main
+from flowvqtalker.face.export import COLUMNS
 from flowvqtalker.io.coefficients import Coefficients
-from flowvqtalker.io.export import COLUMNS
-from flowvqtalker.io.media import probe
+from flowvqtalker.io.video import probe
 
 from .conftest import babble, write_wav
 
@@ -166,7 +167,7 @@ def empty(path: Path) -> Path:
 
 BAD = {
     "no face": (lambda at: {"portrait": wall(at / "wall.png")}, "no face found in"),
-    "no image": (lambda at: {"portrait": write_wav(at / "a.jpg", babble(0.2))}, "is not a picture"),
+    "no image": (lambda at: {"portrait": write_wav(at / "a.jpg", babble(0.2))}, "is not an image"),
     "no such portrait": (lambda at: {"portrait": at / "none.jpg"}, "does not exist"),
     "portrait is a folder": (lambda at: {"portrait": at}, "is a folder"),
     "no audio": (lambda at: {"speech": wall(at / "wall.png")}, "has no audio track"),
@@ -238,6 +239,17 @@ def test_the_real_program_writes_one_line_and_no_noise(tmp_path, tiny_weights, s
     assert not (tmp_path / "o.mp4").exists()
 
 
+def writes_in(process: int, folder: Path) -> bool:
+    """Whether a process has begun a file in a folder, which on Linux has no name yet."""
+    if list(folder.glob(".*.part")):
+        return True
+    links = []
+    for descriptor in Path(f"/proc/{process}/fd").glob("*"):
+        with contextlib.suppress(OSError):
+            links.append(os.readlink(descriptor))
+    return any(link.startswith(str(folder)) and link.endswith("(deleted)") for link in links)
+
+
 @pytest.mark.parametrize(
     ("number", "code", "said"), [(signal.SIGINT, 130, "flowvqtalker: interrupted"), (signal.SIGTERM, 143, "")]
 )
@@ -249,7 +261,7 @@ def test_interrupt_is_clean(tmp_path, tiny_weights, portrait_file, number, code,
         line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(),
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a background shell ignores it
     )  # fmt: skip
-    while running.poll() is None and not list(tmp_path.glob(".out.*.part")):
+    while running.poll() is None and not writes_in(running.pid, tmp_path):
         time.sleep(0.05)
     running.send_signal(number)
     _, errors = running.communicate()

@@ -8,7 +8,7 @@ import torch
 
 from flowvqtalker import weights
 from flowvqtalker.io import audio as decode
-from flowvqtalker.io.media import read_video
+from flowvqtalker.io.video import read_video
 from flowvqtalker.pipeline import Talker
 
 from .conftest import write_wav

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from flowvqtalker.face.crop import SIZE
-from flowvqtalker.face.portrait import find_portrait
+from flowvqtalker.constants import CROP
+from flowvqtalker.face.portrait import load_portrait
 from flowvqtalker.loading import load_face_model
 from flowvqtalker.render.mesh_flow import MeshFlow, warp
 from flowvqtalker.render.paste import POSE_LIMITS, Paster, limit_pose, paste_frames
@@ -25,7 +25,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def portrait(model, astronaut):
-    return find_portrait(model, astronaut)
+    return load_portrait(model, astronaut)
 
 
 def pasted_by(model, portrait):
@@ -55,14 +55,14 @@ POSES = [{}, {"yaw": 14}, {"yaw": -14}, {"pitch": 10}, {"roll": 10}, {"across": 
 def test_only_the_field_changes(model, astronaut, side):
     picture = cv2.resize(astronaut, (side, side), interpolation=cv2.INTER_AREA)
     picture = np.ascontiguousarray(np.pad(picture, ((0, 0), (90, 40), (0, 0))))  # not square, face off the middle
-    portrait = find_portrait(model, np.asarray(cv2.resize(picture, None, fx=1.3, fy=1.3)))
+    portrait = load_portrait(model, np.asarray(cv2.resize(picture, None, fx=1.3, fy=1.3)))
     paster = pasted_by(model, portrait)
     outside = np.ones(portrait.picture.shape[:2], bool)
     outside[paster.area] = ~paster.touched
     assert 0.4 < outside.mean() < 0.97
     changed = np.zeros_like(outside)
     for pose in POSES:
-        result = paster(np.full((SIZE, SIZE, 3), 200, np.uint8), portrait.expression, posed(portrait, **pose))
+        result = paster(np.full((CROP, CROP, 3), 200, np.uint8), portrait.expression, posed(portrait, **pose))
         assert result.shape == portrait.picture.shape
         assert np.array_equal(result[outside], portrait.picture[outside])
         changed |= (result != portrait.picture).any(-1)
@@ -101,7 +101,7 @@ def test_drift_of_colour_is_taken_out(model, portrait):
     frame = rendered(model, portrait, portrait.expression, rho)
     clean = paster(frame, portrait.expression, rho).astype(float)
     # A tint, and light that falls off to one side.
-    light = np.linspace(-8, 8, SIZE)[None, :, None] + np.array([5.0, -4.0, 3.0])
+    light = np.linspace(-8, 8, CROP)[None, :, None] + np.array([5.0, -4.0, 3.0])
     tinted = np.clip(frame + light, 0, 255).astype(np.uint8)
     assert np.abs(tinted.astype(float) - frame).mean() > 4
     assert np.abs(paster(tinted, portrait.expression, rho) - clean)[paster.area].mean() < 0.7
@@ -125,8 +125,8 @@ def test_motion_does_not_fold_at_the_limits(model, portrait):
 def test_a_face_cut_by_the_border(model, astronaut):
     """The crop goes far beyond the picture; the picture keeps its size and what is far from the face."""
     picture = np.ascontiguousarray(astronaut[50:330, 120:330])
-    portrait = find_portrait(model, picture)
-    corners = portrait.crop.points_back(np.array([[0.0, 0.0], [SIZE, SIZE]]))
+    portrait = load_portrait(model, picture)
+    corners = portrait.crop.points_back(np.array([[0.0, 0.0], [CROP, CROP]]))
     assert corners[0].min() < -10
     paster = pasted_by(model, portrait)
     for pose in POSES:
@@ -177,7 +177,7 @@ def test_frames_meet_their_own_motion(portrait):
 
     def render(blocks):
         rows = [row for beta, rho in blocks for row in zip(beta, rho, strict=True)]
-        yield from (np.full((SIZE, SIZE, 3), i, np.uint8) for i in range(len(rows)))
+        yield from (np.full((CROP, CROP, 3), i, np.uint8) for i in range(len(rows)))
 
     def paster(frame, beta, rho):
         seen.append((int(frame[0, 0, 0]), float(beta[0]), float(rho[0])))

@@ -12,7 +12,7 @@ import pytest
 
 from flowvqtalker import weights
 from flowvqtalker.cli import main
-from flowvqtalker.io.media import VideoWriter, probe
+from flowvqtalker.io.video import VideoWriter, probe
 
 from .conftest import babble, write_wav
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from flowvqtalker.data.speech import CURVES, TEACHER, UNITS, PrepareSpeech, Recording, SpeechSet, write
+from flowvqtalker.data.speech_sets import CURVES, TEACHER, UNITS, PrepareSpeech, Recording, SpeechSet, write
 from flowvqtalker.data.splits import split_of
 from flowvqtalker.data.teacher import Teacher, read_variables, whisper_mel
 from flowvqtalker.errors import UserError

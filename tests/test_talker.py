@@ -13,11 +13,11 @@ from PIL import Image
 
 from flowvqtalker import EMOTIONS, weights
 from flowvqtalker.errors import UserError
-from flowvqtalker.face.portrait import find_portrait, track
+from flowvqtalker.face.portrait import load_portrait, track
 from flowvqtalker.face.tracker import Face, FaceTracker
 from flowvqtalker.io import audio as decode
 from flowvqtalker.io.coefficients import Coefficients
-from flowvqtalker.io.media import VideoWriter, read_video
+from flowvqtalker.io.video import VideoWriter, read_video
 from flowvqtalker.loading import choose_device, choose_dtype
 from flowvqtalker.pipeline import Talker
 
@@ -378,4 +378,4 @@ def test_a_face_model_of_another_kind_is_refused(tiny_weights, tmp_path):
 
 
 def test_find_portrait_takes_a_picture_in_memory(talker, astronaut, portrait):
-    assert torch.equal(find_portrait(talker.face_model, astronaut).pose, portrait.pose)
+    assert torch.equal(load_portrait(talker.face_model, astronaut).pose, portrait.pose)

@@ -37,7 +37,7 @@ def _clip(name: str, identity: str, frames: int, seed: int) -> Clip:
         pictures.append((t, code.tobytes()))
     return Clip(
         name=name, source="test", identity=identity, split=split_of(identity), emotion=5, speech=False,
-        picture=frames == 1, identity_shape=np.zeros(80, np.float32),
+        is_image=frames == 1, identity_shape=np.zeros(80, np.float32),
         expression=rng.normal(0, 1, (frames, 64)).astype(np.float32), pose=pose,
         blendshapes=np.zeros((frames, 52), np.float32), landmarks=np.full((frames, 478, 3), 256, np.float32),
         residual=np.zeros(frames, np.float32), audio=None, crop=np.eye(2, 3),

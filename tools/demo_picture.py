@@ -14,14 +14,14 @@ import numpy as np
 import skimage.data
 
 from flowvqtalker import Talker
-from flowvqtalker.io.media import Picture
+from flowvqtalker.io.image import ImageArray
 
 SPEECH = Path(__file__).parents[1] / "src" / "flowvqtalker" / "assets" / "sample_speech.ogg"
 EMOTIONS = ("neutral", "happy", "angry", "surprised")
 SIDE = 180
 
 
-def labelled(picture: Picture, text: str) -> np.ndarray:
+def labelled(picture: ImageArray, text: str) -> np.ndarray:
     """The picture at the sheet's size with a line of text."""
     small = cv2.resize(picture, (SIDE, SIDE), interpolation=cv2.INTER_AREA)
     cv2.putText(small, text, (8, SIDE - 10), cv2.FONT_HERSHEY_SIMPLEX, 0.55, (0, 0, 0), 3, cv2.LINE_AA)

@@ -29,7 +29,7 @@ def main() -> int:
     parser.add_argument("--best", action="store_true", help="take best.safetensors where there is one")
     options = parser.parse_args()
     try:
-        for name, stage in {**weights.NAMES, **weights.SPEECH_ENCODER, **weights.JUDGES}.items():
+        for name, stage in {**weights.NAMES, **weights.SPEECH_ENCODER, **weights.EVALUATORS}.items():
             run = options.runs / weights.FINISHED.get(name, stage)
             if not run.is_dir():
                 run = options.runs / stage

@@ -48,7 +48,7 @@ COMMANDS: dict[str, _Command | dict[str, _Command]] = {
         "flowvqtalker.data.prepare:Prepare", "Turn clips and images into shards for training.", "train"
     ),
     "prepare-speech": _Command(
-        "flowvqtalker.data.speech:PrepareSpeech", "Turn speech into a set for training the speech encoder."
+        "flowvqtalker.data.speech_sets:PrepareSpeech", "Turn speech into a set for training the speech encoder."
     ),
     "prepare-mouths": _Command(
         "flowvqtalker_eval.evaluators.mouths:PrepareMouths", "Add mouth crops to a shard, for the sync expert.", "eval"

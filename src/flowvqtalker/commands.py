@@ -86,7 +86,7 @@ class Animate(_MotionCommand):
 
     def run(self) -> None:
         """Write the videos and print one line for each."""
-        from flowvqtalker.io.media import check_output
+        from flowvqtalker.io.atomic import check_output
         from flowvqtalker.pipeline import Talker, sample_paths
 
         for path in sample_paths(self.output, self.num_samples):
@@ -129,7 +129,7 @@ class Track:
     def run(self) -> None:
         """Write the file and print one line."""
         from flowvqtalker.face.portrait import track
-        from flowvqtalker.io.media import check_output
+        from flowvqtalker.io.atomic import check_output
         from flowvqtalker.loading import load_face_model
 
         check_output(self.output, (".npz", ".csv"))
@@ -138,7 +138,7 @@ class Track:
         with _progress("track") as progress:
             found = track(model, self.input, smooth=self.smooth, progress=progress)
         if self.output.suffix.lower() == ".csv":
-            from flowvqtalker.io.export import save_live_link
+            from flowvqtalker.face.export import save_live_link
 
             assert found.blendshapes is not None  # the tracker always gives them
             save_live_link(self.output, found, found.blendshapes)
@@ -164,10 +164,10 @@ class Motion(_MotionCommand):
         import numpy as np
         import torch
 
+        from flowvqtalker.face.export import SUFFIXES, check_fps, export_motion
+        from flowvqtalker.io.atomic import check_output
         from flowvqtalker.io.audio import scan
         from flowvqtalker.io.coefficients import Coefficients
-        from flowvqtalker.io.export import SUFFIXES, check_fps, export_motion
-        from flowvqtalker.io.media import check_output
         from flowvqtalker.pipeline import Talker, sample_paths
 
         paths = [check_output(path, SUFFIXES) for path in sample_paths(self.output, self.num_samples)]
@@ -217,8 +217,8 @@ class Render:
 
     def run(self) -> None:
         """Write the video and print one line."""
+        from flowvqtalker.io.atomic import check_output
         from flowvqtalker.io.coefficients import Coefficients
-        from flowvqtalker.io.media import check_output
         from flowvqtalker.pipeline import Talker
 
         check_output(self.output)

@@ -12,14 +12,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flowvqtalker.constants import FPS
 from flowvqtalker.errors import UserError
 from flowvqtalker.face.crop import crop_box
 from flowvqtalker.face.fit import fit
 from flowvqtalker.face.model import CENTRE, EXPRESSION, FOCAL, IDENTITY, FaceModel
-from flowvqtalker.face.portrait import Portrait, Progress, find_portrait, track, track_landmarks
+from flowvqtalker.face.portrait import Portrait, Progress, load_portrait, track, track_landmarks
 from flowvqtalker.io import audio as decode
+from flowvqtalker.io.atomic import check_output
 from flowvqtalker.io.coefficients import Coefficients
-from flowvqtalker.io.media import FPS, Picture, VideoWriter, check_output
+from flowvqtalker.io.image import ImageArray
+from flowvqtalker.io.video import VideoWriter
 from flowvqtalker.loading import choose_device, choose_dtype, fast_dtype, load_face_model, load_flows, load_generator
 from flowvqtalker.motion.emotion import EmotionTrack
 from flowvqtalker.motion.flow import ExpFlow, PoseFlow
@@ -154,9 +157,9 @@ class Talker:
 
     # ---------------------------------------------------------------------------------------------------- inputs
 
-    def portrait(self, source: str | Path | Picture, face: int | None = None) -> Portrait:
-        """Prepare an image, once for many recordings; see :func:`flowvqtalker.face.portrait.find_portrait`."""
-        return find_portrait(self.face_model, source, face)
+    def portrait(self, source: str | Path | ImageArray, face: int | None = None) -> Portrait:
+        """Prepare an image, once for many recordings; see :func:`flowvqtalker.face.portrait.load_portrait`."""
+        return load_portrait(self.face_model, source, face)
 
     def track(self, source: str | Path, *, smooth: bool = True, progress: Progress | None = None) -> Coefficients:
         """Landmarks and coefficients of an image or video; see :func:`flowvqtalker.face.portrait.track`."""
@@ -282,7 +285,7 @@ class Talker:
 
     # -------------------------------------------------------------------------------------------------- pictures
 
-    def render(self, portrait: Portrait, motion: Iterable[Block], *, full: bool = False) -> Iterator[Picture]:
+    def render(self, portrait: Portrait, motion: Iterable[Block], *, full: bool = False) -> Iterator[ImageArray]:
         """Pictures for motion, one for each frame of it.
 
         Arguments:
@@ -321,7 +324,7 @@ class Talker:
 
     def animate(
         self,
-        portrait: str | Path | Picture | Portrait,
+        portrait: str | Path | ImageArray | Portrait,
         speech: str | Path,
         output: str | Path,
         options: MotionOptions | None = None,
@@ -374,7 +377,7 @@ class Talker:
 
     def animate_samples(
         self,
-        portrait: str | Path | Picture | Portrait,
+        portrait: str | Path | ImageArray | Portrait,
         speech: str | Path,
         output: str | Path,
         num_samples: int,
@@ -426,7 +429,7 @@ class Talker:
 
     def reenact(
         self,
-        portrait: str | Path | Picture | Portrait,
+        portrait: str | Path | ImageArray | Portrait,
         motion: Coefficients,
         output: str | Path,
         *,
@@ -463,9 +466,9 @@ class Talker:
 
 
 def write_video(
-    frames: Iterable[Picture], path: Path, speech: str | Path | None, total: int, progress: Progress | None = None
+    frames: Iterable[ImageArray], path: Path, speech: str | Path | None, total: int, progress: Progress | None = None
 ) -> Result:
-    """Stream frames into a file; see :class:`flowvqtalker.io.media.VideoWriter`."""
+    """Stream frames into a file; see :class:`flowvqtalker.io.video.VideoWriter`."""
     height = width = 0
     with VideoWriter(path, speech) as writer:
         for frame in frames:

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from flowvqtalker.io.coefficients import write_whole
+from flowvqtalker.io.atomic import atomic_write
 
 __all__ = ["Column", "Row", "Table", "markdown", "write"]
 
@@ -166,7 +166,7 @@ def write(table: Table, base: str | Path) -> list[Path]:
     files = []
     for suffix, text in texts.items():
         files.append(base.with_name(base.name + suffix))
-        write_whole(files[-1], partial(_write_text, text))
+        atomic_write(files[-1], partial(_write_text, text))
     return files
 
 

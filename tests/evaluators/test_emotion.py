@@ -217,7 +217,7 @@ def shard_with_faces(folder: Path, template: np.ndarray) -> tuple[Path, Path]:
             writer.add(
                 Clip(
                     name=name, source="test", identity=who, split="train",
-                    emotion=EMOTIONS.index(emotion) if emotion else -1, speech=False, picture=length == 1,
+                    emotion=EMOTIONS.index(emotion) if emotion else -1, speech=False, is_image=length == 1,
                     identity_shape=np.zeros(80, np.float32), expression=zeros, pose=zeros[:, :6],
                     blendshapes=np.tile(np.arange(length, dtype=np.float32)[:, None] / 10, (1, 52)), landmarks=mesh,
                     residual=zeros[:, 0], audio=None, crop=np.array([[8.0, 0, 0], [0, 8.0, 0]]),

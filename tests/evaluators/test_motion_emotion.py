@@ -18,7 +18,7 @@ from flowvqtalker_eval.evaluators import motion_emotion as stage
 from flowvqtalker_eval.evaluators.motion_emotion import MIRRORED, Config, load_motion_emotion, statistics
 from flowvqtalker_eval.metrics.accuracy import CLASSES
 
-from ..test_data_shards import make_clip
+from ..data.test_shards import make_clip
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ import torch
 from flowvqtalker import weights
 from flowvqtalker.data.shards import SAMPLES, Shard, ShardWriter
 from flowvqtalker.errors import UserError
-from flowvqtalker.io.media import VideoWriter
+from flowvqtalker.io.video import VideoWriter
 from flowvqtalker.train.config import ConfigError, LoopConfig, load_yaml, to_dict
 from flowvqtalker.train.loop import fit
 from flowvqtalker_eval.evaluators import sync_training as stage
@@ -39,7 +39,7 @@ from flowvqtalker_eval.evaluators.sync_expert import (
 )
 
 from ..conftest import babble
-from ..test_data_shards import make_clip
+from ..data.test_shards import make_clip
 
 TINY = SyncExpertConfig(video=(8, 8, 8, 8, 8), audio=(16, 16, 16), dim=16, dropout=0.0)
 
@@ -113,7 +113,7 @@ def shard(tmp_path) -> Path:
     with VideoWriter(folder / "said.mp4") as writer:
         for t in range(6):
             writer.write(np.roll(picture(), 3 * t, axis=1))
-    clips = [make_clip("said.mp4", 6, 0), make_clip("gone.mp4", 5, 1), make_clip("still.png", 1, 2, picture=True)]
+    clips = [make_clip("said.mp4", 6, 0), make_clip("gone.mp4", 5, 1), make_clip("still.png", 1, 2, is_image=True)]
     points = mesh(6).astype(np.float32)
     points[3] = np.nan
     crop = np.array([[1.5, 0, 11], [0, 1.5, 7]])

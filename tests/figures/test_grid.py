@@ -11,7 +11,7 @@ import pytest
 
 from flowvqtalker.errors import UserError
 from flowvqtalker.face.topology import LIPS
-from flowvqtalker.io.media import VideoWriter
+from flowvqtalker.io.video import VideoWriter
 from flowvqtalker_eval.figures.grid import Grid, choose_frames, face_boxes, make, parse_box, read_frames
 from flowvqtalker_eval.figures.style import named_paths
 

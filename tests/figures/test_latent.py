@@ -109,7 +109,7 @@ def shard(tmp_path_factory) -> Path:
                     split="train" if number % 4 else "val",
                     emotion=(0, 4, 5)[number // 4],
                     speech=number % 2 == 0,
-                    picture=False,
+                    is_image=False,
                     identity_shape=np.zeros(80, np.float32),
                     crop=np.eye(2, 3),
                     valid=np.zeros((4, 2), np.float32),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from flowvqtalker.io.media import VideoWriter
+from flowvqtalker.io.video import VideoWriter
 from flowvqtalker_eval.study import clips
 from flowvqtalker_eval.study.answers import Answer
 from flowvqtalker_eval.study.key import Clip, Expected, Key

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from flowvqtalker.errors import UserError
-from flowvqtalker.io.media import VideoWriter, probe, read_video
+from flowvqtalker.io.video import VideoWriter, probe, read_video
 from flowvqtalker_eval.study import clips as clips_module
 from flowvqtalker_eval.study.key import CHOICES, Expected, Key
 from flowvqtalker_eval.study.page import Build
@@ -343,7 +343,7 @@ def test_bad_folders(methods, tmp_path):
     with pytest.raises(UserError, match="intended emotion of sad_or_happy"):
         find_sources({"A": tmp_path / "a"})
     (tmp_path / "a" / "sad_or_happy.mp4").rename(tmp_path / "a" / "sad.mp4")
-    with pytest.raises(UserError, match="neither a picture nor a video"):
+    with pytest.raises(UserError, match="neither an image nor a video"):
         find_sources({"A": tmp_path / "a"})
     (tmp_path / "out").mkdir()
     with pytest.raises(UserError, match="exists already"):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from flowvqtalker.errors import MissingDependency
-from flowvqtalker.io.media import VideoWriter
+from flowvqtalker.io.video import VideoWriter
 from flowvqtalker_eval.metrics.analysis import Analysis
 from flowvqtalker_eval.tables.measures import ClipPair, Options, all_measures, pair_frames
 from flowvqtalker_eval.tables.measures.image import compare_frames

@@ -15,7 +15,7 @@ from flowvqtalker import EMOTIONS
 from flowvqtalker.cli import main
 from flowvqtalker.data.splits import HDTF_TEST, MEAD_TEST, split_of
 from flowvqtalker.errors import UserError
-from flowvqtalker.io.media import VideoWriter, probe, read_video
+from flowvqtalker.io.video import VideoWriter, probe, read_video
 from flowvqtalker_eval.tables.plan import METHODS, Output, Task, plan
 from flowvqtalker_eval.tables.run import Run, make_all
 from flowvqtalker_eval.tables.splits import BUILTIN, Item, load_split

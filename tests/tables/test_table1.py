@@ -12,7 +12,7 @@ import pytest
 
 from flowvqtalker.cli import main
 from flowvqtalker.errors import MissingDependency, UserError
-from flowvqtalker.io.media import VideoWriter
+from flowvqtalker.io.video import VideoWriter
 from flowvqtalker_eval.metrics.analysis import (
     ClipExtractor,
     FrameExtractor,

@@ -16,7 +16,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from flowvqtalker.data.clips import Source
+from flowvqtalker.data.sources import Source
 
 __all__ = ["Describer", "cluster", "merge_known", "to_describe"]
 
@@ -138,6 +138,6 @@ def to_describe(sources: Sequence[Source]) -> list[Source]:
     for source in sources:
         key = (source.collection, source.identity or "")
         count[key] = count.get(key, 0) + 1
-        if not source.picture and (source.identity is None or count[key] <= 2):
+        if not source.is_image and (source.identity is None or count[key] <= 2):
             wanted.append(source)
     return wanted

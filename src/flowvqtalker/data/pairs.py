@@ -77,7 +77,7 @@ class PairDataset(Dataset[dict[str, Tensor]]):
         stored = np.flatnonzero(
             (shard.split[shard.image_clip] == split) & (shard.native[shard.image_clip] >= min_native)
         )
-        still = shard.picture[shard.image_clip[stored]]
+        still = shard.is_image[shard.image_clip[stored]]
         self.pictures = stored[still]
         clips: dict[int, list[int]] = {}
         for number in stored[~still]:

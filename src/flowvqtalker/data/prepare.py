@@ -27,13 +27,9 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from flowvqtalker.constants import EMOTIONS
-from flowvqtalker.data import clips as material
 from flowvqtalker.data import lip_sync as sync
-from flowvqtalker.data.clips import Source
-from flowvqtalker.data.identity import Describer, cluster, merge_known, to_describe
-from flowvqtalker.data.lip_sync import Alignment
-from flowvqtalker.data.shards import Clip, ShardWriter
-from flowvqtalker.data.source import (
+from flowvqtalker.data import sources as material
+from flowvqtalker.data.extract import (
     MakeTracker,
     PrepareConfig,
     Tools,
@@ -42,6 +38,10 @@ from flowvqtalker.data.source import (
     fit_source,
     split_jpegs,
 )
+from flowvqtalker.data.identity import Describer, cluster, merge_known, to_describe
+from flowvqtalker.data.lip_sync import Alignment
+from flowvqtalker.data.shards import Clip, ShardWriter
+from flowvqtalker.data.sources import Source
 from flowvqtalker.data.splits import split_of
 from flowvqtalker.errors import UserError
 
@@ -310,7 +310,7 @@ def _write(
                     if source.collection in config.natural
                     else source.emotion,
                     speech=source.speech and audio is not None,
-                    picture=source.picture,
+                    is_image=source.is_image,
                     **{key: part[key] for key in columns},
                     audio=audio,
                     native=float(part["native"]),
@@ -322,7 +322,7 @@ def _write(
             )
             rows += len(part["expression"])
             images += len(stored)
-    pictures = sum(source.picture for source in sources)
+    pictures = sum(source.is_image for source in sources)
     return Report(len(sources) - pictures, pictures, rows, images, {}, 0, lags, [])
 
 
@@ -334,7 +334,7 @@ class Prepare(PrepareConfig):
         """Write the shard and log a summary."""
         report = prepare(self)
         logger.info(
-            "%d clips, %d pictures, %d frames, %d stored crops, %d people told apart, %d errors",
+            "%d clips, %d images, %d frames, %d stored crops, %d people told apart, %d errors",
             *(report.clips, report.pictures, report.rows, report.images, report.people, len(report.errors)),
         )
         for collection, (lag, height, count, moved) in report.lags.items():

@@ -11,9 +11,8 @@ A shard is a folder. Everything in it is optional except ``index.npz``, so a sta
 ``residual.npy``          (N,) float16, reprojection error of the fit in eye distances; NaN where interpolated
 ``audio.npy``             (N * 640,) int16, 16 kHz mono, sample 640 t belongs to the start of frame t
 ``images.npz``            per stored picture: row, offset and size in ``images.bin``
-``lags.npz``              per clip: frames that its sound comes before its lips (:mod:`flowvqtalker_eval.evaluators.sync_clips`)
+``lags.npz``              per clip: frames that its sound comes before its lips (see ``sync-clips``)
 ``images.bin``            JPEGs (or WebPs) of 512x512 crops, back to back
-``decoded.npy``           (M, 512, 512, 3) uint8, the same decoded (:meth:`Shard.keep_decoded`)
 ========================  =====================================================================================
 """
 
@@ -22,7 +21,6 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -33,14 +31,13 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
+from flowvqtalker.constants import CROP
 from flowvqtalker.errors import UserError
 
-__all__ = ["FPS", "LAGS", "SAMPLES", "SHARD_VERSION", "Clip", "Shard", "ShardWriter"]
+__all__ = ["LAGS", "SAMPLES", "SHARD_VERSION", "Clip", "Shard", "ShardWriter"]
 
-FPS = 25
 #: Samples of 16 kHz audio that belong to one frame.
 SAMPLES = 640
-SIZE = 512
 #: File of the clips' lags, and which of them are believed: small ones, of a confidence that few wrong ones reach.
 LAGS = "lags.npz"
 _MOST_LAG, _SURE = 3, 0.12
@@ -70,7 +67,7 @@ class Clip:
         name, source, identity, split: text; the split is ``train`` or ``val``.
         emotion: number in :data:`flowvqtalker.EMOTIONS`, or -1 where it is not known.
         speech: whether the sound is the speech of this face.
-        picture: whether it is a single picture.
+        is_image: whether it is a single image.
         identity_shape: (80,) α.
         expression, pose, blendshapes, landmarks, residual: (T, ...) see the module; landmarks in crop pixels.
         audio: (T * 640,) int16 or None.
@@ -89,7 +86,7 @@ class Clip:
     split: str
     emotion: int
     speech: bool
-    picture: bool
+    is_image: bool
     identity_shape: Floats
     expression: Floats
     pose: Floats
@@ -226,7 +223,7 @@ class ShardWriter:
 
 
 _CLIP_FIELDS = (
-    *("name", "source", "identity", "split", "emotion", "speech", "picture", "identity_shape"),
+    *("name", "source", "identity", "split", "emotion", "speech", "is_image", "identity_shape"),
     *("crop", "valid", "native", "lag", "correlation", "shifted"),
 )
 
@@ -237,7 +234,7 @@ class Shard:
     Attributes:
         name, source, identity, split: (C,) text of the clips.
         emotion: (C,) int, -1 where unknown.
-        speech, sound, picture: (C,) bool; ``sound``: has an audio track, ``speech``: it is the speech of this face.
+        speech, sound, is_image: (C,) bool; ``sound``: has an audio track, ``speech``: it is the speech of this face.
         identity_shape: (C, 80) α.
         crop: (C, 2, 3); valid: (C, 4, 2); native, lag, correlation, shifted: (C,). See :class:`Clip`.
         start, length: (C,) int, rows of each clip in the per-frame arrays.
@@ -255,7 +252,7 @@ class Shard:
     emotion: npt.NDArray[np.int64]
     speech: npt.NDArray[np.bool_]
     sound: npt.NDArray[np.bool_]
-    picture: npt.NDArray[np.bool_]
+    is_image: npt.NDArray[np.bool_]
     identity_shape: Floats
     crop: npt.NDArray[np.float64]
     valid: Floats
@@ -278,7 +275,8 @@ class Shard:
                 )
             self.about = str(index["about"])
             for key in (*_CLIP_FIELDS, "start", "length", "sound"):
-                setattr(self, key, index[key])
+                # Shards written before the column was renamed have "picture".
+                setattr(self, key, index["picture" if key == "is_image" and key not in index else key])
         self._maps: dict[str, npt.NDArray[Any]] = {}
         self.image_clip = self.image_row = self._offset = self._size = np.zeros(0, np.int64)
         if (self.path / "images.npz").is_file():
@@ -354,7 +352,9 @@ class Shard:
         with np.load(self.path / LAGS, allow_pickle=False) as found:
             offset, confidence = found["offset"], found["confidence"]
         if len(offset) != len(self):
-            raise UserError(f"{self.path / LAGS} is of another shard; run flowvqtalker sync-clips again")
+            raise UserError(
+                f"{self.path / LAGS} is of another shard; run python -m flowvqtalker_eval.evaluators.resync again"
+            )
         sure = (np.abs(offset) <= _MOST_LAG) & (confidence >= _SURE)
         return np.where(sure, offset, 0)
 
@@ -363,7 +363,7 @@ class Shard:
         split: str | None = None,
         *,
         speech: bool | None = None,
-        picture: bool | None = None,
+        is_image: bool | None = None,
         min_length: int = 1,
     ) -> npt.NDArray[np.int64]:
         """Numbers of the clips that meet every condition given."""
@@ -372,47 +372,27 @@ class Shard:
             keep &= self.split == split
         if speech is not None:
             keep &= self.speech == speech
-        if picture is not None:
-            keep &= self.picture == picture
+        if is_image is not None:
+            keep &= self.is_image == is_image
         return np.flatnonzero(keep)
 
     def images_of(self, clips: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.int64]:
         """Numbers of the pictures stored of some clips."""
         return np.flatnonzero(np.isin(self.image_clip, clips))
 
-    def image(self, number: int, size: int = SIZE) -> npt.NDArray[np.uint8]:
+    def image(self, number: int, size: int = CROP) -> npt.NDArray[np.uint8]:
         """Picture (size, size, 3) uint8 RGB with a number in [0, M); smaller sizes are averaged."""
-        if self.decoded and size == SIZE:
-            return np.array(self._map("decoded.npy")[number])
         start = int(self._offset[number])
         picture = cv2.imdecode(self._map("images.bin")[start : start + int(self._size[number])], cv2.IMREAD_COLOR)
         if picture is None:
             raise UserError(f"shard {self.path}: picture {number} is damaged; prepare the shard again")
-        if size != SIZE:
+        if size != CROP:
             picture = cv2.resize(picture, (size, size), interpolation=cv2.INTER_AREA)
         return cast("npt.NDArray[np.uint8]", np.ascontiguousarray(picture[..., ::-1]))
 
-    @cached_property
-    def decoded(self) -> bool:
-        """Whether the pictures are there decoded."""
-        return (self.path / "decoded.npy").is_file()
-
-    def keep_decoded(self, threads: int = 8) -> None:
-        """Store all pictures decoded, 0.75 MiB each, so that training need not decode: the system keeps the file in
-        memory where it fits, and processes share it."""
-        file, beside = self.path / "decoded.npy", self.path / "decoded.npy.tmp"
-        shape = (len(self.image_row), SIZE, SIZE, 3)
-        store = np.lib.format.open_memmap(beside, mode="w+", dtype=np.uint8, shape=shape)
-        with ThreadPoolExecutor(threads) as pool:
-            found = pool.map(lambda number: store.__setitem__(number, self.image(number)), range(len(store)))
-            list(found)  # raises what a thread raised
-        store.flush()
-        os.replace(beside, file)
-        self.__dict__.pop("decoded", None)
-
-    def valid_mask(self, clip: int, size: int = SIZE) -> npt.NDArray[np.bool_]:
+    def valid_mask(self, clip: int, size: int = CROP) -> npt.NDArray[np.bool_]:
         """(size, size) bool: which pixels of a clip's crop lie inside its input; the others were made up."""
-        corners = np.round(self.valid[clip].astype(np.float64) * (size / SIZE) * 16).astype(np.int32)
+        corners = np.round(self.valid[clip].astype(np.float64) * (size / CROP) * 16).astype(np.int32)
         mask = np.zeros((size, size), np.uint8)
         cv2.fillConvexPoly(mask, corners, 1, shift=4)
         return mask.astype(bool)

@@ -9,15 +9,14 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
+from flowvqtalker.constants import CROP
 from flowvqtalker.errors import UserError
 from flowvqtalker.face.topology import EYES, MOUTH_CORNERS, VERTICES
+from flowvqtalker.io.image import ImageArray
 
-__all__ = ["SIZE", "Crop", "crop_box"]
-
-SIZE = 512
+__all__ = ["Crop", "crop_box"]
 
 Floats = npt.NDArray[np.floating]
-Picture = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
@@ -51,32 +50,32 @@ class Crop:
         """Move points (..., 2 or 3) of the crop into the input."""
         return _move(self.inverse, points)
 
-    def apply(self, image: Picture) -> Picture:
+    def apply(self, image: ImageArray) -> ImageArray:
         """Cut the crop out of a picture (H, W, 3) uint8: (512, 512, 3) uint8.
 
         Large pictures are averaged down first, so nothing aliases. What lies outside of the picture is its mirror
         image, blurred the more the farther out, as in FFHQ.
         """
         _check_picture(image, "picture")
-        result = _sample(image, self.matrix, (SIZE, SIZE), cv2.BORDER_REFLECT_101)
+        result = _sample(image, self.matrix, (CROP, CROP), cv2.BORDER_REFLECT_101)
         height, width = image.shape[:2]
         back = self.inverse.astype(np.float32)
-        centres = np.arange(SIZE, dtype=np.float32) + 0.5
+        centres = np.arange(CROP, dtype=np.float32) + 0.5
         x, y = (row[0] * centres + (row[1] * centres + row[2])[:, None] for row in back)
         outside = np.maximum(np.maximum(-x, x - width), np.maximum(-y, y - height)) * np.float32(self.scale)
         if outside.max() <= 0:
             return result
         # Blurred at a quarter of the size: the result is as smooth and ten times as fast.
-        low = cv2.resize(result, (SIZE // 4, SIZE // 4), interpolation=cv2.INTER_AREA)
+        low = cv2.resize(result, (CROP // 4, CROP // 4), interpolation=cv2.INTER_AREA)
         for sigma, reach in ((6.0, 24.0), (24.0, 96.0)):
             blurred = cv2.GaussianBlur(low, (0, 0), sigma / 4, borderType=cv2.BORDER_REFLECT_101)
-            blurred = cv2.resize(blurred, (SIZE, SIZE), interpolation=cv2.INTER_LINEAR)
+            blurred = cv2.resize(blurred, (CROP, CROP), interpolation=cv2.INTER_LINEAR)
             share = np.clip(outside / np.float32(reach), 0, 1)
             result = cv2.blendLinear(blurred, result, share, 1 - share)
         return np.asarray(result, np.uint8)
 
 
-def _check_picture(image: Picture, name: str) -> None:
+def _check_picture(image: ImageArray, name: str) -> None:
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
         raise UserError(f"the {name} must have shape (H, W, 3) and type uint8, got {image.shape} {image.dtype}")
 
@@ -149,8 +148,8 @@ def crop_box(landmarks: Floats) -> Crop:
     length = float(np.hypot(*axis))
     if length < 1e-6 or side < 1e-6:
         raise UserError("eyes and mouth coincide in the landmarks; the face is too small or the landmarks are broken")
-    cosine, sine = axis / length * (SIZE / side)
+    cosine, sine = axis / length * (CROP / side)
     linear = np.array([[cosine, sine], [-sine, cosine]])
     centre = (near + far) / 2 + 0.1 * down
-    shift = np.full(2, SIZE / 2) - linear @ centre
+    shift = np.full(2, CROP / 2) - linear @ centre
     return Crop(np.concatenate([linear, shift[:, None]], axis=1))

@@ -15,15 +15,15 @@ from flowvqtalker.face.crop import crop_box
 from flowvqtalker.face.fit import fit
 from flowvqtalker.face.model import FaceModel
 from flowvqtalker.face.tracker import Face, FaceTracker
+from flowvqtalker.io.image import ImageArray
 
-__all__ = ["SURE", "Found", "find_faces"]
+__all__ = ["MAX_RESIDUAL", "Detection", "detect_faces"]
 
-Picture = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.floating[Any]]
 
 #: Residual of the face model's fit (in distances between the outer eye corners) above which landmarks are doubtful:
 #: they are below it for 97 of 100 upright portraits, above it for all that were read upside down.
-SURE = 0.0025
+MAX_RESIDUAL = 0.0025
 # A larger picture is searched at this length of its longer side; the landmarks are then refined at full resolution.
 _SEARCHED = 1920
 # Narrowest tile of a picture that is searched for small faces, in pixels.
@@ -34,7 +34,7 @@ _ROUNDS = 2
 
 
 @dataclass(frozen=True)
-class Found:
+class Detection:
     """A face and how well it was seen.
 
     Attributes:
@@ -46,7 +46,7 @@ class Found:
     residual: float
 
 
-def find_faces(tracker: FaceTracker, model: FaceModel, picture: Picture) -> list[Found]:
+def detect_faces(tracker: FaceTracker, model: FaceModel, picture: ImageArray) -> list[Detection]:
     """All faces of a picture, largest first.
 
     MediaPipe finds faces that are tilted by up to about 60 degrees and places their landmarks the less well the more
@@ -70,10 +70,10 @@ def find_faces(tracker: FaceTracker, model: FaceModel, picture: Picture) -> list
         # Tiles are cut from the whole picture, where small faces are largest.
         seen = _moved(tracker.detect(small), stretch) if parts == 0 else _tiles(tracker, picture, parts)
         found = [_refined(tracker, model, picture, face) for face in seen]
-        if parts == 0 and (not found or any(one.residual > SURE for one in found)):
+        if parts == 0 and (not found or any(one.residual > MAX_RESIDUAL for one in found)):
             turned = _turned(tracker, model, picture, small, stretch)
             # A face that looks far up reads as one upside down, too, and not worse: what is doubtful is upright.
-            sure = [one for one in turned if one.residual <= SURE]
+            sure = [one for one in turned if one.residual <= MAX_RESIDUAL]
             # Patterns look like faces, too: of doubtful ones only the best, and only where there is nothing else.
             found += sure or ([] if found else sorted(turned, key=lambda one: one.residual)[:1])
         if found:
@@ -82,8 +82,8 @@ def find_faces(tracker: FaceTracker, model: FaceModel, picture: Picture) -> list
 
 
 def _turned(
-    tracker: FaceTracker, model: FaceModel, picture: Picture, small: Picture, stretch: npt.NDArray[np.float32]
-) -> list[Found]:
+    tracker: FaceTracker, model: FaceModel, picture: ImageArray, small: ImageArray, stretch: npt.NDArray[np.float32]
+) -> list[Detection]:
     """Faces seen in the other three orientations of a picture."""
     found = []
     for turns in (1, 2, 3):
@@ -93,9 +93,9 @@ def _turned(
     return found
 
 
-def _refined(tracker: FaceTracker, model: FaceModel, picture: Picture, face: Face) -> Found:
+def _refined(tracker: FaceTracker, model: FaceModel, picture: ImageArray, face: Face) -> Detection:
     """The face as it is seen in its own upright crop; as it was, where it is not seen there."""
-    best = Found(face, _residual(model, face))
+    best = Detection(face, _residual(model, face))
     for _ in range(_ROUNDS):
         try:
             crop = crop_box(face.landmarks)
@@ -107,7 +107,7 @@ def _refined(tracker: FaceTracker, model: FaceModel, picture: Picture, face: Fac
         # In the crop the face fills most of the picture; another person's may show beside it.
         middle = min(again, key=lambda one: float(np.linalg.norm(one.landmarks[:, :2].mean(0) - 256)))
         face = Face(crop.points_back(middle.landmarks).astype(np.float32), middle.blendshapes)
-        best = Found(face, _residual(model, face))
+        best = Detection(face, _residual(model, face))
         # Nearly upright at first sight is upright enough.
         if abs(np.arctan2(crop.matrix[1, 0], crop.matrix[0, 0])) < np.radians(20):
             break
@@ -123,9 +123,9 @@ def _residual(model: FaceModel, face: Face) -> float:
     return value if np.isfinite(value) else float("inf")
 
 
-def _unique(found: list[Found]) -> list[Found]:
+def _unique(found: list[Detection]) -> list[Detection]:
     """Of faces in the same place the one that fits best."""
-    kept: list[Found] = []
+    kept: list[Detection] = []
     for one in sorted(found, key=lambda one: one.residual):
         centre, reach = one.face.landmarks[:, :2].mean(0), _width(one.face)
         if all(
@@ -155,7 +155,7 @@ def _turned_back(face: Face, turns: int, shape: tuple[int, ...]) -> Face:
     return Face(np.stack([x, y, z], axis=1).astype(np.float32), face.blendshapes)
 
 
-def _tiles(tracker: FaceTracker, picture: Picture, parts: int) -> list[Face]:
+def _tiles(tracker: FaceTracker, picture: ImageArray, parts: int) -> list[Face]:
     """Faces in overlapping squares: the detector sees a whole picture at 128 pixels, and small faces are lost in it.
 
     Arguments:

@@ -15,17 +15,19 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from flowvqtalker.constants import FPS
 from flowvqtalker.errors import UserError
 from flowvqtalker.face.crop import Crop, crop_box
-from flowvqtalker.face.detect import SURE, find_faces
+from flowvqtalker.face.detect import MAX_RESIDUAL, detect_faces
 from flowvqtalker.face.fit import fit
 from flowvqtalker.face.model import FaceModel
 from flowvqtalker.face.topology import EYE_CORNERS, LIDS, LIPS
 from flowvqtalker.face.tracker import Face, FaceTracker, largest_face
 from flowvqtalker.io.coefficients import Coefficients
-from flowvqtalker.io.media import FPS, Picture, probe, read_image, read_video
+from flowvqtalker.io.image import ImageArray, read_image
+from flowvqtalker.io.video import probe, read_video
 
-__all__ = ["MAX_FULL", "MAX_YAW", "MIN_FACE", "Portrait", "Progress", "find_portrait", "track", "track_landmarks"]
+__all__ = ["MAX_FULL", "MAX_YAW", "MIN_FACE", "Portrait", "Progress", "load_portrait", "track", "track_landmarks"]
 
 logger = logging.getLogger(__name__)
 
@@ -66,8 +68,8 @@ class Portrait:
         pose: (6,) ρ0.
     """
 
-    picture: Picture
-    image: Picture
+    picture: ImageArray
+    image: ImageArray
     crop: Crop
     landmarks: Floats
     identity: Tensor
@@ -89,7 +91,7 @@ class Portrait:
         return replace(self, picture=picture, crop=Crop(matrix), landmarks=landmarks)
 
 
-def find_portrait(model: FaceModel, source: str | Path | Picture, face: int | None = None) -> Portrait:
+def load_portrait(model: FaceModel, source: str | Path | ImageArray, face: int | None = None) -> Portrait:
     """Find the face of a picture and fit the model to it.
 
     Arguments:
@@ -103,7 +105,7 @@ def find_portrait(model: FaceModel, source: str | Path | Picture, face: int | No
     name = "the picture" if isinstance(source, np.ndarray) else str(source)
     picture = source if isinstance(source, np.ndarray) else read_image(source)
     with FaceTracker(max_faces=_MAX_FACES) as tracker:
-        found = find_faces(tracker, model, picture)
+        found = detect_faces(tracker, model, picture)
     if not found:
         raise UserError(
             f"no face found in {name}; give a picture in which a face of {MIN_FACE} pixels or more is clearly visible"
@@ -132,7 +134,7 @@ def find_portrait(model: FaceModel, source: str | Path | Picture, face: int | No
     )
 
 
-def _check(name: str, picture: Picture, face: Face, pose: Floats, residual: float) -> None:
+def _check(name: str, picture: ImageArray, face: Face, pose: Floats, residual: float) -> None:
     """Refuse a face that cannot be animated, and say of one that can what will be seen; one line each."""
     left, _, right, _ = face.box
     if right - left < MIN_FACE:
@@ -171,7 +173,7 @@ def _check(name: str, picture: Picture, face: Face, pose: Floats, residual: floa
             "the head in %s looks %s by %.0f degrees; beyond %.0f the face is often misread",
             *(name, "up" if pitch < 0 else "down", abs(pitch), _GOOD_PITCH),
         )
-    elif residual > 2 * SURE:
+    elif residual > 2 * MAX_RESIDUAL:
         logger.warning("the face in %s is hard to make out; look at the result, or give a clearer picture", name)
 
 
@@ -187,7 +189,7 @@ def track_landmarks(
         source: picture, or video (read at 25 fps).
         limit: number of frames to read at most.
         progress: called after each frame.
-        model: with it, a picture's face is found at any angle (:func:`flowvqtalker.face.detect.find_faces`).
+        model: with it, a picture's face is found at any angle (:func:`flowvqtalker.face.detect.detect_faces`).
 
     Returns:
         landmarks (T, 478, 3) in pixels and blendshapes (T, 52), float32; NaN where no face was found.
@@ -203,7 +205,7 @@ def track_landmarks(
             if model is None:
                 faces = [next(iter(tracker.detect(picture)), None)]
             else:
-                faces = [next((one.face for one in find_faces(tracker, model, picture)), None)]
+                faces = [next((one.face for one in detect_faces(tracker, model, picture)), None)]
         else:
             expected = round(info.seconds * FPS)
             expected = min(expected, limit) if limit is not None else expected

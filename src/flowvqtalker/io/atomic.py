@@ -15,10 +15,13 @@ from pathlib import Path
 
 from flowvqtalker.errors import UserError
 
-__all__ = ["atomic_folder", "atomic_path", "atomic_write", "check_output"]
+__all__ = ["VIDEO_SUFFIXES", "atomic_folder", "atomic_path", "atomic_write", "check_output"]
+
+#: Suffixes of the videos that :class:`flowvqtalker.io.video.VideoWriter` writes.
+VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv")
 
 
-def check_output(path: str | Path, suffixes: tuple[str, ...]) -> Path:
+def check_output(path: str | Path, suffixes: tuple[str, ...] = VIDEO_SUFFIXES) -> Path:
     """Check that a file can be written, before any work is done.
 
     Raises:

@@ -13,14 +13,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from flowvqtalker.constants import FPS, SAMPLE_RATE
 from flowvqtalker.errors import MissingDependency, UserError
 
 __all__ = [
-    "SAMPLE_RATE",
     "SILENCE_DBFS",
     "Speech",
     "audio_frames",
+    "error_text",
     "load",
+    "open_media",
     "resampled",
     "scan",
     "stream",
@@ -29,13 +31,10 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-#: Samples per second of everything behind this module.
-SAMPLE_RATE = 16_000
-
 #: A file whose loudest sample stays below this level is refused as silent (a quiet microphone's hiss lies higher).
 SILENCE_DBFS = -60.0
 
-_SAMPLES_PER_FRAME = SAMPLE_RATE // 25
+_SAMPLES_PER_FRAME = SAMPLE_RATE // FPS
 _ALLOWED = "give a file such as WAV, MP3, FLAC, OGG, or a video with sound"
 
 
@@ -69,6 +68,24 @@ def video_frames(samples: int) -> int:
     return -(-samples // _SAMPLES_PER_FRAME)
 
 
+def open_media(path: str | Path) -> Any:
+    """Open a file with PyAV; a context manager.
+
+    As a ``file:`` URL, since FFmpeg takes what stands before the colon of ``12:30.wav`` for a protocol.
+    """
+    try:
+        import av
+    except ImportError as error:
+        raise MissingDependency("PyAV is not installed; run `pip install 'av>=13'`") from error
+    return av.open(f"file:{path}", metadata_errors="ignore")
+
+
+def error_text(error: Exception) -> str:
+    """The short text of an FFmpeg error, without its number and the file name."""
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return str(text).splitlines()[0]
+
+
 def audio_frames(path: str | Path) -> Iterator[Any]:
     """Decode the first audio track of a file, in its own format and rate.
 
@@ -80,20 +97,17 @@ def audio_frames(path: str | Path) -> Iterator[Any]:
     Raises:
         UserError: if the file does not exist, cannot be read, or has no audio track.
     """
-    try:
-        import av
-    except ImportError as error:
-        raise MissingDependency("PyAV is not installed; run `pip install 'av>=13'`") from error
-
     path = Path(path)
     if not path.is_file():
         problem = "is a folder or a pipe" if path.exists() else "does not exist"
         raise UserError(f"speech file {path} {problem}; give an audio or video file, for instance speech.wav")
+    import av
+
     damaged = False
     try:
-        container = av.open(str(path), metadata_errors="ignore")
+        container = open_media(path)
     except (av.FFmpegError, OSError) as error:
-        raise UserError(f"{path} cannot be read as audio ({_reason(error)}); {_ALLOWED}") from error
+        raise UserError(f"{path} cannot be read as audio ({error_text(error)}); {_ALLOWED}") from error
     with container:
         if not container.streams.audio:
             raise UserError(f"{path} has no audio track; {_ALLOWED}")
@@ -107,7 +121,7 @@ def audio_frames(path: str | Path) -> Iterator[Any]:
                 break
             except (av.FFmpegError, OSError) as error:  # an error of demuxing ends the iterator, this loop as well
                 if not damaged:
-                    logger.warning("%s: damaged audio was skipped (%s)", path, _reason(error))
+                    logger.warning("%s: damaged audio was skipped (%s)", path, error_text(error))
                 damaged = True
                 continue
             yield from decoded
@@ -209,9 +223,3 @@ def load(path: str | Path) -> npt.NDArray[np.float32]:
     """
     scan(path)
     return np.concatenate(list(stream(path, seconds=10.0)))
-
-
-def _reason(error: Exception) -> str:
-    """The short text of an FFmpeg error, without the number and the file name."""
-    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return str(text).splitlines()[0]

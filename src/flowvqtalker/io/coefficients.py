@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-import os
-import uuid
-from collections.abc import Callable
+import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
 import numpy.typing as npt
 
+from flowvqtalker.constants import FPS
 from flowvqtalker.errors import UserError
-from flowvqtalker.io.media import FPS
+from flowvqtalker.io.atomic import atomic_write
 
-__all__ = ["Coefficients", "write_whole"]
+__all__ = ["Coefficients"]
 
 Array = npt.NDArray[np.float32]
+
+#: What numpy and zipfile raise for damaged files; the message may be empty.
+_DAMAGED = (
+    *(OSError, ValueError, TypeError, EOFError, AttributeError, LookupError, NotImplementedError, RuntimeError),
+    *(zipfile.BadZipFile, zlib.error, MemoryError, SyntaxError),
+)
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,7 @@ class Coefficients:
             "crop": self.crop,
         }
         kept = {name: np.asarray(value, dtype=np.float32) for name, value in arrays.items() if value is not None}
-        write_whole(Path(path), lambda temporary: _savez(temporary, kept))
+        atomic_write(path, lambda temporary: _savez(temporary, kept))
 
     @classmethod
     def load(cls, path: str | Path) -> Coefficients:
@@ -75,8 +80,9 @@ class Coefficients:
         try:
             with np.load(path) as content:
                 arrays = {name: np.asarray(content[name], dtype=np.float32) for name in content.files}
-        except (OSError, ValueError, BadZipFile, EOFError, AttributeError) as error:
-            raise UserError(f"{path} is not an .npz file of motion ({str(error).splitlines()[0]})") from error
+        except _DAMAGED as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise UserError(f"{path} is not an .npz file of motion ({reason})") from error
         problems = [f"it has no {name}" for name in ("expression", "pose") if name not in arrays]
         if not problems:
             frames = len(arrays["expression"])
@@ -132,22 +138,6 @@ def _turned(angles: Array, times: npt.NDArray[np.float64]) -> Array:
     turns = Rotation.from_euler("ZYX", angles[:, ::-1].astype(np.float64))  # R = Rz(roll) Ry(yaw) Rx(pitch)
     found: Array = RotationSpline(np.arange(len(angles)), turns)(times).as_euler("ZYX")[:, ::-1].astype(np.float32)
     return found
-
-
-def write_whole(path: Path, write: Callable[[Path], None]) -> None:
-    """Write a file under a temporary name beside ``path`` and rename it; nothing is left after an error.
-
-    Raises:
-        UserError: if it cannot be written.
-    """
-    temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.part")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"output {path} cannot be written ({error.strerror}); check the folder and the disk") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _savez(path: Path, arrays: dict[str, Array]) -> None:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from flowvqtalker.io.audio import SAMPLE_RATE
+from flowvqtalker.constants import SAMPLE_RATE
 from flowvqtalker.motion.sampler import MotionGenerator
 from flowvqtalker.speech import features
 

@@ -14,7 +14,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from flowvqtalker.face.crop import SIZE, Crop
+from flowvqtalker.constants import CROP
+from flowvqtalker.face.crop import Crop
 from flowvqtalker.face.model import FaceModel
 from flowvqtalker.render.mesh_flow import MeshFlow
 
@@ -35,7 +36,7 @@ _FREE = 0.7
 # The field of motion reaches this far beyond the crop, in pixels of the crop: neck and shoulders of a picture go on
 # where its crop ends. Its cells are those of the generator's flow, since the hair around the face moves with them.
 _BEYOND, _CELL = 128, 4
-_SIDE = SIZE + 2 * _BEYOND
+_SIDE = CROP + 2 * _BEYOND
 _GRID = _SIDE // _CELL
 _SAMPLES = 4000
 # Distance from the middle of the face, in half face sizes, where its motion begins to fade and where nothing moves.
@@ -112,7 +113,7 @@ class Paster:
         rho0: Tensor,
     ) -> None:
         self._face, device = face_model, face_model.mean.device
-        self._mesh = MeshFlow(face_model, SIZE // _CELL, SIZE, _SAMPLES).to(device)
+        self._mesh = MeshFlow(face_model, CROP // _CELL, CROP, _SAMPLES).to(device)
         self._alpha = alpha.to(device, torch.float32)
         self._picture = picture
         start = self._project(beta0, rho0)
@@ -153,7 +154,7 @@ class Paster:
         y, x = np.mgrid[:_COLOUR_GRID, :_COLOUR_GRID].astype(np.float32)
         self._small_still = np.stack([x, y], axis=-1)
         seen = np.full((_COLOUR_GRID, _COLOUR_GRID), 0.0, np.float32)
-        step = SIZE / _COLOUR_GRID
+        step = CROP / _COLOUR_GRID
         where = crop.points_back(((np.stack([x, y], axis=-1) + 0.5) * step).astype(np.float64))
         seen[((where >= 0) & (where <= [width, height])).all(-1)] = 1
         self._seen = seen
@@ -175,7 +176,7 @@ class Paster:
         """
         end = self._project(beta, rho)
         with torch.inference_mode():
-            flow = self._mesh(self._start, end)[0].permute(1, 2, 0).cpu().numpy() * np.float32(SIZE / 2)
+            flow = self._mesh(self._start, end)[0].permute(1, 2, 0).cpu().numpy() * np.float32(CROP / 2)
         # Beyond the crop its border goes on, and the window makes it fade.
         more = _BEYOND // _CELL
         flow = np.asarray(cv2.copyMakeBorder(flow, more, more, more, more, cv2.BORDER_REPLICATE), np.float32)
@@ -227,7 +228,7 @@ class Paster:
     ) -> Picture:
         """The rendered face in a part of the area, moved back by as much as the picture moves less than it."""
         used = [np.flatnonzero(mask.any(k))[[0, -1]] * _CELL - _BEYOND for k in (1, 0)]
-        (top, bottom), (left, right) = (np.clip((k[0] - 3 * _CELL, k[1] + 4 * _CELL), 0, SIZE) for k in used)
+        (top, bottom), (left, right) = (np.clip((k[0] - 3 * _CELL, k[1] + 4 * _CELL), 0, CROP) for k in used)
         frame = frame[top:bottom, left:right]
         if not frame.size:
             return np.zeros((part[0].stop - part[0].start, part[1].stop - part[1].start, 3), np.uint8)
@@ -245,8 +246,8 @@ class Paster:
 
     def _matched(self, frame: Picture, mask: Floats, bend: Floats, back: Floats) -> Picture:
         """The rendered crop with its colour drawn to the picture's at the rim of the mask, smoothly inwards."""
-        size, step = (_COLOUR_GRID, _COLOUR_GRID), SIZE / _COLOUR_GRID
-        inner = slice(_BEYOND // _CELL, (_BEYOND + SIZE) // _CELL)
+        size, step = (_COLOUR_GRID, _COLOUR_GRID), CROP / _COLOUR_GRID
+        inner = slice(_BEYOND // _CELL, (_BEYOND + CROP) // _CELL)
         rim = cv2.resize(np.asarray(mask[inner, inner], np.float32), size, interpolation=cv2.INTER_AREA)
         rim = rim * (1 - rim) * self._seen
         if rim.sum() < 1:
@@ -266,7 +267,7 @@ class Paster:
         mean = ((under - over) * rim[..., None]).sum((0, 1)) / rim.sum()
         weak = np.float32(1e-3)
         drift = (sums[..., :3] + weak * mean.astype(np.float32)) / (sums[..., 3:] + weak)
-        drift = cv2.resize(np.clip(drift, -_COLOUR, _COLOUR), (SIZE, SIZE), interpolation=cv2.INTER_LINEAR)
+        drift = cv2.resize(np.clip(drift, -_COLOUR, _COLOUR), (CROP, CROP), interpolation=cv2.INTER_LINEAR)
         return np.asarray(cv2.add(frame, np.rint(drift).astype(np.int16), dtype=cv2.CV_8U), np.uint8)
 
     def __call__(self, frame: Picture, beta: Tensor, rho: Tensor) -> Picture:
@@ -276,9 +277,9 @@ class Paster:
             frame: (512, 512, 3) uint8.
             beta, rho: (64,), (6,) that it was rendered with.
         """
-        if frame.shape != (SIZE, SIZE, 3) or frame.dtype != np.uint8:
+        if frame.shape != (CROP, CROP, 3) or frame.dtype != np.uint8:
             raise ValueError(
-                f"a face must have shape ({SIZE}, {SIZE}, 3) and type uint8, got {frame.shape} {frame.dtype}"
+                f"a face must have shape ({CROP}, {CROP}, 3) and type uint8, got {frame.shape} {frame.dtype}"
             )
         result = self._picture.copy()
         if self.area[0].start < self.area[0].stop and self.area[1].start < self.area[1].stop:
@@ -326,7 +327,7 @@ def _window(
     low, high = points.min(0), points.max(0)
     radius = np.linalg.norm((place - (low + high) / 2) / ((high - low) / 2), axis=-1)
     around = 1 - _smooth((radius - _FADE) / (_STILL - _FADE))
-    edge = np.minimum(place + _BEYOND, SIZE + _BEYOND - place).min(-1)
+    edge = np.minimum(place + _BEYOND, CROP + _BEYOND - place).min(-1)
     around *= _smooth((edge - _CELL) / _MARGIN)
     inside = crop.points_back(place)
     border = np.minimum(inside, np.array(size[1::-1]) - inside).min(-1) * crop.scale

@@ -23,7 +23,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from flowvqtalker.io.audio import SAMPLE_RATE, video_frames
+from flowvqtalker.constants import SAMPLE_RATE
+from flowvqtalker.io.audio import video_frames
 
 __all__ = [
     "COLUMNS",

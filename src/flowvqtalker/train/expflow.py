@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lightning_fabric import Fabric
 from safetensors import SafetensorError
@@ -15,7 +16,6 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from flowvqtalker.constants import EMOTIONS
-from flowvqtalker.data.order import item_generator
 from flowvqtalker.errors import UserError
 from flowvqtalker.face.arkit import arkit_index
 from flowvqtalker.face.model import FaceModel
@@ -186,7 +186,7 @@ class ExpFlowStage(FlowStage):
                 found: list[Tensor] = []
                 chosen = [starts[i] for i in order.tolist()]
                 for part in (chosen[i : i + 16] for i in range(0, len(chosen), 16)):
-                    items = [plain.item(n, start, item_generator(0, n)) for n, start in part]
+                    items = [plain.item(n, start, np.random.default_rng([0, n])) for n, start in part]
                     tensors = {key: value.to(device) for key, value in default_collate(items).items()}
                     batch = self.flow.residual(collate(tensors, self.flow.config.source))
                     targets = batch.frames[:, self.flow.config.history :][batch.mask]

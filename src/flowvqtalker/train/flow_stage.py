@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset, default_collate
 
-from flowvqtalker.data.order import item_generator
 from flowvqtalker.errors import UserError
 from flowvqtalker.motion.flow import Flow, Sequences
 from flowvqtalker.speech.encoder import SpeechEncoder, SpeechEncoderConfig
@@ -102,7 +102,7 @@ def whole_clips(corpus: Corpus, numbers: list[int], dataset: SequenceDataset, fr
     """The first ``frames`` frames of some clips as one batch (shorter clips are masked at the end)."""
     config = SequenceConfig(**{**to_dict(dataset.config), "frames": frames})
     plain = SequenceDataset(corpus, config, dataset.audio, dataset.history, plain=True)
-    return collate(default_collate([plain.item(n, 0, item_generator(0, n)) for n in numbers]))
+    return collate(default_collate([plain.item(n, 0, np.random.default_rng([0, n])) for n in numbers]))
 
 
 class FlowStage(Stage):

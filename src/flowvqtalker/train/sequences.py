@@ -24,7 +24,6 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from flowvqtalker.constants import EMOTIONS
-from flowvqtalker.data.order import item_generator
 from flowvqtalker.data.shards import Shard
 from flowvqtalker.errors import UserError
 from flowvqtalker.loading import fast_dtype
@@ -258,7 +257,7 @@ def load_corpus(
     clips = []
     for folder in shards:
         shard = Shard(folder)
-        for number in shard.select(split, picture=False, min_length=config.shortest):
+        for number in shard.select(split, is_image=False, min_length=config.shortest):
             emotion = int(shard.emotion[number])
             if emotion < 0 and not pose:
                 continue
@@ -268,7 +267,7 @@ def load_corpus(
             wave = shard.wave(int(number)) if speech else None
             changed = config.augment and config.degraded > 0 and split == "train"
             degraded = (
-                degrade(wave, item_generator(_DEGRADE_SEED, int(number))) if wave is not None and changed else None
+                degrade(wave, np.random.default_rng([_DEGRADE_SEED, int(number)])) if wave is not None and changed else None
             )
             mel, other = (None if w is None else log_mel(w, frontend).astype(np.float16) for w in (wave, degraded))
             clips.append(
@@ -303,7 +302,7 @@ def encode_corpus(corpus: Corpus, encoder: AudioEncoder, copies: int = 1, seed: 
             corpus.clips[number] = replace(clip, features=nothing)
             continue
         index = np.arange(len(clip.frames))
-        voices = [None, *(item_generator(seed, number * copies + other) for other in range(1, copies))]
+        voices = [None, *(np.random.default_rng([seed, number * copies + other]) for other in range(1, copies))]
         found = [encoder.encode_clip(torch.from_numpy(clip.windows(index, voice))) for voice in voices]
         corpus.clips[number] = replace(clip, features=torch.stack(found).numpy().astype(np.float16))
 
@@ -333,7 +332,7 @@ class SequenceDataset(Dataset[dict[str, Any]]):
         self.seed, self.plain = seed, plain
 
     def __getitem__(self, i: int) -> dict[str, Any]:
-        random = item_generator(self.seed, i)
+        random = np.random.default_rng([self.seed, i])
         number = self.corpus.pick(random, self.config.balanced)
         emotional = not self.plain and self.corpus.clips[number].emotion not in CALM
         graft = emotional and self.corpus.lips is not None and self.corpus.speakers

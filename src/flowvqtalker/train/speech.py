@@ -19,8 +19,7 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from flowvqtalker.data.order import item_generator
-from flowvqtalker.data.speech_set import CURVES, TEACHER, UNITS, SpeechSet
+from flowvqtalker.data.speech_sets import CURVES, TEACHER, UNITS, SpeechSet
 from flowvqtalker.data.teacher import read_variables
 from flowvqtalker.errors import UserError
 from flowvqtalker.face.model import EXPRESSION
@@ -132,7 +131,7 @@ class _Items(Dataset[dict[str, Any]]):
         return [self.places[i] for i in self.orders[0][0]]
 
     def __getitem__(self, i: int) -> dict[str, Any]:
-        random = item_generator(self.config.loop.seed, i)
+        random = np.random.default_rng([self.config.loop.seed, i])
         order = 0 if random.random() < self.config.lips_share else 1
         chosen, shares = self.orders[order if len(self.orders[order][0]) else 1 - order]
         place = min(int(np.searchsorted(shares, random.random())), len(chosen) - 1)
@@ -227,7 +226,7 @@ class SpeechStage(Stage):
             if "x" in str(one.index["name"][number]).rsplit(" ", 1)[-1][:1]:
                 continue  # as it is, not faster or slower
             length = int(one.length[number])
-            item = self.val_data.item(which, number, 0, length, item_generator(0, 0))
+            item = self.val_data.item(which, number, 0, length, np.random.default_rng([0, 0]))
             batch = {key: value[None].to(fabric.device) for key, value in item.items()}
             given = speech_encoder(batch["windows"])
             for key, share in self._shares(given, batch).items():

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from flowvqtalker.errors import UserError
 
 __all__ = [
+    "EVALUATORS",
     "FINISHED",
-    "JUDGES",
     "NAMES",
     "SPEECH_ENCODER",
     "TERMS",
@@ -48,13 +48,13 @@ NAMES = {
 SPEECH_ENCODER = {"speech_encoder": "speech"}
 
 #: Networks that only `evaluate` needs, and the training stage that makes each.
-JUDGES = {
+EVALUATORS = {
     "sync": "sync",
     "emotion": "emotion",
     "motion_emotion": "motion-emotion",
 }
 
-_STAGES = {**NAMES, **SPEECH_ENCODER, **JUDGES}
+_STAGES = {**NAMES, **SPEECH_ENCODER, **EVALUATORS}
 #: Stages that finish the weights of another one: their files hold both.
 FINISHED = {"vqig": "mouth"}
 
@@ -126,7 +126,7 @@ def load(name: str, path: str | Path | None = None) -> tuple[dict[str, Tensor], 
     """Read one file of weights.
 
     Arguments:
-        name: one of :data:`NAMES` or :data:`JUDGES`.
+        name: one of :data:`NAMES` or :data:`EVALUATORS`.
         path: folder; None is the package's own.
 
     Returns:
@@ -205,7 +205,7 @@ def add(
     Arguments:
         source: a run's folder (``weights.safetensors`` and ``config.json``), or a safetensors file. A tensor that
             float16 cannot hold stays float32.
-        name: one of :data:`NAMES` or :data:`JUDGES`.
+        name: one of :data:`NAMES` or :data:`EVALUATORS`.
         path: folder of weights, made if it does not exist; None is the package's own.
         data: what they were trained on, in a sentence.
         terms: terms of use.

@@ -18,7 +18,6 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from flowvqtalker.constants import EMOTIONS
-from flowvqtalker.data.order import item_generator
 from flowvqtalker.data.shards import Shard
 from flowvqtalker.data.splits import split_of
 from flowvqtalker.errors import UserError
@@ -71,7 +70,7 @@ def load_faces(folder: Path, per_person: int) -> FaceClips:
     """
     shard, faces = Shard(folder), Faces(folder)
     clips = np.unique(faces.clip)
-    clips = clips[(shard.emotion[clips] >= 0) & ~shard.picture[clips]]
+    clips = clips[(shard.emotion[clips] >= 0) & ~shard.is_image[clips]]
     natural = shard.emotion[clips] == EMOTIONS.index("natural")
     labels = np.where(natural, NEUTRAL, shard.emotion[clips]).astype(np.int64)
     if len(set(labels.tolist())) < 2:
@@ -82,7 +81,7 @@ def load_faces(folder: Path, per_person: int) -> FaceClips:
     who = [str(shard.identity[clip]) for clip in faces.clip]
     unknown = np.array([name not in labelled for name in who], bool)
     split = np.array([split_of(name) for name in who])
-    image = shard.picture[faces.clip]
+    image = shard.is_image[faces.clip]
     images, frames = (
         by_person(np.flatnonzero(unknown & (split == "train") & (image == kind)), who) for kind in (True, False)
     )
@@ -257,7 +256,7 @@ class FaceItems(_Items):
         self.images = images
 
     def __getitem__(self, i: int) -> dict[str, Any]:
-        random = item_generator(self.seed, i)
+        random = np.random.default_rng([self.seed, i])
         images, frames = self.clips.unlabelled
         people = images if images and (not frames or random.random() < self.images) else frames
         return self.item([_draw(people, random)], random)
@@ -271,7 +270,7 @@ class ClipItems(_Items):
         self.draws = draws
 
     def __getitem__(self, i: int) -> dict[str, Any]:
-        random = item_generator(self.seed, i)
+        random = np.random.default_rng([self.seed, i])
         clip, label = self.draws.draw(random)
         whole = self.clips.numbers[clip]
         thirds = [int(random.choice(part if len(part) else whole)) for part in np.array_split(whole, 3)]

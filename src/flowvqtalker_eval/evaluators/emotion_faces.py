@@ -136,7 +136,7 @@ class PrepareEmotionFaces:
         """Clips with an emotion, and some neutral ones of each person."""
         seen: Counter[str] = Counter()
         chosen = []
-        for number in shard.select(picture=False):
+        for number in shard.select(is_image=False):
             emotion, who = int(shard.emotion[number]), str(shard.identity[number])
             if emotion == _NEUTRAL:
                 seen[who] += 1
@@ -146,9 +146,9 @@ class PrepareEmotionFaces:
 
     def _decoded(self, shard: Shard, numbers: Ints) -> Iterator[_Face]:
         """Frames spread evenly over clips."""
-        from flowvqtalker.data.clips import catalogue, read_frames, read_timing
+        from flowvqtalker.data.sources import catalogue, read_frames, read_timing
 
-        paths = {source.name: source.path for source in catalogue(self.data) if not source.picture}
+        paths = {source.name: source.path for source in catalogue(self.data) if not source.is_image}
         missing = [str(shard.name[n]) for n in numbers if str(shard.name[n]) not in paths]
         if missing:
             raise UserError(f"{len(missing)} clips of the shard are not in {self.data}, the first: {missing[0]}")
@@ -169,7 +169,7 @@ class PrepareEmotionFaces:
 
     def _stored(self, shard: Shard, decoded: Ints) -> Iterator[_Face]:
         """Images that the shard stores of the other clips."""
-        others = np.setdiff1d(np.flatnonzero((shard.emotion != _NEUTRAL) | shard.picture), decoded)
+        others = np.setdiff1d(np.flatnonzero((shard.emotion != _NEUTRAL) | shard.is_image), decoded)
         counts: Counter[int] = Counter()
         for image in tqdm(shard.images_of(others), desc="faces of images", dynamic_ncols=True):
             clip, row = int(shard.image_clip[image]), int(shard.image_row[image])

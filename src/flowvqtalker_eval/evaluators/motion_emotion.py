@@ -114,7 +114,7 @@ def load_clips(shards: tuple[Path, ...], per_person: int, shortest: int = 12) ->
     found = [
         (shard, int(number))
         for shard in map(Shard, shards)
-        for number in shard.select(picture=False, min_length=shortest)
+        for number in shard.select(is_image=False, min_length=shortest)
         if shard.emotion[number] >= 0
     ]
     emotions = np.array([shard.emotion[number] for shard, number in found], np.int64)

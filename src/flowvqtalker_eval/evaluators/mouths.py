@@ -140,11 +140,11 @@ class PrepareMouths:
         Raises:
             UserError: if there is no shard, or none of its clips with speech is in the folder.
         """
-        from flowvqtalker.data.clips import catalogue
+        from flowvqtalker.data.sources import catalogue
 
         shard = Shard(self.shard)
-        paths = {source.name: source.path for source in catalogue(self.data) if not source.picture}
-        clips = [int(c) for c in shard.select(speech=True, picture=False) if str(shard.name[c]) in paths]
+        paths = {source.name: source.path for source in catalogue(self.data) if not source.is_image}
+        clips = [int(c) for c in shard.select(speech=True, is_image=False) if str(shard.name[c]) in paths]
         if not clips:
             raise UserError(f"no clip with speech of shard {self.shard} is in {self.data}; give the folder it is of")
         start = np.full(len(shard), -1, np.int64)
@@ -179,7 +179,7 @@ def _cut_clips(shard: Shard, clips: Sequence[int], paths: dict[str, Path]) -> It
 
 def _clip_mouths(path: Path, landmarks: Floats) -> Pixels:
     """Crops (T, 48, 96) of a clip at 25 fps, each of the frame nearest to its tick, like the shard's landmarks."""
-    from flowvqtalker.data.clips import read_frames, read_timing
+    from flowvqtalker.data.sources import read_frames, read_timing
 
     ticks = len(landmarks)
     nearest = np.abs(read_timing(path).times[None] - np.arange(ticks)[:, None] / FPS).argmin(1)

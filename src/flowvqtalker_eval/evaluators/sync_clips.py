@@ -49,7 +49,7 @@ class SyncClips:
         mouths = mouths_of(shard)
         expert = load_sync_expert(self.weights)
         offset, confidence = np.zeros(len(shard), np.int64), np.zeros(len(shard), np.float32)
-        numbers = [n for n in shard.select(speech=True, picture=False, min_length=_SHORTEST).tolist() if n in mouths]
+        numbers = [n for n in shard.select(speech=True, is_image=False, min_length=_SHORTEST).tolist() if n in mouths]
         if not numbers:
             raise UserError(f"{self.shard} has no mouths; cut them with `flowvqtalker prepare-mouths`")
         for number in tqdm(numbers, desc="sync", unit="clip", disable=None):

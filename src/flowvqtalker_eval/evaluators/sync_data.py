@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from flowvqtalker.data.order import item_generator
 from flowvqtalker.data.shards import SAMPLES, Shard
 from flowvqtalker.errors import UserError
 from flowvqtalker.train.config import check
@@ -83,7 +82,7 @@ def load_speech_clips(paths: Sequence[Path], split: str, shortest: int) -> list[
     clips: list[SpeechClip] = []
     for shard in map(Shard, paths):
         mouths = mouths_of(shard)
-        chosen = set(shard.select(split, speech=True, picture=False, min_length=shortest).tolist())
+        chosen = set(shard.select(split, speech=True, is_image=False, min_length=shortest).tolist())
         for number in sorted(chosen & set(mouths)):
             if not np.isfinite(shard.lag[number]):
                 continue
@@ -115,7 +114,7 @@ class SegmentDataset(Dataset[dict[str, Tensor]]):
         self._shares = shares / shares.sum()
 
     def __getitem__(self, i: int) -> dict[str, Tensor]:
-        random = item_generator(self.seed, i)
+        random = np.random.default_rng([self.seed, i])
         clip = self.clips[int(random.choice(len(self.clips), p=self._shares))]
         start = int(random.integers(len(clip) - self.config.frames + 1))
         segment = clip.part(start, start + self.config.frames)

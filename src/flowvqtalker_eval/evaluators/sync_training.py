@@ -28,7 +28,6 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from flowvqtalker.data.order import item_generator
 from flowvqtalker.train.config import LoopConfig, check, to_dict
 from flowvqtalker.train.loop import Stage
 from flowvqtalker_eval.evaluators.sync_data import SegmentConfig, SegmentDataset, SpeechClip, load_speech_clips
@@ -209,7 +208,7 @@ def _aligned(video: Tensor, audio: Tensor, slack: int) -> tuple[Tensor, Tensor]:
 def _known_offset(number: int, frames: int) -> int:
     """By how many frames the sound of a clip is delayed in validation."""
     most = max(0, min(_OFFSETS, frames - _LEFT))
-    return int(item_generator(1, number).integers(-most, most + 1))
+    return int(np.random.default_rng([1, number]).integers(-most, most + 1))
 
 
 def build(config: Config) -> Stage:

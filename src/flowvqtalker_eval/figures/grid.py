@@ -13,7 +13,8 @@ import tyro
 
 from flowvqtalker.constants import FPS
 from flowvqtalker.errors import UserError
-from flowvqtalker.io.media import Picture, read_video
+from flowvqtalker.io.image import ImageArray
+from flowvqtalker.io.video import read_video
 from flowvqtalker_eval.figures import style
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ class _Canvas:
         place = x / self.width, 1 - y / self.height
         self.figure.text(*place, text, rotation=rotation, ha="center", va="center")
 
-    def image(self, image: Picture, x: int, y: int, w: int, h: int) -> Axes:
+    def image(self, image: ImageArray, x: int, y: int, w: int, h: int) -> Axes:
         """An image resampled to w by h pixels; its axes count the image's own pixels."""
         place = x / self.width, 1 - (y + h) / self.height, w / self.width, h / self.height
         axes = self.figure.add_axes(place)
@@ -56,7 +57,7 @@ class _Canvas:
         style.hide_axes(axes)
         return axes
 
-    def cell(self, image: Picture, x: int, y: int, width: int, height: int, boxes: Sequence[Box], inset: float) -> None:
+    def cell(self, image: ImageArray, x: int, y: int, width: int, height: int, boxes: Sequence[Box], inset: float) -> None:
         """An image centred in a cell, with boxes marked and enlarged into its corners."""
         from matplotlib.patches import Rectangle
 
@@ -76,7 +77,7 @@ class _Canvas:
 
 
 def make(
-    rows: Mapping[str, Sequence[Picture]],
+    rows: Mapping[str, Sequence[ImageArray]],
     *,
     columns: Sequence[str] = (),
     zoom: Mapping[str, Sequence[Sequence[Box]]] | None = None,
@@ -122,7 +123,7 @@ def make(
     return canvas.figure
 
 
-def _resize(image: Picture, width: int, height: int) -> Picture:
+def _resize(image: ImageArray, width: int, height: int) -> ImageArray:
     """Resample to the pixels of the printed figure: area averaging to shrink, else cubic."""
     import cv2
 
@@ -130,7 +131,7 @@ def _resize(image: Picture, width: int, height: int) -> Picture:
     return np.asarray(cv2.resize(np.ascontiguousarray(image), (width, height), interpolation=how), dtype=np.uint8)
 
 
-def _cut(image: Picture, box: Box) -> Picture:
+def _cut(image: ImageArray, box: Box) -> ImageArray:
     x, y, w, h = (round(v) for v in box)
     if w < 2 or h < 2 or x < 0 or y < 0 or x + w > image.shape[1] or y + h > image.shape[0]:
         raise UserError(
@@ -189,10 +190,10 @@ def choose_frames(length: int, count: int = 5, frames: Sequence[int] = (), times
     return indices
 
 
-def read_frames(path: Path, indices: Sequence[int]) -> list[Picture]:
+def read_frames(path: Path, indices: Sequence[int]) -> list[ImageArray]:
     """The frames with these indices at 25 fps, in the order given."""
     wanted, last = set(indices), max(indices)
-    found: dict[int, Picture] = {}
+    found: dict[int, ImageArray] = {}
     for index, frame in enumerate(read_video(path)):
         if index in wanted:
             found[index] = frame
@@ -201,7 +202,7 @@ def read_frames(path: Path, indices: Sequence[int]) -> list[Picture]:
     return [found[index] for index in indices]
 
 
-def face_boxes(images: Sequence[Picture], region: str, tracker: Any | None = None) -> list[Box | None]:
+def face_boxes(images: Sequence[ImageArray], region: str, tracker: Any | None = None) -> list[Box | None]:
     """Where a region of the face lies in each image; None where no face is found.
 
     The box is centred on the lips or the lids. Its size follows the face (the larger of the distance of the outer eye
@@ -297,7 +298,7 @@ class Grid:
         return videos
 
 
-def _scaled(rows: Mapping[str, Sequence[Picture]], box: Box) -> dict[str, list[Box]]:
+def _scaled(rows: Mapping[str, Sequence[ImageArray]], box: Box) -> dict[str, list[Box]]:
     """A box in pixels of the first row, scaled to the image size of each row."""
     first = next(iter(rows.values()))[0]
     _cut(first, box)
@@ -308,7 +309,7 @@ def _scaled(rows: Mapping[str, Sequence[Picture]], box: Box) -> dict[str, list[B
     return found
 
 
-def _followed(rows: Mapping[str, Sequence[Picture]], region: str) -> dict[str, list[Box]]:
+def _followed(rows: Mapping[str, Sequence[ImageArray]], region: str) -> dict[str, list[Box]]:
     """A region's box in every image; without a face, the box of the nearest image of the row that has one."""
     found: dict[str, list[Box]] = {}
     for name, images in rows.items():

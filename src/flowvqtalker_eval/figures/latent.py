@@ -162,7 +162,7 @@ def pick_clips(shard: Shard, split: str, count: int, frontend: str = "mel") -> l
     from flowvqtalker.speech.features import log_mel
     from flowvqtalker.train.sequences import MotionClip
 
-    numbers = shard.select(split, picture=False, min_length=_SHORTEST)
+    numbers = shard.select(split, is_image=False, min_length=_SHORTEST)
     clips = []
     for label in range(len(EMOTIONS)):
         turns: dict[str, int] = {}

@@ -242,7 +242,7 @@ def _read(talker: Any, path: Path, wave: Array | None) -> tuple[Coefficients, Ar
     """Motion of a file, and its speech: a video's own, else the given one, else none."""
     from flowvqtalker.io.audio import load as load_audio
     from flowvqtalker.io.coefficients import Coefficients
-    from flowvqtalker.io.media import probe
+    from flowvqtalker.io.video import probe
 
     if path.suffix.lower() == ".npz":
         return Coefficients.load(path), wave

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from flowvqtalker.constants import EMOTIONS
 from flowvqtalker.errors import MissingDependency, UserError
-from flowvqtalker.io.coefficients import write_whole
-from flowvqtalker.io.media import check_output
+from flowvqtalker.io.atomic import atomic_write, check_output
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -148,7 +147,7 @@ def save(figure: Figure, path: str | Path) -> tuple[Path, Path]:
     path = check_figure(path)
     png, pdf = (path.with_suffix(suffix) for suffix in _SUFFIXES)
     with look():
-        write_whole(png, lambda part: figure.savefig(part, format="png"))
+        atomic_write(png, lambda part: figure.savefig(part, format="png"))
         # Without a date, the same figure gives the same file.
-        write_whole(pdf, lambda part: figure.savefig(part, format="pdf", metadata={"CreationDate": None}))
+        atomic_write(pdf, lambda part: figure.savefig(part, format="pdf", metadata={"CreationDate": None}))
     return png, pdf

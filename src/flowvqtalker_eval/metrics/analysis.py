@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from flowvqtalker.errors import UserError
-from flowvqtalker.io.media import probe, read_video
+from flowvqtalker.io.video import probe, read_video
 from flowvqtalker.weights import sha256
 
 __all__ = [
@@ -318,7 +318,7 @@ def read_wave(path: str | Path, frames: int) -> Wave | None:
     """
     import av
 
-    from flowvqtalker.data.clips import read_audio, read_timing
+    from flowvqtalker.data.sources import read_audio, read_timing
 
     try:
         found = read_audio(path, read_timing(path).start, frames)

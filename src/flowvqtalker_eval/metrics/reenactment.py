@@ -19,7 +19,7 @@ from flowvqtalker.data.pairs import PairDataset
 from flowvqtalker.data.shards import Shard
 from flowvqtalker.errors import UserError
 from flowvqtalker.face.model import FaceModel
-from flowvqtalker.io.media import Picture
+from flowvqtalker.io.image import ImageArray
 from flowvqtalker.render.mesh_flow import MeshFlow
 from flowvqtalker.render.perceptual import PerceptualLoss
 from flowvqtalker.render.vqig import VQIG
@@ -36,7 +36,7 @@ BASELINES = ("copied source", "codebook of the target")
 _FRECHET = "frechet_mobilenet"
 
 
-def to_image(values: Tensor) -> Picture:
+def to_image(values: Tensor) -> ImageArray:
     """(3, H, W) in [-1, 1] to (H, W, 3) uint8."""
     levels = values.float().clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
     return np.ascontiguousarray(levels.permute(1, 2, 0).cpu().numpy())
@@ -54,9 +54,9 @@ class Pair:
     """
 
     name: str
-    source: Picture
-    target: Picture
-    images: Mapping[str, Picture]
+    source: ImageArray
+    target: ImageArray
+    images: Mapping[str, ImageArray]
     boxes: Mapping[str, Box] = field(default_factory=dict)
 
     @property

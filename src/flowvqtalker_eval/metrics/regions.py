@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from flowvqtalker.constants import CROP
 from flowvqtalker.errors import UserError
 from flowvqtalker.face.topology import LEFT_EYE, LIPS, RIGHT_EYE, VERTICES
-from flowvqtalker.io.media import Picture
+from flowvqtalker.io.image import ImageArray
 from flowvqtalker.render.perceptual import PerceptualLoss
 
 __all__ = ["SIZES", "Box", "as_tensor", "crop", "perceptual_distances", "regions"]
@@ -53,13 +53,13 @@ def regions(points: npt.NDArray[np.floating[Any]], side: int = CROP) -> dict[str
     return boxes
 
 
-def crop(image: Picture, box: Box) -> Picture:
+def crop(image: ImageArray, box: Box) -> ImageArray:
     """The part of an image (H, W, 3) inside a box."""
     left, top, width, height = box
     return np.ascontiguousarray(image[top : top + height, left : left + width])
 
 
-def as_tensor(image: Picture, device: str | torch.device = "cpu") -> Tensor:
+def as_tensor(image: ImageArray, device: str | torch.device = "cpu") -> Tensor:
     """(H, W, 3) uint8 to (1, 3, H, W) in [-1, 1]."""
     return torch.from_numpy(image).to(device).permute(2, 0, 1)[None].float().div(127.5).sub(1)
 
@@ -67,8 +67,8 @@ def as_tensor(image: Picture, device: str | torch.device = "cpu") -> Tensor:
 @torch.inference_mode()
 def perceptual_distances(
     perceptual: PerceptualLoss,
-    target: Picture,
-    images: Mapping[str, Picture],
+    target: ImageArray,
+    images: Mapping[str, ImageArray],
     box: Box | None = None,
     device: str | torch.device = "cpu",
 ) -> dict[str, float]:
@@ -82,7 +82,7 @@ def perceptual_distances(
         device: where the network is.
     """
 
-    def features(image: Picture) -> list[Tensor]:
+    def features(image: ImageArray) -> list[Tensor]:
         if box is None:
             return perceptual.features(as_tensor(image, device))
         return perceptual.features(F.interpolate(as_tensor(crop(image, box), device), scale_factor=2))

@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from flowvqtalker.constants import FPS
 from flowvqtalker.errors import UserError
-from flowvqtalker.io.media import FPS, Picture, VideoWriter, probe, read_video
+from flowvqtalker.io.image import ImageArray
+from flowvqtalker.io.video import VideoWriter, probe, read_video
 from flowvqtalker_eval.study.key import LABELS, Expected
 
 __all__ = ["blind_copy", "write_check", "write_practice"]
@@ -116,7 +118,7 @@ def write_check(source: Path, target: Path, expected: Expected) -> None:
     _bare(target)
 
 
-def _fit(frame: Picture) -> Picture:
+def _fit(frame: ImageArray) -> ImageArray:
     """A picture large enough for the text."""
     from PIL import Image
 
@@ -146,7 +148,8 @@ def write_practice(target: Path) -> None:
 
     It shows the controls and lets people set the volume, and it sets no standard for the clips that count.
     """
-    from flowvqtalker.io.audio import SAMPLE_RATE, load
+    from flowvqtalker.constants import SAMPLE_RATE
+    from flowvqtalker.io.audio import load
 
     with as_file(files("flowvqtalker") / "assets" / "sample_speech.ogg") as path:
         samples = load(path)[: round(_PRACTICE_SECONDS * SAMPLE_RATE)]
@@ -168,7 +171,7 @@ def write_practice(target: Path) -> None:
     _bare(target)
 
 
-def _face(opening: float, blink: float) -> Picture:
+def _face(opening: float, blink: float) -> ImageArray:
     """A drawn face, twice as large and scaled down for smooth edges."""
     from PIL import Image, ImageDraw
 

@@ -41,7 +41,7 @@ class Export:
     """File to write (.json or .csv)."""
 
     def run(self) -> None:
-        from flowvqtalker.io.media import check_output
+        from flowvqtalker.io.atomic import check_output
         from flowvqtalker_eval.study.answers import read_file, write_file
 
         check_output(self.output, (".json", ".csv"))

@@ -11,7 +11,7 @@ import pandas as pd
 
 from flowvqtalker.constants import EMOTIONS
 from flowvqtalker.errors import UserError
-from flowvqtalker.io.media import MediaInfo, probe
+from flowvqtalker.io.video import MediaInfo, probe
 
 __all__ = ["REAL", "Source", "differences", "find_sources", "method_folders"]
 

@@ -17,10 +17,11 @@ from torch import Tensor
 from flowvqtalker.constants import FPS, SAMPLE_RATE
 from flowvqtalker.errors import UserError
 from flowvqtalker.face.fit import fit
-from flowvqtalker.face.portrait import find_portrait, track_landmarks
+from flowvqtalker.face.portrait import load_portrait, track_landmarks
+from flowvqtalker.io.atomic import atomic_write
 from flowvqtalker.io.audio import load as load_audio
-from flowvqtalker.io.coefficients import write_whole
-from flowvqtalker.io.media import Picture, VideoWriter, read_image, read_video
+from flowvqtalker.io.image import ImageArray, read_image
+from flowvqtalker.io.video import VideoWriter, read_video
 from flowvqtalker.loading import choose_device, choose_dtype, fast_dtype, load_face_model, load_flows, load_generator
 from flowvqtalker.pipeline import Block, Talker, write_video
 from flowvqtalker.render.renderer import Renderer
@@ -120,7 +121,7 @@ class Animator:
             emotion = clip.item.emotion
             self._talker(True).animate(clip.portrait, clip.speech, output.path, emotion=emotion, seed=output.seed)
             return
-        frames: Iterator[Picture]
+        frames: Iterator[ImageArray]
         if output.method == "copy":
             frames = (clip.portrait.image for _ in range(clip.frames))
         elif output.method == "reenact":
@@ -138,7 +139,7 @@ class Animator:
         """The type that was chosen, or the fastest on the device."""
         return self._dtype or fast_dtype(self.device)
 
-    def _warped(self, clip: _Clip) -> Iterator[Picture]:
+    def _warped(self, clip: _Clip) -> Iterator[ImageArray]:
         source = clip.portrait
         renderer = _WarpRenderer(
             self.generator, self.face, source.image, source.identity, source.expression, source.pose,
@@ -146,7 +147,7 @@ class Animator:
         )  # fmt: skip
         return renderer.render([clip.motion()])
 
-    def _reconstructed(self, clip: _Clip) -> Iterator[Picture]:
+    def _reconstructed(self, clip: _Clip) -> Iterator[ImageArray]:
         autoencoder = self.generator.to(self.device).eval().autoencoder
         crops = clip.crops()
         while batch := list(islice(crops, _BATCH)):
@@ -171,9 +172,9 @@ class _Clip:
         limits = [s for s in (item.seconds, animator.seconds) if s is not None]
         self.limit = max(1, round(min(limits) * FPS)) if limits else None
         first = next(read_video(item.clip))
-        self.portrait = find_portrait(self.face, first if item.portrait is None else read_image(item.portrait), face=0)
+        self.portrait = load_portrait(self.face, first if item.portrait is None else read_image(item.portrait), face=0)
         # A given portrait is another image: the real clip gets the crop of its own first frame.
-        self.crop = self.portrait.crop if item.portrait is None else find_portrait(self.face, first, face=0).crop
+        self.crop = self.portrait.crop if item.portrait is None else load_portrait(self.face, first, face=0).crop
         self.frames = sum(1 for _ in self._read())
         self.speech = self._write_speech(place / "speech.wav")
         real = animator.folder / "real" / f"{item.name}.mp4"
@@ -187,12 +188,12 @@ class _Clip:
             from PIL import Image
 
             image.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(image, lambda path: Image.fromarray(self.portrait.image).save(path, format="PNG"))
+            atomic_write(image, lambda path: Image.fromarray(self.portrait.image).save(path, format="PNG"))
 
-    def _read(self) -> Iterator[Picture]:
+    def _read(self) -> Iterator[ImageArray]:
         return islice(read_video(self.item.clip), self.limit)
 
-    def crops(self) -> Iterator[Picture]:
+    def crops(self) -> Iterator[ImageArray]:
         """The real frames (512, 512, 3), cut like the portrait."""
         return map(self.crop.apply, self._read())
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from flowvqtalker.errors import UserError
-from flowvqtalker.io.coefficients import write_whole
+from flowvqtalker.io.atomic import atomic_write
 from flowvqtalker_eval.tables.plan import METHODS, Failures, Task, plan
 from flowvqtalker_eval.tables.splits import Item, load_split
 
@@ -308,7 +308,7 @@ def _same_settings(folder: Path, settings: dict[str, Any]) -> None:
     except OSError as error:
         raise UserError(f"folder {folder} cannot be created ({error.strerror}); choose another with -o") from error
     text = json.dumps(settings, indent=1)
-    write_whole(file, lambda path: _write_text(path, text))
+    atomic_write(file, lambda path: _write_text(path, text))
 
 
 def _write_text(path: Path, text: str) -> None:
@@ -321,7 +321,7 @@ def _write_items(path: Path, items: Sequence[Item]) -> None:
 
     rows = [(item.name, item.emotion, "yes" if item.has_speech else "no", item.clip) for item in items]
     text = pd.DataFrame(rows, columns=["name", "emotion", "voiced", "clip"]).to_csv(index=False)
-    write_whole(path, lambda place: _write_text(place, text))
+    atomic_write(path, lambda place: _write_text(place, text))
 
 
 def _clean(folder: Path) -> None:

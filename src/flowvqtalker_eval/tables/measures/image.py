@@ -12,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from flowvqtalker.errors import MissingDependency, UserError
-from flowvqtalker.io.media import read_image, read_video
+from flowvqtalker.io.image import read_image
+from flowvqtalker.io.video import read_video
 from flowvqtalker_eval.metrics.analysis import Extractor, Frames, Settings
 from flowvqtalker_eval.metrics.mesh import MeshExtractor
 from flowvqtalker_eval.report import Column

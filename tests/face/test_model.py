@@ -12,10 +12,9 @@ from safetensors.torch import load_file, save_file
 from flowvqtalker import weights
 from flowvqtalker.errors import UserError
 from flowvqtalker.face.arkit import ARKIT_NAMES, arkit_index, fit_arkit, to_arkit
-from flowvqtalker.face.fit import Fit, fit
+from flowvqtalker.face.fit import Fit, fast_directions, fit, smooth_clip
 from flowvqtalker.face.geometry import align, angles_of, rodrigues, rotation_vectors, unproject
 from flowvqtalker.face.model import CENTRE, FOCAL, FaceModel, rotation_matrix
-from flowvqtalker.face.smooth import fast_directions, smooth_clip
 from flowvqtalker.face.topology import EYE_CORNERS, INNER_LIPS, LEFT_EYE, RIGHT_EYE, strip, surface_triangles
 
 MODEL = weights.folder() / "face_model.safetensors"

@@ -12,11 +12,11 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from flowvqtalker.data import clips as material
+from flowvqtalker.constants import CROP
 from flowvqtalker.data import lip_sync as sync
-from flowvqtalker.data.clips import Source, Tracker
+from flowvqtalker.data import sources as material
 from flowvqtalker.data.identity import Describer
-from flowvqtalker.data.shards import SIZE
+from flowvqtalker.data.sources import Source, Tracker
 from flowvqtalker.errors import UserError
 
 __all__ = ["PrepareConfig", "Tools", "choose_frames", "cut_pictures", "describe_source", "fit_source", "split_jpegs"]
@@ -111,7 +111,7 @@ def fit_source(source: Source, tools: Tools) -> dict[str, Any]:
 
     config = tools.config
     raw = material.track_source(source, config.tracks, tools.tracker)
-    if source.picture:
+    if source.is_image:
         height, width = material.read_picture(source.path).shape[:2]
         nearest, away, start, ticks = np.zeros(1, np.int64), np.zeros(1, np.float32), 0.0, 1
     else:
@@ -125,15 +125,15 @@ def fit_source(source: Source, tools: Tools) -> dict[str, Any]:
         raw, nearest, away = material.resample(raw, times, ticks)
     seen = np.isfinite(raw.landmarks).all((1, 2))
     if seen.mean() < 1 - config.max_missing:
-        raise UserError("no face found" if source.picture else f"no face in {1 - seen.mean():.0%} of the frames")
+        raise UserError("no face found" if source.is_image else f"no face in {1 - seen.mean():.0%} of the frames")
     crop = crop_box(raw.landmarks)
     landmarks = crop.points(raw.landmarks).astype(np.float32)
-    fitted = tools.fit(landmarks, config.smooth and not source.picture)
+    fitted = tools.fit(landmarks, config.smooth and not source.is_image)
     error = float(np.nanmean(fitted.residual))
     if error > config.max_residual:
         raise UserError(f"the face model fits badly ({error:.3f} eye distances)")
     corners = np.array([[0, 0], [width, 0], [width, height], [0, height]], np.float32)
-    audio = None if source.picture else material.read_audio(source.path, start, ticks)
+    audio = None if source.is_image else material.read_audio(source.path, start, ticks)
     part: dict[str, Any] = {
         "identity_shape": fitted.identity,
         "expression": fitted.expression,
@@ -145,7 +145,7 @@ def fit_source(source: Source, tools: Tools) -> dict[str, Any]:
         "away": away,
         "crop": crop.matrix,
         "valid": crop.points(corners).astype(np.float32),
-        "native": SIZE / crop.scale,
+        "native": CROP / crop.scale,
     }
     if audio is not None:
         part["audio"] = audio
@@ -168,7 +168,7 @@ def describe_source(source: Source, tools: Tools) -> dict[str, Any]:
 
 
 def _own_frames(source: Source, wanted: set[int]) -> dict[int, npt.NDArray[np.uint8]]:
-    if source.picture:
+    if source.is_image:
         return {0: material.read_picture(source.path)}
     return dict(material.read_frames(source.path, wanted))
 

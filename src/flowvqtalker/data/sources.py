@@ -14,8 +14,8 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from flowvqtalker.constants import EMOTIONS
-from flowvqtalker.data.shards import FPS, SAMPLES
+from flowvqtalker.constants import EMOTIONS, FPS
+from flowvqtalker.data.shards import SAMPLES
 from flowvqtalker.errors import UserError
 
 __all__ = [
@@ -50,7 +50,7 @@ class Source:
         identity: who it is; None where unknown.
         emotion: number in :data:`flowvqtalker.EMOTIONS`, -1 where unknown.
         speech: whether its sound is the speech of its face.
-        picture: whether it is a picture.
+        is_image: whether it is a single image.
     """
 
     name: str
@@ -59,12 +59,12 @@ class Source:
     identity: str | None
     emotion: int
     speech: bool
-    picture: bool
+    is_image: bool
 
     @property
     def key(self) -> str:
         """Name of the files kept about it."""
-        return ("pic_" if self.picture else "clip_") + self.name.replace("/", "_")
+        return ("pic_" if self.is_image else "clip_") + self.name.replace("/", "_")
 
 
 def catalogue(data: str | Path) -> list[Source]:
@@ -80,7 +80,7 @@ def catalogue(data: str | Path) -> list[Source]:
     data = Path(data)
     if not data.is_dir():
         raise UserError(f"no folder {data}; give one with clips.csv and clips/, or one with videos")
-    sources = [*_table(data, "clips", picture=False), *_table(data, "faces", picture=True)]
+    sources = [*_table(data, "clips", is_image=False), *_table(data, "faces", is_image=True)]
     if not sources:
         for path in sorted(p for p in data.rglob("*") if p.suffix.lower() in _VIDEOS | _PICTURES):
             inside = path.relative_to(data)
@@ -98,13 +98,13 @@ def _list(names: Iterable[str]) -> str:
     return ", ".join(sorted(names))
 
 
-def _table(data: Path, kind: str, picture: bool) -> list[Source]:
+def _table(data: Path, kind: str, is_image: bool) -> list[Source]:
     table = data / f"{kind}.csv"
     if not table.is_file():
         return []
     with open(table, newline="", encoding="utf-8") as stream:
         rows = list(csv.DictReader(stream))
-    needed = ("file", "source", "identity") if picture else ("file", "source", "identity", "emotion", "speech")
+    needed = ("file", "source", "identity") if is_image else ("file", "source", "identity", "emotion", "speech")
     missing = [column for column in needed if rows and column not in rows[0]]
     if missing:
         raise UserError(f"{table} lacks the columns {', '.join(missing)}")
@@ -119,7 +119,7 @@ def _table(data: Path, kind: str, picture: bool) -> list[Source]:
             identity=None if row["identity"].endswith("unknown") else row["identity"],
             emotion=EMOTIONS.index(row["emotion"]) if row.get("emotion") in EMOTIONS else -1,
             speech=row.get("speech") == "yes",
-            picture=picture,
+            is_image=is_image,
         )
         for row in rows
     ]
@@ -248,7 +248,7 @@ def track_source(
     if file is not None and file.is_file():
         with np.load(file) as stored:
             return Raw(stored["lm"].astype(np.float32), stored["bs"].astype(np.float32))
-    frames = [read_picture(source.path)] if source.picture else (frame for _, frame in read_frames(source.path))
+    frames = [read_picture(source.path)] if source.is_image else (frame for _, frame in read_frames(source.path))
     landmarks, blendshapes = [], []
     with make_tracker() as tracker:
         for face in tracker.track(frames):
@@ -258,7 +258,7 @@ def track_source(
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
         beside = file.with_name(file.name + ".tmp.npz")
-        rate = 0.0 if source.picture else 1 / float(np.median(np.diff(read_timing(source.path).times)))
+        rate = 0.0 if source.is_image else 1 / float(np.median(np.diff(read_timing(source.path).times)))
         np.savez(beside, lm=raw.landmarks, bs=raw.blendshapes.astype(np.float16), fps=rate)
         os.replace(beside, file)
     return raw

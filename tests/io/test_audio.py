@@ -14,7 +14,7 @@ from flowvqtalker.errors import UserError
 from flowvqtalker.io import audio as decode
 from flowvqtalker.speech import features
 
-from .conftest import babble, write_wav
+from ..conftest import babble, write_wav
 
 
 def encode(path: Path, samples: np.ndarray, codec: str, rate: int, layout: str = "mono") -> Path:

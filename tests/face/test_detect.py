@@ -13,10 +13,10 @@ from PIL import Image
 
 from flowvqtalker.errors import UserError
 from flowvqtalker.face.crop import crop_box
-from flowvqtalker.face.detect import SURE, find_faces
-from flowvqtalker.face.portrait import find_portrait
+from flowvqtalker.face.detect import MAX_RESIDUAL, detect_faces
+from flowvqtalker.face.portrait import load_portrait
 from flowvqtalker.face.tracker import Face, FaceTracker
-from flowvqtalker.io.media import read_image
+from flowvqtalker.io.image import read_image
 from flowvqtalker.loading import load_face_model
 
 
@@ -33,7 +33,7 @@ def tracker():
 
 @pytest.fixture(scope="module")
 def upright(tracker, model, astronaut):
-    (found,) = find_faces(tracker, model, astronaut)
+    (found,) = detect_faces(tracker, model, astronaut)
     return found
 
 
@@ -56,9 +56,9 @@ def apart(face: Face, points: np.ndarray) -> float:
 def test_a_face_is_found_at_any_angle(tracker, model, astronaut, upright, degrees):
     picture, matrix = turned(astronaut, degrees)
     points = upright.face.landmarks[:, :2] @ matrix[:, :2].T + matrix[:, 2]
-    (found,) = find_faces(tracker, model, picture)
+    (found,) = detect_faces(tracker, model, picture)
     assert apart(found.face, points) < 0.03
-    assert found.residual < SURE
+    assert found.residual < MAX_RESIDUAL
     # The crop comes out upright.
     linear = crop_box(found.face.landmarks).matrix[:, :2] @ matrix[:, :2]
     assert abs(math.degrees(math.atan2(linear[1, 0], linear[0, 0]))) < 5
@@ -76,7 +76,7 @@ def test_upside_down_was_read_wrongly_before(tracker, astronaut, upright):
 def test_sizes(tracker, model, astronaut, upright, width):
     factor = width / (upright.face.box[2] - upright.face.box[0])
     picture = np.asarray(cv2.resize(astronaut, None, fx=factor, fy=factor, interpolation=cv2.INTER_AREA))
-    (found,) = find_faces(tracker, model, picture)
+    (found,) = detect_faces(tracker, model, picture)
     assert apart(found.face, upright.face.landmarks[:, :2] * factor) < 0.04
 
 
@@ -84,13 +84,13 @@ def test_a_small_face_in_a_large_picture(tracker, model, astronaut, upright):
     """Too large to be searched at full size, and the face a fifteenth of its width."""
     picture = np.full((1500, 2600, 3), 110, np.uint8)
     picture[900:1412, 2000:2512] = astronaut
-    (found,) = find_faces(tracker, model, picture)
+    (found,) = detect_faces(tracker, model, picture)
     assert apart(found.face, upright.face.landmarks[:, :2] + [2000, 900]) < 0.04
 
 
 def test_ten_thousand_pixels(tracker, model, astronaut, upright):
     picture = np.asarray(cv2.resize(astronaut, (10_000, 10_000), interpolation=cv2.INTER_LINEAR))
-    (found,) = find_faces(tracker, model, picture)
+    (found,) = detect_faces(tracker, model, picture)
     assert apart(found.face, upright.face.landmarks[:, :2] * (10_000 / 512)) < 0.04
 
 
@@ -99,14 +99,14 @@ def test_two_faces_are_two(tracker, model, astronaut):
     picture = np.full((300, 640, 3), 110, np.uint8)
     picture[20:280, 30:290] = head
     picture[40:248, 370:578] = cv2.resize(head, (208, 208), interpolation=cv2.INTER_AREA)
-    large, small = find_faces(tracker, model, picture)
+    large, small = detect_faces(tracker, model, picture)
     assert large.face.landmarks[:, 0].mean() < 320 < small.face.landmarks[:, 0].mean()
-    assert max(large.residual, small.residual) < SURE
+    assert max(large.residual, small.residual) < MAX_RESIDUAL
 
 
 def test_nothing_is_found_in_noise(tracker, model):
     noise = np.random.default_rng(0).integers(0, 256, (300, 300, 3), dtype=np.uint8)
-    assert find_faces(tracker, model, noise) == []
+    assert detect_faces(tracker, model, noise) == []
 
 
 # ---------------------------------------------------------------------------------- what is refused, what is said
@@ -115,7 +115,7 @@ def test_nothing_is_found_in_noise(tracker, model):
 def said(caplog, model, picture) -> str:
     caplog.clear()
     with caplog.at_level(logging.WARNING):
-        find_portrait(model, picture)
+        load_portrait(model, picture)
     lines = [record.getMessage() for record in caplog.records]
     assert all("\n" not in line for line in lines)
     return " | ".join(lines)
@@ -133,7 +133,7 @@ def test_small_faces_are_said_and_tiny_ones_refused(model, astronaut, upright, c
 
     assert "pixels wide; from 80 on" in said(caplog, model, scaled(72))
     with pytest.raises(UserError, match=r"is [45]\d pixels wide, 64 are needed"):
-        find_portrait(model, scaled(52))
+        load_portrait(model, scaled(52))
 
 
 def test_a_face_that_the_border_cuts(model, astronaut, upright, caplog):
@@ -141,7 +141,7 @@ def test_a_face_that_the_border_cuts(model, astronaut, upright, caplog):
     assert "cuts off" in said(caplog, model, np.ascontiguousarray(astronaut[:, left + (right - left) // 6 :]))
     half = np.ascontiguousarray(astronaut[: top + round(0.62 * (bottom - top))])  # without a mouth
     with pytest.raises(UserError, match=r"cuts off \d+ % of the face; give|no face found"):
-        find_portrait(model, half)
+        load_portrait(model, half)
 
 
 @pytest.mark.parametrize(("yaw", "pitch", "line"), [(38, 0, "turned by 3|turned by 4"), (0, -38, "looks up by")])
@@ -190,7 +190,7 @@ def test_every_kind_of_file_shows_the_same_face(tracker, model, astronaut, uprig
     for file in files:
         picture = read_image(file)
         assert (picture.shape, picture.dtype) == ((512, 512, 3), np.uint8), file.name
-        (found,) = find_faces(tracker, model, picture)
+        (found,) = detect_faces(tracker, model, picture)
         assert apart(found.face, upright.face.landmarks[:, :2]) < 0.03, file.name
 
 
@@ -203,5 +203,5 @@ def test_pictures_of_a_hundred_million_pixels_are_read_without_a_word(tmp_path):
 
 def test_heic_is_named(tmp_path):
     (tmp_path / "IMG_1.HEIC").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(200))
-    with pytest.raises(UserError, match=r"IMG_1\.HEIC is a HEIC picture, which cannot be read; give a JPEG"):
+    with pytest.raises(UserError, match=r"IMG_1\.HEIC is a HEIC image, which cannot be read; give a JPEG"):
         read_image(tmp_path / "IMG_1.HEIC")

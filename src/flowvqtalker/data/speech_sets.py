@@ -34,9 +34,8 @@ import numpy.typing as npt
 import tyro
 from tqdm import tqdm
 
-from flowvqtalker.data.order import item_generator
-from flowvqtalker.data.shards import FPS, SAMPLES, Shard
-from flowvqtalker.data.speech_set import COLUMNS, CURVES, TEACHER, UNITS, SpeechSet
+from flowvqtalker.constants import FPS
+from flowvqtalker.data.shards import SAMPLES, Shard
 from flowvqtalker.data.splits import split_of
 from flowvqtalker.errors import UserError
 from flowvqtalker.speech.augment import degrade
@@ -46,11 +45,46 @@ __all__ = ["CURVES", "TEACHER", "UNITS", "PrepareSpeech", "Recording", "SpeechSe
 
 logger = logging.getLogger(__name__)
 
+#: Sizes of the targets.
+TEACHER, UNITS, CURVES = 256, 17, 12
+COLUMNS = {"teacher": TEACHER, "lips": 64, "units": UNITS, "curves": CURVES}
+
 _SLOWEST, _FASTEST = 0.85, 1.18
 #: Clips whose lips hardly follow their sound teach the teacher's features, but no lips.
 _CORRELATION = 0.1
 
 Floats = npt.NDArray[np.float32]
+
+
+class SpeechSet:
+    """Read a speech set (the module says what its files hold).
+
+    Attributes:
+        mel, teacher, lips, units, curves: see the module (memory-mapped).
+        speaker, split: of each recording.
+        start, length: rows of each recording.
+        mel_start, mel_length: mel columns of each recording.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        path = Path(folder)
+        try:
+            with np.load(path / "index.npz", allow_pickle=False) as index:
+                self.index = {key: index[key] for key in index.files}
+            self.mel = np.load(path / "mel.npy", mmap_mode="r")
+            columns = {key: np.load(path / f"{key}.npy", mmap_mode="r") for key in COLUMNS}
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(
+                f"{path} is not a speech set ({error}); make one with flowvqtalker prepare-speech"
+            ) from error
+        self.teacher, self.lips = columns["teacher"], columns["lips"]
+        self.units, self.curves = columns["units"], columns["curves"]
+        self.speaker, self.split = self.index["speaker"], self.index["split"]
+        self.start, self.length = self.index["start"], self.index["length"]
+        self.mel_start, self.mel_length = self.index["mel_start"], self.index["mel_length"]
+
+    def __len__(self) -> int:
+        return len(self.start)
 
 
 @dataclass(frozen=True)
@@ -139,7 +173,7 @@ def write(
     rows: dict[str, list[npt.NDArray[np.float16]]] = {key: [] for key in COLUMNS}
     mels, about = [], []
     for number, plain in enumerate(tqdm(found, desc="speech", unit="recording", disable=None)):
-        random = item_generator(seed, number)
+        random = np.random.default_rng([seed, number])
         for rate in (1.0, float(np.exp(random.uniform(np.log(_SLOWEST), np.log(_FASTEST))))):
             one = plain.at(rate)
             if one.frames == 0:
@@ -206,7 +240,7 @@ def _principal(features: npt.NDArray[Any], rows: npt.NDArray[np.bool_], size: in
 def _of_shards(shards: tuple[Path, ...]) -> Iterator[Recording]:
     for folder in shards:
         shard = Shard(folder)
-        for number in np.flatnonzero(shard.speech & shard.sound & ~shard.picture):
+        for number in np.flatnonzero(shard.speech & shard.sound & ~shard.is_image):
             expression = np.array(shard.expression[shard.rows(int(number))], np.float32)
             follows = shard.split[number] == "val" or not shard.correlation[number] < _CORRELATION
             lips = {"lips": (float(FPS), expression - expression.mean(0))} if follows else {}

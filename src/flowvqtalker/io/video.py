@@ -1,13 +1,10 @@
-"""Pictures and video in, video out: frames stream through, and nothing holds more than a few of them."""
+"""Read and write video: frames stream through, and nothing holds more than a few of them."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
-import os
-import uuid
-import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -15,22 +12,19 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from flowvqtalker.constants import FPS
 from flowvqtalker.errors import MissingDependency, UserError
-from flowvqtalker.io.audio import resampled
+from flowvqtalker.io.atomic import VIDEO_SUFFIXES, atomic_path, check_output
+from flowvqtalker.io.audio import error_text, open_media, resampled
+from flowvqtalker.io.image import ImageArray, existing_file, image_size
 
-__all__ = ["FPS", "MediaInfo", "Picture", "VideoWriter", "check_output", "probe", "read_image", "read_video"]
+__all__ = ["MediaInfo", "VideoWriter", "probe", "read_video"]
 
 logger = logging.getLogger(__name__)
 
-#: Frames per second of everything inside.
-FPS = 25
-
-#: One RGB picture, (H, W, 3) uint8.
-Picture = npt.NDArray[np.uint8]
-
-_CONTAINERS = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "matroska"}
+# FFmpeg's names of the containers.
+_CONTAINERS = dict(zip(VIDEO_SUFFIXES, ("mp4", "mp4", "mov", "matroska"), strict=True))
 _LONGEST_LAST = 0.1  # seconds
 _SOUND_BLOCK = 1024  # samples, one AAC frame: the sound never runs ahead of the picture by more
 _AUDIO_RATES = (48_000, 44_100, 32_000, 24_000, 22_050, 16_000)
@@ -41,11 +35,11 @@ class MediaInfo:
     """What a file holds.
 
     Attributes:
-        kind: ``"picture"`` or ``"video"``.
-        width: pixels, as displayed.
-        height: pixels, as displayed.
-        fps: frames per second of the file (0 for a picture).
-        seconds: length as the file states it (0 for a picture or where it is unknown).
+        kind: ``"image"`` or ``"video"``.
+        width: pixels, as displayed (of an image: as stored).
+        height: pixels, likewise.
+        fps: frames per second of the file (0 for an image).
+        seconds: length as the file states it (0 for an image or where it is unknown).
         sound: whether there is an audio track.
     """
 
@@ -57,105 +51,39 @@ class MediaInfo:
     sound: bool = False
 
 
-def _existing(path: str | Path, what: str) -> Path:
-    path = Path(path)
-    if not path.is_file():
-        problem = "is a folder" if path.is_dir() else "does not exist"
-        raise UserError(f"{what} {path} {problem}; check the name")
-    return path
-
-
 def probe(path: str | Path) -> MediaInfo:
-    """Tell a picture from a video and measure it; decodes one frame at most.
+    """Tell an image from a video and measure it; decodes one frame at most.
 
     Raises:
         UserError: if the file does not exist or is neither.
     """
-    path = _existing(path, "input")
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with _large_pictures(), Image.open(path) as image:
-            if getattr(image, "n_frames", 1) == 1:
-                return MediaInfo("picture", image.width, image.height)
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError):
-        pass
+    path = existing_file(path, "input")
+    size = image_size(path)
+    if size is not None:
+        return MediaInfo("image", *size)
     import av
 
     try:
-        with av.open(str(path), metadata_errors="ignore") as container:
+        with open_media(path) as container:
             if not container.streams.video:
-                raise UserError(f"{path} is neither a picture nor a video; give for instance a JPEG, PNG or MP4 file")
+                raise UserError(f"{path} is neither an image nor a video; give for instance a JPEG, PNG or MP4 file")
             stream = container.streams.video[0]
-            for frame in container.decode(stream):
-                width, height = frame.width, frame.height
-                if getattr(frame, "rotation", 0) % 180:
-                    width, height = height, width
-                break
-            else:
+            frame = next(container.decode(stream), None)
+            if frame is None:
                 raise UserError(f"{path} holds no frame; give a complete video file")
+            width, height = frame.width, frame.height
+            if getattr(frame, "rotation", 0) % 180:
+                width, height = height, width
             length = float(stream.duration * stream.time_base) if stream.duration else (container.duration or 0) / 1e6
             sound = bool(container.streams.audio)
             return MediaInfo("video", width, height, float(stream.average_rate or 0), length, sound)
     except (av.FFmpegError, OSError) as error:
-        reason = getattr(error, "strerror", None) or type(error).__name__
         raise UserError(
-            f"{path} is neither a picture nor a video ({reason}); give for instance a JPEG, PNG or MP4 file"
+            f"{path} is neither an image nor a video ({error_text(error)}); give for instance a JPEG, PNG or MP4 file"
         ) from error
 
 
-def read_image(path: str | Path) -> Picture:
-    """Read a picture as (H, W, 3) uint8 RGB.
-
-    The camera's orientation (EXIF) is applied, transparency is laid on white, grey and 16-bit pictures become 8-bit
-    RGB. Of an animation the first frame is taken. Pictures of up to 178 million pixels are read.
-
-    Raises:
-        UserError: if the file does not exist, is no picture, or is damaged.
-    """
-    path = _existing(path, "picture")
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
-    try:
-        with _large_pictures(), Image.open(path) as opened:
-            image: Any = ImageOps.exif_transpose(opened)
-            if image.mode in ("I", "I;16", "I;16B", "I;16L"):
-                deep = np.asarray(image).astype(np.float64) / 257.0
-                image = Image.fromarray(np.clip(np.rint(deep), 0, 255).astype(np.uint8))
-            elif image.mode == "F":
-                deep = np.nan_to_num(np.asarray(image)) * (255 if np.nanmax(np.asarray(image)) <= 1 else 1)
-                image = Image.fromarray(np.clip(np.rint(deep), 0, 255).astype(np.uint8))
-            if image.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
-            return np.asarray(image.convert("RGB")).copy()
-    except UnidentifiedImageError as error:
-        what = "a HEIC picture, which cannot be read" if _is_heic(path) else "not a picture that can be read"
-        raise UserError(f"{path} is {what}; give a JPEG, PNG or WebP file") from error
-    except Image.DecompressionBombError as error:
-        raise UserError(f"{path} has too many pixels; scale it down, 512 to 4096 pixels a side are plenty") from error
-    except (OSError, SyntaxError, ValueError) as error:
-        raise UserError(f"{path} is a damaged picture ({error}); give a complete JPEG, PNG or WebP file") from error
-
-
-@contextmanager
-def _large_pictures() -> Iterator[None]:
-    """Pillow warns of pictures from 89 million pixels on and refuses those of twice as many: no warning here."""
-    from PIL import Image
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        yield
-
-
-def _is_heic(path: Path) -> bool:
-    """Whether a file says of itself that it holds HEIF pictures; Pillow reads them only with a plugin."""
-    with path.open("rb") as file:
-        head = file.read(12)
-    return head[4:8] == b"ftyp" and head[8:12] in (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1")
-
-
-def read_video(path: str | Path, fps: float = FPS) -> Iterator[Picture]:
+def read_video(path: str | Path, fps: float = FPS) -> Iterator[ImageArray]:
     """Frames of a video at a steady rate, whatever the rate of the file.
 
     Each source frame is put at the output frame nearest to its timestamp; gaps repeat the frame before, crowded frames
@@ -171,20 +99,20 @@ def read_video(path: str | Path, fps: float = FPS) -> Iterator[Picture]:
     Raises:
         UserError: if the file does not exist or has no video.
     """
-    path = _existing(path, "video")
+    path = existing_file(path, "video")
     import av
     from av.video.reformatter import VideoReformatter
 
     converter = VideoReformatter()
 
     try:
-        with av.open(str(path), metadata_errors="ignore") as container:
+        with open_media(path) as container:
             if not container.streams.video:
                 raise UserError(f"{path} has no video track; give for instance an MP4 file")
             stream = container.streams.video[0]
             stream.thread_type = "AUTO"
             source_fps = float(stream.average_rate or stream.guessed_rate or fps)
-            last: Picture | None = None
+            last: ImageArray | None = None
             size: tuple[int, int] | None = None
             written = 0  # output frames so far
             start: float | None = None
@@ -199,8 +127,8 @@ def read_video(path: str | Path, fps: float = FPS) -> Iterator[Picture]:
                     yield last
                     written += 1
                 size = size or (frame.width, frame.height)
-                picture = converter.reformat(frame, size[0], size[1], "rgb24").to_ndarray()
-                last = np.ascontiguousarray(np.rot90(picture, (getattr(frame, "rotation", 0) // 90) % 4))
+                image = converter.reformat(frame, size[0], size[1], "rgb24").to_ndarray()
+                last = np.ascontiguousarray(np.rot90(image, (getattr(frame, "rotation", 0) // 90) % 4))
                 stated = getattr(frame, "duration", 0)
                 length = float(stated * frame.time_base) if stated else 1.0 / source_fps
                 # Where the rate varies, the stated length of the last frame may be a tick of the clock.
@@ -211,7 +139,7 @@ def read_video(path: str | Path, fps: float = FPS) -> Iterator[Picture]:
                 yield last
                 written += 1
     except (av.FFmpegError, OSError) as error:
-        reason = getattr(error, "strerror", None) or type(error).__name__
+        reason = error_text(error)
         raise UserError(f"{path} cannot be read as video ({reason}); give for instance an MP4 file") from error
 
 
@@ -228,35 +156,17 @@ def _video_frames(container: Any, stream: Any, path: Path) -> Iterator[Any]:
             return
         except (av.FFmpegError, OSError) as error:  # an error of demuxing ends the iterator, this loop as well
             if not damaged:
-                logger.warning("%s: damaged video was skipped (%s)", path, error.strerror)
+                logger.warning("%s: damaged video was skipped (%s)", path, error_text(error))
             damaged = True
             continue
         yield from decoded
 
 
-def check_output(path: str | Path, suffixes: tuple[str, ...] = tuple(_CONTAINERS)) -> Path:
-    """Make sure that a file can be written, before any work is done.
-
-    Raises:
-        UserError: if the suffix is unknown, the folder is missing or not writable, or the path is a folder.
-    """
-    path = Path(path)
-    if path.suffix.lower() not in suffixes:
-        raise UserError(f"output {path}: the name must end in one of {', '.join(suffixes)}")
-    if path.is_dir():
-        raise UserError(f"output {path} is a folder; give a file name")
-    if not path.parent.is_dir():
-        raise UserError(f"output {path} cannot be written: there is no folder {path.parent}; create it first")
-    if not os.access(path.parent, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
-        raise UserError(f"output {path} cannot be written: permission denied; choose another folder")
-    return path
-
-
 class VideoWriter:
     """Writes frames to H.264 (yuv420p) with AAC sound as they are made.
 
-    A context manager. The file grows under a temporary name beside ``path`` and takes its place when the block ends
-    without an error; after any error or interrupt nothing is left behind.
+    A context manager. The file appears at ``path`` when the block ends without an error; after any error or interrupt
+    nothing is left behind (:func:`~flowvqtalker.io.atomic.atomic_path`).
 
     Arguments:
         path: ``.mp4``, ``.mov`` or ``.mkv``.
@@ -284,7 +194,7 @@ class VideoWriter:
         self._speech = speech
         self._fps = fps
         self._options = {"crf": str(crf), "preset": preset}
-        self._temporary = self.path.with_name(f".{self.path.stem}.{uuid.uuid4().hex[:8]}.part")
+        self._file = contextlib.ExitStack()
         self._container: Any = None
         self._video: Any = None
         self._converter: Any = None
@@ -295,11 +205,13 @@ class VideoWriter:
     def __enter__(self) -> VideoWriter:
         import av
 
-        container_format = _CONTAINERS[self.path.suffix.lower()]
-        options = {"movflags": "+faststart"} if container_format in ("mp4", "mov") else {}
+        container = _CONTAINERS[self.path.suffix.lower()]
+        options = {"movflags": "+faststart"} if container in ("mp4", "mov") else {}
+        temporary = self._file.enter_context(atomic_path(self.path))
         try:
-            self._container = av.open(str(self._temporary), "w", format=container_format, options=options)
+            self._container = av.open(f"file:{temporary}", "w", format=container, options=options)
         except (av.FFmpegError, OSError) as error:
+            self._file.__exit__(type(error), error, error.__traceback__)
             raise self._unwritable(error) from error
         return self
 
@@ -332,7 +244,7 @@ class VideoWriter:
         context.color_primaries = context.color_trc = context.colorspace = 1
         context.color_range = 1
 
-    def write(self, frame: Picture) -> None:
+    def write(self, frame: ImageArray) -> None:
         """Append one frame, (H, W, 3) uint8 RGB; all frames have the size of the first."""
         import av
 
@@ -348,11 +260,11 @@ class VideoWriter:
             )
         if width % 2 or height % 2:
             frame = np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
-        picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
-        picture = self._converter.reformat(picture, format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG")
-        picture.pts, picture.time_base = self.frames, Fraction(1, self._fps)
+        image = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+        image = self._converter.reformat(image, format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG")
+        image.pts, image.time_base = self.frames, Fraction(1, self._fps)
         try:
-            self._container.mux(self._video.encode(picture))
+            self._container.mux(self._video.encode(image))
             self.frames += 1
             self._write_sound(self.frames / self._fps)
         except (av.FFmpegError, OSError) as error:
@@ -374,7 +286,6 @@ class VideoWriter:
             if self._audio is not None:
                 self._container.mux(self._audio.encode(None))
             self._container.close()
-            os.replace(self._temporary, self.path)
         except (av.FFmpegError, OSError) as error:
             raise self._unwritable(error) from error
 
@@ -384,28 +295,34 @@ class VideoWriter:
         try:
             if kind is None:
                 self._finish()
-        finally:
-            close = getattr(self._sound, "close", None)
-            if close is not None:
-                close()
-            try:
-                self._container.close()
-            except Exception as error:  # the writing already failed and its own error is on its way
-                logger.debug("closing %s: %s", self._temporary, error)
-            self._temporary.unlink(missing_ok=True)
+        except BaseException as error:
+            self._close()
+            self._file.__exit__(type(error), error, error.__traceback__)
+            raise
+        self._close()
+        try:
+            self._file.__exit__(kind, value, trace)  # gives the file its name, or drops it after an error
+        except OSError as error:
+            raise self._unwritable(error) from error
+
+    def _close(self) -> None:
+        close = getattr(self._sound, "close", None)
+        if close is not None:
+            close()
+        try:
+            self._container.close()
+        except Exception as error:  # the writing already failed and its own error is on its way
+            logger.debug("closing %s: %s", self.path, error)
 
     def _unwritable(self, error: Exception) -> UserError:
-        reason = getattr(error, "strerror", None) or type(error).__name__
         return UserError(
-            f"output {self.path} cannot be written ({reason}); check the disk and the folder's permissions"
+            f"output {self.path} cannot be written ({error_text(error)}); check the disk and the folder's permissions"
         )
 
 
 def _sound_format(path: str | Path) -> tuple[int, str]:
     """Rate and layout for the AAC track: those of the file where AAC has them."""
-    import av
-
-    with av.open(str(path), metadata_errors="ignore") as container:
+    with open_media(path) as container:
         context = container.streams.audio[0].codec_context
         rate = context.sample_rate if context.sample_rate in _AUDIO_RATES else 48_000
         return rate, "mono" if context.layout.nb_channels == 1 else "stereo"

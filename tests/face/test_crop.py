@@ -6,8 +6,9 @@ import cv2
 import numpy as np
 import pytest
 
+from flowvqtalker.constants import CROP
 from flowvqtalker.errors import UserError
-from flowvqtalker.face.crop import SIZE, Crop, crop_box
+from flowvqtalker.face.crop import Crop, crop_box
 from flowvqtalker.face.topology import EYES, MOUTH_CORNERS
 
 
@@ -43,7 +44,7 @@ def test_crop_is_that_of_ffhq(across: float, down: float, turn: float) -> None:
     landmarks = made_landmarks(across, down, turn)
     landmarks[list(MOUTH_CORNERS), 0] += 5  # not symmetric
     crop = crop_box(landmarks)
-    corners = np.array([[0, 0], [0, SIZE], [SIZE, SIZE], [SIZE, 0]], dtype=float)
+    corners = np.array([[0, 0], [0, CROP], [CROP, CROP], [CROP, 0]], dtype=float)
     assert np.allclose(crop.points(ffhq_quad(landmarks)), corners, atol=1e-6)
     assert np.allclose(crop.points_back(corners), ffhq_quad(landmarks), atol=1e-6)
 
@@ -89,7 +90,7 @@ def test_pixels_land_where_points_say() -> None:
     cv2.circle(picture, (330, 180), 4, (255, 255, 255), -1)
     crop = crop_box(made_landmarks(60, 70, 0.35))
     image = crop.apply(picture)[..., 0].astype(float)
-    y, x = np.mgrid[:SIZE, :SIZE] + 0.5
+    y, x = np.mgrid[:CROP, :CROP] + 0.5
     centre = np.array([(image * x).sum(), (image * y).sum()]) / image.sum()
     assert np.allclose(centre, crop.points(np.array([330.5, 180.5])), atol=0.1)
 

@@ -13,7 +13,8 @@ import torch
 from flowvqtalker.errors import UserError
 from flowvqtalker.face.arkit import ARKIT_NAMES
 from flowvqtalker.face.model import FaceModel, rotation_matrix
-from flowvqtalker.io.coefficients import Coefficients, write_whole
+from flowvqtalker.io.atomic import atomic_write
+from flowvqtalker.io.coefficients import Coefficients
 
 __all__ = ["COLUMNS", "SUFFIXES", "check_fps", "export_motion", "head_angles", "live_link_rows", "save_live_link"]
 
@@ -58,7 +59,7 @@ def export_motion(
 
     Arguments:
         path: ``.npz`` (see :meth:`Coefficients.save`), ``.csv`` (see :func:`save_live_link`) or ``.glb`` (see
-            :func:`flowvqtalker.io.gltf.save_glb`).
+            :func:`flowvqtalker.face.gltf.save_glb`).
         motion: what to write.
         model: the face model that the motion is of.
         fps: frames per second; None keeps those of the motion.
@@ -81,7 +82,7 @@ def export_motion(
             blendshapes = model.blendshapes(torch.from_numpy(moved.expression)).numpy()
         save_live_link(path, moved, blendshapes)
     elif suffix == ".glb":
-        from flowvqtalker.io.gltf import save_glb
+        from flowvqtalker.face.gltf import save_glb
 
         save_glb(path, moved, model)
     else:
@@ -139,7 +140,7 @@ def save_live_link(path: str | Path, motion: Coefficients, blendshapes: Floats) 
             rows.writerow(["Timecode", "BlendshapeCount", *COLUMNS])
             rows.writerows(live_link_rows(motion, blendshapes))
 
-    write_whole(Path(path), write)
+    atomic_write(Path(path), write)
 
 
 def _timecode(frame: int, fps: float) -> str:

@@ -14,7 +14,8 @@ import torch
 from flowvqtalker import __version__
 from flowvqtalker.errors import UserError
 from flowvqtalker.face.model import FaceModel, rotation_matrix
-from flowvqtalker.io.coefficients import Coefficients, write_whole
+from flowvqtalker.io.atomic import atomic_write
+from flowvqtalker.io.coefficients import Coefficients
 
 __all__ = ["METRES", "glb", "save_glb"]
 
@@ -70,7 +71,7 @@ class _Buffer:
 def save_glb(path: str | Path, motion: Coefficients, model: FaceModel) -> None:
     """Write :func:`glb` to a file; it appears whole or not at all."""
     content = glb(motion, model)
-    write_whole(Path(path), lambda temporary: _write(temporary, content))
+    atomic_write(Path(path), lambda temporary: _write(temporary, content))
 
 
 def glb(motion: Coefficients, model: FaceModel) -> bytes:

@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 
 from flowvqtalker import EMOTIONS
-from flowvqtalker.data import clips as material
 from flowvqtalker.data import lip_sync as sync
-from flowvqtalker.data.clips import Raw, catalogue, read_audio, read_frames, read_timing, resample
+from flowvqtalker.data import sources as material
+from flowvqtalker.data.extract import PrepareConfig, choose_frames
 from flowvqtalker.data.identity import Describer, cluster, merge_known
 from flowvqtalker.data.prepare import prepare
 from flowvqtalker.data.shards import SAMPLES, Shard
-from flowvqtalker.data.source import PrepareConfig, choose_frames
+from flowvqtalker.data.sources import Raw, catalogue, read_audio, read_frames, read_timing, resample
 from flowvqtalker.data.splits import split_of
 from flowvqtalker.errors import UserError
 from flowvqtalker.face.topology import EYES, MOUTH_CORNERS

@@ -12,10 +12,10 @@ import torch
 
 from flowvqtalker.errors import UserError
 from flowvqtalker.face.arkit import ARKIT_NAMES
+from flowvqtalker.face.export import COLUMNS, GAZE, export_motion, head_angles, save_live_link
+from flowvqtalker.face.gltf import METRES, glb
 from flowvqtalker.face.model import FaceModel, rotation_matrix
 from flowvqtalker.io.coefficients import Coefficients
-from flowvqtalker.io.export import COLUMNS, GAZE, export_motion, head_angles, save_live_link
-from flowvqtalker.io.gltf import METRES, glb
 from flowvqtalker.loading import load_face_model
 
 
@@ -79,7 +79,7 @@ def test_values_stand_in_their_columns(tmp_path, motion):
     ],
 )
 def test_timecodes(fps, frame, timecode):
-    from flowvqtalker.io.export import _timecode
+    from flowvqtalker.face.export import _timecode
 
     assert _timecode(frame, fps) == timecode
 
@@ -217,7 +217,7 @@ def test_one_frame_and_no_numbers(motion, model):
 
 
 def test_nothing_is_left_after_a_failure(tmp_path, motion, model, monkeypatch):
-    from flowvqtalker.io import gltf as export_gltf
+    from flowvqtalker.face import gltf as export_gltf
 
     def full(path, content):
         path.write_bytes(content[:100])
