@@ -12,7 +12,7 @@ from scipy import ndimage
 from skimage.feature import canny
 
 from flowvqtalker.errors import UserError
-from flowvqtalker_eval.metrics.cpbd import Sharpness, _edge_blocks, cpbd, cpbd_at, edge_widths
+from flowvqtalker_eval.metrics.cpbd import Sharpness, cpbd, cpbd_at, edge_widths
 
 
 def slow_edges(image: np.ndarray) -> np.ndarray:
@@ -78,8 +78,8 @@ def slow_cpbd(grey: np.ndarray) -> float:
     return float(histogram[:64].sum() / max(1, histogram.sum()))
 
 
-def pictures(astronaut: np.ndarray) -> dict[str, np.ndarray]:
-    """Grey pictures of many kinds, some with sides that are no multiple of 64."""
+def images(astronaut: np.ndarray) -> dict[str, np.ndarray]:
+    """Grey images of many kinds, some with sides that are no multiple of 64."""
     grey = cv2.cvtColor(astronaut, cv2.COLOR_RGB2GRAY)
     generator = np.random.default_rng(0)
     ramp = np.tile(np.arange(256, dtype=np.uint8)[::-1], (64, 1))
@@ -100,12 +100,9 @@ def pictures(astronaut: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def test_equals_the_definition(astronaut: np.ndarray) -> None:
-    for name, grey in pictures(astronaut).items():
+    for name, grey in images(astronaut).items():
         image = grey.astype(np.float64)
         assert np.array_equal(edge_widths(grey), slow_widths(image)), name
-        rows, columns = (n // 64 for n in grey.shape)
-        whole = canny(image)[: rows * 64, : columns * 64].reshape(rows, 64, columns, 64)
-        assert np.array_equal(_edge_blocks(grey), whole.sum((1, 3)) > 8.192), name
         assert cpbd(grey) == pytest.approx(slow_cpbd(grey), abs=1e-12), name
 
 
@@ -114,8 +111,8 @@ def test_edge_of_known_width() -> None:
     scores = []
     for steps in (1, 2, 3, 4, 8):
         row = np.clip((np.arange(128) - 64) * 200 // steps + 100, 20, 220).astype(np.uint8)
-        picture = np.tile(row, (64, 1))
-        scores.append(cpbd(picture))
+        image = np.tile(row, (64, 1))
+        scores.append(cpbd(image))
     assert scores[0] == 1.0
     assert scores[-1] == 0.0
     assert sorted(scores, reverse=True) == scores
@@ -123,8 +120,8 @@ def test_edge_of_known_width() -> None:
 
 def test_falls_under_blur(astronaut: np.ndarray) -> None:
     blurred = [cv2.GaussianBlur(astronaut, (0, 0), sigma) for sigma in (0.6, 1.0, 1.5, 2.5, 4.0)]
-    native = [cpbd(picture) for picture in [astronaut, *blurred]]
-    common = [cpbd_at(picture) for picture in [astronaut, *blurred]]
+    native = [cpbd(image) for image in [astronaut, *blurred]]
+    common = [cpbd_at(image) for image in [astronaut, *blurred]]
     assert all(a > b for a, b in pairwise(native)), native
     # At 256 pixels a little blur before the reduction is none after it.
     assert all(a > b - 0.02 for a, b in pairwise(common)), common

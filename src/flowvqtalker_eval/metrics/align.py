@@ -1,21 +1,20 @@
-"""The ``eat`` crop: 128x128 pixels of the face aligned by nose and eyes; SSIM, PSNR, LMD and FID are read on it.
+"""The ``eat`` crop: 128x128 pixels of the face aligned by nose and eyes, for SSIM, PSNR, LMD and FID.
 
 Protocol of ``yuangan/evaluation_eat`` (``code/utils_crop.py``, after ATVGnet), the only public code that prints the
 paper's columns: a similarity is fitted by least squares from points 27..44 of a template to those of the frame, the
-frame is sampled with it bilinearly to 163x163 pixels, and ``[1:129, 1:129]`` of that is the crop.
+frame is sampled with it bilinearly to 163x163 pixels, and ``[1:129, 1:129]`` of that is the crop. As there, nothing is
+blurred before sampling, and outside the frame is black.
 
-**The template is ours**: theirs (``base_68.npy``) could not be had. Their code cuts faces at 0.64 times the height of
-dlib's box to each side of its centre, 1.28 heights in all; a template for 128 pixels thus has a box of 100 pixels in
-the middle. Ours is the mean of dlib's points in such boxes over 927 portraits of five collections (each collection
-weighs the same), made symmetric. Brows come to lie at 27, the chin at 120, the jaw at 17 and 111 of 128 pixels, so
-that the face just fits. They have a second template for closed eyes, which lets the picture jump with a blink; we use
-one. As in theirs, nothing is blurred before sampling, so large faces are sampled sparsely; outside the frame is black.
+Two deviations:
 
-Landmarks on the crop are predicted anew on it, as theirs are, but from the template's box instead of a new detection.
-On 13 clips of up to 50 frames the distance to the first frame is the same either way (means 1.99 and 1.99 pixels for
-the mouth, 1.85 and 1.81 for the face), but of a fourteenth the detector loses 36 of 50 cropped faces, whose errors it
-would hide. The detection rate that is reported is that of the frames. Transforming the frame's landmarks instead
-(``landmarks="frame"``, the only way for the mesh) has 0.1 to 0.2 pixels less noise, as the full resolution is used.
+- **The template is ours**, since theirs (``base_68.npy``) could not be had. Their code cuts faces at 0.64 times the
+  height of dlib's box to each side of its centre, so in 128 pixels the box measures 100. Ours is the mean of dlib's
+  points in such boxes over 927 portraits of five collections (each weighs the same), made symmetric. Their second
+  template, for closed eyes, makes the crop jump with a blink; we use one.
+- As theirs, landmarks on the crop are predicted anew, but in the template's box instead of a new detection. On 13 clips
+  both give the same distance to the first frame (mouth 1.99 and 1.99 pixels, face 1.85 and 1.81), but of a fourteenth
+  the detector loses 36 of 50 cropped faces, whose errors it would hide. ``landmarks="frame"`` transforms the frame's
+  landmarks instead, the only way for the mesh; that has 0.1 to 0.2 pixels less noise.
 """
 
 from __future__ import annotations
@@ -27,14 +26,14 @@ import numpy as np
 import numpy.typing as npt
 
 from flowvqtalker.errors import UserError
-from flowvqtalker_eval.metrics.analysis import Array, FrameExtractor, Settings
+from flowvqtalker_eval.metrics.analysis import Array, FrameExtractor, Frames, Settings
 from flowvqtalker_eval.metrics.landmarks68 import Dlib68
 
 __all__ = ["SIZE", "TEMPLATE", "AlignedFaces", "align68", "similarity", "warp"]
 
 SIZE = 128
 
-#: Where the 68 points lie in the crop of a mean face, in pixels; 27..44 decide.
+#: Where the 68 points of a mean face lie in the crop, in pixels.
 TEMPLATE = np.array(
     [
         # jaw
@@ -62,11 +61,10 @@ _USED = slice(27, 45)
 _BOX = (14, 14, 114, 114)  # dlib's box around the template
 
 Floats = npt.NDArray[np.floating[Any]]
-Pixels = npt.NDArray[np.uint8]
 
 
 def similarity(landmarks: Floats) -> npt.NDArray[np.float64]:
-    """Rotation, scale and shift (T, 2, 3) that take pixels of the crop to pixels of the frame.
+    """Rotation, scale and shift (T, 2, 3) from pixels of the crop to pixels of the frame.
 
     Arguments:
         landmarks: (T, 68, 2) in pixels of the frame; rows of NaN give NaN.
@@ -76,32 +74,27 @@ def similarity(landmarks: Floats) -> npt.NDArray[np.float64]:
     """
     if landmarks.ndim != 3 or landmarks.shape[1:] != (68, 2):
         raise UserError(f"landmarks must have shape (T, 68, 2), got {landmarks.shape}")
-    # A similarity of the plane is multiplication by one complex number and a shift: least squares in one line.
+    # A similarity of the plane is a complex factor and a shift: least squares in one line.
     source = TEMPLATE[_USED] @ [1, 1j]
     target = landmarks[:, _USED].astype(np.float64) @ [1, 1j]
     centre = source.mean()
     factor = (target * np.conj(source - centre)).sum(1) / np.square(np.abs(source - centre)).sum()
     shift = target.mean(1) - factor * centre
-    rows = [[factor.real, -factor.imag, shift.real], [factor.imag, factor.real, shift.imag]]
-    return np.asarray(np.moveaxis(np.array(rows), 2, 0), np.float64)
+    rows = np.stack([factor.real, -factor.imag, shift.real, factor.imag, factor.real, shift.imag], axis=1)
+    return rows.reshape(-1, 2, 3)
 
 
 def align68(landmarks: Floats) -> npt.NDArray[np.float32]:
     """Landmarks (T, 68, 2) of the frame in pixels of its crop; NaN stays NaN."""
     matrix = similarity(landmarks)
-    factor, shift = matrix[:, 0, 0] + 1j * matrix[:, 1, 0], matrix[:, 0, 2] + 1j * matrix[:, 1, 2]
-    with np.errstate(divide="ignore", invalid="ignore"):
+    factor, shift = matrix[:, :, 0] @ [1, 1j], matrix[:, :, 2] @ [1, 1j]
+    with np.errstate(invalid="ignore"):
         points = (landmarks.astype(np.float64) @ [1, 1j] - shift[:, None]) / factor[:, None]
     return np.stack([points.real, points.imag], -1).astype(np.float32)
 
 
-def warp(frame: Pixels, matrix: Floats) -> Pixels:
-    """The crop (128, 128, 3) of a frame (H, W, 3), sampled bilinearly; black outside of the frame.
-
-    Arguments:
-        frame: uint8.
-        matrix: (2, 3) from pixels of the crop to pixels of the frame.
-    """
+def warp(frame: Frames, matrix: Floats) -> Frames:
+    """The crop (128, 128, 3) of a frame (H, W, 3), black outside the frame, by a map from the crop to the frame."""
     how = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
     return np.asarray(cv2.warpAffine(frame, np.asarray(matrix, np.float64), (SIZE, SIZE), flags=how), np.uint8)
 
@@ -109,8 +102,8 @@ def warp(frame: Pixels, matrix: Floats) -> Pixels:
 class AlignedFaces(FrameExtractor):
     """The crop of each frame and the landmarks on it.
 
-    Arrays: ``aligned`` (T, 128, 128, 3) uint8, zeros where no face was found; ``aligned68`` (T, 68, 2) float32 in
-    pixels of the crop, NaN there.
+    Arrays: ``aligned`` (T, 128, 128, 3) uint8, zeros without a face; ``aligned68`` (T, 68, 2) float32 in pixels of the
+    crop, NaN without a face.
 
     Arguments:
         landmarks: ``crop`` predicts dlib's points anew on the crop; ``frame`` transforms those of the frame.
@@ -128,16 +121,13 @@ class AlignedFaces(FrameExtractor):
         points = "dlib 68 on the crop" if self._predictor is not None else "transformed from the frame"
         return {"crop": "eat 128", "template": "mean of 927 portraits, box 100/128", "landmarks": points}
 
-    def __call__(self, frames: Pixels, known: dict[str, Array]) -> dict[str, Array]:
+    def __call__(self, frames: Frames, known: dict[str, Array]) -> dict[str, Array]:
         """Frames (n, H, W, 3) and ``landmarks68`` to ``aligned`` and ``aligned68``."""
         landmarks = known["landmarks68"]
         aligned = np.zeros((len(frames), SIZE, SIZE, 3), np.uint8)
-        points = align68(landmarks)
-        for i, matrix in enumerate(similarity(landmarks)):
-            if not np.isfinite(matrix).all():
-                continue
-            aligned[i] = warp(frames[i], matrix)
+        points, matrices = align68(landmarks), similarity(landmarks)
+        for i in np.flatnonzero(np.isfinite(matrices).all((1, 2))):
+            aligned[i] = warp(frames[i], matrices[i])
             if self._predictor is not None:
-                grey = np.asarray(cv2.cvtColor(aligned[i], cv2.COLOR_RGB2GRAY), np.uint8)
-                points[i] = self._predictor.points(grey, _BOX)
+                points[i] = self._predictor.points(cv2.cvtColor(aligned[i], cv2.COLOR_RGB2GRAY), _BOX)
         return {"aligned": aligned, "aligned68": points}

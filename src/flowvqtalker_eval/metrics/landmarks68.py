@@ -1,7 +1,7 @@
-"""The 68 facial landmarks of the iBUG scheme in each frame: dlib's, or picked from the 478 points of the face mesh.
+"""The 68 iBUG landmarks of each frame: dlib's, or picked from the 478 points of the face mesh.
 
-Distances are defined on dlib's points. Those of the mesh lie elsewhere (2.1 pixels of the 128-pixel crop on average,
-3 to 5 at the jaw), so the two never share a column.
+Landmark distances are defined on dlib's points. Those of the mesh lie elsewhere (2.1 pixels of the 128-pixel crop on
+average, 3 to 5 at the jaw), so the two never share a column.
 
 dlib's files come with the package ``face_recognition_models``, which is found but never imported (it needs
 ``pkg_resources``). The shape predictor was trained on iBUG 300-W, whose licence excludes commercial use.
@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from flowvqtalker.errors import MissingDependency, UserError
 from flowvqtalker.weights import sha256
-from flowvqtalker_eval.metrics.analysis import Array, FrameExtractor, Settings
+from flowvqtalker_eval.metrics.analysis import Array, FrameExtractor, Frames, Settings
 
 __all__ = ["DLIB_SHA256", "MESH68", "Dlib68", "DlibModel", "Mesh68", "dlib_module", "find_dlib_model", "mesh68"]
 
@@ -37,8 +37,8 @@ DLIB_SHA256: dict[DlibModel, str] = {
     "dlib_face_recognition_resnet_model_v1.dat": "55533b28a95800a551ba546ba62fe69625c7e95a7061c338adffead08719da30",
 }
 
-#: Vertex of the face mesh for each of the 68 points: the one nearest to dlib's point on average over 103 aligned
-#: portraits, mirrored in the other half; where two are as near, the one on the same contour.
+#: Vertex of the face mesh for each of the 68 points: the nearest to dlib's point on average over 103 aligned portraits,
+#: mirrored in the other half; of two as near, the one on the same contour.
 MESH68 = np.array(
     [
         *(127, 234, 93, 215, 138, 136, 149, 148, 152, 377, 378, 365, 367, 435, 323, 454, 356),  # jaw
@@ -51,11 +51,9 @@ MESH68 = np.array(
     dtype=np.int64,
 )
 
-# Shorter side of the picture that is searched, the first that shows a face: dlib's detector needs 80 pixels of face,
-# and misses more of very large faces than of the same ones reduced (on one clip of 512 pixels, 39 of 50 frames).
+# Shorter sides of the reduced image that is searched, until one shows a face. dlib's detector needs 80 pixels of face,
+# but misses more very large faces than the same ones reduced (39 of 50 frames of one clip of 512 pixels).
 _SEARCHED = (256, 512, 1024)
-
-Pixels = npt.NDArray[np.uint8]
 
 
 def dlib_module() -> Any:
@@ -75,26 +73,24 @@ def find_dlib_model(name: DlibModel, folder: str | Path | None = None) -> Path:
     """A model file of dlib: in ``folder``, in the folder FLOWVQTALKER_DLIB, or in ``face_recognition_models``.
 
     Raises:
-        MissingDependency: if it is nowhere, or its sha256 is not the expected one.
+        MissingDependency: if it is nowhere, or has another sha256.
     """
     folders = [Path(given) for given in (folder, os.environ.get(VARIABLE)) if given]
     package = importlib.util.find_spec("face_recognition_models")
     if package is not None and package.submodule_search_locations:
         folders.append(Path(next(iter(package.submodule_search_locations))) / "models")
     hint = f"{_INSTALL}, or set {VARIABLE} to a folder with dlib.net/files/{name}.bz2, unpacked"
-    for candidate in folders:
-        file = candidate / name
-        if file.is_file():
-            found = sha256(file)
-            if found != DLIB_SHA256[name]:
-                raise MissingDependency(f"{file} has sha256 {found}, expected {DLIB_SHA256[name]}; {hint}")
-            return file
-    raise MissingDependency(f"{name} not found; {hint}")
+    file = next((place / name for place in folders if (place / name).is_file()), None)
+    if file is None:
+        raise MissingDependency(f"{name} not found; {hint}")
+    if (found := sha256(file)) != DLIB_SHA256[name]:
+        raise MissingDependency(f"{file} has sha256 {found}, expected {DLIB_SHA256[name]}; {hint}")
+    return file
 
 
 @functools.cache
 def _load_models(folder: str | Path | None) -> tuple[Any, Any, Any]:
-    """dlib, its face detector and its predictor, shared in the process: 100 MB."""
+    """dlib, its face detector and its predictor (100 MB), shared within the process."""
     dlib = dlib_module()
     path = find_dlib_model("shape_predictor_68_face_landmarks.dat", folder)
     return dlib, dlib.get_frontal_face_detector(), dlib.shape_predictor(str(path))
@@ -103,10 +99,8 @@ def _load_models(folder: str | Path | None) -> tuple[Any, Any, Any]:
 class Dlib68(FrameExtractor):
     """dlib's 68 points of the largest face of each frame, found in each frame on its own.
 
-    Faces are sought in a reduced picture (256 pixels, then 512, then 1024 until there is one), the points in the full
-    frame. Following the last box instead would save 4 ms a frame, but then a frame's points depend on where a clip
-    begins; and the box matters: moving it by the detector's own spread moves the points by 0.4 to 0.6 pixels of the
-    crop.
+    Following the last frame's box would save 4 ms a frame, but then a frame's points would depend on where a clip
+    begins: moving the box by the detector's own spread moves the points by 0.4 to 0.6 pixels of the crop.
 
     Arrays: ``landmarks68`` (T, 68, 2) float32 in pixels of the frame; NaN where no face was found.
 
@@ -115,7 +109,6 @@ class Dlib68(FrameExtractor):
     """
 
     name = "dlib68"
-    needs: tuple[str, ...] = ()
     gives = ("landmarks68",)
 
     def __init__(self, folder: str | Path | None = None) -> None:
@@ -126,8 +119,8 @@ class Dlib68(FrameExtractor):
         digest = DLIB_SHA256["shape_predictor_68_face_landmarks.dat"][:16]
         return {"landmarks": "dlib 68", "sha256": digest, "detector": "dlib HOG, shorter side 256/512/1024"}
 
-    def detect(self, grey: Pixels) -> tuple[int, int, int, int] | None:
-        """Left, top, right and bottom of the largest face in a grey picture (H, W), or None."""
+    def detect(self, grey: Frames) -> tuple[int, int, int, int] | None:
+        """Left, top, right and bottom of the largest face in a grey image (H, W), or None."""
         _, detector, _ = _load_models(self._folder)
         short = min(grey.shape)
         for size in sorted({min(size, short) for size in _SEARCHED}):
@@ -136,36 +129,31 @@ class Dlib68(FrameExtractor):
             small = grey if scale == 1 else cv2.resize(grey, (wide, high), interpolation=cv2.INTER_AREA)
             found, scores, _ = detector.run(np.ascontiguousarray(small), 0, 0.0)
             if len(found):
-                # Things taken for faces may be as large as one, but score far less.
+                # False detections may be as large as a face, but score far less.
                 sure = [i for i, score in enumerate(scores) if score >= max(scores) / 2]
                 box = found[max(sure, key=lambda i: (found[i].area(), scores[i]))]
-                left, top, right, bottom = (
-                    round(v * scale) for v in (box.left(), box.top(), box.right(), box.bottom())
-                )
+                sides = (box.left(), box.top(), box.right(), box.bottom())
+                left, top, right, bottom = (round(side * scale) for side in sides)
                 return left, top, right, bottom
         return None
 
-    def points(self, grey: Pixels, box: tuple[int, int, int, int]) -> npt.NDArray[np.float32]:
-        """The 68 points (68, 2) of the face in a box of a grey picture (H, W)."""
+    def points(self, grey: Frames, box: tuple[int, int, int, int]) -> npt.NDArray[np.float32]:
+        """The 68 points (68, 2) of the face in a box of a grey image (H, W)."""
         dlib, _, predictor = _load_models(self._folder)
         found = predictor(np.ascontiguousarray(grey), dlib.rectangle(*box))
         return np.array([(p.x, p.y) for p in found.parts()], np.float32)
 
-    def __call__(self, frames: Pixels, known: dict[str, Array]) -> dict[str, Array]:
+    def __call__(self, frames: Frames, known: dict[str, Array]) -> dict[str, Array]:
         """Frames (n, H, W, 3) to ``landmarks68``."""
+        if frames.ndim != 4 or frames.shape[3] != 3 or frames.dtype != np.uint8:
+            raise UserError(f"RGB images (n, H, W, 3) of type uint8 are needed, got {frames.shape} {frames.dtype}")
         landmarks = np.full((len(frames), 68, 2), np.nan, np.float32)
         for i, frame in enumerate(frames):
-            grey = np.asarray(cv2.cvtColor(_picture(frame), cv2.COLOR_RGB2GRAY), np.uint8)
+            grey = np.asarray(cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY), np.uint8)
             box = self.detect(grey)
             if box is not None:
                 landmarks[i] = self.points(grey, box)
         return {"landmarks68": landmarks}
-
-
-def _picture(image: Pixels) -> Pixels:
-    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-        raise UserError(f"an RGB picture of shape (H, W, 3) and type uint8 is needed, got {image.shape} {image.dtype}")
-    return image
 
 
 def mesh68(mesh: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.float32]:
@@ -176,7 +164,7 @@ def mesh68(mesh: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.float32]:
 
 
 class Mesh68(FrameExtractor):
-    """The 68 points picked from MediaPipe's face mesh, in place of dlib's: another backend, another column.
+    """The 68 points picked from MediaPipe's face mesh, in place of dlib's.
 
     Arrays: ``landmarks68`` (T, 68, 2); NaN where no face was found.
     """
@@ -186,9 +174,9 @@ class Mesh68(FrameExtractor):
     gives = ("landmarks68",)
 
     def settings(self) -> Settings:
-        """The map, in short."""
+        """The map, by its hash."""
         return {"landmarks": "MediaPipe mesh, 68 of 478", "map": hashlib.sha256(MESH68.tobytes()).hexdigest()[:16]}
 
-    def __call__(self, frames: Pixels, known: dict[str, Array]) -> dict[str, Array]:
+    def __call__(self, frames: Frames, known: dict[str, Array]) -> dict[str, Array]:
         """``mesh`` (n, 478, 3) to ``landmarks68``."""
         return {"landmarks68": mesh68(known["mesh"])}

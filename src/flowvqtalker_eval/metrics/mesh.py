@@ -1,13 +1,12 @@
-"""Face mesh, blendshapes, expression and pose of every frame: what the motion metrics are computed from."""
+"""Face mesh, blendshapes, expression and pose of each frame, for the metrics of motion."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
-from flowvqtalker_eval.metrics.analysis import Array, ClipExtractor, FrameExtractor, Settings
+from flowvqtalker_eval.metrics.analysis import Array, ClipExtractor, FrameExtractor, Frames, Settings, Wave
 
 __all__ = ["FitExtractor", "MeshExtractor"]
 
@@ -19,7 +18,6 @@ class MeshExtractor(FrameExtractor):
     """
 
     name = "mesh"
-    needs: tuple[str, ...] = ()
     gives = ("mesh", "blendshapes")
 
     def settings(self) -> Settings:
@@ -28,7 +26,7 @@ class MeshExtractor(FrameExtractor):
 
         return {"landmarks": "MediaPipe Face Landmarker", "sha256": LANDMARKER_SHA256[:16]}
 
-    def __call__(self, frames: npt.NDArray[np.uint8], known: dict[str, Array]) -> dict[str, Array]:
+    def __call__(self, frames: Frames, known: dict[str, Array]) -> dict[str, Array]:
         """Frames (n, H, W, 3) to ``mesh`` and ``blendshapes``."""
         if self._model is None:
             from flowvqtalker.face.tracker import FaceTracker
@@ -42,22 +40,22 @@ class MeshExtractor(FrameExtractor):
         return {"mesh": mesh, "blendshapes": shapes}
 
     def close(self) -> None:
-        """Free the native graph, before the program ends and it is too late; the next call makes a new one."""
+        """Free the native graph, which must not outlive the program; the next call makes a new one."""
         if self._model is not None:
             self._model.close()
             self._model = None
 
 
 class FitExtractor(ClipExtractor):
-    """Expression β and pose ρ of each frame: the face model fitted to the mesh, one identity a clip, no smoothing.
+    """Expression β and pose ρ of each frame: the face model fitted to the mesh, one identity per clip, no smoothing.
 
-    The clip's own crop (:func:`flowvqtalker.face.crop.crop_box`) is the frame of reference, so that the translation of
-    a whole picture and of a face cut out of it agree.
+    The clip's own crop (:func:`flowvqtalker.face.crop.crop_box`) is the frame of reference, so that the translations of
+    a whole frame and of a face cut out of it agree.
 
     Arrays: ``expression`` (T, 64), ``pose`` (T, 6), ``identity`` (80,); NaN where no face was found.
 
     Arguments:
-        weights: folder of weights with the face model; None is that of the package.
+        weights: folder of weights with the face model; None takes the package's.
     """
 
     name = "fit"
@@ -74,7 +72,7 @@ class FitExtractor(ClipExtractor):
         entry = weights.manifest(self._weights).get("face_model.safetensors")
         return {"face_model": entry.sha256[:16] if entry else "missing", "smoothing": "none"}
 
-    def __call__(self, known: dict[str, Array], wave: npt.NDArray[np.float32] | None) -> dict[str, Array]:
+    def __call__(self, known: dict[str, Array], wave: Wave | None) -> dict[str, Array]:
         """``mesh`` (T, 478, 3) to ``expression``, ``pose`` and ``identity``."""
         from flowvqtalker.face.crop import crop_box
         from flowvqtalker.face.fit import fit
