@@ -164,7 +164,9 @@ def test_frames_as_they_are(tmp_path, random):
     assert compare_frames(real, tmp_path / "short.mp4") == {}
     native = {measure.name: measure for measure in all_measures(Options(protocol="native"))}
     assert native["ssim"].compare is compare_frames and native["ssim"].extractors() == []
-    assert native["frechet-mobilenet"].start().array == "mobilenet512"
+    whole = native["frechet-mobilenet"].start()
+    whole.add(both({"mobilenet512": random.normal(size=(6, 8))}, None))
+    assert whole.result() == {"frechet_mobilenet": 0, "frechet_mobilenet_images": 6}
 
 
 def test_portrait_that_is_named(tmp_path, random, astronaut):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -16,16 +16,7 @@ from flowvqtalker_eval.metrics.analysis import Analysis, Array, Extractor, Setti
 from flowvqtalker_eval.report import Column
 from flowvqtalker_eval.tables.pairs import Pair
 
-__all__ = [
-    "ClipPair",
-    "Measure",
-    "Options",
-    "PerSet",
-    "SetScore",
-    "landmark_extractors",
-    "need_weights",
-    "pair_frames",
-]
+__all__ = ["ClipPair", "Measure", "Options", "SetScore", "landmark_extractors", "need_weights", "pair_frames"]
 
 _File = Annotated[Path | None, tyro.conf.arg(metavar="FILE")]
 _Folder = Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")]
@@ -100,20 +91,8 @@ def pair_frames(generated: int, real: int) -> tuple[npt.NDArray[np.int64], npt.N
     return i, j
 
 
-class SetScore(Protocol):
-    """Accumulates a score of a set of clips, as opposed to a mean over clips."""
-
-    def add(self, clips: ClipPair) -> None:
-        """Add a clip."""
-        ...
-
-    def result(self) -> dict[str, float]:
-        """Values by column."""
-        ...
-
-
-class PerSet:
-    """A :class:`SetScore` that keeps something small of each clip and reduces it at the end.
+class SetScore:
+    """Accumulates a score of a set of clips, as opposed to a mean over clips.
 
     Arguments:
         keep: what is kept of a clip; None skips the clip.
@@ -125,7 +104,7 @@ class PerSet:
         self._kept: list[Any] = []
 
     def add(self, clips: ClipPair) -> None:
-        """Keep what is needed of a clip."""
+        """Add a clip."""
         item = self._keep(clips)
         if item is not None:
             self._kept.append(item)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from flowvqtalker import weights
+from flowvqtalker_eval.evaluators.emotion import EmotionExtractor, EmotionScores
+from flowvqtalker_eval.evaluators.motion_emotion import load_motion_emotion
 from flowvqtalker_eval.metrics.accuracy import CLASSES, accuracy_of
 from flowvqtalker_eval.metrics.analysis import Array, ClipExtractor, Extractor, Settings, Wave
+from flowvqtalker_eval.metrics.emotion_fan import EmotionFanExtractor, EmotionFanScores
 from flowvqtalker_eval.metrics.mesh import FitExtractor, MeshExtractor
 from flowvqtalker_eval.report import Column
 from flowvqtalker_eval.tables.measures.base import (
     Measure,
-    PerSet,
     SetScore,
     landmark_extractors,
     need_weights,
@@ -39,14 +41,12 @@ class _Accuracy(Measure):
     array = ""
 
     def start(self) -> SetScore:
-        """Of all clips."""
-
         def reduce(kept: list[tuple[Array, str | None]]) -> dict[str, float]:
             share, count = accuracy_of([scores for scores, _ in kept], [label for _, label in kept])
             key, clips = (column.key for column in self.columns)
             return {key: 100 * share, clips: float(count)} if count else {}
 
-        return PerSet(lambda clips: (clips.generated.arrays[self.array], clips.pair.emotion), reduce)
+        return SetScore(lambda clips: (clips.generated.arrays[self.array], clips.pair.emotion), reduce)
 
 
 class Emotion(_Accuracy):
@@ -56,9 +56,6 @@ class Emotion(_Accuracy):
     columns = _columns("acc_emo", "Acc_emo", "this project's own classifier of faces")
 
     def extractors(self) -> list[Extractor]:
-        """Features of faces, then classes."""
-        from flowvqtalker_eval.evaluators.emotion import EmotionExtractor, EmotionScores
-
         folder, device = self.options.weights, self.options.chosen_device()
         need_weights("emotion", "emotion", folder)
         return [MeshExtractor(), EmotionExtractor(folder, device), EmotionScores(folder, device)]
@@ -71,9 +68,6 @@ class EmotionFan(_Accuracy):
     columns = _columns("acc_fan", "Acc_FAN", "Emotion-FAN")
 
     def extractors(self) -> list[Extractor]:
-        """Features of faces, then classes."""
-        from flowvqtalker_eval.metrics.emotion_fan import EmotionFanExtractor, EmotionFanScores
-
         path, device = self.options.emotion_fan, self.options.chosen_device()
         return [*landmark_extractors(self.options), EmotionFanExtractor(path, device), EmotionFanScores(path)]
 
@@ -91,19 +85,13 @@ class MotionEmotionExtractor(ClipExtractor):
 
     def __init__(self, weights: Path | None = None) -> None:
         self._weights = weights
-        self._model: Any = None
 
     def settings(self) -> Settings:
-        """The weights."""
-        from flowvqtalker import weights
-
         return {"weights": weights.manifest(self._weights)["motion_emotion.safetensors"].sha256[:16]}
 
     def __call__(self, known: dict[str, Array], wave: Wave | None) -> dict[str, Array]:
         """Classify a whole clip."""
         if self._model is None:
-            from flowvqtalker_eval.evaluators.motion_emotion import load_motion_emotion
-
             self._model = load_motion_emotion(self._weights)
         beta = known["expression"]
         beta = beta[np.isfinite(beta).all(1)]
@@ -119,7 +107,6 @@ class MotionEmotion(_Accuracy):
     columns = _columns("acc_motion", "Acc β", "our classifier of the tracked expression")
 
     def extractors(self) -> list[Extractor]:
-        """Fit, then classes."""
         folder = self.options.weights
         need_weights("motion_emotion", "motion-emotion", folder)
         return [MeshExtractor(), FitExtractor(folder), MotionEmotionExtractor(folder)]

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from functools import cached_property
+from functools import cache
 from itertools import islice, zip_longest
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
@@ -14,8 +13,21 @@ import numpy.typing as npt
 from flowvqtalker.errors import MissingDependency, UserError
 from flowvqtalker.io.image import read_image
 from flowvqtalker.io.video import read_video
+from flowvqtalker_eval.metrics.align import AlignedFaces
 from flowvqtalker_eval.metrics.analysis import Extractor, Frames, Settings
+from flowvqtalker_eval.metrics.cpbd import Sharpness as SharpnessExtractor
+from flowvqtalker_eval.metrics.frechet import GaussianFit, InceptionFeatures, MobileNetFeatures, frechet_distance
+from flowvqtalker_eval.metrics.identity import (
+    COLUMN,
+    FaceIdentity,
+    csim_to_clip,
+    csim_to_portrait,
+    same_person,
+)
+from flowvqtalker_eval.metrics.landmarks68 import dlib_module, find_dlib_model
+from flowvqtalker_eval.metrics.lmd import landmark_distance
 from flowvqtalker_eval.metrics.mesh import MeshExtractor
+from flowvqtalker_eval.metrics.ssim import psnr, ssim
 from flowvqtalker_eval.report import Column
 from flowvqtalker_eval.tables.measures.base import ClipPair, Measure, Options, SetScore, landmark_extractors
 
@@ -30,8 +42,6 @@ def aligned_extractors(options: Options) -> list[Extractor]:
     Raises:
         MissingDependency: if dlib or its files are missing.
     """
-    from flowvqtalker_eval.metrics.align import AlignedFaces
-
     return [*landmark_extractors(options), AlignedFaces("crop" if options.landmarks == "dlib" else "frame")]
 
 
@@ -40,8 +50,6 @@ def compare_frames(real: Path, generated: Path) -> dict[str, float]:
 
     Empty if the videos differ in length.
     """
-    from flowvqtalker_eval.metrics.ssim import psnr, ssim
-
     totals = np.zeros(2)
     count = 0
     pairs = zip_longest(read_video(real), read_video(generated))
@@ -63,37 +71,30 @@ def _resized(frame: Frames, height: int, width: int) -> Frames:
 
 
 class Similarity(Measure):
-    """SSIM and PSNR of the aligned crops (``eat``) or of the frames (``native``)."""
+    """SSIM and PSNR of the aligned crops (``eat``) or of whole frames (``native``)."""
 
     name = "ssim"
     by_frames = True
+    columns = (
+        Column("ssim", "SSIM", "higher", 3, "7x7 uniform window, mean over all frames"),
+        Column("psnr", "PSNR", "higher", 2, "dB, mean over all frames"),
+    )
 
     def __init__(self, options: Options) -> None:
         super().__init__(options)
-        self.native = options.protocol == "native"
-        where = "the frames, real ones resized to the generated" if self.native else "aligned 128x128 crops"
-        self.columns = (
-            Column("ssim", "SSIM", "higher", 3, f"of {where}; 7x7 uniform window, mean over all frames"),
-            Column("psnr", "PSNR", "higher", 2, f"of {where}, dB, mean over all frames"),
-        )
-        self.compare = compare_frames if self.native else None
+        self.compare = compare_frames if options.protocol == "native" else None
 
     def extractors(self) -> list[Extractor]:
-        """The crops; whole frames need no extractor."""
-        return [] if self.native else aligned_extractors(self.options)
+        return [] if self.compare else aligned_extractors(self.options)
 
     def settings(self) -> Settings:
-        """The window."""
-        return {"window": "uniform7", "K1": 0.01, "K2": 0.03, "images": "native" if self.native else "aligned 128"}
+        return {"window": "uniform7", "K1": 0.01, "K2": 0.03, "images": "native" if self.compare else "aligned 128"}
 
     def pair(self, clips: ClipPair) -> dict[str, float]:
-        """Of the crops of frames in which both faces were found; ``compare`` measures whole frames."""
         if clips.same:
             return {"ssim": 1.0, "psnr": float("inf")}
-        if self.native:
+        if self.compare:
             return {}
-        from flowvqtalker_eval.metrics.ssim import psnr, ssim
-
         seen = np.isfinite(np.concatenate(clips.paired("aligned68"), axis=2)).all((1, 2))
         if not seen.any():
             return {}
@@ -105,53 +106,36 @@ class LandmarkDistance(Measure):
     """M-LMD and F-LMD of the aligned crops, in both protocols."""
 
     name = "lmd"
-
-    def __init__(self, options: Options) -> None:
-        super().__init__(options)
-        whose = "dlib's 68" if options.landmarks == "dlib" else "the mesh's 68 (not comparable with dlib's)"
-        self.columns = (
-            Column("m_lmd", "M-LMD", "lower", 3, f"{whose} landmarks, 20 of the mouth less their mean, pixels of 128"),
-            Column("f_lmd", "F-LMD", "lower", 3, "all 68 less their mean, pixels of 128"),
-        )
+    columns = (
+        Column("m_lmd", "M-LMD", "lower", 3, "20 of the mouth's 68 landmarks less their mean, pixels of 128"),
+        Column("f_lmd", "F-LMD", "lower", 3, "all 68 less their mean; dlib's are not comparable with MediaPipe's"),
+    )
 
     def extractors(self) -> list[Extractor]:
-        """Landmarks on the crops."""
         return aligned_extractors(self.options)
 
     def pair(self, clips: ClipPair) -> dict[str, float]:
-        """Means over the frames in which both faces were found."""
-        from flowvqtalker_eval.metrics.lmd import landmark_distance
-
         mouth, face = landmark_distance(*clips.paired("aligned68"))
         return {"m_lmd": mouth, "f_lmd": face}
 
 
-class _FrechetScore:
-    """Fréchet distance between the features of all real and all generated images."""
+def _frechet(key: str, array: str) -> SetScore:
+    """Fréchet distance between an array's rows of all real and all generated clips, and the number of images."""
+    fits = GaussianFit(), GaussianFit()
 
-    def __init__(self, key: str, array: str) -> None:
-        from flowvqtalker_eval.metrics.frechet import GaussianFit
-
-        self.key, self.array = key, array
-        self.fits = GaussianFit(), GaussianFit()
-        self.same = True
-
-    def add(self, clips: ClipPair) -> None:
-        """Add the features of a clip."""
-        self.same &= clips.same
-        for fit, features in zip(self.fits, clips.paired(self.array), strict=True):
+    def keep(clips: ClipPair) -> bool:
+        for fit, features in zip(fits, clips.paired(array), strict=True):
             fit.update(features)
+        return clips.same
 
-    def result(self) -> dict[str, float]:
-        """The distance and the number of images per side."""
-        from flowvqtalker_eval.metrics.frechet import frechet_distance
-
-        count = min(fit.n_images for fit in self.fits)
+    def reduce(same: list[bool]) -> dict[str, float]:
+        count = min(fit.n_images for fit in fits)
         if count < 2:  # no faces
             return {}
-        real, generated = (fit.result() for fit in self.fits)
-        distance = 0.0 if self.same else frechet_distance(real, generated)
-        return {self.key: distance, f"{self.key}_images": float(count)}
+        distance = 0.0 if all(same) else frechet_distance(*(fit.result() for fit in fits))
+        return {key: distance, f"{key}_images": float(count)}
+
+    return SetScore(keep, reduce)
 
 
 _FEW = "biased upwards below 2048 images, so compare equal numbers only"
@@ -167,41 +151,30 @@ class Fid(Measure):
     )
 
     def extractors(self) -> list[Extractor]:
-        """Crops and Inception's features."""
-        from flowvqtalker_eval.metrics.frechet import InceptionFeatures
-
         features = InceptionFeatures(self.options.inception, self.options.chosen_device())
         return [*aligned_extractors(self.options), features]
 
     def start(self) -> SetScore:
-        """Of all clips."""
-        return _FrechetScore("fid", "inception")
+        return _frechet("fid", "inception")
 
 
 class FrechetMobileNet(Measure):
     """The same distance on MobileNet's features, whose weights are at hand; never to be called FID."""
 
     name = "frechet-mobilenet"
-
-    def __init__(self, options: Options) -> None:
-        super().__init__(options)
-        self.native = options.protocol == "native"
-        where = "whole frames" if self.native else "the aligned crops"
-        self.columns = (
-            Column("frechet_mobilenet", "Fréchet-MobileNet", "lower", 1, f"on {where}; not FID's scale; {_FEW}"),
-            Column("frechet_mobilenet_images", "Fréchet images", None, 0, "images per side", extra=True),
-        )
+    columns = (
+        Column("frechet_mobilenet", "Fréchet-MobileNet", "lower", 1, f"on MobileNetV2; not FID's scale; {_FEW}"),
+        Column("frechet_mobilenet_images", "Fréchet images", None, 0, "images per side", extra=True),
+    )  # fmt: skip
 
     def extractors(self) -> list[Extractor]:
-        """Features of crops or frames."""
-        from flowvqtalker_eval.metrics.frechet import MobileNetFeatures
-
-        features = MobileNetFeatures("frame" if self.native else "aligned", device=self.options.chosen_device())
-        return [features] if self.native else [*aligned_extractors(self.options), features]
+        if self.options.protocol == "native":
+            return [MobileNetFeatures("frame", device=self.options.chosen_device())]
+        features = MobileNetFeatures("aligned", device=self.options.chosen_device())
+        return [*aligned_extractors(self.options), features]
 
     def start(self) -> SetScore:
-        """Of all clips."""
-        return _FrechetScore("frechet_mobilenet", "mobilenet512" if self.native else "mobilenet")
+        return _frechet("frechet_mobilenet", "mobilenet512" if self.options.protocol == "native" else "mobilenet")
 
 
 class Sharpness(Measure):
@@ -215,13 +188,9 @@ class Sharpness(Measure):
     )
 
     def extractors(self) -> list[Extractor]:
-        """CPBD of each frame."""
-        from flowvqtalker_eval.metrics.cpbd import Sharpness as SharpnessExtractor
-
         return [SharpnessExtractor()]
 
     def pair(self, clips: ClipPair) -> dict[str, float]:
-        """Of the generated frames."""
         return {key: float(clips.generated.arrays[key].mean()) for key in ("cpbd", "cpbd256")}
 
 
@@ -229,55 +198,37 @@ class Identity(Measure):
     """CSIM by dlib's embedding."""
 
     name = "identity"
-
-    def __init__(self, options: Options) -> None:
-        from flowvqtalker_eval.metrics.identity import COLUMN
-
-        super().__init__(options)
-        self.columns = (
-            Column("csim", COLUMN, "higher", 3, "cosine of dlib's embeddings, generated and real, frame by frame"),
-            Column("same_person", "Same %", "higher", 1, "frames that dlib takes for the same person", extra=True),
-            Column(
-                "csim_portrait", "CSIM portrait", "higher", 3, "cosine to the portrait, if pairs name it", extra=True
-            ),
-        )
-        self._portraits: dict[Path, npt.NDArray[np.float32]] = {}
-
-    @cached_property
-    def _embedder(self) -> Any:
-        from flowvqtalker_eval.metrics.identity import FaceIdentity
-
-        return FaceIdentity()
+    columns = (
+        Column("csim", COLUMN, "higher", 3, "cosine of dlib's embeddings, generated and real, frame by frame"),
+        Column("same_person", "Same %", "higher", 1, "frames that dlib takes for the same person", extra=True),
+        Column("csim_portrait", "CSIM portrait", "higher", 3, "cosine to the portrait, if pairs name it", extra=True),
+    )
 
     def extractors(self) -> list[Extractor]:
-        """Landmarks and embeddings."""
-        from flowvqtalker_eval.metrics.identity import FaceIdentity
-        from flowvqtalker_eval.metrics.landmarks68 import dlib_module, find_dlib_model
-
         dlib_module()
         find_dlib_model("dlib_face_recognition_resnet_model_v1.dat")
         return [*landmark_extractors(self.options), FaceIdentity()]
 
     def pair(self, clips: ClipPair) -> dict[str, float]:
-        """Frame by frame."""
-        from flowvqtalker_eval.metrics.identity import csim_to_clip, csim_to_portrait, same_person
-
         real, generated = clips.paired("identity_embedding")
         found = {"csim": csim_to_clip(real, generated), "same_person": 100 * same_person(real, generated)}
         if clips.pair.source is not None:
-            found["csim_portrait"] = csim_to_portrait(self._portrait(clips.pair.source), generated)
+            found["csim_portrait"] = csim_to_portrait(_portrait(clips.pair.source), generated)
         return found
 
-    def _portrait(self, path: Path) -> npt.NDArray[np.float32]:
-        """Embedding (128,) of a portrait; NaN if dlib finds no face in it."""
-        if path not in self._portraits:
-            try:
-                self._portraits[path] = self._embedder.portrait(read_image(path))
-            except MissingDependency:
-                raise
-            except UserError:
-                self._portraits[path] = np.full(128, np.nan, np.float32)
-        return self._portraits[path]
+
+_embedder = cache(FaceIdentity)
+
+
+@cache
+def _portrait(path: Path) -> npt.NDArray[np.float32]:
+    """Embedding (128,) of a portrait; NaN if dlib finds no face in it."""
+    try:
+        return _embedder().portrait(read_image(path))
+    except MissingDependency:
+        raise
+    except UserError:
+        return np.full(128, np.nan, np.float32)
 
 
 class Detection(Measure):
@@ -285,39 +236,23 @@ class Detection(Measure):
 
     name = "detection"
     by_frames = True
-
-    def __init__(self, options: Options) -> None:
-        super().__init__(options)
-        about = "generated frames with a face (MediaPipe); others count nowhere"
-        self.columns = (
-            Column("detected", "Faces %", "higher", 1, about),
-            Column("detected68", "Faces68 %", "higher", 1, f"the same of the 68 landmarks ({options.landmarks})"),
-        )
+    columns = (
+        Column("detected", "Faces %", "higher", 1, "generated frames with a face (MediaPipe); others count nowhere"),
+        Column("detected68", "Faces68 %", "higher", 1, "the same of the detector of the 68 landmarks"),
+    )
 
     def extractors(self) -> list[Extractor]:
-        """Both detectors, if dlib is available."""
         try:
             return [MeshExtractor(), *(e for e in landmark_extractors(self.options) if e.name != "mesh")]
-        except MissingDependency:
+        except MissingDependency:  # without dlib
             return [MeshExtractor()]
 
     def pair(self, clips: ClipPair) -> dict[str, float]:
-        """Of the generated clip."""
         arrays = clips.generated.arrays
         found = {"detected": "mesh", "detected68": "landmarks68"}
-        return {
-            key: 100.0 * float(np.isfinite(arrays[name]).all((1, 2)).mean())
-            for key, name in found.items()
-            if name in arrays
-        }
+        seen = {key: np.isfinite(arrays[name]).all((1, 2)) for key, name in found.items() if name in arrays}
+        return {key: 100.0 * float(values.mean()) for key, values in seen.items()}
 
 
-MEASURES: tuple[type[Measure], ...] = (
-    Similarity,
-    Fid,
-    FrechetMobileNet,
-    LandmarkDistance,
-    Sharpness,
-    Identity,
-    Detection,
-)
+_IMAGES = (Similarity, Fid, FrechetMobileNet, LandmarkDistance, Sharpness, Identity, Detection)
+MEASURES: tuple[type[Measure], ...] = _IMAGES

@@ -5,17 +5,19 @@ from __future__ import annotations
 import importlib.util
 from collections import defaultdict
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from flowvqtalker.errors import MissingDependency
-from flowvqtalker_eval.metrics import motion
+from flowvqtalker.loading import load_face_model
+from flowvqtalker_eval.metrics import beats, motion
 from flowvqtalker_eval.metrics.analysis import Array, ClipExtractor, Extractor, Settings, Wave
 from flowvqtalker_eval.metrics.mesh import FitExtractor, MeshExtractor
 from flowvqtalker_eval.report import Column
-from flowvqtalker_eval.tables.measures.base import ClipPair, Measure, PerSet, SetScore
+from flowvqtalker_eval.tables.measures.base import ClipPair, Measure, SetScore
 
 __all__ = ["MEASURES", "BeatExtractor"]
 
@@ -24,7 +26,6 @@ class _Fitted(Measure):
     """A measure of the fitted expression β and pose ρ."""
 
     def extractors(self) -> list[Extractor]:
-        """Mesh and fit."""
         return [MeshExtractor(), FitExtractor(self.options.weights)]
 
 
@@ -39,7 +40,6 @@ class Coefficients(_Fitted):
     )
 
     def pair(self, clips: ClipPair) -> dict[str, float]:
-        """From ``expression`` and ``pose``."""
         pose = motion.pose_distance(*clips.paired("pose"))
         expression = motion.expression_distance(*clips.paired("expression"))
         return {"aed": expression, "apd": pose.angles, "apd_translation": pose.translation}
@@ -55,12 +55,9 @@ class Lips(_Fitted):
 
     @cached_property
     def _face(self) -> Any:
-        from flowvqtalker.loading import load_face_model
-
         return load_face_model(self.options.weights)
 
     def pair(self, clips: ClipPair) -> dict[str, float]:
-        """From ``expression``, on the ``identity`` of the real clip."""
         identity = clips.real.arrays["identity"]
         real, generated = clips.paired("expression")
         seen = np.isfinite(real).all(1) & np.isfinite(generated).all(1)
@@ -81,7 +78,6 @@ class Jitter(_Fitted):
     )
 
     def pair(self, clips: ClipPair) -> dict[str, float]:
-        """From ``mesh`` and ``pose`` of the generated clip."""
         mesh, pose = (clips.generated.arrays[name] for name in ("mesh", "pose"))
         if not np.isfinite(mesh).all((1, 2)).any():
             return {}
@@ -100,17 +96,14 @@ class Blinks(Measure):
     columns = (Column("blinks", "Blinks", None, 1, "per minute, over all clips together, from landmarks of the lids"),)
 
     def extractors(self) -> list[Extractor]:
-        """The mesh."""
         return [MeshExtractor()]
 
     def start(self) -> SetScore:
-        """Of all clips."""
-
         def keep(clips: ClipPair) -> Array | None:
             mesh = clips.generated.arrays["mesh"]
             return motion.eye_closure_of_landmarks(mesh) if np.isfinite(mesh).all((1, 2)).any() else None
 
-        return PerSet(keep, lambda closures: {"blinks": motion.blink_rate(closures)})
+        return SetScore(keep, lambda closures: {"blinks": motion.blink_rate(closures)})
 
 
 class BeatExtractor(ClipExtractor):
@@ -124,27 +117,17 @@ class BeatExtractor(ClipExtractor):
         if importlib.util.find_spec("librosa") is None:  # report it before anything is decoded
             raise MissingDependency("beats need librosa; run `pip install 'flowvqtalker[eval]'`")
         self._weights = weights
-        self._model: Any = None
 
     def settings(self) -> Settings:
-        """Version of librosa and time scale."""
-        from importlib.metadata import version
-
-        from flowvqtalker_eval.metrics import beats
-
         return {"librosa": version("librosa"), "smoothing_frames": beats.SMOOTHING}
 
     def __call__(self, known: dict[str, Array], wave: Wave | None) -> dict[str, Array]:
         """Empty arrays where there is no sound, or no motion was seen."""
-        from flowvqtalker_eval.metrics import beats
-
         pose = known["pose"]
         seen = np.asarray(np.isfinite(pose).all(1))
         if wave is None or len(pose) < 3 or not (seen[1:] & seen[:-1]).any():
             return {"audio_beats": np.zeros(0), "head_beats": np.zeros(0)}
         if self._model is None:
-            from flowvqtalker.loading import load_face_model
-
             self._model = load_face_model(self._weights)
         speed = beats.head_speed(self._model, pose)
         return {"audio_beats": beats.audio_beats(wave), "head_beats": beats.motion_beats(speed)}
@@ -160,19 +143,12 @@ class Beats(_Fitted):
     )  # fmt: skip
 
     def extractors(self) -> list[Extractor]:
-        """Beats, from the pose."""
         return [*super().extractors(), BeatExtractor(self.options.weights)]
 
     def settings(self) -> Settings:
-        """Tolerance of the score."""
-        from flowvqtalker_eval.metrics import beats
-
         return {"tolerance_frames": beats.TOLERANCE}
 
     def pair(self, clips: ClipPair) -> dict[str, float]:
-        """Of the generated clip."""
-        from flowvqtalker_eval.metrics import beats
-
         audio, head = (clips.generated.arrays[name] for name in ("audio_beats", "head_beats"))
         if len(audio) == 0:
             return {}
@@ -190,15 +166,13 @@ class Diversity(_Fitted):
     )
 
     def start(self) -> SetScore:
-        """Of all samples."""
-
         def keep(clips: ClipPair) -> tuple[str, Array, Array] | None:
             if clips.pair.seed is None or clips.same:
                 return None
             arrays = clips.generated.arrays
             return clips.pair.name, arrays["expression"], np.degrees(arrays["pose"][:, :3])
 
-        return PerSet(keep, _diversity)
+        return SetScore(keep, _diversity)
 
 
 def _diversity(samples: list[tuple[str, Array, Array]]) -> dict[str, float]:

@@ -6,8 +6,11 @@ from typing import Any
 
 import numpy as np
 
+from flowvqtalker_eval.evaluators.sync_expert import MouthExtractor, SyncExpertExtractor, sync_expert_score
 from flowvqtalker_eval.metrics.analysis import Extractor
 from flowvqtalker_eval.metrics.mesh import MeshExtractor
+from flowvqtalker_eval.metrics.sync import score_curve
+from flowvqtalker_eval.metrics.syncnet import SyncNetExtractor
 from flowvqtalker_eval.report import Column
 from flowvqtalker_eval.tables.measures.base import ClipPair, Measure, landmark_extractors, need_weights
 
@@ -34,16 +37,10 @@ class SyncExpert(_Sync):
     )
 
     def extractors(self) -> list[Extractor]:
-        """Mouths and their embeddings."""
-        from flowvqtalker_eval.evaluators.sync_expert import MouthExtractor, SyncExpertExtractor
-
         need_weights("sync", "sync", self.options.weights)
         return [MeshExtractor(), MouthExtractor(), SyncExpertExtractor(self.options.weights)]
 
     def pair(self, clips: ClipPair) -> dict[str, float]:
-        """Of the generated clip."""
-        from flowvqtalker_eval.evaluators.sync_expert import sync_expert_score
-
         arrays = clips.generated.arrays
         video, audio = arrays["sync_expert_video"], arrays["sync_expert_audio"]
         if not np.isfinite(video).all(1).any():  # no sound, too short, or no face
@@ -62,16 +59,10 @@ class SyncNet(_Sync):
     )
 
     def extractors(self) -> list[Extractor]:
-        """Landmarks and SyncNet's curve."""
-        from flowvqtalker_eval.metrics.syncnet import SyncNetExtractor
-
         curve = SyncNetExtractor(self.options.syncnet, self.options.protocol, self.options.chosen_device())
         return [*landmark_extractors(self.options), curve]
 
     def pair(self, clips: ClipPair) -> dict[str, float]:
-        """Of the generated clip."""
-        from flowvqtalker_eval.metrics.sync import score_curve
-
         curve = clips.generated.arrays["syncnet_curve"]
         return self.values(score_curve(curve, clips.generated.frames)) if len(curve) else {}
 
