@@ -57,7 +57,9 @@ class _Canvas:
         style.hide_axes(axes)
         return axes
 
-    def cell(self, image: ImageArray, x: int, y: int, width: int, height: int, boxes: Sequence[Box], inset: float) -> None:
+    def cell(
+        self, image: ImageArray, x: int, y: int, width: int, height: int, boxes: Sequence[Box], inset: float
+    ) -> None:
         """An image centred in a cell, with boxes marked and enlarged into its corners."""
         from matplotlib.patches import Rectangle
 
