@@ -7,7 +7,6 @@ of ResNet-18), its faces (112 pixels, aligned by points over bone, so that a smi
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
@@ -25,20 +24,10 @@ from flowvqtalker_eval.metrics.accuracy import CLASSES
 from flowvqtalker_eval.metrics.analysis import Array, ClipExtractor, FrameExtractor, Settings
 from flowvqtalker_eval.metrics.emotion_fan import clip_vector, related
 
-__all__ = ["FEATURES", "EmotionClassifier", "EmotionConfig", "EmotionExtractor", "EmotionScores", "load_emotion"]
+__all__ = ["FEATURES", "EmotionClassifier", "EmotionExtractor", "EmotionScores", "load_emotion"]
 
 #: Channels of the backbone's features.
 FEATURES = 320
-
-
-@dataclass(frozen=True)
-class EmotionConfig:
-    """Dropout rates, as in Emotion-FAN."""
-
-    dropout: float = 0.5
-    """Before the attentions α and β."""
-    dropout2: float = 0.6
-    """Before the last layer."""
 
 
 class EmotionClassifier(nn.Module):
@@ -55,15 +44,14 @@ class EmotionClassifier(nn.Module):
     template: Tensor
     temperature: Tensor
 
-    def __init__(self, config: EmotionConfig | None = None) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.config = config or EmotionConfig()
         self.freeze_norm = False
         self.backbone = cast(nn.Sequential, MobileNetV2Features().features)
         self.alpha = nn.Linear(FEATURES, 1)
         self.beta = nn.Linear(2 * FEATURES, 1)
         self.head = nn.Linear(2 * FEATURES, len(CLASSES))
-        self.dropout, self.dropout2 = nn.Dropout(self.config.dropout), nn.Dropout(self.config.dropout2)
+        self.dropout, self.dropout2 = nn.Dropout(0.5), nn.Dropout(0.6)  # as in Emotion-FAN
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1))
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1))
         self.register_buffer("template", torch.zeros(len(RIGID), 2))
@@ -106,11 +94,8 @@ def load_emotion(path: str | Path | None = None) -> EmotionClassifier:
     Raises:
         UserError: if it is missing or does not fit.
     """
-    tensors, config = weights.load("emotion", path)
-    try:
-        model = EmotionClassifier(EmotionConfig(**config))
-    except TypeError as error:
-        raise weights.mismatch("emotion", str(error), path) from error
+    tensors, _ = weights.load("emotion", path)
+    model = EmotionClassifier()
     counters = {key: value for key, value in model.state_dict().items() if key.endswith("num_batches_tracked")}
     weights.restore(model, {**counters, **tensors}, "emotion", path)
     return model.eval()

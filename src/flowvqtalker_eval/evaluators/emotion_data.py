@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import cv2
 import numpy as np
@@ -26,7 +26,12 @@ from flowvqtalker_eval.evaluators.emotion_faces import Faces
 from flowvqtalker_eval.evaluators.folds import NEUTRAL, Labelled, limit_per_person
 from flowvqtalker_eval.evaluators.motion_emotion import MIRRORED
 
-__all__ = ["Augmentation", "BalancedDraw", "ClipItems", "FaceClips", "FaceItems", "centre_crop", "load_faces"]
+__all__ = ["BalancedDraw", "ClipItems", "FaceClips", "FaceItems", "augment", "centre_crop", "load_faces"]
+
+# Shares of still images among the unlabelled faces, and of natural speech among the neutral clips.
+_IMAGES, _NATURAL = 0.4, 0.3
+# Largest number of clips of one person and class that are measured.
+_PER_PERSON = 2
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
@@ -62,8 +67,8 @@ class FaceClips:
     validation: Ints
 
 
-def load_faces(folder: Path, per_person: int) -> FaceClips:
-    """Read a shard's faces and labels; at most ``per_person`` clips of a person and class are measured.
+def load_faces(folder: Path) -> FaceClips:
+    """Read a shard's faces and labels.
 
     Raises:
         UserError: if the faces are missing or show fewer than two emotions.
@@ -76,7 +81,7 @@ def load_faces(folder: Path, per_person: int) -> FaceClips:
     if len(set(labels.tolist())) < 2:
         raise UserError(f"the faces of {folder} show fewer than two emotions; label the clips and prepare again")
     people = tuple(str(shard.identity[clip]) for clip in clips)
-    measured = limit_per_person(labels, people, per_person) & ~natural
+    measured = limit_per_person(labels, people, _PER_PERSON) & ~natural
     labelled = {person for person, own in zip(people, natural, strict=True) if not own}
     who = [str(shard.identity[clip]) for clip in faces.clip]
     unknown = np.array([name not in labelled for name in who], bool)
@@ -110,16 +115,14 @@ def _draw(people: Sequence[Ints], random: np.random.Generator) -> int:
 
 
 class BalancedDraw:
-    """Draws clips class by class and person by person.
+    """Draws clips class by class and person by person, both uniformly.
 
     Arguments:
         data: all labelled clips.
         numbers: those to draw from.
-        balance: classes are drawn in proportion to the number of their people to the power 1 - balance; 1: uniformly.
-        natural_share: share of the neutral draws that are natural speech.
     """
 
-    def __init__(self, data: Labelled, numbers: Ints, balance: float = 1.0, natural_share: float = 0.5) -> None:
+    def __init__(self, data: Labelled, numbers: Ints) -> None:
         labels, natural = data.labels[numbers], data.natural[numbers]
         self.groups = {
             int(label): by_person(numbers[(labels == label) & ~natural], data.identities)
@@ -127,99 +130,53 @@ class BalancedDraw:
         }
         if not self.groups:
             raise UserError("no labelled clips to train on; check the split and the labels")
-        self.natural, self.natural_share = by_person(numbers[natural], data.identities), natural_share
-        weight = np.array([len(group) for group in self.groups.values()], np.float64) ** (1 - balance)
-        self._classes, self._shares = list(self.groups), weight / weight.sum()
+        self.natural = by_person(numbers[natural], data.identities)
 
     def draw(self, random: np.random.Generator) -> tuple[int, int]:
         """Number and label of a clip."""
-        label = self._classes[int(random.choice(len(self._classes), p=self._shares))]
-        people = self.groups[label]
-        if label == NEUTRAL and self.natural and random.random() < self.natural_share:
-            people = self.natural
-        return _draw(people, random), label
+        label = int(random.choice(list(self.groups)))
+        natural = label == NEUTRAL and self.natural and random.random() < _NATURAL
+        return _draw(self.natural if natural else self.groups[label], random), label
 
 
-@dataclass(frozen=True)
-class Augmentation:
-    """One change of light, lens, codec and crop, the same for all frames of an item; the expression stays.
+def augment(faces: Sequence[Pixels], random: np.random.Generator) -> tuple[Tensor, bool]:
+    """Change light, lens, codec and crop of faces in the same way; the expression stays.
 
-    Attributes:
-        angle: radians.
-        scale: factor.
-        shift: pixels.
-        mirror: swap left and right.
-        gain, offset: of each colour channel, in levels.
-        grey: without colour.
-        small: side in pixels to which the face is reduced before it is enlarged again; 0: not.
-        quality: of a JPEG; 0: none.
-        noise: standard deviation in levels.
-        box: left, top, width and height of a grey box in pixels; no width: none.
+    Returns:
+        faces (n, 3, 112, 112) in [0, 1], and whether left and right were swapped.
     """
 
-    angle: float
-    scale: float
-    shift: tuple[float, float]
-    mirror: bool
-    gain: npt.NDArray[np.float64]
-    offset: float
-    grey: bool
-    small: int
-    quality: int
-    noise: float
-    box: tuple[int, int, int, int]
+    def chance(share: float) -> bool:
+        return bool(random.random() < share)
 
-    @classmethod
-    def draw(cls, random: np.random.Generator) -> Augmentation:
-        """A random one."""
-
-        def chance(share: float) -> bool:
-            return bool(random.random() < share)
-
-        bright = random.uniform(0.65, 1.35)
-        gain = bright * np.exp(random.normal(0, 0.1, 3))
-        width, height = (int(side) for side in (random.integers(16, 44, 2) if chance(0.3) else (0, 0)))
-        left, top = (int(random.integers(SIZE - side)) for side in (width, height))
-        return cls(
-            angle=random.uniform(-0.2, 0.2),
-            scale=random.uniform(0.88, 1.18),
-            shift=(random.uniform(-7, 7), random.uniform(-7, 7)),
-            mirror=chance(0.5),
-            gain=gain,
-            offset=random.uniform(-35, 35),
-            grey=chance(0.2),
-            small=int(random.integers(36, 100)) if chance(0.5) else 0,
-            quality=int(random.integers(25, 90)) if chance(0.4) else 0,
-            noise=random.uniform(1, 10) if chance(0.3) else 0.0,
-            box=(left, top, width, height),
-        )
-
-    def apply(self, face: Pixels, random: np.random.Generator) -> Tensor:
-        """The changed face (3, 112, 112) in [0, 1]; every frame also moves a little on its own."""
-        middle = face.shape[0] / 2
-        angle = self.angle + random.normal(0, 0.015)
-        scale = self.scale * float(np.exp(random.normal(0, 0.01)))
-        cosine, sine = scale * np.cos(angle), scale * np.sin(angle)
-        linear = np.array([[cosine, -sine], [sine, cosine]])
-        if self.mirror:
-            linear = linear @ np.diag([-1.0, 1.0])
-        place = np.array([SIZE / 2, SIZE / 2]) + self.shift + random.normal(0, 0.7, 2)
-        shift = place - linear @ [middle, middle] + linear @ [0.5, 0.5] - 0.5
-        matrix = np.concatenate([linear, shift[:, None]], axis=1)
-        x = cv2.warpAffine(face, matrix, (SIZE, SIZE), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
-        if self.small:
-            low = cv2.resize(x, (self.small, self.small), interpolation=cv2.INTER_AREA)
+    angle, scale, shift = random.uniform(-0.2, 0.2), random.uniform(0.88, 1.18), random.uniform(-7, 7, 2)
+    mirror, grey = chance(0.5), chance(0.2)
+    gain, offset = random.uniform(0.65, 1.35) * np.exp(random.normal(0, 0.1, 3)), random.uniform(-35, 35)
+    small = int(random.integers(36, 100)) if chance(0.5) else 0
+    quality = int(random.integers(25, 90)) if chance(0.4) else 0
+    noise = random.uniform(1, 10) if chance(0.3) else 0.0
+    box = random.integers(16, 44, 2) if chance(0.3) else np.zeros(2, int)
+    top, left = (int(random.integers(SIZE - side)) for side in box)
+    changed = []
+    for face in faces:
+        # Every frame also moves a little on its own.
+        turn, zoom = angle + random.normal(0, 0.015), scale * np.exp(random.normal(0, 0.01))
+        cosine, sine = zoom * np.cos(turn), zoom * np.sin(turn)
+        linear = np.array([[cosine, -sine], [sine, cosine]]) @ np.diag([-1.0 if mirror else 1.0, 1.0])
+        place = SIZE / 2 + shift + random.normal(0, 0.7, 2) - linear @ np.full(2, face.shape[0] / 2)
+        matrix = np.concatenate([linear, (place + linear @ [0.5, 0.5] - 0.5)[:, None]], axis=1)
+        x: Any = cv2.warpAffine(face, matrix, (SIZE, SIZE), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+        if small:
+            low = cv2.resize(x, (small, small), interpolation=cv2.INTER_AREA)
             x = cv2.resize(low, (SIZE, SIZE), interpolation=cv2.INTER_LINEAR)
-        if self.quality:
-            _, code = cv2.imencode(".jpg", x, [cv2.IMWRITE_JPEG_QUALITY, self.quality])
-            x = cast(Any, cv2.imdecode(code, cv2.IMREAD_COLOR))
-        if self.grey:
+        if quality:
+            x = cv2.imdecode(cv2.imencode(".jpg", x, [cv2.IMWRITE_JPEG_QUALITY, quality])[1], cv2.IMREAD_COLOR)
+        if grey:
             x = cv2.cvtColor(cv2.cvtColor(x, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
-        levels = (np.asarray(x, np.float64) - 128) * self.gain + 128 + self.offset
-        levels = np.clip(levels + random.normal(0, self.noise, x.shape), 0, 255).astype(np.uint8)
-        left, top, width, height = self.box
-        levels[top : top + height, left : left + width] = 128
-        return _tensor(levels)
+        levels = (x.astype(np.float64) - 128) * gain + 128 + offset + random.normal(0, noise, x.shape)
+        levels[top : top + box[0], left : left + box[1]] = 128
+        changed.append(_tensor(np.clip(levels, 0, 255).astype(np.uint8)))
+    return torch.stack(changed), mirror
 
 
 def _tensor(face: Pixels) -> Tensor:
@@ -240,25 +197,18 @@ class _Items(Dataset[dict[str, Any]]):
 
     def item(self, numbers: Sequence[int], random: np.random.Generator) -> dict[str, Any]:
         """Faces (n, 3, 112, 112) and blendshapes (n, 52)."""
-        change = Augmentation.draw(random)
+        faces, mirror = augment([self.clips.faces.face(number) for number in numbers], random)
         shapes = self.clips.shapes[list(numbers)]
-        return {
-            "faces": torch.stack([change.apply(self.clips.faces.face(number), random) for number in numbers]),
-            "shapes": torch.from_numpy(shapes[:, MIRRORED] if change.mirror else shapes),
-        }
+        return {"faces": faces, "shapes": torch.from_numpy(shapes[:, MIRRORED] if mirror else shapes)}
 
 
 class FaceItems(_Items):
-    """Single faces of people without a label, person by person; ``images`` is the share of still images."""
-
-    def __init__(self, clips: FaceClips, images: float, seed: int) -> None:
-        super().__init__(clips, seed)
-        self.images = images
+    """Single faces of people without a label, person by person."""
 
     def __getitem__(self, i: int) -> dict[str, Any]:
         random = np.random.default_rng([self.seed, i])
         images, frames = self.clips.unlabelled
-        people = images if images and (not frames or random.random() < self.images) else frames
+        people = images if images and (not frames or random.random() < _IMAGES) else frames
         return self.item([_draw(people, random)], random)
 
 

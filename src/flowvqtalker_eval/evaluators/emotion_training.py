@@ -30,9 +30,9 @@ from flowvqtalker.face.alignment import face_template
 from flowvqtalker.face.arkit import ARKIT_NAMES
 from flowvqtalker.face.model import FaceModel
 from flowvqtalker.render.perceptual import find_weights
-from flowvqtalker.train.config import LoopConfig, check, to_dict
+from flowvqtalker.train.config import LoopConfig, check
 from flowvqtalker.train.loop import Stage, fit
-from flowvqtalker_eval.evaluators.emotion import FEATURES, EmotionClassifier, EmotionConfig
+from flowvqtalker_eval.evaluators.emotion import FEATURES, EmotionClassifier
 from flowvqtalker_eval.evaluators.emotion_data import (
     BalancedDraw,
     ClipItems,
@@ -52,6 +52,13 @@ Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
 
 
+# Blocks of the backbone, counted from the input, that the second step does not train.
+_FROZEN = 7
+# Weights in the second step's loss: of the blendshapes, and of half the squared weights of the last layer.
+_SHAPES, _L2 = 0.5, 0.02
+_SMOOTHING = 0.1  # of the labels
+
+
 @dataclass(frozen=True)
 class Config:
     """Configuration of the stage."""
@@ -62,23 +69,6 @@ class Config:
     """Face model of the shard; None: the package's own."""
     imagenet: Path | None = None
     """ImageNet weights of MobileNetV2; None: look in the usual places."""
-    model: EmotionConfig = field(default_factory=EmotionConfig)
-    images: float = 0.4
-    """Share of still images among the first step's faces; the rest are frames of clips."""
-    frozen: int = 7
-    """Blocks of the backbone, counted from the input, that the second step does not train."""
-    shapes: float = 0.5
-    """Weight of the blendshapes in the second step."""
-    balance: float = 1.0
-    """Classes are drawn in proportion to the number of their people to the power 1 - balance; 1: uniformly."""
-    natural: float = 0.3
-    """Share of natural speech among the neutral items (it counts as neutral in training only)."""
-    smoothing: float = 0.1
-    """Label smoothing."""
-    l2: float = 0.02
-    """Weight of the squared weights of the last layer in the loss."""
-    per_person: int = 2
-    """Largest number of clips of one person and class that are measured."""
     folds: int = 0
     """Folds by identity of the cross-validation before the final training; 0: none."""
     pretrain: LoopConfig = field(
@@ -91,14 +81,7 @@ class Config:
     """The second step, in each fold and at the end."""
 
     def __post_init__(self) -> None:
-        shares = ("images", "balance", "natural")
-        check(
-            *((0 <= getattr(self, n) <= 1, f"{n} must be in [0, 1], got {getattr(self, n)}") for n in shares),
-            *((getattr(self, n) >= 0, f"{n} must not be negative, got {getattr(self, n)}") for n in ("shapes", "l2")),
-            (0 <= self.frozen <= 17, f"frozen must be in 0 to 17 (of 18 blocks), got {self.frozen}"),
-            (self.folds == 0 or self.folds >= 2, f"folds must be 0 or at least 2, got {self.folds}"),
-            (self.per_person > 0, f"per_person must be positive, got {self.per_person}"),
-        )
+        check((self.folds == 0 or self.folds >= 2, f"folds must be 0 or at least 2, got {self.folds}"))
 
 
 class _Shapes(nn.Module):
@@ -134,7 +117,7 @@ class ExpressionStage(Stage):
     def __init__(self, config: Config, clips: FaceClips, imagenet: dict[str, Tensor] | None) -> None:
         torch.manual_seed(config.pretrain.seed)
         self.config, self.clips = config, clips
-        self.model = EmotionClassifier(config.model)
+        self.model = EmotionClassifier()
         if imagenet is not None:
             own = {key.removeprefix("features."): v for key, v in imagenet.items() if key.startswith("features.")}
             self.model.backbone.load_state_dict({k: own[k] for k in self.model.backbone.state_dict() if k in own})
@@ -148,7 +131,7 @@ class ExpressionStage(Stage):
         return {"backbone": [*self.model.backbone.parameters(), *self.shapes.parameters()]}
 
     def dataset(self, split: str) -> FaceItems:
-        return FaceItems(self.clips, self.config.images, self.config.pretrain.seed)
+        return FaceItems(self.clips, self.config.pretrain.seed)
 
     def loss(self, group: str, batch: dict[str, Tensor], step: int) -> tuple[Tensor, dict[str, float | Tensor]]:
         features = self.model.frames(batch["faces"].flatten(0, 1))
@@ -199,17 +182,17 @@ class EmotionStage(Stage):
     ) -> None:
         torch.manual_seed(config.loop.seed)
         self.config, self.clips, self.held, self.temperature = config, clips, held, temperature
-        self.model = EmotionClassifier(config.model)
+        self.model = EmotionClassifier()
         self.model.template.copy_(template)
         self.model.freeze_norm = True
         self.shapes = _Shapes()
         self.module = nn.ModuleDict({"classifier": self.model, "shapes": self.shapes})
         own = nn.ModuleDict({"backbone": self.model.backbone, "shapes": self.shapes})
         own.load_state_dict({**own.state_dict(), **start})
-        self.frozen = list(self.model.backbone)[: config.frozen]
+        self.frozen = list(self.model.backbone)[:_FROZEN]
         for block in self.frozen:
             block.requires_grad_(False)
-        draws = BalancedDraw(clips.data, train, config.balance, config.natural)
+        draws = BalancedDraw(clips.data, train)
         self.items = ClipItems(clips, draws, config.loop.seed)
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
@@ -223,15 +206,15 @@ class EmotionStage(Stage):
         faces = batch["faces"]
         features = self.model.frames(faces.flatten(0, 1))
         logits = self.model.classify(features.reshape(*faces.shape[:2], -1)).float()
-        entropy = nn.functional.cross_entropy(logits, batch["label"], label_smoothing=self.config.smoothing)
+        entropy = nn.functional.cross_entropy(logits, batch["label"], label_smoothing=_SMOOTHING)
         shapes = self.shapes.loss(features, batch["shapes"].flatten(0, 1))
-        size = 0.5 * self.config.l2 * self.model.head.weight.square().sum()
+        size = 0.5 * _L2 * self.model.head.weight.square().sum()
         logs: dict[str, float | Tensor] = {
             "cross_entropy": entropy.detach(),
             "shapes": shapes.detach(),
             "accuracy": (logits.argmax(1) == batch["label"]).float().mean(),
         }
-        return entropy + self.config.shapes * shapes + size, logs
+        return entropy + _SHAPES * shapes + size, logs
 
     @torch.no_grad()
     def logits(self, numbers: Sequence[int] | Ints) -> Floats:
@@ -257,7 +240,7 @@ class EmotionStage(Stage):
         return {"nll": float(nll), "accuracy": accuracy.accuracy, "balanced": accuracy.balanced}
 
     def export(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        return {**self.model.state_dict(), "temperature": torch.tensor(self.temperature)}, to_dict(self.config.model)
+        return {**self.model.state_dict(), "temperature": torch.tensor(self.temperature)}, {}
 
 
 def cross_validate(make: Any, data: Labelled, loop: LoopConfig, out: Path, folds: int, resume: bool = False) -> Floats:
@@ -330,7 +313,7 @@ def run(config: Config, out: Path, resume: bool = False) -> dict[str, float]:
 
     face = FaceModel.load(config.face_model) if config.face_model is not None else load_face_model()
     template = face_template(face)
-    clips = load_faces(config.shard, config.per_person)
+    clips = load_faces(config.shard)
     start = _pretrain(config, clips, out, resume)
     results: dict[str, float] = {}
     temperature = 1.0

@@ -40,8 +40,6 @@ logger = logging.getLogger(__name__)
 
 # Largest offset in validation, and the least number of frames that remain when the sound is shifted.
 _OFFSETS, _LEFT = 10, 20
-# Clips of 2 s and more are also validated in pieces as long as the short clips, overlapping by half.
-_LONG, _PIECE = 50, 28
 
 
 @dataclass(frozen=True)
@@ -154,30 +152,17 @@ class SyncStage(Stage):
         return total, {**logs, "offset": offset.detach(), "found": found}
 
     def validate(self, fabric: Fabric) -> dict[str, float]:
-        """Shares of known offsets that are found, and the mean scores of real and of exchanged sound.
-
-        ``found``: within a frame of what the shard says, all clips; ``found_added``: the added offset, measured against
-        the clip's own without it; ``found_2s``: clips of 2 s and more; ``found_piece``: pieces of 1.1 s of those.
-        """
-        hits: dict[str, list[bool]] = {name: [] for name in ("found", "found_added", "found_2s", "found_piece")}
+        """Share of known offsets that are found within a frame, and mean scores of real and of exchanged sound."""
         plain = [offset_scores(self.expert, clip, 0) for clip in self.val]
-        for number, (clip, before) in enumerate(zip(self.val, plain, strict=True)):
-            late = _known_offset(number, len(clip))
-            offset = offset_scores(self.expert, clip, late).offset
-            hits["found"].append(abs(offset + late) <= 1)
-            hits["found_added"].append(abs(offset - before.offset + late) <= 1)
-            if len(clip) >= _LONG:
-                hits["found_2s"].append(hits["found"][-1])
-                for start in range(0, len(clip) - _PIECE + 1, _PIECE // 2):
-                    late = _known_offset(number + start, _PIECE)
-                    piece = offset_scores(self.expert, clip.part(start, start + _PIECE), late)
-                    hits["found_piece"].append(abs(piece.offset + late) <= 1)
-        numbers = {name: float(np.mean(values)) if values else math.nan for name, values in hits.items()}
-        numbers["miss"] = 1 - numbers["found"]
-        numbers |= {"clips": len(hits["found"]), "clips_2s": len(hits["found_2s"]), "pieces": len(hits["found_piece"])}
-        numbers["chance"] = 3 / (2 * REACH + 1)
+        hits = []
+        for number, clip in enumerate(self.val):
+            most = max(0, min(_OFFSETS, len(clip) - _LEFT))
+            late = int(np.random.default_rng([1, number]).integers(-most, most + 1))
+            hits.append(abs(offset_scores(self.expert, clip, late).offset + late) <= 1)
         others = [*self.val[len(self.val) // 2 :], *self.val[: len(self.val) // 2]]
         exchanged = [exchanged_score(self.expert, *pair) for pair in zip(self.val, others, strict=True)]
+        found = float(np.mean(hits))
+        numbers = {"found": found, "miss": 1 - found, "chance": 3 / (2 * REACH + 1), "clips": len(hits)}
         for name, scores in (("", plain), ("_exchanged", exchanged)):
             numbers["confidence" + name] = float(np.mean([score.confidence for score in scores]))
             numbers["distance" + name] = float(np.mean([score.distance for score in scores]))
@@ -203,12 +188,6 @@ def _aligned(video: Tensor, audio: Tensor, slack: int) -> tuple[Tensor, Tensor]:
         index = torch.arange(video.shape[1] - 2 * slack, device=video.device) + curve.argmax(1, keepdim=True)
     chosen = audio.gather(1, index[..., None].expand(-1, -1, audio.shape[2]))
     return video[:, slack : video.shape[1] - slack], chosen
-
-
-def _known_offset(number: int, frames: int) -> int:
-    """By how many frames the sound of a clip is delayed in validation."""
-    most = max(0, min(_OFFSETS, frames - _LEFT))
-    return int(np.random.default_rng([1, number]).integers(-most, most + 1))
 
 
 def build(config: Config) -> Stage:
