@@ -172,33 +172,32 @@ def rate(clip, rater):
 def test_table_two_of_known_answers():
     key = make_key()
     result = analyse(answers_of(key, ["P1", "P2", "P3", "P4"], rate), key, draws=500)
-    a, b = result.methods
-    assert (a.name, a.raters, a.clips) == ("A", 4, 3)
-    first = a.estimates["lip_sync"]
-    assert (first.value, first.low, first.high, first.answers) == (4, 4, 4, 12)
-    assert a.estimates["quality"].value == 5
-    assert (a.estimates["emotion"].value, a.estimates["emotion"].answers) == (1, 8)  # natural does not count
-    accuracy = b.estimates["emotion"]
-    assert accuracy.value == pytest.approx(0.25)
-    assert accuracy.low == 0
-    assert 0.25 < accuracy.high < 1
-    assert b.differences["quality"].value == -2
-    assert b.differences["quality"].high == -2
-    assert a.differences == {}
-    assert np.array(b.confusion).sum() == 8
-    assert b.confusion[4][4] == 1  # happy as happy
-    assert a.kappas["emotion"].value == 1
-    assert math.isnan(a.kappas["lip_sync"].value)  # always 4
-    assert result.kappas["lip_sync"].value == 1  # 4 for A and 2 for B, from everybody
-    assert result.kappas["quality_quadratic"].value == pytest.approx(1)
-    assert (a.kappas["emotion"].clips, a.kappas["emotion"].raters) == (3, 4)
+    found, kappas = result.estimates, result.kappas
+    first = found.loc[("A", "lip_sync")]
+    assert (first["raters"], first["clips"]) == (4, 3)
+    assert (first["value"], first["low"], first["high"], first["answers"]) == (4, 4, 4, 12)
+    assert found.loc[("A", "quality"), "value"] == 5
+    right = found.loc[("A", "emotion")]
+    assert (right["value"], right["answers"]) == (1, 8)  # natural does not count
+    accuracy = found.loc[("B", "emotion")]
+    assert accuracy["value"] == pytest.approx(0.25)
+    assert accuracy["low"] == 0
+    assert 0.25 < accuracy["high"] < 1
+    assert found.loc[("B", "quality"), ["difference", "difference_high"]].tolist() == [-2, -2]
+    assert found.loc["A"]["difference"].isna().all()
+    assert np.array(result.confusion["B"]).sum() == 8
+    assert result.confusion["B"][4][4] == 1  # happy as happy
+    assert kappas.loc[("A", "emotion"), ["value", "clips", "raters"]].tolist() == [1, 3, 4]
+    assert math.isnan(kappas.loc[("A", "lip_sync"), "value"])  # always 4
+    assert kappas.loc[("all", "lip_sync"), "value"] == 1  # 4 for A and 2 for B, from everybody
+    assert kappas.loc[("all", "quality_quadratic"), "value"] == pytest.approx(1)
     assert result.excluded == {}
 
 
 def test_against_another_method():
     key = make_key()
     result = analyse(answers_of(key, ["P1", "P2"], rate), key, draws=100, against="B")
-    assert result.methods[0].differences["lip_sync"].value == 2
+    assert result.estimates.loc[("A", "lip_sync"), "difference"] == 2
     with pytest.raises(UserError, match="no method is called 'C'; choose one of A, B"):
         analyse([], key, against="C")
     with pytest.raises(UserError, match="too few"):
@@ -234,7 +233,7 @@ def test_clips_that_do_not_play_are_counted_apart():
     answers[0] = changed(answers[0], lip_sync=None, quality=None, emotion=None, problem=True)
     result = analyse(answers, key, draws=100)
     assert result.unplayable == 1
-    assert result.methods[0].estimates["quality"].answers == 5
+    assert result.estimates.loc[("A", "quality"), "answers"] == 5
     assert "1 answers say that the clip does not play" in as_markdown(result)
 
 
@@ -242,7 +241,7 @@ def test_silent_study_has_no_lip_sync():
     key = make_key(speech=False)
     answers = answers_of(key, ["P1", "P2"], lambda clip, rater: (None, 3, "sad"))
     result = analyse(answers, key, draws=100)
-    assert set(result.methods[0].estimates) == {"quality", "emotion"}
+    assert set(result.estimates.index.unique("measure")) == {"quality", "emotion"}
     assert "Lip-sync" not in as_markdown(result)
 
 
@@ -349,7 +348,8 @@ def test_reports(tmp_path):
     assert "n/a" in text  # kappa of answers that never vary
     assert "Not used: x.json: cannot be read." in text
     content = json.loads(as_json(result))
-    assert content["kappas"]["quality"]["value"] is None
+    (kappa,) = (row for row in content["kappas"] if (row["method"], row["measure"]) == ("all", "quality"))
+    assert kappa["value"] is None
     assert content["settings"]["over"] == "both"
     with open(tmp_path / "table2.csv", encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))

@@ -242,7 +242,7 @@ def test_from_a_disk_to_the_table(page, study, tmp_path):
     assert all(0 < one.seconds < 60 and one.plays == 1 for one in answers)
     result = analyse(answers, key, draws=100)
     assert result.excluded == {}
-    assert sum(method.estimates["quality"].answers for method in result.methods) == 4
+    assert result.estimates.xs("quality", level="measure")["answers"].sum() == 4
     asked = page.requests()
     assert asked
     assert all(address.startswith((study / "page").as_uri()) for address in asked)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -20,67 +21,27 @@ from flowvqtalker_eval.study.agreement import (
 from flowvqtalker_eval.study.answers import Answer
 from flowvqtalker_eval.study.key import CHOICES, SCALE, Key
 
-__all__ = ["MEASURES", "Estimate", "Kappa", "Method", "Result", "analyse"]
+__all__ = ["ALL", "MEASURES", "Result", "analyse"]
 
 #: Rows of the table: name -> heading, as in the paper.
 MEASURES = {"lip_sync": "Lip-sync", "quality": "Image quality", "emotion": "Acc_emo"}
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean or a difference of means with its 95 % interval; NaN where nothing was answered."""
-
-    value: float
-    low: float
-    high: float
-    answers: int
-
-
-@dataclass(frozen=True)
-class Kappa:
-    """Fleiss' kappa with its 95 % interval over clips; NaN where it is undefined.
-
-    Attributes:
-        clips: clips that two or more answered.
-        raters: mean number of raters of these.
-    """
-
-    value: float
-    low: float
-    high: float
-    clips: int
-    raters: float
-
-
-@dataclass(frozen=True)
-class Method:
-    """The results of one method.
-
-    Attributes:
-        raters: participants who rated a clip of it.
-        clips: its clips that were rated.
-        estimates: by measure.
-        differences: to the reference method, by measure; empty for that method itself.
-        kappas: agreement on its clips.
-        confusion: (8, 8) answers by intended (rows) and chosen emotion.
-    """
-
-    name: str
-    raters: int
-    clips: int
-    estimates: dict[str, Estimate]
-    differences: dict[str, Estimate]
-    kappas: dict[str, Kappa]
-    confusion: list[list[int]]
+#: Agreement on the clips of all methods together.
+ALL = "all"
 
 
 @dataclass(frozen=True)
 class Result:
-    """Table 2 and everything that it rests on.
+    """Table 2 and everything that it rests on. Numbers are NaN where nothing was answered or kappa is undefined.
 
     Attributes:
-        methods: in the order of the key.
-        kappas: agreement on all clips together.
+        study, title: of the key.
+        estimates: by (method, measure): mean ``value`` and 95 % interval ``low``, ``high``; ``difference``,
+            ``difference_low``, ``difference_high`` to the method ``against``; number of ``answers``, and of ``raters``
+            and ``clips`` of the method.
+        kappas: by (method or ALL, measure): Fleiss' kappa ``value``, ``low``, ``high``; number of ``clips`` that two or
+            more rated, and mean number of their ``raters``. Measures that end in ``_quadratic`` are of ordered
+            categories.
+        confusion: (8, 8) answers of each method by intended (rows) and chosen emotion.
         raters: participants whose answers count.
         excluded: participants left out, with the number of attention checks that they failed.
         unchecked: participants who count without having answered all attention checks.
@@ -92,8 +53,9 @@ class Result:
 
     study: str
     title: str
-    methods: list[Method]
-    kappas: dict[str, Kappa]
+    estimates: pd.DataFrame
+    kappas: pd.DataFrame
+    confusion: dict[str, list[list[int]]]
     raters: list[str]
     excluded: dict[str, int]
     unchecked: list[str]
@@ -133,15 +95,10 @@ def analyse(
         raise UserError(f"no method is called {against!r}; choose one of {', '.join(key.methods)}")
     if draws < 100:
         raise UserError(f"{draws} draws are too few for a 95 % interval; give 100 or more, 10000 is usual")
-    failed = {one.rater: 0 for one in sorted(answers, key=lambda one: one.rater)}
+    failed = dict.fromkeys(sorted(one.rater for one in answers), 0)
     for one in answers:
         if one.clip in key.checks and not one.problem:
-            right = key.checks[one.clip]
-            failed[one.rater] += (one.lip_sync, one.quality, one.emotion) != (
-                right.lip_sync,
-                right.quality,
-                right.emotion,
-            )
+            failed[one.rater] += one.values[:3] != tuple(key.checks[one.clip].model_dump().values())
     excluded = {rater: count for rater, count in failed.items() if count > allowed_failures}
     kept = [one for one in answers if one.rater not in excluded]
     rated = [one for one in kept if one.clip not in key.checks and not one.problem]
@@ -149,16 +106,25 @@ def analyse(
         lost = f"; {len(excluded)} participants failed the attention checks" if excluded else ""
         raise UserError(f"no answer can be used{lost}{': ' + problems[0] if problems else ''}")
     raters = [rater for rater in failed if rater not in excluded]
-    checked = {rater: {one.clip for one in kept if one.rater == rater} & set(key.checks) for rater in raters}
     table = _table(rated, key)
+    measures = [name for name in MEASURES if key.speech or name != "lip_sync"]
+    groups = {ALL: table, **{name: table[table["method"] == name] for name in key.methods}}
+    kappas = [row for name, own in groups.items() for row in _kappas(name, own, measures, draws, seed)]
     return Result(
         study=key.study,
         title=key.title,
-        methods=_methods(table, key, raters, against, (over, draws, seed)),
-        kappas=_kappas(table, key.speech, draws, seed),
+        estimates=_estimates(table, key, raters, measures, against, (draws, seed, over)),
+        kappas=pd.DataFrame(kappas).set_index(["method", "measure"]),
+        confusion={
+            name: pd.crosstab(groups[name]["intended"], groups[name]["chosen"])
+            .reindex(index=list(CHOICES), columns=list(CHOICES), fill_value=0)
+            .to_numpy()
+            .tolist()
+            for name in key.methods
+        },
         raters=raters,
         excluded=excluded,
-        unchecked=[rater for rater in raters if checked[rater] != set(key.checks)],
+        unchecked=[name for name in raters if not set(key.checks) <= {one.clip for one in kept if one.rater == name}],
         unplayable=sum(one.problem for one in kept),
         against=against,
         settings={"over": over, "draws": draws, "seed": seed, "level": 0.95, "allowed_failures": allowed_failures},
@@ -167,67 +133,54 @@ def analyse(
 
 
 def _table(rated: Sequence[Answer], key: Key) -> pd.DataFrame:
-    """One row for each answer, with what the key says of its clip and whether the emotion is right."""
+    """One row for each answer, with what the key says of its clip; ``emotion`` is whether it was recognised."""
     clips = pd.DataFrame([clip.model_dump(include={"id", "method", "item", "emotion"}) for clip in key.clips])
     table = pd.DataFrame([one.model_dump() for one in rated]).rename(columns={"emotion": "chosen"})
     table = table.merge(clips.rename(columns={"emotion": "intended"}), left_on="clip", right_on="id")
-    right = (table.chosen == table.intended).astype(float)
+    right = (table["chosen"] == table["intended"]).astype(float)
     # `natural` is none of the eight: nobody could be right.
-    return table.assign(emotion=right.where(table.intended.isin(CHOICES)))
+    return table.assign(emotion=right.where(table["intended"].isin(CHOICES)))
 
 
-def _methods(
-    table: pd.DataFrame, key: Key, raters: list[str], against: str, bootstrap: tuple[str, int, int]
-) -> list[Method]:
-    over, draws, seed = bootstrap
-    values, drawn = {}, {}
-    for measure in _measures(key.speech):
-        array = np.full((len(raters), len(key.items), len(key.methods)), np.nan)
-        axes = {"rater": raters, "item": key.items, "method": key.methods}
-        place = tuple(pd.Categorical(table[name], categories=list(names)).codes for name, names in axes.items())
-        array[place] = table[measure].astype(float)
-        values[measure], drawn[measure] = array, bootstrap_means(array, draws, seed, over)
+def _estimates(
+    table: pd.DataFrame, key: Key, raters: list[str], measures: list[str], against: str, bootstrap: tuple[int, int, str]
+) -> pd.DataFrame:
+    axes = {"rater": raters, "item": key.items, "method": key.methods}
+    place = tuple(pd.Categorical(table[name], categories=list(names)).codes for name, names in axes.items())
     reference = key.methods.index(against)
-    methods = []
-    for column, name in enumerate(key.methods):
-        own = table[table["method"] == name]
-        estimates, differences = {}, {}
-        for measure, array in values.items():
-            draw = drawn[measure]
-            estimates[measure] = _estimate(array[:, :, column], draw[:, column])
-            if column != reference:
-                gap = estimates[measure].value - _estimate(array[:, :, reference], draw[:, reference]).value
-                low, high = interval(draw[:, column] - draw[:, reference])
-                differences[measure] = Estimate(gap, low, high, estimates[measure].answers)
-        confusion = pd.crosstab(own.intended, own.chosen).reindex(index=CHOICES, columns=CHOICES, fill_value=0)
-        kappas = _kappas(own, key.speech, draws, seed)
-        raters_of, clips = own["rater"].nunique(), own["clip"].nunique()
-        methods.append(Method(name, raters_of, clips, estimates, differences, kappas, confusion.to_numpy().tolist()))
-    return methods
+    rows: list[dict[str, Any]] = []
+    for measure in measures:
+        values = np.full([len(names) for names in axes.values()], np.nan)
+        values[place] = table[measure].astype(float)
+        draws = bootstrap_means(values, *bootstrap)
+        means = table.groupby("method")[measure].mean().reindex(list(key.methods)).to_numpy(float)
+        for column, name in enumerate(key.methods):
+            own = table[table["method"] == name]
+            row = {"method": name, "measure": measure, **_interval("", means[column], draws[:, column])}
+            gaps = means[column] - means[reference], draws[:, column] - draws[:, reference]
+            row |= _interval("difference", *gaps) if column != reference else {}
+            row |= {name: own[column].nunique() for name, column in (("raters", "rater"), ("clips", "clip"))}
+            rows.append({**row, "answers": int(own[measure].count())})
+    return pd.DataFrame(rows).set_index(["method", "measure"]).loc[list(key.methods)]
 
 
-def _measures(speech: bool) -> list[str]:
-    return [name for name in MEASURES if speech or name != "lip_sync"]
-
-
-def _estimate(values: Array, draws: Array) -> Estimate:
-    answered = values[np.isfinite(values)]
+def _interval(name: str, value: float, draws: Array) -> dict[str, float]:
     low, high = interval(draws)
-    return Estimate(float(answered.mean()) if len(answered) else float("nan"), low, high, len(answered))
+    prefix = f"{name}_" if name else ""
+    return {name or "value": float(value), f"{prefix}low": low, f"{prefix}high": high}
 
 
-def _kappas(table: pd.DataFrame, speech: bool, draws: int, seed: int) -> dict[str, Kappa]:
+def _kappas(method: str, table: pd.DataFrame, measures: list[str], draws: int, seed: int) -> list[dict[str, Any]]:
     """Agreement on the emotion, and on the ratings as unordered and as ordered categories."""
-    result = {}
-    for measure in ("emotion", *(name for name in _measures(speech) if name != "emotion")):
+    rows = []
+    for measure in sorted(measures):
         column, categories = ("chosen", CHOICES) if measure == "emotion" else (measure, SCALE)
         crossed = pd.crosstab(table["clip"], table[column]).reindex(columns=list(categories), fill_value=0)
         counts = crossed.to_numpy(float)
         several = counts.sum(1)[counts.sum(1) > 1]
         for suffix, weights in (("", None), ("_quadratic", quadratic_weights(len(categories)))):
-            if suffix and measure == "emotion":
-                continue
-            low, high = interval(bootstrap_kappa(counts, draws, seed, weights))
-            mean = float(several.mean()) if len(several) else 0.0
-            result[measure + suffix] = Kappa(fleiss_kappa(counts, weights), low, high, len(several), mean)
-    return result
+            if not suffix or measure != "emotion":
+                kappa = fleiss_kappa(counts, weights), bootstrap_kappa(counts, draws, seed, weights)
+                row = {"method": method, "measure": measure + suffix, **_interval("", *kappa)}
+                rows.append({**row, "clips": len(several), "raters": float(several.mean()) if len(several) else 0.0})
+    return rows

@@ -16,6 +16,7 @@ from typing import Annotated, Any
 from pydantic import AwareDatetime, BeforeValidator, Field, ValidationError, model_validator
 
 from flowvqtalker.errors import UserError
+from flowvqtalker.io.atomic import atomic_path
 from flowvqtalker_eval.study.key import Emotion, Frozen, Key, Rating, reasons
 
 __all__ = ["ANSWERS_FORMAT", "DATABASE_FILE", "SUFFIXES", "Answer", "ClipAnswer", "Rater", "Session", "collect"]
@@ -165,19 +166,21 @@ def collect(paths: Iterable[str | Path], key: Key) -> tuple[list[Answer], list[s
 def write_file(answers: Sequence[Answer], path: Path) -> None:
     """Write answers as ``.json`` or ``.csv``, readable by :func:`read_file`."""
     rows = [answer.model_dump(mode="json") for answer in answers]
-    part = path.with_name(f".{path.name}.part")
-    with open(part, "w", encoding="utf-8", newline="") as file:
+    with atomic_path(path) as part, open(part, "w", encoding="utf-8", newline="") as file:
         if path.suffix.lower() == ".json":
             json.dump({"format": _EXPORT_FORMAT, "answers": rows}, file, indent=1)
         else:
             writer = csv.DictWriter(file, tuple(Answer.model_fields), lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
-    part.replace(path)
 
 
 def _from_json(path: Path) -> list[dict[str, Any]]:
-    content = json.loads(path.read_text(encoding="utf-8-sig"))
+    return _rows(json.loads(path.read_text(encoding="utf-8-sig")))
+
+
+def _rows(content: Any) -> list[dict[str, Any]]:
+    """Answers of a participant's submission or of an export."""
     if not isinstance(content, dict) or content.get("format") not in (ANSWERS_FORMAT, _EXPORT_FORMAT):
         raise ValueError("it holds no answers of a study")
     shared = {name: content[name] for name in ("study", "rater", "session") if name in content}
@@ -195,6 +198,5 @@ def _from_csv(path: Path) -> list[dict[str, Any]]:
 
 def _from_database(path: Path) -> list[dict[str, Any]]:
     with closing(sqlite3.connect(f"file:{path.resolve().as_posix()}?mode=ro", uri=True, timeout=10)) as connection:
-        connection.row_factory = sqlite3.Row
-        query = "SELECT * FROM answers NATURAL JOIN raters ORDER BY rater, position"
-        return [dict(row) for row in connection.execute(query)]
+        found = connection.execute("SELECT content FROM submissions ORDER BY rater")
+        return [row for (content,) in found for row in _rows(json.loads(content))]

@@ -12,13 +12,10 @@ import hashlib
 import html
 import json
 import logging
-import os
 import random
 import re
 import secrets
-import shutil
 import statistics
-import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -28,6 +25,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from flowvqtalker.errors import UserError
+from flowvqtalker.io.atomic import atomic_folder
 from flowvqtalker_eval.study.clips import blind_copy, write_check, write_practice
 from flowvqtalker_eval.study.key import CHOICES, KEY_FILE, LABELS, PAGE_FOLDER, SCALE, Clip, Expected, Key
 from flowvqtalker_eval.study.plan import make_plan
@@ -84,8 +82,7 @@ class Build:
         for note in differences(table):
             logger.warning("%s", note)
         key = self._draw_key(table, tuple(folders))
-        part = self.output.with_name(f".{self.output.name}.{uuid.uuid4().hex[:8]}.part")
-        try:
+        with atomic_folder(self.output) as part:
             (part / PAGE_FOLDER / "clips").mkdir(parents=True)
             encoded = _write_clips(key, part / PAGE_FOLDER / "clips")
             infos = [source.info for row in table for source in row]
@@ -94,9 +91,6 @@ class Build:
             page = page_source(key, seconds, shape, self.contact)
             (part / PAGE_FOLDER / "index.html").write_text(page, encoding="utf-8")
             key.save(part / KEY_FILE)
-            os.replace(part, self.output)
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
         if encoded:
             total = len(key.clips)
             logger.warning("%d of %d clips were re-encoded, because browsers do not play their format", encoded, total)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
-from flowvqtalker_eval.study.analysis import MEASURES, Estimate, Kappa, Result
+from flowvqtalker.io.atomic import atomic_path
+from flowvqtalker_eval.study.analysis import ALL, MEASURES, Result
 from flowvqtalker_eval.study.key import CHOICES
 
 __all__ = ["as_csv", "as_json", "as_markdown", "write_reports"]
@@ -20,13 +21,6 @@ _OVER = {
     "raters": "raters drawn, items fixed",
     "items": "items (contents) drawn, raters fixed",
 }
-_KAPPA_NAMES = {
-    "emotion": "emotion (8 unordered categories)",
-    "lip_sync": "lip-sync (5 unordered categories)",
-    "lip_sync_quadratic": "lip-sync (5 ordered categories, quadratic weights)",
-    "quality": "image quality (5 unordered categories)",
-    "quality_quadratic": "image quality (5 ordered categories, quadratic weights)",
-}
 
 
 def write_reports(result: Result, folder: Path) -> list[Path]:
@@ -35,35 +29,42 @@ def write_reports(result: Result, folder: Path) -> list[Path]:
     paths = []
     for suffix, text in (("md", as_markdown(result)), ("csv", as_csv(result)), ("json", as_json(result))):
         paths.append(folder / f"table2.{suffix}")
-        part = folder / f".table2.{suffix}.part"
-        part.write_text(text, encoding="utf-8")
-        part.replace(paths[-1])
+        with atomic_path(paths[-1]) as part:
+            part.write_text(text, encoding="utf-8")
     return paths
 
 
 def as_markdown(result: Result) -> str:
     """Table 2 as the paper prints it (measures down, methods across), followed by what it rests on."""
-    methods, settings = result.methods, result.settings
-    measures = list(methods[0].estimates)
-    names = [method.name for method in methods]
-    rows = [[f"{MEASURES[one]} ↑", *(_show(method.estimates[one], one) for method in methods)] for one in measures]
-    rows += [[name, *(str(getattr(method, name)) for method in methods)] for name in ("raters", "clips")]
-    rows.append(["answers", *(str(method.estimates["quality"].answers) for method in methods)])
+    estimates, kappas, settings = result.estimates, result.kappas, result.settings
+    methods = list(estimates.index.unique("method"))
+    measures = [name for name in MEASURES if name in estimates.index.unique("measure")]
+
+    def rows(names: list[str], show: Callable[[str, str], str], mark: str = "") -> list[list[str]]:
+        return [[MEASURES[one] + mark, *(show(name, one) for name in names)] for one in measures]
+
+    counts = [
+        [count, *(str(estimates.loc[(name, "quality"), count]) for name in methods)]
+        for count in ("raters", "clips", "answers")
+    ]
+    values = rows(methods, lambda method, measure: _show(estimates, method, measure), " ↑")
     lines = [
-        *("# User study", "", *_table(names, rows), ""),
+        *("# User study", "", *_table(methods, values + counts), ""),
         f"Mean over all answers [95 % interval]: percentile bootstrap, {_OVER[str(settings['over'])]}, "
         f"{settings['draws']} draws, seed {settings['seed']}. Ratings from 1 (worst) to 5 (best); "
         "Acc_emo: share of answers that name the intended one of eight emotions (chance 12.5 %).",
         "",
     ]
-    if others := [method for method in methods if method.differences]:
-        rows = [[MEASURES[one], *(_show(method.differences[one], one, "+") for method in others)] for one in measures]
-        lines += [f"## Difference to {result.against}", "", *_table([method.name for method in others], rows)]
-        lines += ["", "Intervals from the same draws: one without 0 is a difference at the 5 % level.", ""]
-    groups = [result.kappas, *(method.kappas for method in methods)]
-    rows = [[_KAPPA_NAMES[name], *(_kappa(group[name]) for group in groups)] for name in result.kappas]
-    lines += ["## Agreement between raters: Fleiss' kappa", "", *_table(["all", *names], rows)]
-    lines += ["", "[95 % interval]: percentile bootstrap over clips. Clips with one rater do not count.", ""]
+    if others := [name for name in methods if name != result.against]:
+        gaps = rows(others, lambda method, measure: _show(estimates, method, measure, "difference"))
+        lines += [f"## Difference to {result.against}", "", *_table(others, gaps), ""]
+        lines += ["Intervals from the same draws: one without 0 is a difference at the 5 % level.", ""]
+    agreement = [
+        [_kappa_name(name), *(_cell(kappas.loc[(group, name)], "value", "{:.3f}") for group in (ALL, *methods))]
+        for name in kappas.index.unique("measure")
+    ]
+    lines += ["## Agreement between raters: Fleiss' kappa", "", *_table([ALL, *methods], agreement), ""]
+    lines += ["[95 % interval]: percentile bootstrap over clips. Clips with one rater do not count.", ""]
     lines += ["## Answers", "", f"- {len(result.raters)} participants count."]
     for rater, count in result.excluded.items():
         lines.append(f"- {rater} is left out: {count} attention {'check' if count == 1 else 'checks'} failed.")
@@ -79,30 +80,20 @@ def as_markdown(result: Result) -> str:
 
 def as_csv(result: Result) -> str:
     """One line for each method and measure, kappas included."""
-    rows: list[dict[str, Any]] = [
-        {"method": method.name, "measure": name, "raters": method.raters, "clips": method.clips, **asdict(one)}
-        for method in result.methods
-        for name, one in method.estimates.items()
-    ]
-    for label, kappas in [("all", result.kappas), *((method.name, method.kappas) for method in result.methods)]:
-        rows += [{"method": label, "measure": f"kappa_{name}", **asdict(one)} for name, one in kappas.items()]
-    columns = ["method", "measure", "value", "low", "high", "answers", "raters", "clips"]
-    table = pd.DataFrame(rows, columns=columns).astype({"answers": "Int64", "clips": "Int64"})
+    kappas = result.kappas.reset_index()
+    kappas["measure"] = "kappa_" + kappas["measure"]
+    table = pd.concat([result.estimates.reset_index(), kappas]).astype({"answers": "Int64"})
     return table.to_csv(index=False, float_format="%.6g")
 
 
 def as_json(result: Result) -> str:
     """Everything, with null where a number is undefined."""
-    return json.dumps(_finite({**asdict(result), "emotions": CHOICES}), indent=1, ensure_ascii=False) + "\n"
-
-
-def _finite(content: Any) -> Any:
-    """The same with None for NaN, which JSON does not know."""
-    if isinstance(content, dict):
-        return {name: _finite(value) for name, value in content.items()}
-    if isinstance(content, (list, tuple)):
-        return [_finite(value) for value in content]
-    return None if isinstance(content, float) and not math.isfinite(content) else content
+    tables = {
+        name: json.loads(getattr(result, name).reset_index().to_json(orient="records"))
+        for name in ("estimates", "kappas")
+    }
+    content = {**asdict(result), **tables, "emotions": CHOICES}
+    return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
 
 
 def _table(names: list[str], rows: list[list[str]]) -> list[str]:
@@ -111,13 +102,25 @@ def _table(names: list[str], rows: list[list[str]]) -> list[str]:
     return [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in cells]
 
 
-def _show(one: Estimate, measure: str, sign: str = "") -> str:
-    if not math.isfinite(one.value):
+def _show(estimates: pd.DataFrame, method: str, measure: str, name: str = "value") -> str:
+    row, sign = estimates.loc[(method, measure)], "+" if name == "difference" else ""
+    if measure != "emotion":
+        return _cell(row, name, f"{{:{sign}.2f}}")
+    return _cell(100 * row, name, f"{{:{sign}.1f}}", " points" if sign else " %")
+
+
+def _cell(row: pd.Series, name: str, form: str, unit: str = "") -> str:
+    prefix = "" if name == "value" else f"{name}_"
+    value, low, high = (row[column] for column in (name, f"{prefix}low", f"{prefix}high"))
+    if not math.isfinite(value):
         return "n/a"
-    scale, digits, unit = (100, 1, " points" if sign else " %") if measure == "emotion" else (1, 2, "")
-    value, low, high = (f"{number * scale:{sign}.{digits}f}" for number in (one.value, one.low, one.high))
-    return f"{value}{unit} [{low}, {high}]"
+    return f"{form.format(value)}{unit} [{form.format(low)}, {form.format(high)}]"
 
 
-def _kappa(kappa: Kappa) -> str:
-    return f"{kappa.value:.3f} [{kappa.low:.3f}, {kappa.high:.3f}]" if math.isfinite(kappa.value) else "n/a"
+def _kappa_name(measure: str) -> str:
+    """For instance ``image quality (5 ordered categories, quadratic weights)``."""
+    name = measure.removesuffix("_quadratic")
+    if name == "emotion":
+        return "emotion (8 unordered categories)"
+    kind = "unordered categories" if measure == name else "ordered categories, quadratic weights"
+    return f"{MEASURES[name].lower()} (5 {kind})"

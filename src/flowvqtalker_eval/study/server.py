@@ -7,13 +7,14 @@ served; the key and the answers lie outside of it. Visitors' addresses are neith
 
 from __future__ import annotations
 
+import json
 import socket
 import sqlite3
 from collections.abc import Awaitable, Callable
 from contextlib import closing
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Literal, cast
 
 from pydantic import AwareDatetime, Field, ValidationError, ValidationInfo, model_validator
 
@@ -35,18 +36,9 @@ __all__ = ["Submission", "create_app", "serve", "store"]
 
 _LARGEST_BODY = 4 << 20  # bytes; ten thousand answers
 
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS raters (
-    rater TEXT PRIMARY KEY, study TEXT NOT NULL, session TEXT NOT NULL, plan_row INTEGER NOT NULL,
-    started TEXT NOT NULL, finished TEXT, received TEXT NOT NULL, comment TEXT NOT NULL, window_size TEXT NOT NULL
-);
-CREATE TABLE IF NOT EXISTS answers (
-    rater TEXT NOT NULL REFERENCES raters, clip TEXT NOT NULL, position INTEGER NOT NULL,
-    lip_sync INTEGER CHECK (lip_sync BETWEEN 1 AND 5), quality INTEGER CHECK (quality BETWEEN 1 AND 5), emotion TEXT,
-    seconds REAL NOT NULL, plays INTEGER NOT NULL, revision INTEGER NOT NULL, problem INTEGER NOT NULL,
-    answered TEXT NOT NULL, PRIMARY KEY (rater, clip)
-);
-"""
+_SCHEMA = (
+    "CREATE TABLE IF NOT EXISTS submissions (rater TEXT PRIMARY KEY, received TEXT NOT NULL, content TEXT NOT NULL)"
+)
 
 
 class Submission(Frozen):
@@ -91,7 +83,7 @@ def create_app(folder: Path) -> FastAPI:
     if not (page / "index.html").is_file():
         raise UserError(f"{folder} holds no page; build the study again with `flowvqtalker evaluate study build`")
     with closing(sqlite3.connect(database, timeout=30)) as connection:
-        connection.executescript(_SCHEMA)
+        connection.execute(_SCHEMA)
     # The documentation pages are off, because they would load scripts from elsewhere.
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
 
@@ -128,42 +120,32 @@ def create_app(folder: Path) -> FastAPI:
 
 
 def store(given: Submission, database: Path) -> int:
-    """Store a submission in one transaction: everything or nothing. Sending it again changes nothing.
+    """Store a submission in one transaction. Sending it again, or an older state of it, changes nothing.
 
     Returns:
         how many answers of the participant are stored now.
 
     Raises:
-        HTTPException: 409 if somebody else has sent answers under the same code.
+        HTTPException: 409 if another session has sent answers under the same code: that is another person.
     """
-    about: dict[str, Any] = given.model_dump(mode="json", exclude={"answers", "format"})
-    about["received"] = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
-    about["window"] = "x".join(map(str, given.window))
-    columns = ("rater", *ClipAnswer.model_fields)
-    changes = ", ".join(f"{name} = excluded.{name}" for name in columns[2:])
-    rows = [{**one.model_dump(mode="json"), "rater": given.rater} for one in given.answers]
+    content = given.model_dump(mode="json")
     with closing(sqlite3.connect(database, timeout=30, isolation_level=None)) as connection:
-        connection.execute("PRAGMA foreign_keys = ON")
         connection.execute("BEGIN IMMEDIATE")
-        known = connection.execute("SELECT session FROM raters WHERE rater = ?", (given.rater,)).fetchone()
-        if known is not None and known[0] != given.session:
+        row = connection.execute("SELECT content FROM submissions WHERE rater = ?", (given.rater,)).fetchone()
+        former = json.loads(row[0]) if row is not None else content
+        if former["session"] != given.session:
             raise HTTPException(
                 409, f"somebody else has sent answers as {given.rater}: download yours, and ask for another code"
             )
-        connection.execute(
-            "INSERT INTO raters VALUES (:rater, :study, :session, :row, :started, :finished, :received, :comment, "
-            ":window) ON CONFLICT (rater) DO UPDATE SET finished = excluded.finished, received = excluded.received, "
-            "comment = excluded.comment",
-            about,
-        )
-        connection.executemany(  # an older state that arrives late changes nothing
-            f"INSERT INTO answers ({', '.join(columns)}) VALUES ({', '.join(f':{name}' for name in columns)}) "
-            f"ON CONFLICT (rater, clip) DO UPDATE SET {changes} WHERE excluded.revision > answers.revision",
-            rows,
-        )
-        count = connection.execute("SELECT count(*) FROM answers WHERE rater = ?", (given.rater,)).fetchone()[0]
+        answers = {one["clip"]: one for one in former["answers"]}
+        for one in content["answers"]:
+            if one["clip"] not in answers or one["revision"] > answers[one["clip"]]["revision"]:
+                answers[one["clip"]] = one
+        text = json.dumps({**content, "answers": sorted(answers.values(), key=lambda one: one["position"])})
+        received = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        connection.execute("INSERT OR REPLACE INTO submissions VALUES (?, ?, ?)", (given.rater, received, text))
         connection.execute("COMMIT")
-    return int(count)
+    return len(answers)
 
 
 def serve(folder: Path, host: str = "127.0.0.1", port: int = 8000, ready: Callable[[str], None] | None = None) -> None:
