@@ -1,11 +1,10 @@
-"""The videos of a study's page: copies that do not tell where they come from, attention checks, the practice clip."""
+"""The videos of a study's page: anonymous copies, attention checks, and the practice clip."""
 
 from __future__ import annotations
 
 import itertools
 import os
 import tempfile
-import wave
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from flowvqtalker.constants import FPS
+from flowvqtalker.constants import FPS, SAMPLE_RATE
 from flowvqtalker.errors import UserError
 from flowvqtalker.io.image import ImageArray
 from flowvqtalker.io.video import VideoWriter, probe, read_video
@@ -30,14 +29,14 @@ _CHECK_SIDE = 512
 
 
 def blind_copy(source: Path, target: Path) -> bool:
-    """Copy a video so that the file tells nothing of its origin but the pictures and the sound.
+    """Copy a video so that the file tells nothing of its origin but images and sound.
 
-    What browsers play (H.264 in yuv420p, AAC or MP3 sound) is copied without loss into a new MP4 container: without
-    tags and names of tracks, without the encoder's settings (SEI units), every file with the same date. Anything else
-    is encoded anew.
+    What browsers play (H.264 in yuv420p, AAC or MP3 sound) is copied losslessly into a new MP4 container: without tags
+    and track names, without the encoder's settings (SEI units), every file with the same date. Anything else is
+    re-encoded.
 
     Returns:
-        whether the video was copied without loss.
+        whether the video was copied losslessly.
     """
     lossless = _remux(source, target)
     if not lossless:
@@ -99,6 +98,8 @@ def _like(container: Any, stream: Any) -> Any:
 
 def write_check(source: Path, target: Path, expected: Expected) -> None:
     """An attention check: a video that soon darkens and says in words which answers to choose."""
+    from PIL import Image
+
     lines = ["Attention check", "", "Please answer this clip with:"]
     if expected.lip_sync is not None:
         lines.append(f"Lips and speech: {expected.lip_sync}")
@@ -110,23 +111,14 @@ def write_check(source: Path, target: Path, expected: Expected) -> None:
     with VideoWriter(target, source if info.sound else None, fps=rate) as writer:
         text: npt.NDArray[np.float32] | None = None
         for index, frame in enumerate(frames):
-            frame = _fit(frame)
+            if frame.shape[1] < _CHECK_SIDE:  # too small for the text
+                size = (_CHECK_SIDE, round(_CHECK_SIDE * frame.shape[0] / frame.shape[1]))
+                frame = np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.BICUBIC))
             if index >= _CHECK_FROM * rate:
                 text = _text(lines, frame.shape[1], frame.shape[0]) if text is None else text
                 frame = (frame * 0.15 * (1 - text) + 255 * text).astype(np.uint8)
             writer.write(frame)
     _bare(target)
-
-
-def _fit(frame: ImageArray) -> ImageArray:
-    """A picture large enough for the text."""
-    from PIL import Image
-
-    scale = max(1.0, _CHECK_SIDE / frame.shape[1])
-    if scale == 1.0:
-        return frame
-    size = (round(frame.shape[1] * scale), round(frame.shape[0] * scale))
-    return np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.BICUBIC))
 
 
 def _text(lines: list[str], width: int, height: int) -> npt.NDArray[np.float32]:
@@ -146,52 +138,44 @@ def _text(lines: list[str], width: int, height: int) -> npt.NDArray[np.float32]:
 def write_practice(target: Path) -> None:
     """The practice clip: a drawn face whose mouth opens with the loudness of the bundled speech.
 
-    It shows the controls and lets people set the volume, and it sets no standard for the clips that count.
+    It shows the controls, lets people set the volume, and sets no standard for the clips that count.
     """
-    from flowvqtalker.constants import SAMPLE_RATE
+    from scipy.io import wavfile
+
     from flowvqtalker.io.audio import load
 
     with as_file(files("flowvqtalker") / "assets" / "sample_speech.ogg") as path:
         samples = load(path)[: round(_PRACTICE_SECONDS * SAMPLE_RATE)]
-    frames = round(len(samples) / SAMPLE_RATE * FPS)
     window = SAMPLE_RATE // FPS
+    frames = len(samples) // window
     loud = np.sqrt((samples[: frames * window].reshape(frames, window) ** 2).mean(1))
     opening = np.convolve(np.clip(loud / np.percentile(loud, 95), 0, 1), [0.25, 0.5, 0.25], "same")
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         speech = Path(folder) / "speech.wav"
-        with wave.open(str(speech), "wb") as file:
-            file.setnchannels(1)
-            file.setsampwidth(2)
-            file.setframerate(SAMPLE_RATE)
-            file.writeframes((np.clip(samples, -1, 1) * 32767).astype("<i2").tobytes())
+        wavfile.write(speech, SAMPLE_RATE, samples)
         with VideoWriter(target, speech) as writer:
-            for index in range(frames):
-                blink = 1.0 if index % 60 in (40, 41, 42) else 0.0
-                writer.write(_face(float(opening[index]), blink))
+            for wide in opening:
+                writer.write(_face(float(wide)))
     _bare(target)
 
 
-def _face(opening: float, blink: float) -> ImageArray:
-    """A drawn face, twice as large and scaled down for smooth edges."""
+def _face(opening: float) -> ImageArray:
+    """A drawn face, at twice the size and scaled down for smooth edges."""
     from PIL import Image, ImageDraw
 
     size = _PRACTICE_SIZE * 2
     image = Image.new("RGB", (size, size), (206, 214, 220))
     draw = ImageDraw.Draw(image)
-
-    def ellipse(x: float, y: float, rx: float, ry: float, colour: tuple[int, int, int]) -> None:
+    lips, inside = 0.02 + 0.065 * opening, 0.004 + 0.058 * opening
+    for x, y, rx, ry, colour in (
+        (0.5, 0.52, 0.30, 0.38, (243, 212, 180)),
+        *((eye, 0.42, 0.05, 0.035, (255, 255, 255)) for eye in (0.38, 0.62)),
+        *((eye, 0.42, 0.02, 0.028, (60, 70, 90)) for eye in (0.38, 0.62)),
+        (0.5, 0.58, 0.02, 0.008, (200, 160, 130)),
+        (0.5, 0.72, 0.10, lips, (176, 84, 80)),
+        (0.5, 0.72, 0.085, inside, (70, 22, 26)),
+    ):
         draw.ellipse([(x - rx) * size, (y - ry) * size, (x + rx) * size, (y + ry) * size], fill=colour)
-
-    ellipse(0.5, 0.52, 0.30, 0.38, (243, 212, 180))
-    for x in (0.38, 0.62):
-        if blink:
-            draw.line([((x - 0.05) * size, 0.42 * size), ((x + 0.05) * size, 0.42 * size)], (90, 60, 45), 10)
-        else:
-            ellipse(x, 0.42, 0.05, 0.035, (255, 255, 255))
-            ellipse(x, 0.42, 0.02, 0.028, (60, 70, 90))
-    draw.line([(0.5 * size, 0.46 * size), (0.48 * size, 0.58 * size), (0.52 * size, 0.585 * size)], (200, 160, 130), 8)
-    ellipse(0.5, 0.72, 0.10, 0.02 + 0.065 * opening, (176, 84, 80))
-    ellipse(0.5, 0.72, 0.085, 0.004 + 0.058 * opening, (70, 22, 26))
     return np.asarray(image.resize((_PRACTICE_SIZE, _PRACTICE_SIZE), Image.Resampling.BOX))
 
 
