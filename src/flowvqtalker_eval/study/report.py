@@ -60,7 +60,7 @@ def as_markdown(result: Result) -> str:
         lines += [f"## Difference to {result.against}", "", *_table(others, gaps), ""]
         lines += ["Intervals from the same draws: one without 0 is a difference at the 5 % level.", ""]
     agreement = [
-        [_kappa_name(name), *(_cell(kappas.loc[(group, name)], "value", "{:.3f}") for group in (ALL, *methods))]
+        [_kappa_name(name), *(_cell(kappas.loc[[(group, name)]], "value", "{:.3f}") for group in (ALL, *methods))]
         for name in kappas.index.unique("measure")
     ]
     lines += ["## Agreement between raters: Fleiss' kappa", "", *_table([ALL, *methods], agreement), ""]
@@ -103,15 +103,16 @@ def _table(names: list[str], rows: list[list[str]]) -> list[str]:
 
 
 def _show(estimates: pd.DataFrame, method: str, measure: str, name: str = "value") -> str:
-    row, sign = estimates.loc[(method, measure)], "+" if name == "difference" else ""
+    row, sign = estimates.loc[[(method, measure)]], "+" if name == "difference" else ""
     if measure != "emotion":
         return _cell(row, name, f"{{:{sign}.2f}}")
-    return _cell(100 * row, name, f"{{:{sign}.1f}}", " points" if sign else " %")
+    return _cell(row, name, f"{{:{sign}.1f}}", " points" if sign else " %", 100)
 
 
-def _cell(row: pd.Series, name: str, form: str, unit: str = "") -> str:
+def _cell(row: pd.DataFrame, name: str, form: str, unit: str = "", scale: float = 1) -> str:
+    """A number and its interval, from a table of one row."""
     prefix = "" if name == "value" else f"{name}_"
-    value, low, high = (row[column] for column in (name, f"{prefix}low", f"{prefix}high"))
+    value, low, high = scale * row[[name, f"{prefix}low", f"{prefix}high"]].to_numpy(float)[0]
     if not math.isfinite(value):
         return "n/a"
     return f"{form.format(value)}{unit} [{form.format(low)}, {form.format(high)}]"
