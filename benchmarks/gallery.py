@@ -35,7 +35,9 @@ from flowvqtalker.face.portrait import Portrait
 from flowvqtalker.face.topology import EYE_CORNERS, LIPS
 from flowvqtalker.face.tracker import FaceTracker
 from flowvqtalker.io import audio as decode
+from flowvqtalker.io.coefficients import Motion
 from flowvqtalker.io.image import read_image
+from flowvqtalker.motion.options import MotionOptions
 from flowvqtalker.pipeline import Talker
 from flowvqtalker_eval.metrics.identity import FaceIdentity, csim_to_portrait
 
@@ -199,9 +201,9 @@ class Gallery:
         model = self.talker.face_model
 
         def motion(emotion: str) -> tuple[torch.Tensor, torch.Tensor]:
-            stream = self.talker.stream(portrait, emotion=emotion, seed=1, blink_rate=30)
-            parts = [stream.push(self.speech), stream.finish()]
-            return torch.cat([beta for beta, _ in parts]), torch.cat([rho for _, rho in parts])
+            stream = self.talker.stream(portrait, MotionOptions(emotion=emotion, seed=1, blink_rate=30))
+            whole = Motion.join([stream.push(self.speech), stream.finish()])
+            return whole.expression, whole.pose
 
         frames = []
         for emotion in ("happy", "surprised"):
@@ -220,9 +222,9 @@ class Gallery:
                 frames.append((beta[at], rho[at]))
         shown: list[tuple[Picture, tuple[torch.Tensor, torch.Tensor] | None]] = [(portrait.image, None)]
         for one in frames:
-            block = [(one[0][None], one[1][None])]
+            block = [Motion(one[0][None], one[1][None])]
             shown.append((next(iter(self.talker.render(portrait, block))), one))
-        block = [(frames[3][0][None], frames[3][1][None])]
+        block = [Motion(frames[3][0][None], frames[3][1][None])]
         return [*shown, (next(iter(self.talker.render(portrait, block, full=True))), frames[3])]
 
     def _measure(
@@ -284,7 +286,7 @@ def main() -> None:
     torch.set_num_threads(1)
     entries = weights.manifest(options.weights)
     mark = hashlib.sha256("".join(entries[name].sha256 for name in sorted(entries)).encode()).hexdigest()[:8]
-    gallery = Gallery(Talker.load(options.weights), np.concatenate(list(decode.stream(options.speech))))
+    gallery = Gallery(Talker.from_pretrained(options.weights), np.concatenate(list(decode.stream(options.speech))))
     strips, table = [], []
     for choice, picture in tqdm(list(_pictures(options))[: options.limit], unit="portrait"):
         name = f"{mark}_{Path(choice.file).stem}_{choice.derive.replace(' ', '')}"

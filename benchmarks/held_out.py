@@ -12,6 +12,7 @@ import torch
 
 from flowvqtalker.data.shards import Shard
 from flowvqtalker.face.model import FaceModel
+from flowvqtalker.io.coefficients import Motion
 from flowvqtalker.io.image import ImageArray
 from flowvqtalker.render.renderer import Renderer
 from flowvqtalker.render.vqig import VQIG
@@ -88,7 +89,7 @@ def drive(
     hook = renderer.generator.register_forward_hook(keep)
     values = torch.from_numpy(motion)
     try:
-        for image in renderer.render([(values[:, :64], values[:, 64:])]):
+        for image in renderer.render([Motion(values[:, :64], values[:, 64:])]):
             warped, codes = seen.popleft()
             yield Driven(image, warped, codes)
     finally:

@@ -50,12 +50,12 @@ def measure(minutes: float, video: bool, weights: str | None) -> None:
         speech = Path(folder) / "speech.wav"
         long_speech(speech, minutes)
         parts = ("face", "motion", "render") if video else ("face", "motion")
-        talker = Talker.load(weights, parts=parts)
+        talker = Talker.from_pretrained(weights, components=parts)
         started = time.monotonic()
         if video:
             frames = talker.animate(skimage.data.astronaut(), speech, Path(folder) / "out.mp4").frames
         else:
-            frames = sum(len(beta) for beta, _ in talker.motion(speech))
+            frames = sum(map(len, talker.motion(speech)))
         seconds = time.monotonic() - started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
     speed = f"{frames} frames in {seconds:.1f} s, {frames / seconds:.1f} a second"

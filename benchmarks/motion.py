@@ -23,10 +23,12 @@ import torch
 from flowvqtalker import EMOTIONS
 from flowvqtalker.face.arkit import ARKIT_NAMES
 from flowvqtalker.io import audio as decode
+from flowvqtalker.io.coefficients import Motion
 from flowvqtalker.loading import load_flows
 from flowvqtalker.motion.emotion import EmotionKey, EmotionTrack
 from flowvqtalker.motion.flow import ExpFlow, Flow, PoseFlow
 from flowvqtalker.motion.manifold import LatentBank
+from flowvqtalker.motion.options import MotionOptions
 from flowvqtalker.motion.sampler import MotionGenerator
 from flowvqtalker.pipeline import Talker
 
@@ -58,14 +60,14 @@ def sample() -> np.ndarray:
 
 def drift(minutes: float, emotions: list[str], folder: Path | None) -> None:
     """Stream the bundled speech again and again in blocks of 40 ms and compare minutes."""
-    talker = Talker.load(folder, "cpu", parts=("face", "motion"))
+    talker = Talker.from_pretrained(folder, device="cpu", components=("face", "motion"))
     speech = np.tile(sample(), round(6 * minutes) + 1)[: round(minutes * 60 * decode.SAMPLE_RATE)]
     for emotion in emotions:
-        stream = talker.stream(emotion=emotion)
+        stream = talker.stream(options=MotionOptions(emotion=emotion))
         started = time.process_time()
-        blocks = list(stream.run(speech[i : i + 640] for i in range(0, len(speech), 640)))
+        motion = Motion.join(stream.run(speech[i : i + 640] for i in range(0, len(speech), 640)))
         cost = 1e3 * (time.process_time() - started) / stream.frames
-        beta, pose = (torch.cat(parts) for parts in zip(*blocks, strict=True))
+        beta, pose = motion.expression, motion.pose
         shapes = talker.face_model.blendshapes(beta)
         lids = shapes[:, ARKIT_NAMES.index("eyeBlinkLeft")]
         print(f"{emotion}: {stream.frames} frames, {cost:.2f} ms a frame, latency {stream.latency_ms:g} ms")
@@ -85,13 +87,17 @@ def drift(minutes: float, emotions: list[str], folder: Path | None) -> None:
 
 def intensity(emotions: list[str], seeds: int, folder: Path | None) -> None:
     """For every emotion, the blendshapes that move most between intensity 0 and 1, over intensity."""
-    talker = Talker.load(folder, "cpu", parts=("face", "motion"))
+    talker = Talker.from_pretrained(folder, device="cpu", components=("face", "motion"))
     speech, levels = sample(), (0.0, 0.5, 1.0, 1.5, 2.0)
     for emotion in emotions:
         rows = []
         for level in levels:
-            takes = [talker.stream(emotion=emotion, intensity=level, seed=s).run([speech]) for s in range(seeds)]
-            rows.append(talker.face_model.blendshapes(torch.cat([b for take in takes for b, _ in take])).mean(0))
+            streams = [
+                talker.stream(options=MotionOptions(emotion=emotion, intensity=level, seed=seed))
+                for seed in range(seeds)
+            ]
+            motion = Motion.join(block for stream in streams for block in stream.run([speech]))
+            rows.append(talker.face_model.blendshapes(motion.expression).mean(0))
         table = torch.stack(rows)
         chosen = (table[2] - table[0]).abs().topk(3).indices.tolist()
         way = table[2] - table[0]
@@ -146,9 +152,9 @@ def main() -> None:
             first, times = 0.0, []
             for window in speech:
                 tick = time.thread_time()
-                beta, _ = generator(window[None])
+                ready = len(generator(window[None]))
                 times.append(time.thread_time() - tick)
-                if len(beta) and not first:
+                if ready and not first:
                     first = time.perf_counter() - started
             quiet = [1e3 * t for t in sorted(times[10:])]
             print(

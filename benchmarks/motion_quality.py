@@ -96,8 +96,7 @@ class Bench:
             **self.sampling,
         )
         wave = self.wave(number)[: None if frames is None else frames * SAMPLES]
-        made, pose = motion(windows(wave, motion.frontend), last=True)
-        return Coefficients(made.numpy(), pose.numpy(), real.identity)
+        return Coefficients.of(motion(windows(wave, motion.frontend), last=True), real.identity)
 
     def portraits(self) -> list[np.ndarray]:
         """Expressions (64,) of held-out pictures."""

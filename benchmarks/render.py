@@ -51,11 +51,11 @@ def video(frames: int, lanes: int, options: argparse.Namespace) -> None:
 
     torch.set_num_threads(options.threads)
     speech = Path(str(files("flowvqtalker") / "assets" / "sample_speech.ogg"))
-    talker = Talker.load()
+    talker = Talker.from_pretrained()
     face = talker.portrait(astronaut())
     blocks = list(talker.motion(speech, face))
-    blocks = (blocks * (frames // sum(len(beta) for beta, _ in blocks) + 1))[: -(-frames // len(blocks[0][0]))]
-    total = sum(len(beta) for beta, _ in blocks)
+    blocks = (blocks * (frames // sum(map(len, blocks)) + 1))[: -(-frames // len(blocks[0]))]
+    total = sum(map(len, blocks))
     renderer = Renderer(
         load_generator(),
         talker.face_model,

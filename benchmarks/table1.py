@@ -55,7 +55,7 @@ def make_pair(folder: Path) -> tuple[Path, Path]:
     folder.mkdir(parents=True, exist_ok=True)
     paths = folder / "take0.mp4", folder / "take1.mp4"
     if not all(path.is_file() for path in paths):
-        talker = Talker.load()
+        talker = Talker.from_pretrained()
         for seed, path in enumerate(paths):
             print(f"making {path}")
             talker.animate(np.asarray(skimage.data.astronaut()), speech, path, emotion="happy", seed=seed)

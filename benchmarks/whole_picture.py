@@ -35,6 +35,7 @@ from tqdm import tqdm
 
 from flowvqtalker.constants import CROP
 from flowvqtalker.face.portrait import Portrait
+from flowvqtalker.io.coefficients import Motion
 from flowvqtalker.io.image import read_image
 from flowvqtalker.pipeline import Talker
 from flowvqtalker.render.paste import POSE_LIMITS, Paster, limit_pose
@@ -119,11 +120,12 @@ def frames(talker: Talker, portrait: Portrait, speech: Path, scale: float, count
     blocks = []
     for block in limit_pose(motion, portrait.pose):
         blocks.append(block)
-        if sum(len(beta) for beta, _ in blocks) >= 100:
+        if sum(map(len, blocks)) >= 100:
             break
-    beta, rho = (torch.cat(part) for part in zip(*blocks, strict=True))
+    whole = Motion.join(blocks)
+    beta, rho = whole.expression, whole.pose
     for at in np.linspace(0, len(beta) - 1, count).astype(int):
-        yield next(iter(talker.render(portrait, [(beta[at][None], rho[at][None])]))), beta[at], rho[at]
+        yield next(iter(talker.render(portrait, [Motion(beta[at][None], rho[at][None])]))), beta[at], rho[at]
 
 
 def compare(talker: Talker, portraits: list[Picture], speech: Path, count: int) -> list[list[str]]:
@@ -200,7 +202,7 @@ def draw(talker: Talker, picture: Picture, output: Path) -> None:
     for axis, part in ((1, 0.7), (1, -1.0), (0, 0.8), (2, 0.9)):
         rho = portrait.pose.clone()
         rho[axis] += part * POSE_LIMITS[axis]
-        cells.append(next(iter(talker.render(portrait, [(portrait.expression[None], rho[None])], full=True))))
+        cells.append(next(iter(talker.render(portrait, [Motion(portrait.expression[None], rho[None])], full=True))))
     left, top = (max(0, round(float(v) - 130)) for v in portrait.landmarks[:, :2].mean(0))
     row = np.concatenate([cell[top : top + 300, left : left + 270] for cell in cells], axis=1)
     cv2.imwrite(str(output), row[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 90])
@@ -220,7 +222,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
-    talker = Talker.load(options.weights)
+    talker = Talker.from_pretrained(options.weights)
     import skimage.data
 
     public = np.asarray(skimage.data.astronaut())

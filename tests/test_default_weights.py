@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 
 from flowvqtalker import weights
 from flowvqtalker.io import audio as decode
+from flowvqtalker.io.coefficients import Motion
 from flowvqtalker.io.video import read_video
 from flowvqtalker.pipeline import Talker
 
@@ -39,8 +39,8 @@ def test_one_second_from_end_to_end(talker, portrait_file, sample_speech, tmp_pa
 
 
 def test_motion_of_the_sample_is_that_of_a_face(talker, sample_speech):
-    betas, poses = zip(*talker.motion(sample_speech, seed=3), strict=True)
-    beta, pose = torch.cat(betas), torch.cat(poses)
+    motion = Motion.join(talker.motion(sample_speech, seed=3))
+    beta, pose = motion.expression, motion.pose
     assert len(beta) == 250
     assert 0.2 < beta.std() < 3  # coefficients are in standard deviations
     assert pose[:, :3].abs().max() < 0.6  # radians

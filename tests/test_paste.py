@@ -13,6 +13,7 @@ import torch
 
 from flowvqtalker.constants import CROP
 from flowvqtalker.face.portrait import load_portrait
+from flowvqtalker.io.coefficients import Motion
 from flowvqtalker.loading import load_face_model
 from flowvqtalker.render.mesh_flow import MeshFlow, warp
 from flowvqtalker.render.paste import POSE_LIMITS, Paster, limit_pose, paste_frames
@@ -149,7 +150,9 @@ def test_poses_are_held_smoothly(portrait, caplog):
     rho[:, 1] += yaw
     beta = torch.zeros(200, 64)
     with caplog.at_level(logging.WARNING):
-        held = torch.cat([r for _, r in limit_pose([(beta[:100], rho[:100]), (beta[100:], rho[100:])], portrait.pose)])
+        held = Motion.join(
+            limit_pose([Motion(beta[:100], rho[:100]), Motion(beta[100:], rho[100:])], portrait.pose)
+        ).pose
     away = held[:, 1] - portrait.pose[1]
     free = yaw < 0.7 * POSE_LIMITS[1]
     torch.testing.assert_close(away[free], yaw[free], atol=1e-5, rtol=0)
@@ -165,9 +168,9 @@ def test_small_movements_are_left_alone_without_a_word(portrait, caplog):
     rho = portrait.pose + 0.1 * torch.randn(50, 6, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
     rho[:, 5] = portrait.pose[5]
     rho[0, 2] += 2 * math.pi  # a whole turn is none
-    ((_, held),) = limit_pose([(torch.zeros(50, 64), rho)], portrait.pose)
+    (held,) = limit_pose([Motion(torch.zeros(50, 64), rho)], portrait.pose)
     rho[0, 2] -= 2 * math.pi
-    torch.testing.assert_close(held, rho, atol=1e-5, rtol=0)
+    torch.testing.assert_close(held.pose, rho, atol=1e-5, rtol=0)
     assert not caplog.records
 
 
@@ -176,8 +179,8 @@ def test_frames_meet_their_own_motion(portrait):
     seen = []
 
     def render(blocks):
-        rows = [row for beta, rho in blocks for row in zip(beta, rho, strict=True)]
-        yield from (np.full((CROP, CROP, 3), i, np.uint8) for i in range(len(rows)))
+        rows = sum(map(len, blocks))
+        yield from (np.full((CROP, CROP, 3), i, np.uint8) for i in range(rows))
 
     def paster(frame, beta, rho):
         seen.append((int(frame[0, 0, 0]), float(beta[0]), float(rho[0])))
@@ -185,7 +188,7 @@ def test_frames_meet_their_own_motion(portrait):
 
     beta = torch.arange(7.0)[:, None].repeat(1, 64)
     rho = 10 + torch.arange(7.0)[:, None].repeat(1, 6)
-    frames = list(paste_frames(paster, render, [(beta[:3], rho[:3]), (beta[3:], rho[3:])]))
+    frames = list(paste_frames(paster, render, [Motion(beta[:3], rho[:3]), Motion(beta[3:], rho[3:])]))
     assert len(frames) == 7
     assert seen == [(i, float(i), 10.0 + i) for i in range(7)]
 

@@ -13,6 +13,7 @@ import torch
 from flowvqtalker.errors import UserError
 from flowvqtalker.face.model import FaceModel
 from flowvqtalker.face.topology import INNER_LIPS, IRISES, LEFT_EYE, RIGHT_EYE
+from flowvqtalker.io.coefficients import Motion
 from flowvqtalker.loading import load_face_model
 from flowvqtalker.render.mesh_flow import OPENINGS, PRIOR, MeshFlow, enlarge, openings, warp
 from flowvqtalker.render.renderer import Renderer, _windows
@@ -214,13 +215,13 @@ def test_configurations_build_and_lite_keeps_the_budget(name: str) -> None:
 
 def test_windows_are_clamped_and_do_not_depend_on_the_blocks() -> None:
     motion = torch.randn(40, 70)
-    whole = torch.stack(list(_windows([(motion[:, :64], motion[:, 64:])])))
+    whole = torch.stack(list(_windows([Motion(motion[:, :64], motion[:, 64:])])))
     places = (torch.arange(40)[:, None] + torch.arange(-13, 14)).clamp(0, 39)
     assert torch.equal(whole, motion[places])
     cuts = [0, 1, 14, 15, 33, 40]
-    parts = [(motion[a:b, :64], motion[a:b, 64:]) for a, b in pairwise(cuts)]
+    parts = [Motion(motion[a:b, :64], motion[a:b, 64:]) for a, b in pairwise(cuts)]
     assert torch.equal(torch.stack(list(_windows(parts))), whole)
-    assert [len(list(_windows([(motion[:n, :64], motion[:n, 64:])]))) for n in (0, 1, 5)] == [0, 1, 5]
+    assert [len(list(_windows([Motion(motion[:n, :64], motion[:n, 64:])]))) for n in (0, 1, 5)] == [0, 1, 5]
 
 
 def test_renderer_makes_a_frame_for_every_coefficient(face: FaceModel) -> None:
@@ -234,7 +235,7 @@ def test_renderer_makes_a_frame_for_every_coefficient(face: FaceModel) -> None:
         )
         generator = torch.Generator().manual_seed(1)
         beta = torch.randn(5, 64, generator=generator)
-        return np.stack(list(renderer.render([(beta[:2], rho.expand(2, 6)), (beta[2:], rho.expand(3, 6))])))
+        return np.stack(list(renderer.render([Motion(beta[:2], rho.expand(2, 6)), Motion(beta[2:], rho.expand(3, 6))])))
 
     one, three = frames(1), frames(3)
     assert one.shape == (5, 512, 512, 3) and one.dtype == np.uint8

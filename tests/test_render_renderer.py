@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from flowvqtalker.face.model import FaceModel
+from flowvqtalker.io.coefficients import Motion
 from flowvqtalker.loading import load_face_model
 from flowvqtalker.render.renderer import Renderer
 from flowvqtalker.render.vqig import VQIG, VQIGConfig
@@ -67,9 +68,9 @@ def _renderer(generator: VQIG, face: FaceModel, lanes: int | None) -> Renderer:
     )
 
 
-def _motion(frames: int) -> tuple[Tensor, Tensor]:
+def _motion(frames: int) -> Motion:
     beta = torch.randn(frames, 64, generator=torch.Generator().manual_seed(1))
-    return beta, _POSE.expand(frames, 6)
+    return Motion(beta, _POSE.expand(frames, 6))
 
 
 def test_lanes_give_the_same_frames_in_the_same_order(generator: VQIG, face: FaceModel) -> None:

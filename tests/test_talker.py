@@ -16,7 +16,7 @@ from flowvqtalker.errors import UserError
 from flowvqtalker.face.portrait import load_portrait, track
 from flowvqtalker.face.tracker import Face, FaceTracker
 from flowvqtalker.io import audio as decode
-from flowvqtalker.io.coefficients import Coefficients
+from flowvqtalker.io.coefficients import Coefficients, Motion
 from flowvqtalker.io.video import VideoWriter, read_video
 from flowvqtalker.loading import choose_device, choose_dtype
 from flowvqtalker.pipeline import Talker
@@ -35,8 +35,8 @@ def portrait(talker, astronaut):
 
 
 def joined(blocks):
-    betas, poses = zip(*blocks, strict=True)
-    return torch.cat(betas), torch.cat(poses)
+    motion = Motion.join(blocks)
+    return motion.expression, motion.pose
 
 
 # ---------------------------------------------------------------------------------------------------- portraits
@@ -185,7 +185,7 @@ def test_memory_of_motion_does_not_grow_with_the_speech(talker, portrait, tmp_pa
     def peak(seconds: int) -> int:
         path = write_wav(tmp_path / f"{seconds}.wav", np.tile(babble(2.0), seconds // 2))
         tracemalloc.start()
-        count = sum(len(beta) for beta, _ in talker.motion(path, portrait))
+        count = sum(map(len, talker.motion(path, portrait)))
         top = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert count == seconds * 25
@@ -199,14 +199,14 @@ def test_memory_of_motion_does_not_grow_with_the_speech(talker, portrait, tmp_pa
 
 
 def test_frames_come_one_for_one(talker, portrait):
-    blocks = [(torch.zeros(3, 64), portrait.pose.expand(3, -1)), (torch.zeros(2, 64), portrait.pose.expand(2, -1))]
+    blocks = [Motion(torch.zeros(count, 64), portrait.pose.expand(count, -1)) for count in (3, 2)]
     frames = list(talker.render(portrait, blocks))
     assert len(frames) == 5
     assert {(frame.shape, frame.dtype) for frame in frames} == {((512, 512, 3), np.dtype(np.uint8))}
 
 
 def test_full_picture_keeps_what_is_outside_the_face(talker, portrait, astronaut):
-    blocks = [(torch.zeros(1, 64), portrait.pose[None])]
+    blocks = [Motion(torch.zeros(1, 64), portrait.pose[None])]
     frame = next(iter(talker.render(portrait, blocks, full=True)))
     assert frame.shape == astronaut.shape
     assert np.array_equal(frame[400:], astronaut[400:])  # the suit
@@ -263,7 +263,7 @@ def test_stored_motion_moves_the_portrait(talker, portrait, astronaut, tmp_path)
 
     def recorded(given, blocks, *, full=False):
         blocks = list(blocks)
-        seen.append(torch.cat([pose for _, pose in blocks]))
+        seen.append(Motion.join(blocks).pose)
         return original(given, blocks, full=full)
 
     talker.render = recorded

@@ -34,7 +34,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("docs/demo.png"))
     options = parser.parse_args()
-    talker = Talker.load(device="cpu")
+    talker = Talker.from_pretrained(device="cpu")
     portrait = talker.portrait(skimage.data.astronaut())
     rows = []
     for emotion in EMOTIONS:

@@ -161,13 +161,11 @@ class Motion(_MotionCommand):
 
     def run(self) -> None:
         """Write the files and print one line for each."""
-        import numpy as np
-        import torch
 
         from flowvqtalker.face.export import SUFFIXES, check_fps, export_motion
         from flowvqtalker.io.atomic import check_output
         from flowvqtalker.io.audio import scan
-        from flowvqtalker.io.coefficients import Coefficients
+        from flowvqtalker.io.coefficients import Coefficients, Motion
         from flowvqtalker.pipeline import Talker, sample_paths
 
         paths = [check_output(path, SUFFIXES) for path in sample_paths(self.output, self.num_samples)]
@@ -178,15 +176,14 @@ class Motion(_MotionCommand):
         talker = Talker.from_pretrained(self.weights, device="cpu", components=("face", "motion"), exact=self.exact)
         options = self.resolve(talker, options)
         for number, path in enumerate(paths):
-            expression, pose = [], []
+            blocks = []
             done = 0
             with _progress("motion") as progress:
-                for beta, rho in talker.motion(found, options=replace(options, seed=self.seed + number)):
-                    expression.append(beta)
-                    pose.append(rho)
-                    done += len(beta)
+                for block in talker.motion(found, options=replace(options, seed=self.seed + number)):
+                    blocks.append(block)
+                    done += len(block)
                     progress(done, found.frames)
-            made = Coefficients(torch.cat(expression).numpy(), torch.cat(pose).numpy(), np.zeros(80, np.float32))
+            made = Coefficients.of(Motion.join(blocks))
             print(f"{path}: {len(export_motion(path, made, talker.face_model, self.fps))} frames")
 
 

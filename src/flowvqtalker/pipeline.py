@@ -20,7 +20,7 @@ from flowvqtalker.face.model import CENTRE, EXPRESSION, FOCAL, IDENTITY, FaceMod
 from flowvqtalker.face.portrait import Portrait, Progress, load_portrait, track, track_landmarks
 from flowvqtalker.io import audio as decode
 from flowvqtalker.io.atomic import check_output
-from flowvqtalker.io.coefficients import Coefficients
+from flowvqtalker.io.coefficients import Coefficients, Motion
 from flowvqtalker.io.image import ImageArray
 from flowvqtalker.io.video import VideoWriter
 from flowvqtalker.loading import choose_device, choose_dtype, fast_dtype, load_face_model, load_flows, load_generator
@@ -30,12 +30,12 @@ from flowvqtalker.motion.head_pose import PoseTrack
 from flowvqtalker.motion.manifold import LatentBank
 from flowvqtalker.motion.options import MotionOptions
 from flowvqtalker.motion.sampler import ARTICULATION, TEMPERATURE, MotionGenerator
-from flowvqtalker.motion.stream import Block, MotionStream
+from flowvqtalker.motion.stream import MotionStream
 from flowvqtalker.render.paste import Paster, limit_pose, paste_frames
 from flowvqtalker.render.renderer import Renderer
 from flowvqtalker.render.vqig import VQIG
 
-__all__ = ["Block", "Result", "Talker", "sample_paths", "write_video"]
+__all__ = ["Result", "Talker", "sample_paths", "write_video"]
 
 _REFERENCE_SECONDS = 30
 _BLOCK_SECONDS = 1.0
@@ -250,7 +250,7 @@ class Talker:
         pose_scale: float | None = None,
         fixed_pose: bool | None = None,
         pose_from: str | Path | Coefficients | None = None,
-    ) -> Iterator[Block]:
+    ) -> Iterator[Motion]:
         """Motion for speech, block by block.
 
         Arguments:
@@ -261,7 +261,7 @@ class Talker:
             emotion, ..., pose_from: fields of the options; they replace those of ``options``.
 
         Yields:
-            expression (t, 64) and pose (t, 6), float32 on the CPU; together one row for each of the speech's frames
+            blocks on the CPU; together one frame for each of the speech's
             (:attr:`flowvqtalker.io.audio.Speech.frames`).
 
         Raises:
@@ -285,12 +285,12 @@ class Talker:
 
     # -------------------------------------------------------------------------------------------------- pictures
 
-    def render(self, portrait: Portrait, motion: Iterable[Block], *, full: bool = False) -> Iterator[ImageArray]:
+    def render(self, portrait: Portrait, motion: Iterable[Motion], *, full: bool = False) -> Iterator[ImageArray]:
         """Pictures for motion, one for each frame of it.
 
         Arguments:
             portrait: see :meth:`portrait`.
-            motion: blocks of expression (t, 64) and pose (t, 6), for instance from :meth:`motion`.
+            motion: blocks of any length, for instance from :meth:`motion`.
             full: paste each face back into the whole image instead of giving the 512x512 crop; of an image larger than
                 :data:`flowvqtalker.face.portrait.MAX_FULL` the reduced one. The pose is held near the portrait's, see
                 :func:`flowvqtalker.render.paste.limit_pose`.
@@ -457,12 +457,10 @@ class Talker:
         if speech is not None:
             decode.scan(speech)
         ready = portrait if isinstance(portrait, Portrait) else self.portrait(portrait, face)
-        moved = motion.at(FPS)
-        expression, pose = torch.from_numpy(moved.expression), torch.from_numpy(moved.pose)
+        moved = motion.motion(FPS)
         if not absolute:
-            pose = ready.pose + pose - pose[:1]
-        blocks = ((expression[i : i + FPS], pose[i : i + FPS]) for i in range(0, len(expression), FPS))
-        return write_video(self.render(ready, blocks, full=full), path, speech, len(expression), progress)
+            moved = replace(moved, pose=ready.pose + moved.pose - moved.pose[:1])
+        return write_video(self.render(ready, [moved], full=full), path, speech, len(moved), progress)
 
 
 def write_video(

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import zipfile
 import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
 from flowvqtalker.constants import FPS
 from flowvqtalker.errors import UserError
 from flowvqtalker.io.atomic import atomic_write
 
-__all__ = ["Coefficients"]
+__all__ = ["Coefficients", "Motion"]
 
 Array = npt.NDArray[np.float32]
 
@@ -23,6 +26,31 @@ _DAMAGED = (
     *(OSError, ValueError, TypeError, EOFError, AttributeError, LookupError, NotImplementedError, RuntimeError),
     *(zipfile.BadZipFile, zlib.error, MemoryError, SyntaxError),
 )
+
+
+@dataclass(frozen=True)
+class Motion:
+    """Consecutive frames of motion: what the sampler makes, block by block, and the renderer draws.
+
+    Attributes:
+        expression: (T, 64) β, float32.
+        pose: (T, 6) ρ, float32; see :class:`Coefficients`.
+        fps: frames per second.
+    """
+
+    expression: Tensor
+    pose: Tensor
+    fps: float = float(FPS)
+
+    def __len__(self) -> int:
+        return len(self.expression)
+
+    @classmethod
+    def join(cls, parts: Iterable[Motion]) -> Motion:
+        """Concatenate parts of the same frame rate; at least one."""
+        held = list(parts)
+        expression, pose = torch.cat([part.expression for part in held]), torch.cat([part.pose for part in held])
+        return cls(expression, pose, held[0].fps)
 
 
 @dataclass(frozen=True)
@@ -50,6 +78,17 @@ class Coefficients:
 
     def __len__(self) -> int:
         return len(self.expression)
+
+    @classmethod
+    def of(cls, motion: Motion, identity: Array | None = None) -> Coefficients:
+        """Coefficients that hold a motion; without an identity (80,), of the mean face."""
+        shape = np.zeros(80, np.float32) if identity is None else identity
+        return cls(motion.expression.numpy(force=True), motion.pose.numpy(force=True), shape, motion.fps)
+
+    def motion(self, fps: float = float(FPS)) -> Motion:
+        """Expression and pose at a frame rate; see :meth:`at`."""
+        moved = self.at(fps)
+        return Motion(torch.from_numpy(moved.expression), torch.from_numpy(moved.pose), fps)
 
     def save(self, path: str | Path) -> None:
         """Write ``.npz``; the file appears whole or not at all."""

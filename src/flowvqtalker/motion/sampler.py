@@ -12,6 +12,7 @@ from torch import Tensor
 
 from flowvqtalker.constants import EMOTIONS
 from flowvqtalker.errors import UserError
+from flowvqtalker.io.coefficients import Motion
 from flowvqtalker.motion.blink import Blinks
 from flowvqtalker.motion.emotion import EmotionCondition, EmotionTrack, encode_emotion
 from flowvqtalker.motion.flow import ExpFlow, PoseFlow
@@ -225,7 +226,7 @@ class MotionGenerator:
         self._pose_start: Tensor | None = None
 
     @torch.inference_mode()
-    def __call__(self, windows: Tensor, last: bool = False) -> tuple[Tensor, Tensor]:
+    def __call__(self, windows: Tensor, last: bool = False) -> Motion:
         """Motion for the next windows.
 
         Arguments:
@@ -233,7 +234,7 @@ class MotionGenerator:
             last: whether they are the last ones.
 
         Returns:
-            expression (t, 64) and pose (t, 6), float32 on the CPU. Without ``last``, t lags behind by
+            t frames, on the CPU. Without ``last``, t lags behind by
             :attr:`lookahead` frames over all calls; with it, all frames that are left come.
         """
         if self._finished:
@@ -244,7 +245,7 @@ class MotionGenerator:
         with _one_thread():
             return self._run(windows, last)
 
-    def _run(self, windows: Tensor, last: bool) -> tuple[Tensor, Tensor]:
+    def _run(self, windows: Tensor, last: bool) -> Motion:
         frames: list[tuple[Tensor, Tensor]] = []
         for window in windows.to(self.device, torch.float32):
             window = window.clone()  # the same memory alignment for every cut of the stream
@@ -257,9 +258,9 @@ class MotionGenerator:
                 waiting.extend(stream.finish())
             frames += self._drain()
         if not frames:
-            return torch.zeros(0, self.expflow.config.dim), torch.zeros(0, self.poseflow.config.dim)
+            return Motion(torch.zeros(0, self.expflow.config.dim), torch.zeros(0, self.poseflow.config.dim))
         beta, pose = (torch.cat(parts).cpu() for parts in zip(*frames, strict=True))
-        return beta.clone(), pose.clone()
+        return Motion(beta.clone(), pose.clone())
 
     def _drain(self) -> list[tuple[Tensor, Tensor]]:
         """Draw every frame whose audio features of both flows are there."""

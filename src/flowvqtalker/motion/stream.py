@@ -12,13 +12,11 @@ import torch
 from torch import Tensor
 
 from flowvqtalker.constants import SAMPLE_RATE
+from flowvqtalker.io.coefficients import Motion
 from flowvqtalker.motion.sampler import MotionGenerator
 from flowvqtalker.speech import features
 
-__all__ = ["Block", "MotionStream", "frontend_ms"]
-
-#: Consecutive frames of motion: expression (t, 64) and pose (t, 6).
-Block = tuple[Tensor, Tensor]
+__all__ = ["MotionStream", "frontend_ms"]
 
 _FRAME = SAMPLE_RATE // 25
 
@@ -41,8 +39,8 @@ class MotionStream:
 
         stream = talker.stream(portrait, emotion="happy")
         for samples in microphone:  # (n,) float32 or int16 at 16 kHz, one channel
-            expression, pose = stream.push(samples)
-        expression, pose = stream.finish()
+            motion = stream.push(samples)  # may hold no frame yet
+        motion = stream.finish()
 
     All state is carried from block to block and nothing is computed from a block as such, so the frames are the same to
     the last bit however the speech is cut. Memory does not grow with its length.
@@ -67,30 +65,29 @@ class MotionStream:
         """
         return frontend_ms(self._generator.frontend) + self._generator.lookahead * 1e3 * _FRAME / SAMPLE_RATE
 
-    def push(self, samples: npt.NDArray[Any] | Tensor) -> Block:
+    def push(self, samples: npt.NDArray[Any] | Tensor) -> Motion:
         """Take the next samples, (n,) float in [-1, 1] or int16 at 16 kHz; returns the frames that they complete."""
         return self._give(self._generator(self._features.push(_as_float(samples))))
 
-    def finish(self) -> Block:
+    def finish(self) -> Motion:
         """End the speech; returns the frames that are left."""
         return self._give(self._generator(self._features.finish(), last=True))
 
-    def run(self, blocks: Iterable[npt.NDArray[Any] | Tensor]) -> Iterator[Block]:
+    def run(self, blocks: Iterable[npt.NDArray[Any] | Tensor]) -> Iterator[Motion]:
         """Motion for all blocks, as they come; blocks without a frame are left out."""
         for samples in blocks:
             block = self.push(samples)
-            if len(block[0]):
+            if len(block):
                 yield block
         block = self.finish()
-        if len(block[0]):
+        if len(block):
             yield block
 
-    def _give(self, block: Block) -> Block:
-        expression, pose = block
-        self.frames += len(expression)
-        if self._scale != 1 and len(pose):
-            pose = self._pose0 + self._scale * (pose - self._pose0)
-        return expression, pose
+    def _give(self, block: Motion) -> Motion:
+        self.frames += len(block)
+        if self._scale == 1:
+            return block
+        return Motion(block.expression, self._pose0 + self._scale * (block.pose - self._pose0))
 
 
 def _as_float(samples: npt.NDArray[Any] | Tensor) -> npt.NDArray[np.float32]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from flowvqtalker.constants import CROP
 from flowvqtalker.face.crop import Crop
 from flowvqtalker.face.model import FaceModel
+from flowvqtalker.io.coefficients import Motion
 from flowvqtalker.render.mesh_flow import MeshFlow
 
 __all__ = ["POSE_LIMITS", "Paster", "limit_pose", "paste_frames"]
@@ -25,7 +26,6 @@ logger = logging.getLogger(__name__)
 
 Floats = npt.NDArray[np.floating[Any]]
 Picture = npt.NDArray[np.uint8]
-Block = tuple[Tensor, Tensor]
 
 #: How far the head may leave the portrait's pose in a whole picture: pitch, yaw and roll in radians, the shifts to the
 #: side and down in the model's unit (the width between the outer eye corners), the distance as a share of itself.
@@ -51,21 +51,21 @@ _COLOUR_GRID, _COLOUR_REACH = 64, 5.0
 _ROUNDS = 3
 
 
-def limit_pose(motion: Iterable[Block], pose0: Tensor) -> Iterator[Block]:
+def limit_pose(motion: Iterable[Motion], pose0: Tensor) -> Iterator[Motion]:
     """Motion whose poses stay within :data:`POSE_LIMITS` of the portrait's; says so once where that changes much.
 
     Up to seven tenths of a limit nothing changes; what is beyond bends smoothly towards the limit and never passes it.
 
     Arguments:
-        motion: blocks of expression (t, 64) and pose (t, 6).
+        motion: blocks of any length.
         pose0: (6,) of the portrait.
     """
     limits = torch.tensor(POSE_LIMITS)
     limits[5] *= pose0[5].cpu()
     names = ("pitch", "yaw", "roll")
     said = False
-    for beta, rho in motion:
-        away = rho.float().cpu() - pose0.float().cpu()
+    for block in motion:
+        away = block.pose.float().cpu() - pose0.float().cpu()
         # A turn of 350 degrees is one of -10.
         away[:, :3] = torch.remainder(away[:, :3] + math.pi, 2 * math.pi) - math.pi
         size = away.abs() / limits
@@ -83,7 +83,7 @@ def limit_pose(motion: Iterable[Block], pose0: Tensor) -> Iterator[Block]:
                 else "the head comes nearer or farther by more than a seventh"
             )
             logger.warning("%s; in a whole picture it is held within that (the crop alone has no limit)", what)
-        yield beta, pose0.float().cpu() + away.sign() * bent * limits
+        yield Motion(block.expression, pose0.float().cpu() + away.sign() * bent * limits, block.fps)
 
 
 class Paster:
@@ -290,7 +290,7 @@ class Paster:
 
 
 def paste_frames(
-    paster: Paster, render: Callable[[Iterable[Block]], Iterator[Picture]], motion: Iterable[Block]
+    paster: Paster, render: Callable[[Iterable[Motion]], Iterator[Picture]], motion: Iterable[Motion]
 ) -> Iterator[Picture]:
     """Whole pictures for motion, one for each frame.
 
@@ -298,14 +298,14 @@ def paste_frames(
         paster: of the portrait.
         render: blocks of motion to crops, for instance :meth:`flowvqtalker.render.renderer.Renderer.render`; it may
             hold frames back.
-        motion: blocks of expression (t, 64) and pose (t, 6).
+        motion: blocks of any length.
     """
-    waiting: deque[Block] = deque()
+    waiting: deque[tuple[Tensor, Tensor]] = deque()
 
-    def noted() -> Iterator[Block]:
-        for beta, rho in motion:
-            waiting.extend(zip(beta, rho, strict=True))
-            yield beta, rho
+    def noted() -> Iterator[Motion]:
+        for block in motion:
+            waiting.extend(zip(block.expression, block.pose, strict=True))
+            yield block
 
     for frame in render(noted()):
         yield paster(frame, *waiting.popleft())

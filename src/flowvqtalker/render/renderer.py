@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from flowvqtalker.face.model import FaceModel
+from flowvqtalker.io.coefficients import Motion
 from flowvqtalker.render.mesh_flow import MeshFlow
 from flowvqtalker.render.vqig import VQIG
 from flowvqtalker.render.warp import WINDOW
@@ -75,20 +76,20 @@ class Renderer:
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
-    def render(self, blocks: Iterable[tuple[Tensor, Tensor]]) -> Iterator[npt.NDArray[np.uint8]]:
+    def render(self, motion: Iterable[Motion]) -> Iterator[npt.NDArray[np.uint8]]:
         """One (512, 512, 3) uint8 RGB frame for every frame of coefficients.
 
         Batches are rendered in the background while the caller does something with the frames before them.
 
         Arguments:
-            blocks: consecutive blocks of (beta (t, 64), rho (t, 6)), of any lengths. 13 frames are held back for
+            motion: consecutive blocks of any lengths. 13 frames are held back for
                 the window of the mapping network, and up to ``(lanes + 1) * batch_size`` for batching.
         """
         pending: deque[Future[npt.NDArray[np.uint8]]] = deque()
         threads = torch.get_num_threads()
         try:
             with ThreadPoolExecutor(self.lanes, "render", torch.set_num_threads, (self._lane_threads,)) as pool:
-                for batch in _batches(blocks, self.batch_size):
+                for batch in _batches(motion, self.batch_size):
                     pending.append(pool.submit(self._batch, batch))
                     if len(pending) > self.lanes:
                         yield from pending.popleft().result()
@@ -113,10 +114,10 @@ class Renderer:
         return pictures
 
 
-def _batches(blocks: Iterable[tuple[Tensor, Tensor]], size: int) -> Iterator[Tensor]:
+def _batches(motion: Iterable[Motion], size: int) -> Iterator[Tensor]:
     """(B, 27, 70) windows of up to ``size`` frames."""
     windows: list[Tensor] = []
-    for window in _windows(blocks):
+    for window in _windows(motion):
         windows.append(window)
         if len(windows) == size:
             yield torch.stack(windows)
@@ -125,12 +126,12 @@ def _batches(blocks: Iterable[tuple[Tensor, Tensor]], size: int) -> Iterator[Ten
         yield torch.stack(windows)
 
 
-def _windows(blocks: Iterable[tuple[Tensor, Tensor]]) -> Iterator[Tensor]:
+def _windows(motion: Iterable[Motion]) -> Iterator[Tensor]:
     """(27, 70) windows around each frame, the first and last frame repeated beyond the ends."""
     held: deque[Tensor] = deque(maxlen=WINDOW)
     count = 0
-    for beta, rho in blocks:
-        for frame in torch.cat([beta.float().cpu(), rho.float().cpu()], dim=1):
+    for block in motion:
+        for frame in torch.cat([block.expression.float().cpu(), block.pose.float().cpu()], dim=1):
             if not held:
                 held.extend([frame] * _REACH)
             held.append(frame)

@@ -251,8 +251,6 @@ def _read(talker: Any, path: Path, wave: Array | None) -> tuple[Coefficients, Ar
 
 def _generate(talker: Any, speech: Path | None, emotion: str | None, seed: int) -> Coefficients:
     """Motion for speech, on the mean face seen from the front."""
-    from flowvqtalker.io.coefficients import Coefficients
+    from flowvqtalker.io.coefficients import Coefficients, Motion
 
-    blocks = list(talker.motion(speech, emotion=emotion, seed=seed))
-    expression, pose = (np.concatenate([block[i].numpy() for block in blocks]) for i in (0, 1))
-    return Coefficients(expression, pose, np.zeros(80, np.float32))
+    return Coefficients.of(Motion.join(talker.motion(speech, emotion=emotion, seed=seed)))

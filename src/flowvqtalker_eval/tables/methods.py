@@ -20,10 +20,11 @@ from flowvqtalker.face.fit import fit
 from flowvqtalker.face.portrait import load_portrait, track_landmarks
 from flowvqtalker.io.atomic import atomic_write
 from flowvqtalker.io.audio import load as load_audio
+from flowvqtalker.io.coefficients import Motion
 from flowvqtalker.io.image import ImageArray, read_image
 from flowvqtalker.io.video import VideoWriter, read_video
 from flowvqtalker.loading import choose_device, choose_dtype, fast_dtype, load_face_model, load_flows, load_generator
-from flowvqtalker.pipeline import Block, Talker, write_video
+from flowvqtalker.pipeline import Talker, write_video
 from flowvqtalker.render.renderer import Renderer
 from flowvqtalker.render.vqig import VQIG
 from flowvqtalker_eval.metrics.analysis import read_wave
@@ -197,11 +198,11 @@ class _Clip:
         """The real frames (512, 512, 3), cut like the portrait."""
         return map(self.crop.apply, self._read())
 
-    def motion(self) -> Block:
-        """Expression (T, 64) and pose (T, 6) of the real clip, in the portrait's crop and of its identity."""
+    def motion(self) -> Motion:
+        """Motion of the real clip, in the portrait's crop and of its identity."""
         landmarks, _ = track_landmarks(self.item.clip, limit=self.limit)
         found = fit(self.face, self.crop.points(landmarks), identity=self.portrait.identity.cpu().numpy(), smooth=True)
-        return torch.from_numpy(found.expression[: self.frames]), torch.from_numpy(found.pose[: self.frames])
+        return Motion(torch.from_numpy(found.expression[: self.frames]), torch.from_numpy(found.pose[: self.frames]))
 
     def _write_speech(self, path: Path) -> Path | None:
         if not self.item.has_speech:
