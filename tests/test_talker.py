@@ -20,6 +20,7 @@ from flowvqtalker.io.coefficients import Coefficients, Motion
 from flowvqtalker.io.video import VideoWriter, read_video
 from flowvqtalker.loading import choose_device, choose_dtype
 from flowvqtalker.pipeline import Talker
+from flowvqtalker.train.release import add_weights
 
 from .conftest import babble, write_wav
 
@@ -372,7 +373,7 @@ def test_a_face_model_of_another_kind_is_refused(tiny_weights, tmp_path):
 
     folder = tmp_path / "weights"
     shutil.copytree(tiny_weights, folder)
-    weights.add(folder / "poseflow.safetensors", "face_model", path=folder, config={})
+    add_weights(folder / "poseflow.safetensors", "face_model", path=folder, config={})
     with pytest.raises(UserError, match="not a face model"):
         Talker.load(folder, "cpu", parts=("face",))
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from flowvqtalker import weights
 from flowvqtalker.errors import UserError
+from flowvqtalker.train.release import add_weights
 
 LIMIT_MIB = 60.0
 
@@ -36,7 +37,7 @@ def main() -> int:
             if not run.is_dir():
                 continue
             source = run / "best.safetensors" if options.best and (run / "best.safetensors").is_file() else run
-            entry = weights.add(source, name, path=options.folder, data=options.data, terms=options.terms)
+            entry = add_weights(source, name, path=options.folder, data=options.data, terms=options.terms)
             print(f"{name}: {entry.parameters:,} parameters, step {entry.steps}, sha256 {entry.sha256}")
     except UserError as error:
         print(f"release_weights: error: {error}", file=sys.stderr)

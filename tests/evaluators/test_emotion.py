@@ -20,6 +20,7 @@ from flowvqtalker.face.model import FaceModel
 from flowvqtalker.face.topology import RIGID
 from flowvqtalker.train.config import LoopConfig
 from flowvqtalker.train.loop import fit
+from flowvqtalker.train.release import add_weights
 from flowvqtalker_eval.evaluators.emotion import EmotionClassifier, EmotionExtractor, EmotionScores, load_emotion
 from flowvqtalker_eval.evaluators.emotion_data import FaceClips, FaceItems, augment, centre_crop, load_faces
 from flowvqtalker_eval.evaluators.emotion_faces import Faces, PrepareEmotionFaces
@@ -147,7 +148,7 @@ def test_second_step_lowers_its_loss_and_leaves_the_first_blocks_alone(start, fa
             assert torch.equal(value, start[f"backbone.{key}"]), key
     assert torch.equal(state["17.conv.3.running_mean"], start["backbone.17.conv.3.running_mean"])  # norms are fixed
 
-    weights.add(tmp_path / "run", "emotion", path=tmp_path / "weights")
+    add_weights(tmp_path / "run", "emotion", path=tmp_path / "weights")
     loaded = load_emotion(tmp_path / "weights")
     assert float(loaded.temperature) == 1.5
     second.module.eval()

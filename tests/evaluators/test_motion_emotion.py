@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from flowvqtalker import weights
 from flowvqtalker.data.shards import ShardWriter
 from flowvqtalker.errors import UserError
 from flowvqtalker.face.arkit import ARKIT_NAMES
 from flowvqtalker.face.model import FaceModel
+from flowvqtalker.train.release import add_weights
 from flowvqtalker_eval.evaluators import motion_emotion as stage
 from flowvqtalker_eval.evaluators.motion_emotion import MIRRORED, Config, load_motion_emotion, statistics
 from flowvqtalker_eval.metrics.accuracy import CLASSES
@@ -80,7 +80,7 @@ def test_stage_learns_and_its_weights_load(face, tmp_path):
     results = stage.run(config, tmp_path / "run")
     assert results["pooled"] > 0.7  # chance is an eighth
     assert "| happy |" in (tmp_path / "run" / "report.md").read_text()
-    weights.add(tmp_path / "run", "motion_emotion", path=tmp_path / "weights")
+    add_weights(tmp_path / "run", "motion_emotion", path=tmp_path / "weights")
     classifier = load_motion_emotion(tmp_path / "weights")
     clips, data = stage.load_clips((shard,), 2)
     assert len(clips) == 100 and data.natural.sum() == 20 and not data.measured[data.natural].any()

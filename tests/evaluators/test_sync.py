@@ -17,6 +17,7 @@ from flowvqtalker.errors import UserError
 from flowvqtalker.io.video import VideoWriter
 from flowvqtalker.train.config import ConfigError, LoopConfig, load_yaml, to_dict
 from flowvqtalker.train.loop import fit
+from flowvqtalker.train.release import add_weights
 from flowvqtalker_eval.evaluators import sync_training as stage
 from flowvqtalker_eval.evaluators.mouths import (
     HEIGHT,
@@ -200,7 +201,7 @@ def test_expert_from_a_folder_of_weights(tmp_path):
     expert = SyncExpert(TINY).eval()
     state = {k: v.contiguous() for k, v in expert.state_dict().items() if not k.endswith("num_batches_tracked")}
     save_file(state, tmp_path / "raw")
-    weights.add(tmp_path / "raw", "sync", path=tmp_path, config=to_dict(TINY), data="nothing", steps=0)
+    add_weights(tmp_path / "raw", "sync", path=tmp_path, config=to_dict(TINY), data="nothing", steps=0)
     extractor = SyncExpertExtractor(tmp_path)
     assert extractor.settings()["weights"] == weights.manifest(tmp_path)["sync.safetensors"].sha256
     rng = np.random.default_rng(0)
@@ -291,7 +292,7 @@ def test_a_few_steps_lower_the_loss(tmp_path):
     assert results["chance"] == pytest.approx(3 / 31)
     assert results["found"] == pytest.approx(1 - results["miss"])
     assert results["confidence"] > results["confidence_exchanged"]
-    weights.add(tmp_path, "sync", path=tmp_path / "weights")
+    add_weights(tmp_path, "sync", path=tmp_path / "weights")
     loaded = load_sync_expert(tmp_path / "weights")
     assert loaded.config == TINY
     score = sync_expert_score(*loaded.embed(clips[0].mouths, clips[0].sound()))

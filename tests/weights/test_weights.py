@@ -13,8 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from flowvqtalker import weights
-from flowvqtalker.errors import UserError
-from flowvqtalker.weights.__main__ import main
+from flowvqtalker.cli import main
+from flowvqtalker.errors import MissingDependency, UserError
+from flowvqtalker.face.tracker import LANDMARKER_SHA256, LANDMARKER_VARIABLE, find_landmarker
+from flowvqtalker.train.release import add_weights
 
 CONFIG = {"width": 4, "warp": {"prior": "mesh"}}
 
@@ -31,7 +33,7 @@ def run_folder(path: Path, stage: str = "expflow") -> Path:
 
 @pytest.fixture
 def place(tmp_path):
-    weights.add(run_folder(tmp_path / "run"), "expflow", path=tmp_path / "weights", data="four clips")
+    add_weights(run_folder(tmp_path / "run"), "expflow", path=tmp_path / "weights", data="four clips")
     return tmp_path / "weights"
 
 
@@ -57,7 +59,7 @@ def test_storage_is_half_precision_where_it_can_be(place):
 
 
 def test_a_second_file_keeps_the_first(tmp_path, place):
-    weights.add(run_folder(tmp_path / "other", "poseflow"), "poseflow", path=place)
+    add_weights(run_folder(tmp_path / "other", "poseflow"), "poseflow", path=place)
     assert set(weights.manifest(place)) == {"expflow.safetensors", "poseflow.safetensors"}
 
 
@@ -90,7 +92,7 @@ def test_unlisted_weights_are_refused(place):
 
 def test_weights_of_another_stage_are_refused(tmp_path, place):
     with pytest.raises(UserError, match="stage 'expflow', but vqig needs 'vqig'"):
-        weights.add(tmp_path / "run", "vqig", path=place)
+        add_weights(tmp_path / "run", "vqig", path=place)
     content = json.loads((place / "manifest.json").read_text())
     content["expflow.safetensors"]["stage"] = "poseflow"
     (place / "manifest.json").write_text(json.dumps(content))
@@ -126,13 +128,24 @@ def test_a_module_of_another_shape_is_refused_with_the_hash(place):
 
 def test_command_line(tmp_path, place, capsys):
     run_folder(tmp_path / "other", "poseflow")
-    assert main(["add", "poseflow", str(tmp_path / "other"), "--folder", str(place), "--data", "three clips"]) == 0
-    assert main(["list", "--folder", str(place)]) == 0
-    assert capsys.readouterr().out.count(", ok") == 2
+    assert main(["weights-add", "poseflow", str(tmp_path / "other"), "--folder", str(place), "--data", "x"]) == 0
+    assert main(["weights-list", "--folder", str(place)]) == 0
     (place / "poseflow.safetensors").write_bytes(b"")
-    assert main(["list", "--folder", str(place)]) == 1
-    assert main(["add", "poseflow", str(tmp_path / "nowhere")]) == 2
-    assert capsys.readouterr().err.count("\n") == 1
+    assert main(["weights-list", "--folder", str(place)]) == 2
+    assert "poseflow.safetensors missing or damaged" in capsys.readouterr().err
+    assert main(["weights-add", "poseflow", str(tmp_path / "nowhere")]) == 2
+
+
+def test_the_landmarker_ships_with_the_weights(monkeypatch, tmp_path):
+    monkeypatch.delenv(LANDMARKER_VARIABLE, raising=False)
+    assert find_landmarker() == weights.folder() / weights.LANDMARKER
+    assert weights.manifest()[weights.LANDMARKER].sha256 == LANDMARKER_SHA256
+    (tmp_path / "a.task").write_bytes(b"other")
+    monkeypatch.setenv(LANDMARKER_VARIABLE, str(tmp_path / "a.task"))
+    with pytest.raises(MissingDependency, match="expected 64184e"):
+        find_landmarker()
+    with pytest.raises(MissingDependency, match=r"not found at .*none\.task; take another"):
+        find_landmarker(tmp_path / "none.task")
 
 
 def test_release_script_takes_every_run(tmp_path):
@@ -140,7 +153,7 @@ def test_release_script_takes_every_run(tmp_path):
     runs.mkdir()
     for stage in ("expflow", "poseflow"):
         run_folder(runs / stage, stage)
-    script = Path(__file__).parent.parent / "tools" / "release_weights.py"
+    script = Path(__file__).parents[2] / "tools" / "release_weights.py"
     line = [sys.executable, str(script), str(runs), "--folder", str(tmp_path / "weights"), "--data", "clips"]
     done = subprocess.run(line, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -155,7 +168,8 @@ def test_packaged_weights_are_whole():
         assert entry.terms
         assert entry.data
     assert sum((weights.folder() / name).stat().st_size for name in entries) <= 60 * 2**20
-    assert set(entries) == {file.name for file in weights.folder().glob("*.safetensors")}
+    shipped = {f.name for pattern in ("*.safetensors", "*.task") for f in weights.folder().glob(pattern)}
+    assert set(entries) == shipped
 
 
 def test_large_matrices_of_the_speech_encoder_are_stored_in_a_byte_each(tmp_path):
@@ -163,7 +177,7 @@ def test_large_matrices_of_the_speech_encoder_are_stored_in_a_byte_each(tmp_path
     given = {"audio.a": torch.randn(300, 256), "audio.b": torch.randn(8, 8), "audio.c": torch.zeros(256, 256)}
     save_file(given, str(tmp_path / "speech_encoder.safetensors"))
     source = tmp_path / "speech_encoder.safetensors"
-    entry = weights.add(source, "speech_encoder", path=tmp_path / "w", config={"dim": 8}, data="x", steps=1)
+    entry = add_weights(source, "speech_encoder", path=tmp_path / "w", config={"dim": 8}, data="x", steps=1)
     stored = load_file(str(tmp_path / "w" / "speech_encoder.safetensors"))
     assert stored["audio.a"].dtype == torch.int8 and stored["audio.b"].dtype == torch.float16
     read, config = weights.load("speech_encoder", tmp_path / "w")
@@ -178,7 +192,7 @@ def test_large_convolutions_of_the_generator_are_stored_in_a_byte_each(tmp_path)
     torch.manual_seed(0)
     given = {"a": torch.randn(96, 80, 3, 3) * torch.rand(96, 1, 1, 1), "b": torch.randn(16, 3, 3, 3)}
     save_file(given, str(tmp_path / "vqig.safetensors"))
-    weights.add(tmp_path / "vqig.safetensors", "vqig", path=tmp_path / "w", config={}, data="x", steps=1)
+    add_weights(tmp_path / "vqig.safetensors", "vqig", path=tmp_path / "w", config={}, data="x", steps=1)
     stored = load_file(str(tmp_path / "w" / "vqig.safetensors"))
     assert stored["a"].dtype == torch.int8 and stored["a"].shape == (96, 80, 3, 3)
     assert stored["b"].dtype == torch.float16
@@ -189,7 +203,7 @@ def test_large_convolutions_of_the_generator_are_stored_in_a_byte_each(tmp_path)
 
 
 def test_the_speech_encoder_is_needed_by_flows_that_hear_with_it(tmp_path):
-    weights.add(run_folder(tmp_path / "run"), "expflow", path=tmp_path / "w", config={"speech_encoder": False})
+    add_weights(run_folder(tmp_path / "run"), "expflow", path=tmp_path / "w", config={"speech_encoder": False})
     assert "speech_encoder" not in weights.needed(tmp_path / "w")
-    weights.add(run_folder(tmp_path / "run2"), "expflow", path=tmp_path / "w", config={"speech_encoder": True})
+    add_weights(run_folder(tmp_path / "run2"), "expflow", path=tmp_path / "w", config={"speech_encoder": True})
     assert "speech_encoder" in weights.needed(tmp_path / "w")
