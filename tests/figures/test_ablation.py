@@ -87,10 +87,9 @@ def test_a_variant_begins_with_what_it_shares_with_the_given_weights(base: Confi
 def test_what_is_missing_is_trained_once_and_loads_again(
     base: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    runs = train_missing(base, ["B", "W"], tmp_path)
-    assert {k: v.name for k, v in runs.items()} == {"B": "B", "W": "W"}
-    first = load_variant(runs["B"])
-    assert not first.config.use_warp and load_variant(runs["W"] / "weights.safetensors").config.use_warp
+    train_missing(base, ["B", "W"], tmp_path)
+    first = load_variant(tmp_path / "B")
+    assert not first.config.use_warp and load_variant(tmp_path / "W" / "weights.safetensors").config.use_warp
     assert first.warping is None
     for key, value in load_file(base.data.codebook).items():
         assert torch.equal(first.autoencoder.state_dict()[key], value)  # the run's own, not the package's
@@ -119,7 +118,7 @@ def test_bad_weights_are_named(base: Config, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="must name stage vqig, got codebook"):
         load_variant(file)
     file.with_suffix(".json").write_text('{"stage": "vqig", "config": {}}')
-    with pytest.raises(UserError, match="is not usable"):
+    with pytest.raises(UserError, match="does not fit"):
         load_variant(file)
     file.with_suffix(".json").write_text(json.dumps({"stage": "vqig", "config": SMALL.to_dict()}))
     save_yaml(base, tmp_path / "config.yaml")

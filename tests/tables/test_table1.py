@@ -366,13 +366,8 @@ def test_what_cannot_be_had_is_left_out_or_required(folders):
 
 def test_bad_options(folders):
     rows = methods(folders, "near")
-    for options, message in (
-        (Options(protocol="other"), "choose eat or native"),
-        (Options(jobs=0), "at least 1"),
-        (Options(landmarks="other"), "choose dlib or mediapipe"),
-    ):
-        with pytest.raises(UserError, match=message):
-            measure(rows, options, measures=[LevelMeasure()])
+    with pytest.raises(UserError, match="at least 1"):
+        measure(rows, Options(jobs=0), measures=[LevelMeasure()])
     with pytest.raises(UserError, match="two rows are called near"):
         measure([*rows, *rows], Options(), measures=[LevelMeasure()])
     with pytest.raises(UserError, match="unknown metric psmr; choose from ssim"):

@@ -76,13 +76,10 @@ def configuration(base: Any, variant: str, *, residual: bool = False) -> Any:
     return replace(base, model=model)
 
 
-def train_missing(base: Any, variants: Sequence[str], folder: Path, *, residual: bool = False) -> dict[str, Path]:
+def train_missing(base: Any, variants: Sequence[str], folder: Path, *, residual: bool = False) -> None:
     """Train the variants that are not fully trained yet, one after the other, into ``folder/VARIANT``.
 
     An interrupted run resumes; a complete one is left alone.
-
-    Returns:
-        the run's folder of each variant.
 
     Raises:
         UserError: if a run used another configuration, or stopped before its last step.
@@ -113,25 +110,23 @@ def train_missing(base: Any, variants: Sequence[str], folder: Path, *, residual:
                 f"variant {variant} stopped at step {result['step']:.0f} of {config.loop.steps}; "
                 "run the same command again to resume"
             )
-    return {variant: folder / variant for variant in variants}
 
 
 def _steps(run: Path) -> int:
     """Steps behind the exported weights of a run; 0 if there are none."""
-    return int(_about(run).get("step", 0)) if (run / "weights.safetensors").is_file() else 0
+    file = run / "weights.safetensors"
+    return int(_about(file).get("step", 0)) if file.is_file() else 0
 
 
-def _about(place: Path) -> dict[str, Any]:
+def _about(weights: Path) -> dict[str, Any]:
     """The JSON exported beside weights (stage, step, config); empty if there is none."""
-    beside = [place / "config.json"] if place.is_dir() else [place.with_suffix(".json"), place.with_name("config.json")]
-    file = next((file for file in beside if file.is_file()), None)
-    if file is None:
-        return {}
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file} is not valid JSON ({error}); export the weights again") from error
-    return found if isinstance(found, dict) else {}
+    for file in (weights.with_suffix(".json"), weights.with_name("config.json")):
+        if file.is_file():
+            try:
+                return dict(json.loads(file.read_text(encoding="utf-8")))
+            except (ValueError, TypeError) as error:
+                raise UserError(f"{file} is not valid JSON ({error}); export the weights again") from error
+    return {}
 
 
 def load_variant(path: str | Path, weights_folder: str | Path | None = None) -> VQIG:
@@ -153,24 +148,23 @@ def load_variant(path: str | Path, weights_folder: str | Path | None = None) -> 
     file = path / "weights.safetensors" if path.is_dir() else path
     if not file.is_file():
         raise UserError(f"weights {file} do not exist; give a run's folder or a safetensors file of stage vqig")
-    about = _about(path)
+    about = _about(file)
     if about.get("stage") != "vqig" or not isinstance(about.get("config"), dict):
         raise UserError(
             f"the JSON beside {file} must name stage vqig, got {about.get('stage', 'none')}; "
             "keep the config.json of its run with it"
         )
+    data = _run_data(file.parent)
+    own_codebook = data is not None and data.codebook.is_file()
+    codebook = _tensors(data.codebook) if own_codebook else weights.load("codebook", weights_folder)[0]
     try:
         model = VQIG(VQIGConfig.from_dict(about["config"]))
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"the configuration beside {file} is not usable ({error}); export the weights again") from error
-    book = _codebook_of(path if path.is_dir() else path.parent)
-    codebook = weights.load("codebook", weights_folder)[0] if book is None else _tensors(book)
-    own = model.state_dict()
-    given = {**{f"autoencoder.{key}": value for key, value in codebook.items()}, **_tensors(file)}
-    wrong = [key for key in {*own, *given} if key not in own or key not in given or own[key].shape != given[key].shape]
-    if wrong:
-        raise UserError(f"{file} does not fit its configuration or its codebook in {len(wrong)} tensors ({min(wrong)})")
-    model.load_state_dict(given)
+        model.load_state_dict({**{f"autoencoder.{key}": value for key, value in codebook.items()}, **_tensors(file)})
+    except (ValueError, TypeError, KeyError, RuntimeError) as error:
+        problem = str(error).splitlines()[-1].strip()
+        raise UserError(
+            f"{file} does not fit its configuration or codebook ({problem}); export it again"
+        ) from error
     return model.eval()
 
 
@@ -181,12 +175,6 @@ def _run_data(run: Path) -> Any:
 
     file = run / "config.yaml"
     return load_yaml(Config, file).data if file.is_file() else None
-
-
-def _codebook_of(run: Path) -> Path | None:
-    """The codebook that a run was trained on, if the file still exists."""
-    data = _run_data(run)
-    return data.codebook if data is not None and data.codebook.is_file() else None
 
 
 def _tensors(file: Path) -> dict[str, Any]:

@@ -15,53 +15,32 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+# fmt: off
 __all__ = [
-    "EMOTION_COLOURS",
-    "EMOTION_MARKERS",
-    "check_figure",
-    "hide_axes",
-    "look",
-    "named_paths",
-    "new",
-    "save",
-    "subplots",
+    "EMOTION_COLOURS", "EMOTION_MARKERS", "check_figure", "hide_axes", "look", "named_paths", "new", "save", "subplots",
 ]
+# fmt: on
 
 #: A figure is written in both formats, whichever is given.
 _SUFFIXES = (".png", ".pdf")
 
 #: Paul Tol's "muted" scheme, the common colour-blind-safe scheme with nine members.
-EMOTION_COLOURS = dict(
-    zip(
-        EMOTIONS,
-        ("#882255", "#999933", "#117733", "#332288", "#DDCC77", "#44AA99", "#88CCEE", "#CC6677", "#AA4499"),
-        strict=True,
-    )
-)
+_TOL = ("#882255", "#999933", "#117733", "#332288", "#DDCC77", "#44AA99", "#88CCEE", "#CC6677", "#AA4499")
+EMOTION_COLOURS = dict(zip(EMOTIONS, _TOL, strict=True))
 #: Markers tell the emotions apart in grey print.
 EMOTION_MARKERS = dict(zip(EMOTIONS, "vP^sodXD*", strict=True))
 
+# fmt: off
 _LOOK = {
     "font.family": "DejaVu Sans",  # ships with matplotlib, so a figure is the same on every machine
-    "font.size": 8.0,
-    "axes.titlesize": 9.0,
-    "axes.labelsize": 8.0,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.linewidth": 0.6,
-    "xtick.labelsize": 7.0,
-    "ytick.labelsize": 7.0,
-    "xtick.major.width": 0.6,
-    "ytick.major.width": 0.6,
-    "legend.fontsize": 7.0,
-    "legend.frameon": False,
-    "lines.linewidth": 1.2,
-    "image.cmap": "viridis",
-    "image.interpolation": "nearest",
-    "figure.dpi": 100.0,
-    "savefig.dpi": 200.0,
+    "font.size": 8.0, "axes.titlesize": 9.0, "axes.labelsize": 8.0, "legend.fontsize": 7.0,
+    "xtick.labelsize": 7.0, "ytick.labelsize": 7.0, "xtick.major.width": 0.6, "ytick.major.width": 0.6,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.6, "lines.linewidth": 1.2,
+    "legend.frameon": False, "image.cmap": "viridis", "image.interpolation": "nearest",
+    "figure.dpi": 100.0, "savefig.dpi": 200.0,
     "pdf.fonttype": 42,  # embed fonts, so that text stays text
 }
+# fmt: on
 
 
 @contextmanager

@@ -49,7 +49,7 @@ class Run:
     """Where the clips of the split are."""
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"], metavar="OUT")]
     """Folder to write."""
-    method: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME")] = ("animate",)
+    method: tuple[Literal["animate", "reenact", "copy", "warp", "codebook"], ...] = ("animate",)
     """One or more of animate (portrait and speech), reenact (the clip's own tracked motion), copy (the portrait
     repeated), warp (the warped portrait alone), codebook (each real frame through the codebook)."""
     seeds: int = 1
@@ -104,17 +104,14 @@ class Run:
         return Animator(self.output, self.weights, name, self.dtype, self.seconds)
 
     def _check(self) -> None:
-        unknown = [name for name in self.method if name not in METHODS]
-        if unknown or not self.method:
-            raise UserError(f"unknown method {', '.join(unknown) or '(none)'}; choose from {', '.join(METHODS)}")
+        if not self.method:
+            raise UserError(f"no --method was given; choose from {', '.join(METHODS)}")
         for name in ("seeds", "jobs", "limit"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"--{name} must be at least 1, got {value}")
         if self.seconds is not None and self.seconds <= 0:
             raise UserError(f"--seconds must be positive, got {self.seconds:g}")
-        if self.protocol not in ("eat", "native"):
-            raise UserError(f"unknown protocol {self.protocol!r}; choose eat or native")
 
     def _settings(self) -> dict[str, Any]:
         """What the videos depend on; a folder holds videos of the same settings only."""

@@ -108,10 +108,6 @@ def measure(
 
 
 def _check(methods: Sequence[Method], options: Options) -> None:
-    if options.protocol not in _PROTOCOLS:
-        raise UserError(f"unknown protocol {options.protocol!r}; choose eat or native")
-    if options.landmarks not in ("dlib", "mediapipe"):
-        raise UserError(f"unknown landmarks {options.landmarks!r}; choose dlib or mediapipe")
     if options.jobs is not None and options.jobs < 1:
         raise UserError(f"--jobs must be at least 1, got {options.jobs}")
     names = ["GT", *(method.name for method in methods)]
