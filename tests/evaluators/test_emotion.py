@@ -282,7 +282,7 @@ def test_folds_hold_people_out_and_are_kept(start, face, tmp_path):
         seen.append(people[1])
         return EmotionStage(Config(), clips, train, held, start, template)
 
-    logits = cross_validate(make, clips.data, TINY, tmp_path, 2)
+    logits = cross_validate(make, clips.data, TINY, tmp_path, 2, resume=False)
     assert seen[0] | seen[1] == set(clips.data.identities) and not seen[0] & seen[1]
     assert np.abs(logits).sum(1).all()
     again = cross_validate(make, clips.data, TINY, tmp_path, 2, resume=True)  # nothing is trained again

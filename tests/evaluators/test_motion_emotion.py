@@ -82,7 +82,7 @@ def test_stage_learns_and_its_weights_load(face, tmp_path):
     assert "| happy |" in (tmp_path / "run" / "report.md").read_text()
     add_weights(tmp_path / "run", "motion_emotion", path=tmp_path / "weights")
     classifier = load_motion_emotion(tmp_path / "weights")
-    clips, data = stage.load_clips((shard,), 2)
+    clips, data = stage.load_clips((shard,))
     assert len(clips) == 100 and data.natural.sum() == 20 and not data.measured[data.natural].any()
     chances = np.stack([classifier.classify(clip) for clip in clips])
     assert np.allclose(chances.sum(1), 1)
@@ -92,7 +92,7 @@ def test_stage_learns_and_its_weights_load(face, tmp_path):
 def test_mirrored_motion_is_classified_alike(face, tmp_path):
     """The classifier is fitted to both, so its coefficients are symmetric."""
     shard = emotional_shard(tmp_path / "shard")
-    clips, data = stage.load_clips((shard,), 2)
+    clips, data = stage.load_clips((shard,))
     features = np.stack([statistics(clip, face.arkit[:, :-1].mT.numpy(), face.arkit[:, -1].numpy()) for clip in clips])
     coefficients = stage.fit(features, data.labels, 0.05).steps[-1][1].coef_.reshape(8, 5, 52)
     assert np.allclose(coefficients, coefficients[:, :, MIRRORED], atol=1e-3)
@@ -102,7 +102,7 @@ def test_shards_without_emotions_are_refused(tmp_path):
     with ShardWriter(tmp_path / "shard") as writer:
         writer.add(replace(make_clip("a.mp4", 20, 0), emotion=5))
     with pytest.raises(UserError, match="fewer than two emotions"):
-        stage.load_clips((tmp_path / "shard",), 2)
+        stage.load_clips((tmp_path / "shard",))
 
 
 def test_bundled_classifier_knows_the_classes():

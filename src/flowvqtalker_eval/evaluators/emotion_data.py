@@ -23,15 +23,13 @@ from flowvqtalker.data.splits import split_of
 from flowvqtalker.errors import UserError
 from flowvqtalker.face.alignment import SIZE
 from flowvqtalker_eval.evaluators.emotion_faces import Faces
-from flowvqtalker_eval.evaluators.folds import NEUTRAL, Labelled, limit_per_person
+from flowvqtalker_eval.evaluators.folds import NEUTRAL, PER_PERSON, Labelled, limit_per_person
 from flowvqtalker_eval.evaluators.motion_emotion import MIRRORED
 
 __all__ = ["BalancedDraw", "ClipItems", "FaceClips", "FaceItems", "augment", "centre_crop", "load_faces"]
 
 # Shares of still images among the unlabelled faces, and of natural speech among the neutral clips.
 _IMAGES, _NATURAL = 0.4, 0.3
-# Largest number of clips of one person and class that are measured.
-_PER_PERSON = 2
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
@@ -81,7 +79,7 @@ def load_faces(folder: Path) -> FaceClips:
     if len(set(labels.tolist())) < 2:
         raise UserError(f"the faces of {folder} show fewer than two emotions; label the clips and prepare again")
     people = tuple(str(shard.identity[clip]) for clip in clips)
-    measured = limit_per_person(labels, people, _PER_PERSON) & ~natural
+    measured = limit_per_person(labels, people, PER_PERSON) & ~natural
     labelled = {person for person, own in zip(people, natural, strict=True) if not own}
     who = [str(shard.identity[clip]) for clip in faces.clip]
     unknown = np.array([name not in labelled for name in who], bool)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -243,27 +243,27 @@ class EmotionStage(Stage):
         return {**self.model.state_dict(), "temperature": torch.tensor(self.temperature)}, {}
 
 
-def cross_validate(make: Any, data: Labelled, loop: LoopConfig, out: Path, folds: int, resume: bool = False) -> Floats:
-    """Train on every fold and classify the people that it has not seen.
+def _fit_once(stage: Stage, loop: LoopConfig, folder: Path, resume: bool) -> dict[str, Tensor]:
+    """Train in a folder, unless a resumed run finds it done there; returns the exported weights."""
+    if not (resume and (folder / "done").is_file()):
+        fit(stage, loop, folder, resume)
+        (folder / "done").touch()
+    state = load_file(folder / "weights.safetensors")
+    return {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
 
-    Arguments:
-        make: (numbers to train on, numbers held out) -> a new :class:`EmotionStage`.
-        data: the labelled clips.
-        loop: how each fold is trained, in ``out/fold-K``.
-        out: folder of the runs.
-        folds: how many.
-        resume: keep the folds that are done.
 
-    Returns:
-        logits (n, 8) of all clips; those that are not measured are zeros.
+def cross_validate(
+    make: Callable[[Ints, Ints], EmotionStage], data: Labelled, loop: LoopConfig, out: Path, folds: int, resume: bool
+) -> Floats:
+    """Logits (n, 8) of all measured clips by stages that have not seen their people; zeros of the others.
+
+    ``make`` gives a new stage for the numbers of the clips to train on and of those held out; fold k is trained in
+    ``out/fold-k``.
     """
     logits = np.zeros((len(data.labels), len(CLASSES)), np.float32)
     for number, (train, held) in enumerate(grouped_folds(data, folds)):
-        stage, folder = make(train, held), out / f"fold-{number}"
-        if not (resume and (folder / "done").is_file()):
-            fit(stage, loop, folder, resume)
-            (folder / "done").touch()
-        stage.model.load_state_dict(_floats(folder / "weights.safetensors"))
+        stage = make(train, held)
+        stage.model.load_state_dict(_fit_once(stage, loop, out / f"fold-{number}", resume))
         keep = held[data.measured[held]]
         if len(keep):
             logits[keep] = stage.logits(keep)
@@ -293,20 +293,6 @@ def fit_temperature(data: Labelled, logits: Floats) -> float:
     return math.pow(2, float(minimize_scalar(loss, bounds=(-3, 3), method="bounded").x))
 
 
-def _floats(path: Path) -> dict[str, Tensor]:
-    return {key: value.float() if value.is_floating_point() else value for key, value in load_file(path).items()}
-
-
-def _pretrain(config: Config, clips: FaceClips, out: Path, resume: bool) -> dict[str, Tensor]:
-    """Run the first step in ``out/expression``, or read what it left there; returns its state."""
-    folder = out / "expression"
-    if not (resume and (folder / "done").is_file()):
-        imagenet = torch.load(find_weights("mobilenet", config.imagenet), map_location="cpu", weights_only=True)
-        fit(ExpressionStage(config, clips, imagenet), config.pretrain, folder, resume)
-        (folder / "done").touch()
-    return _floats(folder / "weights.safetensors")
-
-
 def run(config: Config, out: Path, resume: bool = False) -> dict[str, float]:
     """Both steps, with cross-validation if asked for; everything goes into ``out``."""
     from flowvqtalker.loading import load_face_model
@@ -314,7 +300,8 @@ def run(config: Config, out: Path, resume: bool = False) -> dict[str, float]:
     face = FaceModel.load(config.face_model) if config.face_model is not None else load_face_model()
     template = face_template(face)
     clips = load_faces(config.shard)
-    start = _pretrain(config, clips, out, resume)
+    imagenet = torch.load(find_weights("mobilenet", config.imagenet), map_location="cpu", weights_only=True)
+    start = _fit_once(ExpressionStage(config, clips, imagenet), config.pretrain, out / "expression", resume)
     results: dict[str, float] = {}
     temperature = 1.0
     if config.folds:

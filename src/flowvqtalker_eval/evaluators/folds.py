@@ -14,12 +14,14 @@ import numpy.typing as npt
 from flowvqtalker.errors import UserError
 from flowvqtalker_eval.metrics.accuracy import CLASSES, Accuracy, score
 
-__all__ = ["NEUTRAL", "Labelled", "grouped_folds", "limit_per_person", "write_report"]
+__all__ = ["NEUTRAL", "PER_PERSON", "Labelled", "grouped_folds", "limit_per_person", "write_report"]
 
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
 
 NEUTRAL = CLASSES.index("neutral")
+#: Largest number of clips of one person and class that are measured.
+PER_PERSON = 2
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from scipy.special import softmax
 
 from flowvqtalker import weights
 from flowvqtalker.constants import EMOTIONS
@@ -23,7 +24,14 @@ from flowvqtalker.data.splits import split_of
 from flowvqtalker.errors import UserError
 from flowvqtalker.face.arkit import ARKIT_NAMES
 from flowvqtalker.face.model import EXPRESSION, FaceModel
-from flowvqtalker_eval.evaluators.folds import NEUTRAL, Labelled, grouped_folds, limit_per_person, write_report
+from flowvqtalker_eval.evaluators.folds import (
+    NEUTRAL,
+    PER_PERSON,
+    Labelled,
+    grouped_folds,
+    limit_per_person,
+    write_report,
+)
 from flowvqtalker_eval.metrics.accuracy import CLASSES
 
 __all__ = ["MIRRORED", "Config", "MotionEmotion", "load_clips", "load_motion_emotion", "run"]
@@ -34,6 +42,7 @@ Floats = npt.NDArray[np.floating[Any]]
 Ints = npt.NDArray[np.int64]
 
 _QUANTILES = (0.1, 0.5, 0.9)
+_SHORTEST = 12  # frames of a clip
 _SWAP = {name: name.replace("Left", "?").replace("Right", "Left").replace("?", "Right") for name in ARKIT_NAMES}
 #: Number of the blendshape that each is in the mirror (``mouthSmileLeft`` is ``mouthSmileRight`` there).
 MIRRORED = [ARKIT_NAMES.index(_SWAP[name]) if _SWAP[name] in ARKIT_NAMES else i for i, name in enumerate(ARKIT_NAMES)]
@@ -48,21 +57,16 @@ class Config:
     face_model: Path | None = None
     """Face model of the shards; None: the package's own."""
     l2: float = 0.1
-    """Weight of the squared coefficients beside the mean cross-entropy."""
-    per_person: int = 2
-    """Largest number of clips of one person and emotion that are used, so that nobody dominates."""
+    """Weight of half the squared coefficients beside the mean cross-entropy."""
     folds: int = 5
     """Folds by identity of the cross-validation before the final fit; 0: none."""
 
 
 @dataclass(frozen=True)
 class MotionEmotion:
-    """The classifier.
+    """The classifier: the map from β to blendshapes, mean and scale of the features, and the regression.
 
-    Attributes:
-        basis, bias: (64, 52), (52,) the map from β to blendshapes.
-        mean, scale: (260,) of the features over the training clips.
-        coef, intercept: (8, 260), (8,) in the order of :data:`flowvqtalker_eval.metrics.accuracy.CLASSES`.
+    Shapes: basis (64, 52), bias (52,), mean and scale (260,), coef (8, 260) and intercept (8,) in the order of CLASSES.
     """
 
     basis: Floats
@@ -75,9 +79,7 @@ class MotionEmotion:
     def classify(self, expression: Floats) -> Floats:
         """Probabilities (8,) of a sequence (T, 64) of β, T of at least 1."""
         features = (statistics(expression, self.basis, self.bias) - self.mean) / self.scale
-        logits = self.coef @ features + self.intercept
-        chances = np.exp(logits - logits.max())
-        return np.asarray(chances / chances.sum(), np.float32)
+        return np.asarray(softmax(self.coef @ features + self.intercept), np.float32)
 
 
 def statistics(expression: Floats, basis: Floats, bias: Floats) -> Floats:
@@ -105,8 +107,8 @@ def load_motion_emotion(path: str | Path | None = None) -> MotionEmotion:
         raise weights.mismatch("motion_emotion", str(error), path) from error
 
 
-def load_clips(shards: tuple[Path, ...], per_person: int, shortest: int = 12) -> tuple[list[Floats], Labelled]:
-    """β (T, 64) of labelled clips, and their labels.
+def load_clips(shards: tuple[Path, ...]) -> tuple[list[Floats], Labelled]:
+    """β (T, 64) of labelled clips, and their labels; few of one person and emotion, so that nobody dominates.
 
     Raises:
         UserError: if the clips show fewer than two emotions.
@@ -114,12 +116,12 @@ def load_clips(shards: tuple[Path, ...], per_person: int, shortest: int = 12) ->
     found = [
         (shard, int(number))
         for shard in map(Shard, shards)
-        for number in shard.select(is_image=False, min_length=shortest)
+        for number in shard.select(is_image=False, min_length=_SHORTEST)
         if shard.emotion[number] >= 0
     ]
     emotions = np.array([shard.emotion[number] for shard, number in found], np.int64)
     people = [str(shard.identity[number]) for shard, number in found]
-    kept = np.flatnonzero(limit_per_person(emotions, people, per_person))
+    kept = np.flatnonzero(limit_per_person(emotions, people, PER_PERSON))
     natural = emotions[kept] == EMOTIONS.index("natural")
     labels = np.where(natural, NEUTRAL, emotions[kept])
     if len(set(labels.tolist())) < 2:
@@ -150,7 +152,7 @@ def run(config: Config, out: Path, resume: bool = False) -> dict[str, float]:
 
     face = FaceModel.load(config.face_model) if config.face_model is not None else load_face_model()
     basis, bias = face.arkit[:, :-1].mT.double().numpy(), face.arkit[:, -1].double().numpy()
-    expressions, data = load_clips(config.shards, config.per_person)
+    expressions, data = load_clips(config.shards)
     features = np.stack([statistics(one, basis, bias) for one in expressions])
     results: dict[str, float] = {}
     out.mkdir(parents=True, exist_ok=True)
