@@ -26,11 +26,12 @@ from flowvqtalker.face.arkit import arkit_index
 from flowvqtalker.motion.flow import ExpFlow
 from flowvqtalker.motion.manifold import LatentBank
 from flowvqtalker.motion.sampler import ARTICULATION, MANIFOLD, TEMPERATURE
-from flowvqtalker.train import expflow
+from flowvqtalker.train import expflow, flow_stage
 from flowvqtalker.train.config import from_dict, load_yaml, to_dict
+from flowvqtalker.train.corpus import Corpus, encode_corpus
 from flowvqtalker.train.flow_stage import load_speech_encoder
 from flowvqtalker.train.loop import fit
-from flowvqtalker.train.sequences import Corpus, encode_corpus, load_corpus
+from flowvqtalker.train.sequences import load_corpus
 
 #: Name -> what it changes: settings by their path, and options of the sampling.
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -61,7 +62,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 #: How the emotional clips were drawn when the questions were asked; the default has learnt from the answers.
 _ASKED = {
     "sequences.estimate": False,
-    "sequences.known": 0.7,
+    "sequences.known_neutral": 0.7,
     "sequences.retarget_lips": 0.5,
     "sequences.retarget_expression": 0.6,
     "sequences.degraded": 0.0,
@@ -143,10 +144,10 @@ def main() -> None:
     options.output.mkdir(parents=True, exist_ok=True)
 
     base = default(options)
-    face = expflow.face_model(None)
+    face = flow_stage.face_model(None)
     lids = face.arkit[[arkit_index("eyeBlinkLeft"), arkit_index("eyeBlinkRight")]].mean(0)
-    basis = torch.linalg.qr(expflow.lip_directions(face.expression))[0]
-    lips, gap = (basis @ basis.mT).numpy(), expflow.lip_gap(face.expression).numpy()
+    basis = torch.linalg.qr(flow_stage.lip_directions(face.expression))[0]
+    lips, gap = (basis @ basis.mT).numpy(), flow_stage.lip_gap(face.expression).numpy()
     heard = load_speech_encoder(options.speech_encoder)
     given = {"lips": lips, "gap": gap, "frontend": heard[0].config.frontend}
     train, val = (load_corpus(base.shards, split, base.sequences, **given) for split in ("train", "val"))
@@ -165,7 +166,7 @@ def main() -> None:
             if train.clips[0].features is None:
                 encode_corpus(train, heard[0], config.features.copies, base.loop.seed)
             drawn = config.sequences
-            corpus = Corpus(train.clips, lips, gap, drawn.known, drawn.estimate)  # the same clips
+            corpus = Corpus(train.clips, lips, gap, drawn.known_neutral, drawn.estimate)  # the same clips
             stage = expflow.ExpFlowStage(config, corpus, val, face.expression, lids, heard)
             fit(stage, config.loop, run, resume=(run / "checkpoint.pt").is_file())
         about = json.loads((run / "config.json").read_text())

@@ -23,9 +23,9 @@ from flowvqtalker.data.shards import Shard
 from flowvqtalker.loading import load_face_model, load_speech_encoder
 from flowvqtalker.speech.encoder import AudioConfig, AudioEncoder
 from flowvqtalker.speech.features import log_mel
-from flowvqtalker.train.expflow import lip_directions, lip_gap
+from flowvqtalker.train.corpus import MotionClip
+from flowvqtalker.train.flow_stage import lip_directions, lip_gap
 from flowvqtalker.train.flow_stage import load_speech_encoder as load_run
-from flowvqtalker.train.sequences import MotionClip
 from flowvqtalker_eval.metrics.motion import correlation
 
 _FRAMES, _BATCH, _WORST = 32, 16, 0.1

@@ -1,4 +1,4 @@
-"""What the stages ``expflow`` and ``poseflow`` have in common."""
+"""Common parts of the stages ``expflow``, ``poseflow`` and ``speech``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,51 +17,67 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset, default_collate
 
+from flowvqtalker import weights
 from flowvqtalker.errors import UserError
+from flowvqtalker.face.model import FaceModel
+from flowvqtalker.face.topology import LIPS
 from flowvqtalker.motion.flow import Flow, Sequences
 from flowvqtalker.speech.encoder import SpeechEncoder, SpeechEncoderConfig
-from flowvqtalker.train.config import LoopConfig, check, from_dict, to_dict
-from flowvqtalker.train.loop import Stage
-from flowvqtalker.train.sequences import Corpus, SequenceConfig, SequenceDataset, collate, encode_corpus
+from flowvqtalker.train.config import LoopConfig, check, from_dict
+from flowvqtalker.train.corpus import Corpus, encode_corpus
+from flowvqtalker.train.sequences import SequenceDataset, collate
+from flowvqtalker.train.stage import Stage
 
-__all__ = ["Features", "FlowStage", "Losses", "correlation", "evaluating", "load_speech_encoder", "whole_clips"]
+__all__ = [
+    "Features",
+    "FlowStage",
+    "Losses",
+    "correlation",
+    "evaluating",
+    "face_model",
+    "lip_directions",
+    "lip_gap",
+    "load_speech_encoder",
+    "whole_clips",
+]
 
 logger = logging.getLogger(__name__)
 
-#: Items from which the multi-actnorms take their start: half of them are drawn class by class, so every emotion is
-#: there.
+#: Middle vertices of the upper and of the lower inner lip.
+_UPPER, _LOWER = 13, 14
+
+#: Items that initialise the multi-actnorms; half are drawn class by class, so every emotion occurs.
 _START_ITEMS = 64
 
 
 @dataclass(frozen=True)
 class Losses:
-    """Weights of the losses beside the likelihood."""
+    """Losses beside the likelihood."""
 
     consistency: float = 0.1
-    """λ of L_con (eq. 11); the paper gives none."""
+    """Weight λ of L_con (eq. 11); the paper gives none."""
     pairs: int = 64
-    """Pairs of frames of a batch on which L_con is taken; drawing frames costs about as much as their likelihood."""
+    """Pairs of frames per batch for L_con; sampling frames costs about as much as their likelihood."""
     lips: float = 1.0
-    """Weight of an auxiliary regression of the lips from the audio encoder's features (ours): likelihood alone teaches
-    the encoder slowly, because the previous frames already tell most of the next one. 0: none."""
+    """Weight of a regression of the lips from the audio features (ours); 0: none. The likelihood alone trains the
+    encoder slowly, because the previous frames predict most of the next one."""
 
 
 @dataclass(frozen=True)
 class Features:
-    """Who listens for the flow."""
+    """Speech features of the flow's context."""
 
     speech_encoder: Path | None = None
-    """Run of the stage `speech`, or its weights, which are then not trained any further; None trains a small audio
-    encoder with the flow."""
+    """Run of the stage `speech`, or its weights, which stay frozen; None trains a small audio encoder with the flow."""
     copies: int = 2
-    """With a speech encoder: versions of each clip's sound, the first as it is and the others of varied voices."""
+    """With a speech encoder: versions of each clip's speech, the original and varied voices."""
 
     def __post_init__(self) -> None:
         check((self.copies > 0, f"copies must be positive, got {self.copies}"))
 
 
 def load_speech_encoder(path: Path) -> tuple[SpeechEncoder, dict[str, Tensor]]:
-    """The speech encoder that the stage ``speech`` exported, and the weights of its map to β.
+    """The frozen speech encoder that the stage ``speech`` exported, and the weights of its lip prior.
 
     Raises:
         UserError: if the path holds no such weights.
@@ -72,7 +88,9 @@ def load_speech_encoder(path: Path) -> tuple[SpeechEncoder, dict[str, Tensor]]:
         state = load_file(str(file))
         about = json.loads(settings.read_text(encoding="utf-8"))
     except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"{file} is no finished run of `flowvqtalker train speech` ({error})") from error
+        raise UserError(
+            f"{file} is no finished run of `flowvqtalker train speech` ({error}); train one or choose another"
+        ) from error
     if about.get("stage") != "speech":
         raise UserError(
             f"{file} is of stage {about.get('stage')!r}; features.speech_encoder must be a run of stage 'speech'"
@@ -81,6 +99,7 @@ def load_speech_encoder(path: Path) -> tuple[SpeechEncoder, dict[str, Tensor]]:
     parts: dict[str, dict[str, Tensor]] = {"audio": {}, "lip_prior": {}}
     for key, value in state.items():
         part, _, name = key.partition(".")
+        part = {"voicing": "lip_prior"}.get(part, part)  # its name in exports of version 0.1
         parts[part][name] = value.float()
     speech_encoder.load_state_dict(parts["audio"])
     return speech_encoder.requires_grad_(False).eval(), parts["lip_prior"]
@@ -99,9 +118,8 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 
 def whole_clips(corpus: Corpus, numbers: list[int], dataset: SequenceDataset, frames: int) -> Sequences:
-    """The first ``frames`` frames of some clips as one batch (shorter clips are masked at the end)."""
-    config = SequenceConfig(**{**to_dict(dataset.config), "frames": frames})
-    plain = SequenceDataset(corpus, config, dataset.audio, dataset.history, plain=True)
+    """The first ``frames`` frames of some clips as one batch; shorter clips are masked at the end."""
+    plain = SequenceDataset(corpus, replace(dataset.config, frames=frames), dataset.audio, dataset.history, plain=True)
     return collate(default_collate([plain.item(n, 0, np.random.default_rng([0, n])) for n in numbers]))
 
 
@@ -109,9 +127,9 @@ class FlowStage(Stage):
     """Maximum likelihood of a flow on sequences with teacher forcing, L_con, and an auxiliary loss.
 
     Arguments:
-        config: the stage's configuration; has ``loop``, ``losses`` and ``sequences``.
-        flow: what is trained.
-        train, val: clips of the two splits; without ``val`` the likelihood is measured on the training clips.
+        config: the stage's configuration, with ``loop``, ``losses``, ``features`` and ``sequences``.
+        flow: the flow to train.
+        train, val: clips of the two splits; without ``val``, validation uses the training clips.
     """
 
     monitor = "nll"
@@ -134,23 +152,22 @@ class FlowStage(Stage):
         logger.info("%d clips to train on (%d frames), %d to validate", *counts)
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        kept = set(self.flow.audio.parameters()) if self.flow.config.speech_encoder else set()
-        return {"flow": [parameter for parameter in self.module.parameters() if parameter not in kept]}
+        frozen = set(self.flow.audio.parameters()) if self.flow.config.speech_encoder else set()
+        return {"flow": [parameter for parameter in self.module.parameters() if parameter not in frozen]}
 
     def dataset(self, split: str) -> Dataset[Any]:
         return self.train_data if split == "train" else self.val_data
 
     def on_start(self, batch: Any) -> None:
-        """Start of the multi-actnorms from a batch that mixes the emotions."""
-        device = batch["frames"].device
-        items = default_collate([self.train_data[i] for i in range(_START_ITEMS)])
-        first = collate({key: value.to(device) for key, value in items.items()}, self.flow.config.source)
-        self.prepare(first)
+        """Initialise the multi-actnorms from a batch that mixes the emotions."""
         with torch.no_grad():
-            self.flow.negative_log_likelihood(first)
+            self.flow.negative_log_likelihood(self.batch([self.train_data[i] for i in range(_START_ITEMS)]))
 
-    def prepare(self, first: Sequences) -> None:
-        """Called before the multi-actnorms start."""
+    def batch(self, items: list[dict[str, Any]]) -> Sequences:
+        """Items as one batch on the flow's device."""
+        device = next(self.flow.parameters()).device
+        tensors = {key: value.to(device) for key, value in default_collate(items).items()}
+        return collate(tensors, self.flow.config.source)
 
     def loss(self, group: str, batch: Any, step: int) -> tuple[Tensor, dict[str, float | Tensor]]:
         sequences = collate(batch, self.flow.config.source)
@@ -167,31 +184,18 @@ class FlowStage(Stage):
         return total, {**logs, **extra_logs}
 
     def auxiliary(self, batch: Any, audio: Tensor) -> tuple[Tensor | None, dict[str, Tensor]]:
-        """A further loss, and what to log."""
+        """An additional loss, and what to log."""
         return None, {}
 
     def held_out(self, items: int = 96, size: int = 24) -> dict[str, float]:
-        """Mean negative log-likelihood in nats per frame on fixed items of the held-out people, half of them drawn
-        class by class, with their speech."""
-        device = next(self.flow.parameters()).device
-        total, count = 0.0, 0
-        for start in range(0, items, size):
-            batch = default_collate([self.val_data[i] for i in range(start, start + size)])
-            nll = self.flow.negative_log_likelihood(
-                collate({key: value.to(device) for key, value in batch.items()}, self.flow.config.source)
-            )
-            total, count = total + float(nll.sum()), count + len(nll)
-        return {"nll": total / count}
+        """Mean negative log-likelihood in nats per frame on fixed validation items."""
+        batches = (self.batch([self.val_data[i + n] for n in range(size)]) for i in range(0, items, size))
+        return {"nll": float(torch.cat([self.flow.negative_log_likelihood(batch) for batch in batches]).mean())}
 
-    def longest(self, corpus: Corpus, count: int, speech: bool = True) -> list[int]:
-        """Numbers of the longest clip of up to ``count`` people, most frames first."""
-        best: dict[str, int] = {}
-        for number, clip in enumerate(corpus.clips):
-            if speech and not clip.speech:
-                continue
-            if clip.identity not in best or len(clip.frames) > len(corpus.clips[best[clip.identity]].frames):
-                best[clip.identity] = number
-        return sorted(best.values(), key=lambda n: (-len(corpus.clips[n].frames), n))[:count]
+    def held_out_speakers(self, count: int = 16) -> list[int]:
+        """Numbers of one long validation clip with speech for each of up to ``count`` people."""
+        corpus = self.val_corpus
+        return corpus.longest([number for number, clip in enumerate(corpus.clips) if clip.speech], count)
 
 
 def correlation(a: Tensor, b: Tensor, mask: Tensor) -> Tensor:
@@ -200,3 +204,23 @@ def correlation(a: Tensor, b: Tensor, mask: Tensor) -> Tensor:
     count = weight.sum(1, keepdim=True).clamp_min(1)
     a, b = ((x - (x * weight).sum(1, keepdim=True) / count) * weight for x in (a, b))
     return (a * b).sum(1) / (a.square().sum(1) * b.square().sum(1)).sqrt().clamp_min(1e-9)
+
+
+def lip_directions(expression: Tensor, count: int = 16) -> Tensor:
+    """Orthogonal directions (64, count) of β in which the lips move most, scaled by how far they move.
+
+    ``expression`` is the expression basis (64, 478, 3) of a face model.
+    """
+    u, s, _ = torch.linalg.svd(expression[:, list(LIPS)].flatten(1), full_matrices=False)
+    directions: Tensor = (u * s)[:, :count] / s.square().sum().sqrt()
+    return directions
+
+
+def lip_gap(expression: Tensor) -> Tensor:
+    """Direction (64,) of β that opens the lips: the product with β is the distance of the inner lips' middles."""
+    return expression[:, _LOWER, 1] - expression[:, _UPPER, 1]
+
+
+def face_model(path: Path | None) -> FaceModel:
+    """The face model at a path; None is the package's own."""
+    return FaceModel.load(weights.folder() / "face_model.safetensors" if path is None else path)

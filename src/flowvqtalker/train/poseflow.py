@@ -11,12 +11,12 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor
 
-from flowvqtalker.motion.flow import PoseFlow, PoseFlowConfig, Sequences
+from flowvqtalker.motion.flow import PoseFlow, PoseFlowConfig
 from flowvqtalker.speech.encoder import SpeechEncoder
 from flowvqtalker.train.config import LoopConfig, check, to_dict
+from flowvqtalker.train.corpus import Corpus
 from flowvqtalker.train.flow_stage import Features, FlowStage, Losses, load_speech_encoder, whole_clips
-from flowvqtalker.train.loop import Stage
-from flowvqtalker.train.sequences import Corpus, SequenceConfig, load_corpus
+from flowvqtalker.train.sequences import SequenceConfig, load_corpus
 
 __all__ = ["Config", "PoseFlowStage", "build"]
 
@@ -26,11 +26,11 @@ class Config:
     """Configuration of the pose flow's stage."""
 
     shards: tuple[Path, ...] = (Path("data/shard"),)
-    """Folders of `python -m flowvqtalker.data.prepare`."""
+    """Folders of `flowvqtalker prepare`."""
     features: Features = field(default_factory=Features)
     flow: PoseFlowConfig = field(default_factory=PoseFlowConfig)
     sequences: SequenceConfig = field(
-        default_factory=lambda: SequenceConfig(frames=48, balanced=0.2, strength=0, shortest=25)
+        default_factory=lambda: SequenceConfig(frames=48, balanced=0.2, strength=0, min_length=25)
     )
     losses: Losses = field(default_factory=lambda: Losses(lips=0))
     loop: LoopConfig = field(
@@ -45,7 +45,8 @@ class Config:
 
 
 class PoseFlowStage(FlowStage):
-    """See the module. Poses are relative to their clip's mean: a generated head moves around the source's pose."""
+    """Maximum likelihood of the pose flow. Poses are relative to their clip's mean: a generated head moves around the
+    source's pose."""
 
     name = "poseflow"
 
@@ -55,20 +56,21 @@ class PoseFlowStage(FlowStage):
         torch.manual_seed(config.loop.seed)
         super().__init__(config, PoseFlow(config.flow, speech_encoder), train, val)
 
-    def prepare(self, first: Sequences) -> None:
-        """Radians and model units to numbers near one."""
+    def on_start(self, batch: Any) -> None:
+        """Scale radians and model units to numbers near one, then initialise as every flow."""
         frames = np.concatenate([clip.frames for clip in self.train_corpus.clips])
         self.flow.data_std.copy_(torch.from_numpy(frames.std(0)).clamp_min(1e-4))
+        super().on_start(batch)
 
     def validate(self, fabric: Fabric) -> dict[str, float]:
         results = self.held_out()
-        numbers = self.longest(self.val_corpus, 16)
+        numbers = self.held_out_speakers()
         if numbers:
             results.update(self._motion_scores(numbers, fabric.device))
         return results
 
     def _motion_scores(self, numbers: list[int], device: torch.device) -> dict[str, float]:
-        """Standard deviation within a clip and mean speed of drawn motion, as shares of the real clips'."""
+        """Standard deviation within a clip and mean speed of sampled motion, relative to the real clips."""
         batch = whole_clips(self.val_corpus, numbers, self.val_data, 75)
         generator = torch.Generator().manual_seed(0)
         drawn = self.flow.rollout(batch.windows.to(device), torch.zeros_like(batch.emotion).to(device), generator).cpu()
@@ -84,16 +86,15 @@ class PoseFlowStage(FlowStage):
 
 
 def _motion(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Standard deviation within a clip and mean speed, both (D,) means over the clips."""
+    """Standard deviation within a clip and mean speed, both (D,), averaged over the clips."""
     spans = torch.stack([clip[keep].std(0) for clip, keep in zip(x, mask, strict=True)]).mean(0)
     return spans, (x[:, 1:] - x[:, :-1]).abs()[mask[:, 1:]].mean(0)
 
 
-def build(config: Config) -> Stage:
+def build(config: Config) -> PoseFlowStage:
     """The stage for a configuration; reads the shards."""
-    speech_encoder = (
-        None if config.features.speech_encoder is None else load_speech_encoder(config.features.speech_encoder)[0]
-    )
+    run = config.features.speech_encoder
+    speech_encoder = None if run is None else load_speech_encoder(run)[0]
     config = replace(config, flow=replace(config.flow, speech_encoder=speech_encoder is not None))
     frontend = speech_encoder.config.frontend if speech_encoder else config.flow.audio.frontend
     train, val = (

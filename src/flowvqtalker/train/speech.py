@@ -1,9 +1,9 @@
-"""Stage ``speech``: the speech encoder, taught on its own what to listen for before a flow is trained on it (ours).
+"""Stage ``speech``: the speech encoder, trained before the flows that use it (ours).
 
-It starts from the first layers of Whisper (:mod:`flowvqtalker.speech.encoder`) and learns to reproduce the features of
-all its layers (distillation), to foretell the lips of the clips whose face was tracked, and, as further tasks, facial
-action units and an animator's mouth curves. Voices and rooms are varied: pitch and formants by the speech set itself,
-the rest by :func:`flowvqtalker.speech.augment.spectral_augment`.
+It starts from the first layers of Whisper (:mod:`flowvqtalker.speech.encoder`). Its tasks: reproduce the features of
+Whisper's last layer (distillation), predict the lips of tracked clips, and, with small weights, facial action units and
+an animator's mouth curves. The speech set varies pitch and formants;
+:func:`flowvqtalker.speech.augment.spectral_augment` varies the rest of voice and room.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from flowvqtalker.speech.augment import spectral_augment
 from flowvqtalker.speech.encoder import SpeechEncoder, SpeechEncoderConfig
 from flowvqtalker.speech.features import FRONTENDS
 from flowvqtalker.train.config import LoopConfig, check, to_dict
-from flowvqtalker.train.flow_stage import load_speech_encoder
-from flowvqtalker.train.loop import Stage
+from flowvqtalker.train.flow_stage import face_model, lip_directions, lip_gap, load_speech_encoder
+from flowvqtalker.train.stage import Stage
 
 __all__ = ["Config", "SpeechStage", "Tasks", "build"]
 
@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Weights:
-    """Weights of the tasks; each loss is the share of the target's variance that is left unexplained."""
+    """Weights of the tasks; each loss is the unexplained share of its target's variance."""
 
     teacher: float = 1.0
     lips: float = 1.0
@@ -52,16 +52,16 @@ class Config:
     sets: tuple[Path, ...] = (Path("data/speech"),)
     """Folders of `flowvqtalker prepare-speech`."""
     face_model: Path | None = None
-    """Face model of the coefficients, which says what the lips do; None takes the package's own."""
+    """Face model of the coefficients, for the motion of the lips; None: the package's own."""
     whisper: Path | None = None
-    """Folder of Whisper base for CTranslate2, stored as float16, to start from; None starts from nothing."""
+    """Folder of Whisper base for CTranslate2, stored as float16, to start from; None: random weights."""
     start: Path | None = None
-    """Weights of an earlier run of this stage to start from, instead."""
+    """Weights of an earlier run of this stage to start from instead."""
     speech_encoder: SpeechEncoderConfig = field(default_factory=SpeechEncoderConfig)
     frames: int = 64
     """Frames of an item."""
     lips_share: float = 0.6
-    """Share of the items that are taken from recordings with tracked lips."""
+    """Share of the items from recordings with tracked lips."""
     augment: float = 0.8
     """Probability that an item's voice and room are varied."""
     weights: Weights = field(default_factory=Weights)
@@ -79,7 +79,7 @@ class Config:
 
 
 class Tasks(nn.Module):
-    """The speech encoder with the heads of its tasks. ``lip_prior`` (to β) goes on to the flow."""
+    """The speech encoder with a linear head per task; the flow takes over ``lip_prior`` (to β)."""
 
     def __init__(self, config: SpeechEncoderConfig) -> None:
         super().__init__()
@@ -103,32 +103,30 @@ class Tasks(nn.Module):
 
 
 class _Items(Dataset[dict[str, Any]]):
-    """Items of recordings; each speaker counts by the square root of what it says."""
+    """Pieces of recordings; a speaker's share grows with the square root of the recorded time."""
 
     def __init__(self, sets: list[SpeechSet], split: str, config: Config, plain: bool) -> None:
         self.sets, self.config, self.plain = sets, config, plain
         self.places: list[tuple[int, int]] = []
-        told = []
+        tracked: list[bool] = []
         for which, one in enumerate(sets):
             for number in np.flatnonzero((one.split == split) & (one.length > 0)):
                 self.places.append((which, int(number)))
                 rows = slice(int(one.start[number]), int(one.start[number] + one.length[number]))
-                told.append(bool(np.isfinite(one.lips[rows, 0]).any()))
+                tracked.append(bool(np.isfinite(one.lips[rows, 0]).any()))
         if not self.places:
-            raise UserError(f"the speech sets hold no {split} recordings")
+            raise UserError(f"the speech sets hold no {split} recordings; add some with `flowvqtalker prepare-speech`")
         speakers = np.array([str(sets[which].speaker[number]) for which, number in self.places])
         lengths = np.array([sets[which].length[number] for which, number in self.places], np.float64)
+        # Numbers and cumulative shares of the recordings with tracked lips, and of the others.
         self.orders = []
-        for chosen in (np.flatnonzero(told), np.flatnonzero(~np.array(told))):
-            names, who = np.unique(speakers[chosen], return_inverse=True)
-            total = np.bincount(who, lengths[chosen], len(names)) if len(chosen) else np.zeros(0)
-            weights = lengths[chosen] / np.sqrt(total[who]) if len(chosen) else np.zeros(0)
-            self.orders.append((chosen, np.cumsum(weights / weights.sum()) if len(chosen) else weights))
-
-    @property
-    def spoken(self) -> list[tuple[int, int]]:
-        """(set, recording) of those with tracked lips."""
-        return [self.places[i] for i in self.orders[0][0]]
+        for chosen in (np.flatnonzero(tracked), np.flatnonzero(~np.array(tracked))):
+            if len(chosen) == 0:
+                self.orders.append((chosen, np.zeros(0)))
+                continue
+            _, who = np.unique(speakers[chosen], return_inverse=True)
+            weights = lengths[chosen] / np.sqrt(np.bincount(who, lengths[chosen])[who])
+            self.orders.append((chosen, np.cumsum(weights / weights.sum())))
 
     def __getitem__(self, i: int) -> dict[str, Any]:
         random = np.random.default_rng([self.config.loop.seed, i])
@@ -140,7 +138,7 @@ class _Items(Dataset[dict[str, Any]]):
         return self.item(which, number, start, self.config.frames, random)
 
     def item(self, which: int, number: int, start: int, frames: int, random: np.random.Generator) -> dict[str, Any]:
-        """``frames`` frames of a recording from ``start`` on; targets are NaN where there are none."""
+        """``frames`` frames of a recording from ``start`` on; missing targets are NaN."""
         one, audio = self.sets[which], self.config.speech_encoder
         length = int(one.length[number])
         first, columns = int(one.mel_start[number]), int(one.mel_length[number])
@@ -163,13 +161,13 @@ class _Items(Dataset[dict[str, Any]]):
 
 
 class SpeechStage(Stage):
-    """See the module.
+    """Trains :class:`Tasks`.
 
     Arguments:
         config: the configuration.
         sets: speech sets.
-        lips: (64, count) directions of β in which lips move, each as long as it moves them.
-        gap: (64,) what of β opens the lips.
+        lips: (64, count) see :func:`flowvqtalker.train.flow_stage.lip_directions`.
+        gap: (64,) see :func:`flowvqtalker.train.flow_stage.lip_gap`.
     """
 
     name = "speech"
@@ -198,7 +196,7 @@ class SpeechStage(Stage):
         return self.train_data if split == "train" else self.val_data
 
     def _shares(self, given: dict[str, Tensor], batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Unexplained share of each target's variance, over the frames that have it."""
+        """Unexplained share of each target's variance, over the frames where the target is known."""
         result = {}
         for key in ("teacher", "lips", "units", "curves"):
             there = torch.isfinite(batch[key][..., 0])
@@ -217,25 +215,21 @@ class SpeechStage(Stage):
         return total, {key: share.detach() for key, share in shares.items()}
 
     def validate(self, fabric: Fabric) -> dict[str, float]:
-        """Unexplained shares and the correlation of lip opening on whole held-out recordings, mean over people."""
-        speech_encoder: Any = self.module
+        """Unexplained shares, and the correlation of the lips' opening, on whole held-out recordings."""
         found: dict[str, list[float]] = {}
         people: dict[str, list[float]] = {}
         for which, number in self.val_data.places:
             one = self.sets[which]
             if "x" in str(one.index["name"][number]).rsplit(" ", 1)[-1][:1]:
-                continue  # as it is, not faster or slower
-            length = int(one.length[number])
-            item = self.val_data.item(which, number, 0, length, np.random.default_rng([0, 0]))
+                continue  # a copy at another speed
+            item = self.val_data.item(which, number, 0, int(one.length[number]), np.random.default_rng([0, 0]))
             batch = {key: value[None].to(fabric.device) for key, value in item.items()}
-            given = speech_encoder(batch["windows"])
+            given = self.module(batch["windows"])
             for key, share in self._shares(given, batch).items():
                 found.setdefault(key, []).append(float(share))
-            real = batch["lips"][0] @ self.gap.to(batch["lips"])
-            there = torch.isfinite(real)
-            if int(there.sum()) > 2:
-                drawn = given["lips"][0].float() @ self.gap.to(real)
-                pair = torch.stack([drawn, real])[:, there]
+            pair = torch.stack([given["lips"][0].float(), batch["lips"][0]]) @ self.gap.to(batch["lips"])
+            pair = pair[:, torch.isfinite(pair[1])]
+            if pair.shape[1] > 2:
                 score = float(torch.corrcoef(pair)[0, 1]) if float(pair.std(1).min()) > 0 else 0.0
                 people.setdefault(str(one.speaker[number]), []).append(score)
         results = {key: float(np.mean(values)) for key, values in found.items()}
@@ -246,16 +240,14 @@ class SpeechStage(Stage):
         return results
 
     def export(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The speech encoder and the map to β."""
+        """The speech encoder and its lip prior."""
         kept = ("audio.", "lip_prior.")
         state = {key: value for key, value in self.module.state_dict().items() if key.startswith(kept)}
         return state, to_dict(self.config.speech_encoder)
 
 
-def build(config: Config) -> Stage:
+def build(config: Config) -> SpeechStage:
     """The stage for a configuration; reads the speech sets."""
-    from flowvqtalker.train.expflow import face_model, lip_directions, lip_gap
-
     expression = face_model(config.face_model).expression
     sets = [SpeechSet(path) for path in config.sets]
     return SpeechStage(config, sets, lip_directions(expression), lip_gap(expression))

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from flowvqtalker.data.shards import Shard
     from flowvqtalker.motion.flow import ExpFlow
-    from flowvqtalker.train.sequences import MotionClip
+    from flowvqtalker.train.corpus import MotionClip
 
 __all__ = ["Latent", "Panel", "embed", "encode", "make", "nearest_mean", "pick_clips", "silhouette"]
 
@@ -160,7 +160,7 @@ def pick_clips(shard: Shard, split: str, count: int, frontend: str = "mel") -> l
         UserError: if there is none.
     """
     from flowvqtalker.speech.features import log_mel
-    from flowvqtalker.train.sequences import MotionClip
+    from flowvqtalker.train.corpus import MotionClip
 
     numbers = shard.select(split, is_image=False, min_length=_SHORTEST)
     clips = []
@@ -192,8 +192,9 @@ def encode(flow: ExpFlow, clips: Sequence[MotionClip], frames: int = 150) -> tup
     Returns:
         (N, D), their labels (N,), and the scores.
     """
+    from flowvqtalker.train.corpus import Corpus
     from flowvqtalker.train.flow_stage import evaluating
-    from flowvqtalker.train.sequences import Corpus, SequenceConfig, SequenceDataset
+    from flowvqtalker.train.sequences import SequenceConfig, SequenceDataset
 
     corpus = Corpus(clips)
     data = SequenceDataset(corpus, SequenceConfig(), flow.audio.config, flow.config.history, plain=True)

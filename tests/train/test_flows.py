@@ -22,11 +22,12 @@ from flowvqtalker.speech.features import log_mel
 from flowvqtalker.speech.features import windows as all_windows
 from flowvqtalker.train import expflow, poseflow
 from flowvqtalker.train.config import LoopConfig, from_dict, to_dict
+from flowvqtalker.train.corpus import Corpus, MotionClip, encode_corpus
 from flowvqtalker.train.emotion_bias import fit_emotion_bias
 from flowvqtalker.train.flow_stage import Features, Losses, correlation, load_speech_encoder, whole_clips
 from flowvqtalker.train.loop import fit
 from flowvqtalker.train.neutral_estimate import estimate_neutral
-from flowvqtalker.train.sequences import Corpus, MotionClip, SequenceConfig, SequenceDataset, encode_corpus
+from flowvqtalker.train.sequences import SequenceConfig, SequenceDataset
 
 AUDIO = AudioConfig(width=8, layers=2, lookahead=1)
 LOOP = LoopConfig(steps=6, batch_size=4, lr=3e-3, log_every=2, validate_every=3, save_every=3, device="cpu", ema=0.5)
@@ -102,7 +103,7 @@ def test_people_with_a_known_neutral_face_get_their_share():
         replace(clip(21, 10, who="a"), emotion=EMOTIONS.index("neutral")),
     ]
     random = np.random.default_rng(0)
-    mixed = Corpus(clips, known=0.6)
+    mixed = Corpus(clips, known_neutral=0.6)
     picked = [mixed.pick(random, 1.0) for _ in range(3000)]
     angry = [n for n in picked if mixed.clips[n].emotion == 0]
     assert np.mean([n == 9 for n in angry]) == pytest.approx(0.6, abs=0.05)
@@ -116,8 +117,8 @@ def test_transplant_moves_an_emotion_to_the_speakers_face():
     angry = replace(angry, frames=np.tile(calm.frames.mean(0) + shift, (60, 1)))
     speaker = replace(clip(2, 60, who="b"), emotion=neutral)
     angry = replace(angry, identity="a")
-    both = Corpus([calm, angry, speaker], lips=np.zeros((64, 64), np.float32), known=0.5)
-    data = dataset(both, frames=60, retarget_expression=1.0, no_source=0.0, augment=False)
+    both = Corpus([calm, angry, speaker], lips=np.zeros((64, 64), np.float32), known_neutral=0.5)
+    data = dataset(both, frames=60, retarget_expression=1.0, source_dropout=0.0, augment=False)
     item = data.item(1, 0, np.random.default_rng(0), speaker=2)
     moved = item["frames"][10:].numpy().mean(0) - speaker.frames.mean(0)
     assert np.allclose(moved, shift, atol=0.05)
@@ -144,7 +145,7 @@ def test_an_emotion_of_a_stranger_moves_by_the_estimated_neutral_face():
     assert not known.has_neutral(number) and estimated.has_neutral(number)
     face = faces[clips[number].identity]
     assert np.abs(estimated.neutral(number) - face).max() < 0.1 < np.abs(known.neutral(number) - face).mean()
-    data = dataset(estimated, frames=20, retarget_expression=1.0, no_source=0.0, augment=False)
+    data = dataset(estimated, frames=20, retarget_expression=1.0, source_dropout=0.0, augment=False)
     moved = data.item(number, 0, np.random.default_rng(1), speaker=0)["frames"][10:].numpy().mean(0)
     assert np.allclose(moved - clips[0].frames.mean(0), shift, atol=0.1)
 
@@ -194,7 +195,7 @@ def test_source_is_the_same_person_or_hidden(corpus):
     random, settings = np.random.default_rng(0), SequenceConfig()
     hidden, own = 0, 0
     for _ in range(400):
-        source = corpus.source(4, random, settings)
+        source = corpus.source(4, random, settings.source_dropout, settings.other_source)
         if not source.any():
             hidden += 1
             continue
@@ -377,7 +378,10 @@ def test_expflow_resume_is_exact(corpus, tmp_path):
     fit(exp_stage(corpus), LOOP, tmp_path / "whole")
     fit(exp_stage(corpus), replace(LOOP, steps=3), tmp_path / "parts")
     fit(exp_stage(corpus), LOOP, tmp_path / "parts", resume=True)
-    a, b = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["parts"]["model"] for name in ("whole", "parts"))
+    a, b = (
+        torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["parts"]["model"]
+        for name in ("whole", "parts")
+    )
     assert all(torch.equal(a[key], b[key]) for key in a)
 
 
@@ -433,7 +437,7 @@ def test_flows_hear_with_a_speech_encoder_that_they_leave_alone(tmp_path, heard)
     config = exp_config()
     config = replace(config, flow=replace(config.flow, speech_encoder=True))
     stage = expflow.ExpFlowStage(
-        config, fresh(64), fresh(64), torch.randn(64, 478, 3), heard=(speech_encoder, lip_prior)
+        config, fresh(64), fresh(64), torch.randn(64, 478, 3), speech=(speech_encoder, lip_prior)
     )
     fit(stage, LOOP, tmp_path / "exp")
     state = load_file(str(tmp_path / "exp" / "weights.safetensors"))
