@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 from pathlib import Path
@@ -12,107 +11,15 @@ import pytest
 
 from flowvqtalker.cli import main
 from flowvqtalker.errors import MissingDependency, UserError
-from flowvqtalker.io.video import VideoWriter
-from flowvqtalker_eval.metrics.analysis import (
-    ClipExtractor,
-    FrameExtractor,
-    StreamExtractor,
-    analyse,
-    cached,
-    read_wave,
-)
-from flowvqtalker_eval.report import Column, Row, Table, markdown, write
-from flowvqtalker_eval.tables.measures import Measure, Options, all_measures, pair_frames
+from flowvqtalker_eval.report import Column
+from flowvqtalker_eval.tables.measures import Measure, Options, all_measures
 from flowvqtalker_eval.tables.pairs import (
     Method,
     Pair,
-    common,
-    emotion_of,
     read_folders,
-    read_labels,
-    read_method,
-    read_table,
 )
 from flowvqtalker_eval.tables.table1 import measure
-from tests.conftest import babble, write_wav
-
-
-def video(path: Path, levels: list[int], size: tuple[int, int] = (48, 32), speech: Path | None = None) -> Path:
-    """A video of flat frames with these grey levels."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with VideoWriter(path, speech) as writer:
-        for level in levels:
-            writer.write(np.full((size[1], size[0], 3), level, np.uint8))
-    return path
-
-
-class Level(FrameExtractor):
-    """Mean grey level of each frame."""
-
-    name = "level"
-    gives = ("level",)
-
-    def __init__(self, gain: float = 1.0) -> None:
-        self.gain, self.calls = gain, 0
-
-    def settings(self):
-        return {"gain": self.gain}
-
-    def __call__(self, frames, known):
-        self.calls += 1
-        return {"level": self.gain * frames.mean((1, 2, 3), dtype=np.float64)}
-
-
-class Squared(FrameExtractor):
-    """Builds on another extractor, and is given before it."""
-
-    name = "squared"
-    needs = ("level",)
-    gives = ("squared",)
-
-    def __init__(self) -> None:
-        self.calls = 0
-
-    def settings(self):
-        return {}
-
-    def __call__(self, frames, known):
-        assert set(known) == {"level"} and len(known["level"]) == len(frames)
-        self.calls += 1
-        return {"squared": known["level"] ** 2}
-
-
-class Loud(ClipExtractor):
-    """Of a whole clip and its sound."""
-
-    name = "loud"
-    needs = ("squared",)
-    gives = ("loud",)
-
-    def __init__(self) -> None:
-        self.calls = 0
-
-    def settings(self):
-        return {}
-
-    def __call__(self, known, wave):
-        self.calls += 1
-        length = 0 if wave is None else len(wave)
-        return {"loud": np.array([len(known["squared"]), length])}
-
-
-class Streamed(StreamExtractor):
-    """Sees the frames again."""
-
-    name = "streamed"
-    needs = ("level",)
-    gives = ("seen",)
-
-    def settings(self):
-        return {}
-
-    def __call__(self, frames, known, wave):
-        return {"seen": np.array(sum(1 for _ in frames))}
+from tests.metrics.test_analysis import Level, video
 
 
 class LevelMeasure(Measure):
@@ -152,158 +59,6 @@ def folders(tmp_path):
         video(tmp_path / "near" / f"{name}.mp4", [level + 10] * 6)
         video(tmp_path / "far" / f"{name}.mp4", [level + 40] * 6)
     return tmp_path
-
-
-# ------------------------------------------------------------------------------------------------------------ analysis
-
-
-def test_extractors_run_in_the_order_of_their_needs(tmp_path):
-    path = video(tmp_path / "v.mp4", [10, 60, 110, 160, 210], speech=write_wav(tmp_path / "s.wav", babble(0.2)))
-    found = analyse(path, [Loud(), Squared(), Streamed(), Level()], batch=2)
-    assert (found.frames, found.size, found.fps) == (5, (48, 32), 25.0)
-    assert np.allclose(found.arrays["level"], [10, 60, 110, 160, 210], atol=2)
-    assert np.array_equal(found.arrays["squared"], found.arrays["level"] ** 2)
-    assert found.arrays["loud"].tolist() == [5, 5 * 640] and found.arrays["seen"] == 5
-    assert found.settings["level"] == {"gain": 1.0}
-    silent = video(tmp_path / "silent.mp4", [10, 10])
-    assert analyse(silent, [Loud(), Squared(), Level()]).arrays["loud"].tolist() == [2, 0]
-    assert read_wave(silent, 2) is None
-
-
-def test_what_an_extractor_needs_must_be_given(tmp_path):
-    path = video(tmp_path / "v.mp4", [10])
-    with pytest.raises(UserError, match="squared needs level"):
-        analyse(path, [Squared()])
-    with pytest.raises(UserError, match="does not exist"):
-        analyse(tmp_path / "none.mp4", [Level()])
-
-
-def test_cache_gives_equal_arrays_without_work(tmp_path):
-    path, cache = video(tmp_path / "v.mp4", [10, 60, 110]), tmp_path / "cache"
-    first = analyse(path, [Level(), Squared(), Loud()], cache, batch=2)
-    again = [Level(), Squared(), Loud()]
-    second = analyse(path, again, cache)
-    assert [e.calls for e in again] == [0, 0, 0]
-    assert first.frames == second.frames and set(first.arrays) == set(second.arrays)
-    for name, values in first.arrays.items():
-        assert np.array_equal(values, second.arrays[name]) and values.dtype == second.arrays[name].dtype
-    copied = tmp_path / "copy.mp4"  # the content counts, not the name
-    copied.write_bytes(path.read_bytes())
-    assert cached(copied, again, cache) is not None
-
-
-def test_changed_settings_or_files_are_analysed_again(tmp_path):
-    path, cache = video(tmp_path / "v.mp4", [10, 60, 110]), tmp_path / "cache"
-    analyse(path, [Level(), Squared()], cache)
-    louder, squared = Level(gain=2.0), Squared()
-    found = analyse(path, [louder, squared], cache)  # what builds on the changed one is made again as well
-    assert louder.calls == 1 and squared.calls == 1
-    assert np.allclose(found.arrays["squared"], found.arrays["level"] ** 2)
-    level, squared = Level(), Squared()
-    analyse(path, [level, squared], cache)  # the first results are still there
-    assert level.calls == 0 and squared.calls == 0
-    video(path, [10, 60, 111, 200])
-    level = Level()
-    assert analyse(path, [level], cache).frames == 4 and level.calls == 1
-
-
-def test_new_extractor_uses_what_the_cache_has_of_others(tmp_path):
-    path, cache = video(tmp_path / "v.mp4", [10, 60, 110]), tmp_path / "cache"
-    analyse(path, [Level()], cache)
-    level, squared = Level(), Squared()
-    found = analyse(path, [squared, level], cache, batch=2)
-    assert level.calls == 0 and squared.calls == 2
-    assert np.array_equal(found.arrays["squared"], found.arrays["level"] ** 2)
-
-
-def test_damaged_cache_is_made_again(tmp_path):
-    path, cache = video(tmp_path / "v.mp4", [10, 60]), tmp_path / "cache"
-    analyse(path, [Level()], cache)
-    for file in cache.rglob("level-*.npz"):
-        file.write_bytes(b"no npz")
-    level = Level()
-    assert np.allclose(analyse(path, [level], cache).arrays["level"], [10, 60], atol=2) and level.calls == 1
-
-
-# --------------------------------------------------------------------------------------------------------------- pairs
-
-
-def test_folders_are_paired_by_name(folders):
-    pairs = read_folders(folders / "near", folders / "real", {"b": "sad"})
-    assert [(p.name, p.generated.parent.name, p.real.name, p.emotion) for p in pairs] == [
-        ("a", "near", "a.mp4", None),
-        ("b", "near", "b.mp4", "sad"),
-    ]
-
-
-def test_mismatched_names_are_listed(folders):
-    video(folders / "near" / "c.mp4", [1])
-    video(folders / "real" / "d.mp4", [1])
-    with pytest.raises(UserError, match=r"c\.mp4 in .*near without a real video.* d\.mp4 in .*real"):
-        read_folders(folders / "near", folders / "real")
-    method = read_method(f"near={folders / 'near'}", folders / "real", shared=True)
-    assert [pair.name for pair in method.pairs] == ["a", "b"]
-
-
-@pytest.mark.parametrize("make", ["nothing", "empty", "file"])
-def test_folder_without_videos_is_an_error(folders, make):
-    place = folders / "other"
-    if make == "empty":
-        place.mkdir()
-        (place / "notes.txt").write_text("no video")
-    elif make == "file":
-        place.write_text("no folder")
-    with pytest.raises(UserError, match=r"holds no video|does not exist|is a file"):
-        read_folders(place, folders / "real")
-
-
-def test_seeds_are_takes_of_one_name(folders):
-    for seed in (0, 1):
-        video(folders / "takes" / f"a#seed{seed}.mp4", [1])
-        video(folders / "takes" / f"b_seed{seed}.mp4", [1])
-    pairs = read_folders(folders / "takes", folders / "real")
-    assert [(p.name, p.seed) for p in pairs] == [("a", 0), ("a", 1), ("b", 0), ("b", 1)]
-
-
-def test_table_of_pairs(folders):
-    table = folders / "pairs.csv"
-    table.write_text("generated,real,emotion,name\nnear/a.mp4,real/b.mp4,disgust,x\n")
-    (pair,) = read_table(table)
-    assert (pair.name, pair.real.name, pair.emotion) == ("x", "b.mp4", "disgusted")
-    table.write_text("generated,real\nnear/none.mp4,real/b.mp4\n")
-    with pytest.raises(UserError, match="do not exist"):
-        read_table(table)
-    table.write_text("generated\nnear/a.mp4\n")
-    with pytest.raises(UserError, match="lacks the columns real"):
-        read_table(table)
-    table.write_text("name,emotion\na.mp4,joy\n")
-    with pytest.raises(UserError, match="unknown emotion 'joy'"):
-        read_labels(table)
-
-
-def test_emotions_in_names():
-    assert emotion_of("M003#angry#level_1#001") == "angry"
-    assert emotion_of("W009_front_surprise_level3_002") == "surprised"
-    assert emotion_of("unhappyish") is None
-    assert emotion_of("RD_Radio1_000#3") is None
-
-
-def test_common_names(folders):
-    one = Method("one", tuple(read_folders(folders / "near", folders / "real")))
-    two = Method("two", one.pairs[1:])
-    assert [[p.name for p in m.pairs] for m in common([one, two])] == [["b"], ["b"]]
-    with pytest.raises(UserError, match="no name in common"):
-        common([Method("one", one.pairs[:1]), two])
-
-
-def test_frames_are_paired_evenly():
-    i, j = pair_frames(5, 5)
-    assert i.tolist() == j.tolist() == [0, 1, 2, 3, 4]
-    i, j = pair_frames(3, 9)
-    assert i.tolist() == [0, 1, 2] and j.tolist() == [0, 4, 8]
-
-
-# --------------------------------------------------------------------------------------------------------------- table
 
 
 def methods(root: Path, *names: str) -> list[Method]:
@@ -380,64 +135,6 @@ def test_only_the_metrics_that_were_asked_for():
     assert len({m.name for m in everything}) == len(everything)
     keys = [column.key for m in everything for column in m.columns]
     assert len(set(keys)) == len(keys)
-
-
-# -------------------------------------------------------------------------------------------------------------- report
-
-
-@pytest.fixture
-def table():
-    columns = (
-        Column("up", "Up", "higher", 2, "more"),
-        Column("down", "Down", "lower", 1, "less"),
-        Column("none", "None", None, 0),
-        Column("hidden", "Hidden", extra=True),
-    )
-    rows = (
-        Row("GT", {"up": float("inf"), "down": 0.0, "none": 3.0}, 2, 20, reference=True),
-        Row("one", {"up": 1.2345, "down": 7.77, "none": 1.0, "hidden": 0.125}, 2, 20, pairs={"a": {"up": 1.0}}),
-        Row("two", {"up": 1.2312, "down": None, "none": 2.0}, 2, 20),
-        Row("three", {"up": 1.1, "down": 7.71, "none": 2.0}, 1, 10),
-    )
-    return Table("Numbers", columns, rows, {"up": {"window": "uniform7", "K1": 0.01}}, ("a note",))
-
-
-def test_markdown(table):
-    text = markdown(table)
-    assert "|  | Up ↑ | Down ↓ | None | clips | frames |" in text
-    assert "| GT | ∞ | 0.0 | 3 | 2 | 20 |" in text
-    assert "| one | **1.23** | 7.8 | 1 | 2 | 20 |" in text
-    assert "| two | **1.23** | - | 2 | 2 | 20 |" in text  # equal as printed, both are the best
-    assert "| three | 1.10 | **7.7** | 2 | 1 | 10 |" in text
-    assert "a note" in text and "up (window uniform7, K1 0.01)" in text and "Hidden" not in text
-
-
-def test_markdown_csv_and_json_hold_equal_numbers(table, tmp_path):
-    files = write(table, tmp_path / "out" / "table.md")
-    assert [file.name for file in files] == ["table.md", "table.csv", "table.json"]
-    assert not list(tmp_path.rglob("*.part"))
-    with open(files[1], newline="", encoding="utf-8") as stream:
-        rows = {row["method"]: row for row in csv.DictReader(stream)}
-    content = json.loads(files[2].read_text(encoding="utf-8"))
-    printed = {
-        line.split("|")[1].strip(): line for line in files[0].read_text(encoding="utf-8").splitlines() if "|" in line
-    }
-    for entry in content["rows"]:
-        row = rows[entry["name"]]
-        assert int(row["clips"]) == entry["clips"]
-        cells = [cell.strip().strip("*") for cell in printed[entry["name"]].split("|")[2:-1]]
-        for column, cell in zip(table.columns[:3], cells, strict=False):
-            value = entry["values"][column.key]
-            assert row[column.key] == ("" if value is None else str(value))
-            if isinstance(value, float):
-                assert cell == f"{value:.{column.digits}f}"
-            else:
-                assert cell == ("-" if value is None else "∞")
-    assert content["rows"][1]["values"]["hidden"] == 0.125 and rows["one"]["hidden"] == "0.125"
-    assert content["settings"] == {"up": {"window": "uniform7", "K1": 0.01}}
-
-
-# -------------------------------------------------------------------------------------------------------- command line
 
 
 def test_command_without_a_face(folders, capsys):
