@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import pandas as pd
-
 from flowvqtalker.constants import EMOTIONS
 from flowvqtalker.errors import UserError
 from flowvqtalker.io.video import MediaInfo, probe
+from flowvqtalker_eval.tables.pairs import emotion_of, listed, read_labels, videos_in
 
 __all__ = ["REAL", "Source", "differences", "find_sources", "method_folders"]
 
 #: Name of the real videos' column, as in the paper.
 REAL = "GT"
 
-_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")
-_SHOWN = 5  # names that an error lists
 _LENGTH_TOLERANCE = 0.1  # seconds
 
 
@@ -55,9 +51,6 @@ def method_folders(given: Sequence[str], real: Path | None) -> dict[str, Path]:
         folders[REAL] = real
     if not folders:
         raise UserError("no method was given; write METHOD=FOLDER, for instance ours=results/ours")
-    for name, path in folders.items():
-        if not path.is_dir():
-            raise UserError(f"folder {path} of {name} does not exist; check the name")
     return folders
 
 
@@ -68,7 +61,7 @@ def find_sources(
 
     Arguments:
         folders: by method.
-        emotions: csv with columns ``name`` and ``emotion``; None: the emotion is a word of the name
+        emotions: csv with columns ``name`` and ``emotion``; None: the last emotion in the name counts
             (``M003_happy_12.mp4``).
         only: names to include; empty: all.
         speech: whether every video needs sound.
@@ -80,27 +73,31 @@ def find_sources(
         UserError: if a folder is empty, a name is missing from a method, an emotion is unknown, or a video has no
             sound.
     """
-    found = {method: _videos(method, folder) for method, folder in folders.items()}
+    found = {method: videos_in(folder) for method, folder in folders.items()}
     names = sorted(set().union(*found.values()))
     if only:
-        unknown = [name for name in only if name not in names]
-        if unknown:
-            raise UserError(f"no method has a video {_some(unknown)}; the names are {_some(names)}, without the ending")
+        if unknown := [name for name in only if name not in names]:
+            raise UserError(
+                f"no method has a video {listed(unknown)}; the names are {listed(names)}, without the ending"
+            )
         names = sorted(set(only))
     missing = [f"{method} lacks {name}" for method, videos in found.items() for name in names if name not in videos]
     if missing:
         raise UserError(
-            f"every method needs a video of every name, {_some(missing)}; add them, or name those to show with --only"
+            f"every method needs a video of every name, {listed(missing)}; add them, or name those to show with --only"
         )
-    labels = _read_emotions(emotions) if emotions is not None else {name: _emotion_of(name) for name in names}
-    unlabelled = [name for name in names if not labels.get(name)]
+    labels = {name: emotion_of(name) for name in names}
+    if emotions is not None:  # by name with or without the ending
+        given = read_labels(emotions)
+        labels = {name: given.get(name) or given.get(path.name) for name, path in found[next(iter(found))].items()}
+    unlabelled = [name for name in names if labels[name] is None]
     if unlabelled:
         raise UserError(
-            f"the intended emotion of {_some(unlabelled)} is not known; put one of {', '.join(EMOTIONS)} into the "
+            f"the intended emotion of {listed(unlabelled)} is not known; put one of {', '.join(EMOTIONS)} into the "
             "names as a word, or give --emotions FILE, a csv with the columns name and emotion"
         )
     table = [
-        [Source(method, name, labels[name], own[name], probe(own[name])) for method, own in found.items()]
+        [Source(method, name, str(labels[name]), own[name], probe(own[name])) for method, own in found.items()]
         for name in names
     ]
     sources = [source for row in table for source in row]
@@ -109,7 +106,7 @@ def find_sources(
             raise UserError(f"{source.path} is an image; a study compares videos")
     silent = [str(source.path) for source in sources if speech and not source.info.sound]
     if silent:
-        raise UserError(f"no sound in {_some(silent)}; lip synchronisation needs it, or build with --speech no")
+        raise UserError(f"no sound in {listed(silent)}; lip synchronisation needs it, or build with --speech no")
     return table
 
 
@@ -130,43 +127,4 @@ def differences(table: Sequence[Sequence[Source]]) -> list[str]:
         ):
             if differs:
                 notes.setdefault(what, []).append(row[0].item + detail)
-    return [f"the methods differ in {what}: {_some(where)}" for what, where in notes.items()]
-
-
-def _videos(method: str, folder: Path) -> dict[str, Path]:
-    result: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()):
-        if path.suffix.lower() not in _SUFFIXES or path.name.startswith(".") or not path.is_file():
-            continue
-        if path.stem in result:
-            raise UserError(f"{method} has {result[path.stem].name} and {path.name} in {folder}; keep one of them")
-        result[path.stem] = path
-    if not result:
-        raise UserError(f"no video in {folder} of {method}; the names end in one of {', '.join(_SUFFIXES)}")
-    return result
-
-
-def _emotion_of(name: str) -> str:
-    """The emotion that stands in a name as a word; empty if there is none or more than one."""
-    words = set(re.split(r"[^a-z]+", name.lower())) & set(EMOTIONS)
-    return words.pop() if len(words) == 1 else ""
-
-
-def _read_emotions(path: Path) -> dict[str, str]:
-    try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}); give a csv with the columns name and emotion") from error
-    if not {"name", "emotion"} <= set(table.columns):
-        raise UserError(f"{path} needs the columns name and emotion, it has {', '.join(table.columns)}")
-    labels = {}
-    for name, emotion in zip(table.name.str.strip(), table.emotion.str.strip().str.lower(), strict=True):
-        if emotion not in EMOTIONS:
-            raise UserError(f"{path}: {emotion!r} of {name!r} is no emotion; choose one of {', '.join(EMOTIONS)}")
-        labels[Path(name).stem if Path(name).suffix.lower() in _SUFFIXES else name] = emotion
-    return labels
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
+    return [f"the methods differ in {what}: {listed(where)}" for what, where in notes.items()]

@@ -22,6 +22,7 @@ __all__ = [
     "read_method",
     "read_rows",
     "read_table",
+    "videos_in",
 ]
 
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".avi", ".webm", ".mpg")
@@ -63,7 +64,7 @@ class Method:
     pairs: tuple[Pair, ...]
 
 
-def _videos(folder: Path) -> dict[str, Path]:
+def videos_in(folder: Path) -> dict[str, Path]:
     """The videos of a folder by their names without suffix."""
     if not folder.is_dir():
         problem = "is a file" if folder.is_file() else "does not exist"
@@ -94,7 +95,7 @@ def read_folders(
     Raises:
         UserError: if a folder holds no video, or the names differ (those without a partner are listed).
     """
-    ours, theirs = _videos(Path(generated)), _videos(Path(real))
+    ours, theirs = videos_in(Path(generated)), videos_in(Path(real))
     pairs, unmatched = [], []
     for stem, path in ours.items():
         match = None if stem in theirs else _SEED.search(stem)
