@@ -21,7 +21,7 @@ from flowvqtalker.train.face_model import Config, evaluate, learn, run
 from flowvqtalker.train.face_statistics import Group, remove_rigid, rigid_objects, separate
 from flowvqtalker.train.face_tracks import Track, read_tracks
 
-PEOPLE, PICTURES, MODES, SHAPES = 18, 50, 8, 6
+PEOPLE, IMAGES, MODES, SHAPES = 18, 50, 8, 6
 
 
 @pytest.fixture(scope="module")
@@ -50,11 +50,11 @@ def shapes_of(beta: np.ndarray) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def folder(truth: FaceModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Tracked clips of some people and smiling pictures of others, with their table."""
+    """Tracked clips of some people and smiling images of others, with their table."""
     folder = tmp_path_factory.mktemp("tracks")
     generator = np.random.default_rng(0)
     rows = []
-    for i in range(PEOPLE + PICTURES):
+    for i in range(PEOPLE + IMAGES):
         alpha = np.where(np.arange(80) < MODES, generator.standard_normal(80), 0)
         clip = i < PEOPLE
         for take in range(2 if clip else 1):
@@ -90,7 +90,7 @@ def trained(config: Config, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
 
 def test_run_meets_the_gates_on_held_out_people(trained: tuple[Path, dict[str, float]]) -> None:
     out, report = trained
-    held = [i for i in range(PEOPLE + PICTURES) if split_of(f"person {i}") == "val"]
+    held = [i for i in range(PEOPLE + IMAGES) if split_of(f"person {i}") == "val"]
     assert report["people"] == len(held)
     assert report["people_in_clips"] == sum(i < PEOPLE for i in held) > 0
     assert report["explained_expression_variance"] > 0.97  # the rest is noise
@@ -103,7 +103,7 @@ def test_run_meets_the_gates_on_held_out_people(trained: tuple[Path, dict[str, f
 
 
 def test_identity_and_expression_are_told_apart(trained: tuple[Path, dict[str, float]], truth: FaceModel) -> None:
-    """Two pictures of somebody new, with opposite expressions, give nearly the same person."""
+    """Two images of somebody new, with opposite expressions, give nearly the same person."""
     model = FaceModel.load(trained[0] / "face_model.safetensors")
     generator = np.random.default_rng(5)
     same, different = [], []
@@ -121,7 +121,7 @@ def test_identity_and_expression_are_told_apart(trained: tuple[Path, dict[str, f
 
 def test_coefficients_are_standard_deviations(trained: tuple[Path, dict[str, float]], config: Config) -> None:
     model = FaceModel.load(trained[0] / "face_model.safetensors")
-    tracks = [t for t in read_tracks(config.tracks, config.tables, max_yaw=60) if not t.still and t.split == "train"]
+    tracks = [t for t in read_tracks(config.tracks, config.tables, max_yaw=60) if not t.is_image and t.split == "train"]
     fitter = Fitter(model)
     beta = np.concatenate([fitter.run(track.landmarks, None)[0].beta for track in tracks])[:, : SHAPES - 1]
     assert beta.std(0).min() > 0.6
@@ -169,16 +169,16 @@ def test_separation_without_repeated_people() -> None:
 
 def test_reading(folder: Path, config: Config) -> None:
     tracks = read_tracks(config.tracks, config.tables, max_yaw=60)
-    assert len(tracks) == 2 * PEOPLE + PICTURES
-    clips = [track for track in tracks if not track.still]
+    assert len(tracks) == 2 * PEOPLE + IMAGES
+    clips = [track for track in tracks if not track.is_image]
     assert {track.source for track in clips} == {"film"}
     assert all(len(track.frames) == len(track.landmarks) == len(track.blendshapes) for track in tracks)
     assert all(np.isfinite(track.landmarks).all() for track in tracks)
     assert any(len(track.landmarks) == 23 for track in clips)  # the frame without a face is left out
     assert all(track.split == split_of(track.identity) for track in tracks)
     few = read_tracks(config.tracks, config.tables, frames=6, clips=5, max_yaw=60)
-    assert sum(not track.still for track in few) == 5
-    pairs = [np.diff(track.frames) == 1 for track in few if not track.still]
+    assert sum(not track.is_image for track in few) == 5
+    pairs = [np.diff(track.frames) == 1 for track in few if not track.is_image]
     assert all(pair[0] and len(pair) <= 5 for pair in pairs)
 
 
@@ -187,7 +187,7 @@ def test_unknown_people_are_trained_on_only(folder: Path, tmp_path: Path) -> Non
     for i in range(PEOPLE):
         text = text.replace(f",person {i},film", ",tv_unknown,film")
     (tmp_path / "table.csv").write_text(text)
-    tracks = [track for track in read_tracks([folder], [tmp_path / "table.csv"], max_yaw=60) if not track.still]
+    tracks = [track for track in read_tracks([folder], [tmp_path / "table.csv"], max_yaw=60) if not track.is_image]
     assert {track.split for track in tracks} == {"train"}
     assert len({track.identity for track in tracks}) == 2 * PEOPLE
 

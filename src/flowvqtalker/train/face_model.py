@@ -1,10 +1,9 @@
-"""Stage ``face-model``: learn the linear 3D morphable model from tracked faces (numpy only, a minute on one core)."""
+"""Stage ``face-model``: learn the linear 3D morphable model from tracked faces (numpy; a minute on one core)."""
 
 from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,36 +46,36 @@ _REPORTED = ("jawOpen", "mouthSmileLeft", "browDownLeft", "eyeBlinkLeft")
 
 @dataclass(frozen=True)
 class Config:
-    """What the stage reads and how it weighs it."""
+    """Configuration of the face model's stage."""
 
     tracks: tuple[Path, ...] = ()
     """Folders of .npz files as `flowvqtalker track --landmarks-only` writes them."""
     tables: tuple[Path, ...] = ()
-    """CSV files that say who is in which file: columns file, identity, source."""
+    """CSV files with the columns file, identity, source."""
     frames: int = 48
-    """Frames that are read of one clip: pairs of neighbours, spread evenly."""
+    """Frames per clip: evenly spread pairs of neighbours."""
     clips: int = 150
-    """Clips that are read of one source, so that large sources do not drown small ones."""
+    """Clips per source, so that large sources do not drown small ones."""
     source_share: float = 0.15
     """Largest share of one source in the statistics of the expression."""
-    picture_share: float = 0.15
-    """Share of the single pictures in the statistics of the expression."""
+    image_share: float = 0.15
+    """Share of the single images in the statistics of the expression."""
     max_yaw: float = 35.0
-    """Frames turned further (degrees) are left out: the far cheek is a guess of the tracker."""
+    """Frames turned further (degrees) are left out: the tracker guesses the far cheek."""
     rounds: int = 1
     """Rounds of fitting with the model and learning it again; more than one changes nothing."""
     dimensions: int = 300
-    """Size of the space in which identity and expression are separated; keeps 99.99 % of the variance."""
+    """Size of the space in which identity and expression are separated; 300 keep 99.99 % of the variance."""
     noise: float = 0.003
-    """Standard deviation of a landmark coordinate around the model, in distances between the outer eye corners; the
-    larger, the more a fit leans on the priors."""
+    """Standard deviation of a landmark coordinate around the model, in distances between the outer eye corners; larger
+    values make a fit rely more on the priors."""
 
     def __post_init__(self) -> None:
         check(
             (self.frames > 0, f"frames must be positive, got {self.frames}"),
             (self.clips > 0, f"clips must be positive, got {self.clips}"),
             (0 < self.source_share <= 1, f"source_share must be in (0, 1], got {self.source_share}"),
-            (0 <= self.picture_share <= 1, f"picture_share must be in [0, 1], got {self.picture_share}"),
+            (0 <= self.image_share <= 1, f"image_share must be in [0, 1], got {self.image_share}"),
             (self.rounds >= 0, f"rounds must not be negative, got {self.rounds}"),
             (self.dimensions >= IDENTITY, f"dimensions must be at least {IDENTITY}, got {self.dimensions}"),
             (self.noise > 0, f"noise must be positive, got {self.noise}"),
@@ -86,17 +85,17 @@ class Config:
 def run(config: Config, out: Path, resume: bool = False) -> dict[str, float]:
     """Learn the model from the training split and measure it on the held-out identities.
 
-    Writes into ``out``: ``weights.safetensors`` with ``config.json`` (what ``python -m flowvqtalker.weights add``
-    reads), the same weights as ``face_model.safetensors`` (what later stages read), and ``report.json``.
+    Writes into ``out``: ``weights.safetensors`` with ``config.json`` (for ``flowvqtalker weights-add``), the same
+    weights as ``face_model.safetensors`` (for later stages), and ``report.json``.
 
     Returns:
-        the report, see :func:`evaluate`; it is logged as well.
+        the report, see :func:`evaluate`.
     """
-    del resume  # a minute's work is not resumed
+    del resume  # a minute of work starts again
     tracks = read_tracks(config.tracks, config.tables, frames=config.frames, clips=config.clips, max_yaw=config.max_yaw)
     kept = [track for track in tracks if track.split == "train"]
     held = [track for track in tracks if track.split == "val"]
-    _log.info("%d clips and pictures of %d people", len(kept), len({track.identity for track in kept}))
+    _log.info("%d clips and images of %d people", len(kept), len({track.identity for track in kept}))
     model = learn(kept, config)
     out.mkdir(parents=True, exist_ok=True)
     model.save(out / "weights.safetensors")
@@ -104,13 +103,11 @@ def run(config: Config, out: Path, resume: bool = False) -> dict[str, float]:
     report = evaluate(FaceModel.load(out / "face_model.safetensors"), held) if held else {}
     for name, value in report.items():
         _log.info("%-45s %.4f", name, value)
-    # The names of the folders, not where they were on this machine.
+    # Names of the folders only: their paths would describe this machine.
     places = {key: [path.name for path in getattr(config, key)] for key in ("tracks", "tables")}
     about = {"stage": "face-model", "step": 0, "config": {**to_dict(config), **places}, "report": report}
     for name, content in (("config.json", about), ("report.json", report)):
-        part = out / f"{name}.part"
-        part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        os.replace(part, out / name)
+        (out / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return report
 
 
@@ -119,13 +116,13 @@ def learn(tracks: Sequence[Track], config: Config) -> FaceModel:
 
     Faces are unprojected and aligned by their rigid vertices, identity and expression are separated
     (:func:`~flowvqtalker.train.face_statistics.separate`), and their leading principal components become the bases.
-    Then poses are found again with the model, which averages the noise of the rigid vertices out of the alignment, and
-    the model is learned once more. Last, :func:`_decouple` draws the border between expression and pose.
+    Fitting the model then gives better poses, which average the noise of the rigid vertices, for another round. Last,
+    :func:`_decouple` moves what always accompanies the lips from the pose to the expression.
 
     Raises:
         UserError: if there are too few clips to learn from.
     """
-    clips = sum(not track.still for track in tracks)
+    clips = sum(not track.is_image for track in tracks)
     faces = sum(len(track.landmarks) for track in tracks)
     if clips < 2 or faces <= config.dimensions:
         raise UserError(
@@ -157,18 +154,18 @@ def learn(tracks: Sequence[Track], config: Config) -> FaceModel:
 
 
 def _count(track: Track) -> float:
-    """How many independent faces a track is worth; neighbouring frames are not independent."""
-    return 1.0 if track.still else float(np.clip(len(track.landmarks) / 10, 1, 4))
+    """Effective number of faces of a track; neighbouring frames are not independent."""
+    return 1.0 if track.is_image else float(np.clip(len(track.landmarks) / 10, 1, 4))
 
 
 def _weights(tracks: Sequence[Track], config: Config) -> Floats:
-    """Weight of each track in the statistics of the expression: no source above its share."""
+    """Weights of the tracks in the statistics of the expression, which limit each source to its share."""
     counts = np.array([_count(track) for track in tracks])
-    sources = np.array(["" if track.still else track.source for track in tracks])
+    sources = np.array(["" if track.is_image else track.source for track in tracks])
     moving = counts[sources != ""].sum()
     weights = np.ones(len(tracks))
     for source in np.unique(sources):
-        share = config.source_share if source else config.picture_share
+        share = config.source_share if source else config.image_share
         weights[sources == source] = min(1.0, share * moving / counts[sources == source].sum())
     return weights
 
@@ -190,8 +187,8 @@ def _model(
     for track, part, weight in zip(tracks, slices, weights, strict=True):
         faces = np.concatenate([reduced[part], track.blendshapes], axis=1)
         mean = faces.mean(0)
-        scatter = None if track.still else (faces - mean).T @ (faces - mean) / len(faces)
-        groups.append(Group(people[track.identity], mean, scatter, _count(track), float(weight), track.still))
+        scatter = None if track.is_image else (faces - mean).T @ (faces - mean) / len(faces)
+        groups.append(Group(people[track.identity], mean, scatter, _count(track), float(weight), track.is_image))
     found = separate(groups, config.dimensions)
     mean = (middle + axes @ found.mean).reshape(VERTICES, 3)
     unit = np.linalg.norm(mean[EYE_CORNERS[1]] - mean[EYE_CORNERS[0]])
@@ -203,7 +200,7 @@ def _model(
         deviations = np.sqrt(np.maximum(variance[: -count - 1 : -1], 0))
         columns = (vectors[:, : -count - 1 : -1] * deviations).T @ axes.T / unit
         columns = remove_rigid(columns, tangents(mean), rigid)
-        # The sign of a principal component is free: the vertex that moves most moves right or down.
+        # Fix the free sign of a principal component: the vertex that moves most moves right or down.
         largest = np.abs(columns).argmax(1)
         columns *= np.sign(columns[np.arange(count), largest])[:, None]
         return torch.from_numpy(columns.reshape(count, VERTICES, 3))
@@ -221,13 +218,12 @@ def _model(
 
 
 def _decouple(model: FaceModel, tracks: Sequence[Track], weights: Floats) -> FaceModel:
-    """Give to the expression what the whole mesh does whenever the lips open.
+    """Move to the expression the motion of the whole mesh that accompanies an opening mouth.
 
-    MediaPipe's mesh nods when the jaw opens: from frame to frame the change of the pitch correlated with that of the
-    lips' opening by -0.1 to -0.7, even for a pose from forehead and nose alone. A head does not nod with every vowel,
-    so what a linear regression on the change of opening and width of the mouth predicts is taken from the pose and
-    added to the basis; their common span stays what it was. (A regression on all of β would also take real nods,
-    because MediaPipe's faces change their shape a little with the pitch.)
+    MediaPipe's mesh nods when the jaw opens: from frame to frame, pitch and lip opening correlate by -0.1 to -0.7, even
+    for a pose from forehead and nose alone. Heads do not nod with every vowel, so what a linear regression on the
+    change of the mouth's opening and width predicts moves from the pose to the basis; their common span stays. (A
+    regression on all of β would also take real nods, because MediaPipe's faces change their shape with the pitch.)
     """
     fitter = Fitter(model)
     shape = model.expression.numpy()
@@ -245,7 +241,7 @@ def _decouple(model: FaceModel, tracks: Sequence[Track], weights: Floats) -> Fac
         shift = np.einsum("tij,ti->tj", first, np.diff(state.shift, axis=0)[pairs]) / state.scale[pairs, None]
         turn = rotation_vectors(np.swapaxes(first, 1, 2) @ state.rotation[pairs + 1])
         moved = np.concatenate([turn, shift, np.diff(np.log(state.scale))[pairs, None]], axis=1)
-        # Pairs in which the head itself turns fast say little.
+        # Pairs in which the head itself turns fast are unreliable.
         trust = weight / len(pairs) / (1 + (np.linalg.norm(turn, axis=1, keepdims=True) / _FAST_TURN) ** 2)
         gram += (step * trust).T @ step
         cross += (step * trust).T @ moved
@@ -259,25 +255,24 @@ def evaluate(model: FaceModel, tracks: Sequence[Track]) -> dict[str, float]:
     """Measure a model on people it was not learned from.
 
     Returns:
-        ``explained_expression_variance`` (share of the variance of aligned clips around their person's mean face that
-        the 64 components span, without the part that is a motion of the whole head, people weighted equally;
-        ``_worst_person`` for the one explained worst),
-        ``reprojection_error`` (mean over clips and pictures, in distances between the outer eye corners; ``_clips``,
-        ``_pictures``, ``_lips``, ``_lids`` for parts) and ``r2_NAME`` of blendshapes predicted from β.
+        ``explained_expression_variance``: share of the variance of aligned clips around their person's mean face that
+        the 64 components span, without motion of the whole head, people weighted equally (``_worst_person``: the
+        lowest); ``reprojection_error``: mean over clips and images in distances between the outer eye corners
+        (``_clips``, ``_images``, ``_lips``, ``_lids``: of parts); ``r2_NAME``: blendshapes predicted from β.
     """
     fitter = Fitter(model)
     whole_head = np.linalg.qr(tangents(fitter.mean).T.astype(np.float64))[0]
     span = np.linalg.qr(_without(fitter.expression.astype(np.float64), whole_head).T)[0]
     moving: dict[str, list[Floats]] = {}
-    errors: dict[str, list[float]] = {"clips": [], "pictures": [], "lips": [], "lids": []}
+    errors: dict[str, list[float]] = {"clips": [], "images": [], "lips": [], "lids": []}
     expressions, shapes = [], []
     for track in tracks:
         state, alpha = fitter.run(track.landmarks, None)
         pose = fitter.pose(state)
         for name, part in (("", None), ("lips", LIPS), ("lids", LIDS)):
             error = reprojection_error(model, track.landmarks, alpha, state.beta, pose, part)
-            errors[name or ("pictures" if track.still else "clips")].append(float(error.mean()))
-        if not track.still:
+            errors[name or ("images" if track.is_image else "clips")].append(float(error.mean()))
+        if not track.is_image:
             objects = fitter.objects(track.landmarks, state, fitter.shape(alpha, state.beta))
             moving.setdefault(track.identity, []).append(objects.astype(np.float64))
         expressions.append(state.beta)
@@ -295,7 +290,7 @@ def evaluate(model: FaceModel, tracks: Sequence[Track]) -> dict[str, float]:
         report["people_in_clips"] = float(len(moving))
         report["explained_expression_variance"] = 1 - rest / whole
         report["explained_expression_variance_worst_person"] = float(worst)
-    report["reprojection_error"] = float(np.mean(errors["clips"] + errors["pictures"]))
+    report["reprojection_error"] = float(np.mean(errors["clips"] + errors["images"]))
     report.update({f"reprojection_error_{name}": float(np.mean(values)) for name, values in errors.items() if values})
     predicted = model.blendshapes(torch.from_numpy(np.concatenate(expressions))).numpy()
     seen = np.concatenate(shapes)
@@ -306,5 +301,5 @@ def evaluate(model: FaceModel, tracks: Sequence[Track]) -> dict[str, float]:
 
 
 def _without(rows: Floats, span: Floats) -> Floats:
-    """Rows (N, D) less their projection on orthonormal columns (D, K)."""
+    """Rows (N, D) minus their projection on orthonormal columns (D, K)."""
     return rows - (rows @ span) @ span.T

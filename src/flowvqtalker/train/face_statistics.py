@@ -1,4 +1,4 @@
-"""Statistics behind the face model: what differs between people, and what moves within one person."""
+"""Statistics of the face model: the covariance between people, and of the expressions within a person."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ __all__ = ["Covariances", "Group", "remove_rigid", "rigid_objects", "separate"]
 
 @dataclass(frozen=True)
 class Group:
-    """Aligned faces of one clip (or the one face of a picture), D coordinates of a face and B blendshapes side by side.
+    """Aligned faces of one clip or image: D coordinates of a face and B blendshapes side by side.
 
     Attributes:
         person: number of the person.
         mean: (D + B,) mean over the frames.
-        scatter: (D + B, D + B) covariance of the frames around their mean, or None for a picture.
-        count: how many independent faces the clip is worth; neighbouring frames are not independent.
+        scatter: (D + B, D + B) covariance of the frames around their mean, or None for an image.
+        count: effective number of faces; neighbouring frames are not independent.
         weight: weight of each of them in the covariance of expressions (balances the sources).
-        picture: whether it is a single picture.
+        is_image: whether it is a single image.
     """
 
     person: int
@@ -31,7 +31,7 @@ class Group:
     scatter: Floats | None
     count: float
     weight: float
-    picture: bool
+    is_image: bool
 
 
 @dataclass(frozen=True)
@@ -53,13 +53,12 @@ def rigid_objects(points: Floats, owner: npt.NDArray[np.int64], rigid: Floats, r
     """Align unprojected faces by their rigid vertices, each frame to its own person.
 
     Every person's mean is aligned to the mean of all people and every frame to its person's mean, so that the shape of
-    a forehead is not mistaken for a turn of the head. The scale is free in each frame, as it is in a pose: coming
-    nearer to the camera scales a face.
+    a forehead is not mistaken for a turn of the head. Each frame has its own scale, as it has in a pose.
 
     Arguments:
         points: (N, V, 3), see geometry.unproject.
         owner: (N,) number of the person in each frame, 0 to P - 1.
-        rigid: (V,) weights of the vertices that the alignment uses.
+        rigid: (V,) weights of the vertices in the alignment.
 
     Returns:
         (N, V, 3), with the mean face's rigid vertices centred and of unit mean square size.
@@ -88,10 +87,10 @@ def _centred(face: Floats, rigid: Floats) -> Floats:
 
 
 def remove_rigid(basis: Floats, tangents: Floats, rigid: Floats) -> Floats:
-    """Take out of basis columns (K, V * 3) the motion that their rigid vertices share.
+    """Remove from basis columns (K, V * 3) the motion that their rigid vertices share.
 
-    Each column may hold a small turn, shift or scaling of the whole head, which belongs to the pose. The span of basis
-    and pose stays what it was; only the border between expression and pose is fixed.
+    A small rotation, shift or scaling of the whole head in a column belongs to the pose. The common span of basis and
+    pose does not change.
 
     Arguments:
         tangents: (7, V * 3) derivatives of the mean face by the pose.
@@ -105,17 +104,19 @@ def remove_rigid(basis: Floats, tangents: Floats, rigid: Floats) -> Floats:
 
 
 def separate(groups: list[Group], size: int, rounds: int = 12, ridge: float = 3e-4) -> Covariances:
-    """Covariance between people and within people.
+    """Covariances between people and within people.
 
-    A picture shows a person once, and many who pose for one smile. What of it is the person? Two sources tell:
+    An image shows a person only once, often smiling. Two steps separate person and expression:
 
-    * the tracker's blendshapes, which hardly depend on the person: their linear effect on the shape is learned from
-      what changes within people, and taken out of every clip and picture;
-    * for the rest, expectation-maximisation on face = mean + person + expression with two Gaussian covariances
+    * the linear effect of the tracker's blendshapes, which hardly depend on the person, is learned from the changes
+      within people and removed from every clip and image;
+    * expectation-maximisation fits the rest, face = mean + person + expression with two Gaussian covariances
       (probabilistic linear discriminant analysis; Ioffe 2006, Prince and Elder 2007).
 
     Arguments:
-        size: D, how many of the columns are the face.
+        groups: clips and images.
+        size: D, number of columns that hold the face.
+        rounds: iterations of expectation-maximisation.
         ridge: added to the variances of the blendshapes in the regression.
     """
     owner = np.array([group.person for group in groups])
@@ -124,35 +125,35 @@ def separate(groups: list[Group], size: int, rounds: int = 12, ridge: float = 3e
     weights = np.array([group.weight for group in groups]) * counts
     weights = weights / weights.sum()
     means = np.stack([group.mean for group in groups])
-    still = np.array([group.picture for group in groups])
+    image = np.array([group.is_image for group in groups])
     scatter = np.zeros((means.shape[1],) * 2)
     for group, weight in zip(groups, weights, strict=True):
         if group.scatter is not None:
             scatter += weight * group.scatter
-    # Within people: the frames around their clip, and clips and pictures of one person around that person.
+    # Within people: frames around their clip's mean, clips and images around their person's mean.
     number = np.bincount(owner, counts, people)
     centres = _sums(means * counts[:, None], owner, people) / number[:, None]
     around = means - centres[owner]
     together = scatter + (around * weights[:, None]).T @ around
     shapes = together[size:, size:] + ridge * np.eye(len(together) - size)
     effect = np.linalg.solve(shapes, together[size:, :size])
-    moving = np.average(means[~still], axis=0, weights=weights[~still])
-    shown = (means - moving)[:, size:] @ _reliability(means[:, size:], owner, still, scatter[size:, size:]) @ effect
+    moving = np.average(means[~image], axis=0, weights=weights[~image])
+    shown = (means - moving)[:, size:] @ _reliability(means[:, size:], owner, image, scatter[size:, size:]) @ effect
     rest_scatter = scatter[:size, :size] - effect.T @ scatter[size:, :size]
     rest_scatter = rest_scatter - (effect.T @ scatter[size:, :size]).T + effect.T @ scatter[size:, size:] @ effect
     faces = means[:, :size] - moving[:size]
-    within, between, latent = _two_covariances(faces - shown, rest_scatter, owner, counts, weights, still, rounds)
+    within, between, latent = _two_covariances(faces - shown, rest_scatter, owner, counts, weights, image, rounds)
     expression = faces - latent.mean[owner]
-    expression -= np.where(still[:, None], np.average(expression[still], axis=0) if still.any() else 0.0, 0.0)
+    expression -= np.where(image[:, None], np.average(expression[image], axis=0) if image.any() else 0.0, 0.0)
     within = scatter[:size, :size] + (expression * weights[:, None]).T @ expression + latent.doubt
     return Covariances(moving[:size], between, within)
 
 
-def _reliability(shapes: Floats, owner: npt.NDArray[np.int64], still: npt.NDArray[np.bool_], scatter: Floats) -> Floats:
-    """How much of the blendshapes (G, B) of a clip or picture is expression: (B, B), to be multiplied from the right.
+def _reliability(shapes: Floats, owner: npt.NDArray[np.int64], image: npt.NDArray[np.bool_], scatter: Floats) -> Floats:
+    """Matrix (B, B) that keeps, multiplied from the right, the part of blendshapes (G, B) that is expression.
 
-    Narrow eyes read as a squint and low brows as a frown for life. People who are seen in two or more clips or pictures
-    show how much of a blendshape stays with the person.
+    The tracker reads narrow eyes as a squint. People with several clips or images show how much of a blendshape belongs
+    to the person.
     """
     size = shapes.shape[1]
     several = np.bincount(owner)[owner] > 1
@@ -161,7 +162,7 @@ def _reliability(shapes: Floats, owner: npt.NDArray[np.int64], still: npt.NDArra
     _, chosen = np.unique(owner[several], return_inverse=True)
     count = np.ones(int(several.sum()))
     within, between, _ = _two_covariances(
-        shapes[several], scatter, chosen, count, count / len(count), still[several], 20
+        shapes[several], scatter, chosen, count, count / len(count), image[several], 20
     )
     return np.linalg.solve(within + between + 1e-5 * np.eye(size), within)
 
@@ -186,15 +187,15 @@ def _two_covariances(
     owner: npt.NDArray[np.int64],
     counts: Floats,
     weights: Floats,
-    still: npt.NDArray[np.bool_],
+    image: npt.NDArray[np.bool_],
     rounds: int,
 ) -> tuple[Floats, Floats, _Latent]:
-    """Expectation-maximisation for faces (G, D) = person + expression; pictures have a mean of their own."""
+    """Expectation-maximisation for faces (G, D) = person + expression; images have their own mean."""
     size, people = faces.shape[1], int(owner.max()) + 1
-    for chosen in (still, ~still):
+    for chosen in (image, ~image):
         if chosen.any():
             faces = faces - np.where(chosen[:, None], faces[chosen].mean(0), 0.0)
-    within = scatter / max(weights[~still].sum(), 0.1)
+    within = scatter / max(weights[~image].sum(), 0.1)
     within = within + np.eye(size) * np.trace(within) / size * 1e-4
     total = faces.T @ faces / len(faces)
     values, vectors = np.linalg.eigh(total - within / 2)

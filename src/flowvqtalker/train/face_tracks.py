@@ -17,22 +17,22 @@ from flowvqtalker.face.geometry import Floats
 
 __all__ = ["Track", "read_tracks"]
 
-# The ears' side of the face mesh, left and right in the picture.
+# Vertices beside the ears, left and right in the image.
 _SIDES = (234, 454)
 
 
 @dataclass(frozen=True)
 class Track:
-    """Some frames of a clip (or the one of a picture) of one person.
+    """Some frames of a clip (or the one frame of an image) of one person.
 
     Attributes:
-        name: name of the file that was tracked.
+        name: name of the tracked file.
         identity: name of the person.
         source: name of the collection.
         landmarks: (T, 478, 3) float32 in pixels of the crop.
         blendshapes: (T, 52) float32.
         frames: (T,) numbers of the frames in the clip.
-        still: whether it is a picture.
+        is_image: whether it is a single image.
         split: ``train`` or ``val``.
     """
 
@@ -42,7 +42,7 @@ class Track:
     landmarks: Floats
     blendshapes: Floats
     frames: npt.NDArray[np.int64]
-    still: bool
+    is_image: bool
     split: str
 
 
@@ -57,21 +57,19 @@ class _Row:
 def read_tracks(
     folders: Sequence[Path], tables: Sequence[Path], *, frames: int = 48, clips: int = 150, max_yaw: float = 35.0
 ) -> list[Track]:
-    """Read frames of tracked clips and pictures.
+    """Read frames of tracked clips and images.
 
-    A folder holds one ``NAME.npz`` a clip or picture, as ``flowvqtalker track --landmarks-only`` or
-    ``flowvqtalker.data.prepare`` write it: ``landmarks`` (T, 478, 3) in pixels of the input and ``blendshapes``
-    (T, 52), or the same under the names ``lm`` and ``bs``. NAME is the tracked file's name, with or without its ending
-    and with or without ``clip_`` or ``pic_`` before it. A table is a CSV file with the columns ``file``, ``identity``
-    and ``source``; files in no table are not read. People whose identity ends with ``unknown`` each count as a person
-    of their own and belong to the training split, because they may be anybody.
+    A folder holds one ``NAME.npz`` per clip or image, as ``flowvqtalker track --landmarks-only`` and ``flowvqtalker
+    prepare`` write it: ``landmarks`` (T, 478, 3) in pixels of the input and ``blendshapes`` (T, 52), or ``lm`` and
+    ``bs``. NAME is the tracked file's name, with or without its ending and a prefix ``clip_`` or ``pic_``. Files that
+    no table names are skipped. Each identity that ends with ``unknown`` counts as a person of its own in the training
+    split, because it may be anybody.
 
     Arguments:
-        folders: where the .npz files are.
-        tables: who is in which file.
-        frames: frames that are read of one clip: pairs of neighbours, spread evenly.
-        clips: clips that are read of one source, spread evenly, so that large sources do not drown small ones; pictures
-            are all read.
+        folders: folders with .npz files.
+        tables: CSV files with the columns ``file``, ``identity`` and ``source``.
+        frames: frames per clip, as evenly spread pairs of neighbours.
+        clips: clips per source, evenly spread, so that large sources do not drown small ones; all images are read.
         max_yaw: frames turned further (degrees) are left out.
 
     Raises:
@@ -83,12 +81,12 @@ def read_tracks(
         if not folder.is_dir():
             raise UserError(f"no folder {folder}; give folders of .npz files as `flowvqtalker track` writes them")
         for path in sorted(folder.glob("*.npz")):
-            row = _find(path.stem, rows)
+            row = rows.get(path.stem) or rows.get(path.stem.removeprefix("clip_").removeprefix("pic_"))
             if row is not None:
                 found.setdefault(row.source, []).append((path, row))
     tracks: list[Track] = []
     for items in found.values():
-        many = len(items) > clips and not _is_still(items[0][0])
+        many = len(items) > clips and len(_load(items[0][0])[0]) > 1
         for path, row in [items[i] for i in _spread(len(items), clips)] if many else items:
             track = _read(path, row, frames, max_yaw)
             if track is not None:
@@ -119,20 +117,12 @@ def _read_tables(tables: Sequence[Path]) -> dict[str, _Row]:
     return rows
 
 
-def _find(stem: str, rows: dict[str, _Row]) -> _Row | None:
-    return rows.get(stem) or rows.get(stem.removeprefix("clip_").removeprefix("pic_"))
-
-
 def _load(path: Path) -> tuple[Floats, Floats]:
     with np.load(path) as file:
         for names in (("landmarks", "blendshapes"), ("lm", "bs")):
             if all(name in file for name in names):
                 return file[names[0]].astype(np.float32), file[names[1]].astype(np.float32)
-        raise UserError(f"{path} holds {', '.join(file.files)}; landmarks and blendshapes are needed")
-
-
-def _is_still(path: Path) -> bool:
-    return len(_load(path)[0]) == 1
+        raise UserError(f"{path} holds {', '.join(file.files)}; landmarks and blendshapes are needed, track it again")
 
 
 def _spread(length: int, count: int) -> list[int]:

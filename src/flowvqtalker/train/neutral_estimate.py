@@ -1,12 +1,12 @@
-"""People's faces at rest, also of those who are only seen in an emotion: a mixed model of the clips' mean expressions.
+"""Estimate of people's neutral faces, also without a neutral clip: a mixed model of the clips' mean expressions.
 
-An angry face alone does not say what of it is anger and what is the person. Averaged over people whose neutral face is
-not known, faces tell as much of the people as of the emotion. The mean expression of a clip is taken as
+One angry face does not tell anger and person apart, and a mean over people without a neutral clip holds their faces as
+well as the emotion. So the mean expression of a clip is modelled, each coefficient for itself, as
 
-    x = mean of the emotion + person + rest,    person ~ N(0, σ_u²), rest ~ N(0, σ_n²),
+    x = mean of the emotion + person + residual,    person ~ N(0, σ_u²), residual ~ N(0, σ_n²).
 
-each coefficient for itself. Whoever has clips of several emotions tells emotion and person apart; of the others, the
-model takes the share σ_u² / (σ_u² + σ_n²) of what is left as theirs (Henderson's best linear unbiased prediction).
+People with clips of several emotions separate the two. Of a person with one clip, the model attributes the share
+σ_u² / (σ_u² + σ_n²) of the deviation to the person (Henderson's best linear unbiased prediction).
 
 References:
     Henderson, Best Linear Unbiased Estimation and Prediction under a Selection Model, Biometrics 31, 1975.
@@ -31,11 +31,11 @@ Array = npt.NDArray[np.floating[Any]]
 
 @dataclass(frozen=True)
 class NeutralEstimate:
-    """What the mixed model found.
+    """A fitted mixed model.
 
     Attributes:
-        emotions: class number -> mean expression (D,) of the class, of nobody in particular.
-        people: name -> difference (D,) of the person from everyone.
+        emotions: class number -> mean expression (D,) of the class, without any person's share.
+        people: name -> difference (D,) of the person to the mean of all.
         person, rest: (D,) variances σ_u² between people and σ_n² between clips of one person and emotion.
     """
 
@@ -45,7 +45,7 @@ class NeutralEstimate:
     rest: Array
 
     def face(self, identity: str, emotion: int) -> Array:
-        """Expected mean expression (D,) of a person in an emotion; of an unknown person or emotion, everyone's."""
+        """Expected mean expression (D,) of a person in an emotion; means of all replace what is unknown."""
         known = list(self.emotions.values())
         expected = self.emotions[emotion] if emotion in self.emotions else np.mean(known, axis=0)
         result: Array = expected + self.people[identity] if identity in self.people else expected
@@ -59,9 +59,9 @@ def estimate_neutral(
 
     Arguments:
         means: (N, D) mean expression of each clip.
-        emotions: their classes; what shall count as the same must have the same number.
-        identities: who they show.
-        rounds: of the estimate of the variances; given these, the rest is in closed form.
+        emotions: class of each clip.
+        identities: person of each clip.
+        rounds: iterations for the variances; given these, the rest has a closed form.
 
     Raises:
         UserError: if the lengths differ or there is no clip.
@@ -73,7 +73,7 @@ def estimate_neutral(
     names, who = np.unique(np.asarray(identities), return_inverse=True)
     classes = np.eye(len(labels))[label]  # N C
     count = np.bincount(who).astype(np.float64)  # P
-    seen, total = _sum(classes, who), _sum(x, who)  # P C, P D: what each person's clips add up to
+    seen, total = _sum(classes, who), _sum(x, who)  # P C, P D: sums over each person's clips
     gram, right = classes.T @ classes, classes.T @ x
     least = np.maximum(1e-6 * x.var(0), 1e-12)
     person = rest = np.maximum(x.var(0) / 2, least)
@@ -82,7 +82,7 @@ def estimate_neutral(
         left = gram - np.einsum("pc,pd,pe->dce", seen, keep, seen)
         effect = np.linalg.solve(left, (right - seen.T @ (keep * total)).T[..., None])[..., 0].T  # C D
         people = keep * (total - seen @ effect)
-        if number == rounds:  # all of the result belongs to the same variances
+        if number == rounds:  # effects and people must belong to the returned variances
             break
         spread = rest * keep  # variance of each person's difference, given the data
         residual = x - classes @ effect - people[who]
