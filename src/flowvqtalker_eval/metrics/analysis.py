@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from flowvqtalker.errors import UserError
+from flowvqtalker.io.atomic import atomic_write
 from flowvqtalker.io.video import probe, read_video
 from flowvqtalker.weights import sha256
 
@@ -159,10 +159,9 @@ class _Run:
         self.arrays: dict[str, Array] = {}
         self.keys: dict[str, str] = {}
         self.pending: list[Extractor] = []
-        makers = _makers(extractors)
-        for extractor in _in_order(path, extractors, makers):
-            base = [self.keys[makers[name].name] for name in extractor.needs]
-            text = json.dumps([_VERSION, extractor.name, extractor.settings(), base], sort_keys=True)
+        for extractor, base in _in_order(path, extractors):
+            below = [self.keys[name] for name in base]
+            text = json.dumps([_VERSION, extractor.name, extractor.settings(), below], sort_keys=True)
             self.keys[extractor.name] = hashlib.sha256(text.encode()).hexdigest()[:16]
             found = self.store.load(extractor.name, self.keys[extractor.name])
             if found is None:
@@ -224,34 +223,26 @@ class _Run:
         self.store.save(extractor.name, self.keys[extractor.name], found)
 
 
-def _makers(extractors: Sequence[Extractor]) -> dict[str, Extractor]:
-    """The extractor that makes each array."""
-    names = [e.name for e in extractors]
-    if len(set(names)) < len(names):
-        raise ValueError(f"extractors must have different names, got {', '.join(sorted(names))}")
-    makers: dict[str, Extractor] = {}
+def _in_order(path: Path, extractors: Sequence[Extractor]) -> list[tuple[Extractor, list[str]]]:
+    """Extractors, each after those whose arrays it needs (their names), frame extractors before the others."""
+    makers = {name: extractor for extractor in extractors for name in extractor.gives}
+    for names in ([e.name for e in extractors], [name for e in extractors for name in e.gives]):
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"two extractors are called or make {', '.join(twice)}")
+    graph: dict[str, list[str]] = {}
     for extractor in extractors:
-        for name in extractor.gives:
-            if name in makers:
-                raise ValueError(f"{makers[name].name} and {extractor.name} both make the array {name}")
-            makers[name] = extractor
-    return makers
-
-
-def _in_order(path: Path, extractors: Sequence[Extractor], makers: dict[str, Extractor]) -> list[Extractor]:
-    """Extractors after those whose arrays they need; frame extractors before the others."""
-    for extractor in extractors:
-        by_frame = isinstance(extractor, FrameExtractor)
-        usable = {name for name, maker in makers.items() if not by_frame or isinstance(maker, FrameExtractor)}
-        lacking = sorted(set(extractor.needs) - usable)
-        if lacking:
+        late = isinstance(extractor, FrameExtractor)  # what whole clips give comes too late for frames
+        usable = {name for name, maker in makers.items() if isinstance(maker, FrameExtractor) or not late}
+        if lacking := sorted(set(extractor.needs) - usable):
             raise UserError(
                 f"{path} cannot be analysed: {extractor.name} needs {', '.join(lacking)}, which no other extractor "
                 "gives; add it"
             )
-    graph = {e.name: [makers[name].name for name in e.needs] for e in extractors}
+        graph[extractor.name] = [makers[name].name for name in extractor.needs]
     position = {name: number for number, name in enumerate(TopologicalSorter(graph).static_order())}
-    return sorted(extractors, key=lambda e: (not isinstance(e, FrameExtractor), position[e.name]))
+    order = sorted(extractors, key=lambda e: (not isinstance(e, FrameExtractor), position[e.name]))
+    return [(extractor, graph[extractor.name]) for extractor in order]
 
 
 def _check_names(extractor: Extractor, found: dict[str, Array]) -> None:
@@ -281,22 +272,19 @@ class _Store:
             return None
 
     def save(self, name: str, key: str, arrays: dict[str, Array]) -> None:
-        """Write the arrays; the file appears whole or not at all."""
+        """Write the arrays."""
         if self.folder is None:
             return
-        # Processes may write the same result at the same time.
-        temporary = self.folder / f".{name}.{uuid.uuid4().hex[:8]}.part"
+
+        def write(path: Path) -> None:
+            with open(path, "wb") as file:
+                np.savez_compressed(file, **cast(Any, arrays))
+
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with open(temporary, "wb") as file:
-                np.savez_compressed(file, **cast(Any, arrays))
-            temporary.replace(self.folder / f"{name}-{key}.npz")
         except OSError as error:
-            raise UserError(
-                f"the cache {self.folder} cannot be written ({error.strerror}); check the folder and the disk"
-            ) from error
-        finally:
-            temporary.unlink(missing_ok=True)
+            raise UserError(f"the cache {self.folder} cannot be made ({error.strerror}); choose another") from error
+        atomic_write(self.folder / f"{name}-{key}.npz", write)
 
 
 def _batches(path: Path, size: int) -> Iterator[Frames]:

@@ -69,12 +69,12 @@ class Reenactment:
     """The held-out pairs of a shard, reenacted one after the other by several generators.
 
     Arguments:
-        shard: folder of a shard with pictures; its validation split (by identity) is used.
-        face: the face model with which the shard was made.
+        shard: folder of a shard with images; its validation split (by identity) is used.
+        face: the face model of the shard's coefficients.
         generators: by name.
-        limit: at most so many pairs, spread evenly; 0 takes all.
+        limit: number of pairs at most, spread evenly; 0 takes all.
         warped: names of generators whose warped source I_w becomes a method of its own, ``I_w of NAME``.
-        device, dtype: where and with which floating point type the generators run.
+        device, dtype: of the generators.
     """
 
     def __init__(
