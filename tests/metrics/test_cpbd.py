@@ -12,7 +12,7 @@ from scipy import ndimage
 from skimage.feature import canny
 
 from flowvqtalker.errors import UserError
-from flowvqtalker_eval.metrics.cpbd import Sharpness, cpbd, cpbd_at, edge_widths
+from flowvqtalker_eval.metrics.cpbd import Sharpness, _with_edges, cpbd, cpbd_at, edge_widths
 
 
 def slow_edges(image: np.ndarray) -> np.ndarray:
@@ -103,6 +103,9 @@ def test_equals_the_definition(astronaut: np.ndarray) -> None:
     for name, grey in images(astronaut).items():
         image = grey.astype(np.float64)
         assert np.array_equal(edge_widths(grey), slow_widths(image)), name
+        rows, columns = (n // 64 for n in grey.shape)
+        whole = canny(image)[: rows * 64, : columns * 64].reshape(rows, 64, columns, 64)
+        assert np.array_equal(_with_edges(grey), whole.sum((1, 3)) > 8.192), name
         assert cpbd(grey) == pytest.approx(slow_cpbd(grey), abs=1e-12), name
 
 
