@@ -1,4 +1,4 @@
-"""The sync expert: our own small network that judges lips and sound, for where SyncNet's weights cannot be had.
+"""The sync expert: our own small network that scores lip sync, for where SyncNet's weights cannot be had.
 
 Two towers embed five frames of the mouth and their 0.2 s of sound, as SyncNet does (Chung and Zisserman 2016);
 :mod:`flowvqtalker_eval.evaluators.sync_training` trains them. Its numbers are called *Sync-expert C*, *D* and *offset*.
