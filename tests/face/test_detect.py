@@ -14,9 +14,10 @@ from PIL import Image
 from flowvqtalker.errors import UserError
 from flowvqtalker.face.crop import crop_box
 from flowvqtalker.face.detect import MAX_RESIDUAL, detect_faces
-from flowvqtalker.face.portrait import load_portrait
+from flowvqtalker.face.portrait import load_portrait, track
 from flowvqtalker.face.tracker import Face, FaceTracker
 from flowvqtalker.io.image import read_image
+from flowvqtalker.io.video import VideoWriter
 from flowvqtalker.loading import load_face_model
 
 
@@ -62,6 +63,32 @@ def test_a_face_is_found_at_any_angle(tracker, model, astronaut, upright, degree
     # The crop comes out upright.
     linear = crop_box(found.face.landmarks).matrix[:, :2] @ matrix[:, :2]
     assert abs(math.degrees(math.atan2(linear[1, 0], linear[0, 0]))) < 5
+
+
+@pytest.fixture(scope="module")
+def clips(model, astronaut, tmp_path_factory):
+    """Motion of one clip turned by quarters; its first frame shows no face."""
+    found = []
+    for turns in range(4):
+        path = tmp_path_factory.mktemp("clips") / "a.mp4"
+        with VideoWriter(path, crf=5) as writer:
+            for number in range(12):
+                frame = np.full_like(astronaut, 90) if number == 0 else astronaut
+                writer.write(np.ascontiguousarray(np.rot90(frame, -turns)))
+        found.append(track(model, path, smooth=False))
+    return found
+
+
+@pytest.mark.parametrize("turns", [1, 2, 3])
+def test_a_clip_may_lie_on_its_side(clips, turns):
+    """A phone's clip without its orientation: the motion as upright, the landmarks where they are in its own pixels."""
+    upright, turned = clips[0], clips[turns]
+    assert np.isnan(turned.landmarks[0]).all()
+    assert np.linalg.norm(turned.expression[5] - upright.expression[5]) < 0.2 * np.linalg.norm(upright.expression[5])
+    assert np.abs(turned.pose[5] - upright.pose[5]).max() < 0.05
+    x, y = upright.landmarks[5, 1, :2]
+    nose = {1: (512 - y, x), 2: (512 - x, 512 - y), 3: (y, 512 - x)}[turns]
+    assert np.abs(turned.landmarks[5, 1, :2] - nose).max() < 3
 
 
 def test_upside_down_was_read_wrongly_before(tracker, astronaut, upright):

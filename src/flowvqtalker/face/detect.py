@@ -17,7 +17,7 @@ from flowvqtalker.face.model import FaceModel
 from flowvqtalker.face.tracker import Face, FaceTracker
 from flowvqtalker.io.image import ImageArray
 
-__all__ = ["MAX_RESIDUAL", "Detection", "detect_faces"]
+__all__ = ["MAX_RESIDUAL", "Detection", "detect_faces", "face_turns", "turn_back"]
 
 Floats = npt.NDArray[np.floating[Any]]
 
@@ -81,6 +81,17 @@ def detect_faces(tracker: FaceTracker, model: FaceModel, picture: ImageArray) ->
     return []
 
 
+def face_turns(tracker: FaceTracker, model: FaceModel, image: ImageArray) -> int | None:
+    """Number of quarter turns by which ``np.rot90`` brings the largest face nearest to upright; None without a face."""
+    found = detect_faces(tracker, model, image)
+    if not found:
+        return None
+    matrix = crop_box(found[0].face.landmarks).matrix
+    # The crop turns the image by this angle, clockwise where positive; rot90 turns it counter-clockwise.
+    angle = np.arctan2(matrix[1, 0], matrix[0, 0])
+    return int(-np.round(angle / (np.pi / 2))) % 4
+
+
 def _turned(
     tracker: FaceTracker, model: FaceModel, picture: ImageArray, small: ImageArray, stretch: npt.NDArray[np.float32]
 ) -> list[Detection]:
@@ -88,7 +99,7 @@ def _turned(
     found = []
     for turns in (1, 2, 3):
         faces = tracker.detect(np.ascontiguousarray(np.rot90(small, turns)))
-        back = _moved((_turned_back(face, turns, small.shape) for face in faces), stretch)
+        back = _moved((turn_back(face, turns, small.shape) for face in faces), stretch)
         found += [_refined(tracker, model, picture, face) for face in back]
     return found
 
@@ -145,8 +156,8 @@ def _moved(faces: Iterable[Face], stretch: npt.NDArray[np.float32]) -> list[Face
     return [Face(face.landmarks * stretch, face.blendshapes) for face in faces]
 
 
-def _turned_back(face: Face, turns: int, shape: tuple[int, ...]) -> Face:
-    """Landmarks of a picture that ``np.rot90`` turned, in the picture of ``shape`` before it."""
+def turn_back(face: Face, turns: int, shape: tuple[int, ...]) -> Face:
+    """Landmarks seen in an image that ``np.rot90`` turned, as those of the image of ``shape`` before it."""
     x, y, z = face.landmarks.T
     height, width = shape[:2]
     for turn in range(turns, 0, -1):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -18,7 +18,7 @@ from torch import Tensor
 from flowvqtalker.constants import FPS
 from flowvqtalker.errors import UserError
 from flowvqtalker.face.crop import Crop, crop_box
-from flowvqtalker.face.detect import MAX_RESIDUAL, detect_faces
+from flowvqtalker.face.detect import MAX_RESIDUAL, detect_faces, face_turns, turn_back
 from flowvqtalker.face.fit import fit
 from flowvqtalker.face.model import FaceModel
 from flowvqtalker.face.topology import EYE_CORNERS, LIDS, LIPS
@@ -50,6 +50,9 @@ _GOOD_YAW, _GOOD_PITCH = 30.0, 30.0
 _MOUTH, _WIDE_MOUTH = (13, 14), 0.33
 # Shares of the landmarks beyond the picture's border that are worth a word, and that are too many.
 _SOME_BEYOND, _MAX_BEYOND = 0.02, 0.35
+
+# Frames of a clip that are searched in all orientations until one shows a face; a search in vain takes a second.
+_SEARCHED_FRAMES = range(0, 100, 10)
 
 Floats = npt.NDArray[np.float32]
 
@@ -183,13 +186,14 @@ def track_landmarks(
     progress: Progress | None = None,
     model: FaceModel | None = None,
 ) -> tuple[Floats, Floats]:
-    """Follow the largest face of a picture or video.
+    """Follow the largest face of an image or video.
 
     Arguments:
-        source: picture, or video (read at 25 fps).
+        source: image, or video (read at 25 fps).
         limit: number of frames to read at most.
         progress: called after each frame.
-        model: with it, a picture's face is found at any angle (:func:`flowvqtalker.face.detect.detect_faces`).
+        model: with it, the face is found at any angle (:func:`flowvqtalker.face.detect.detect_faces`); a video keeps
+            the orientation in which its face is first found.
 
     Returns:
         landmarks (T, 478, 3) in pixels and blendshapes (T, 52), float32; NaN where no face was found.
@@ -200,21 +204,19 @@ def track_landmarks(
     info = probe(source)
     faces: list[Face | None] = []
     with FaceTracker() as tracker:
-        if info.kind == "picture":
-            picture = read_image(source)
-            if model is None:
-                faces = [next(iter(tracker.detect(picture)), None)]
-            else:
-                faces = [next((one.face for one in detect_faces(tracker, model, picture)), None)]
+        if info.kind == "image":
+            image = read_image(source)
+            found = tracker.detect(image) if model is None else [d.face for d in detect_faces(tracker, model, image)]
+            faces = [next(iter(found), None)]
         else:
             expected = round(info.seconds * FPS)
             expected = min(expected, limit) if limit is not None else expected
-            for face in tracker.track(islice(read_video(source), limit)):
+            for face in _follow(tracker, model, islice(read_video(source), limit)):
                 faces.append(face)
                 if progress is not None:
                     progress(len(faces), max(expected, len(faces)))
     if not any(faces):
-        raise UserError(f"no face found in {source}; give a picture or clip in which a face is clearly visible")
+        raise UserError(f"no face found in {source}; give an image or clip in which a face is clearly visible")
     missing = sum(face is None for face in faces)
     if missing:
         logger.warning("%s: no face in %d of %d frames; their motion is interpolated", source, missing, len(faces))
@@ -223,14 +225,31 @@ def track_landmarks(
     return np.stack([pair[0] for pair in pairs]), np.stack([pair[1] for pair in pairs])
 
 
+def _follow(tracker: FaceTracker, model: FaceModel | None, frames: Iterator[ImageArray]) -> Iterator[Face | None]:
+    """One face through a clip, however the clip lies."""
+    turns = 0 if model is None else None
+    shape: tuple[int, ...] = ()
+
+    def upright() -> Iterator[ImageArray]:
+        nonlocal turns, shape
+        for number, frame in enumerate(frames):
+            if turns is None and model is not None and (number in _SEARCHED_FRAMES or tracker.detect(frame)):
+                turns = face_turns(tracker, model, frame)
+            shape = frame.shape
+            yield np.ascontiguousarray(np.rot90(frame, turns)) if turns else frame
+
+    for face in tracker.track(upright()):
+        yield turn_back(face, turns, shape) if face is not None and turns else face
+
+
 def track(
     model: FaceModel | None, source: str | Path, *, smooth: bool = True, progress: Progress | None = None
 ) -> Coefficients:
-    """Landmarks and coefficients of a picture or of every frame of a video (at 25 fps).
+    """Landmarks and coefficients of an image or of every frame of a video (at 25 fps).
 
     Arguments:
         model: the face model; None leaves the coefficients at zero (landmarks only).
-        source: picture or video.
+        source: image or video.
         smooth: smooth the coefficients of a clip over time, lips and lids excepted.
         progress: called after each frame.
 
