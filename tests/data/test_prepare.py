@@ -14,19 +14,18 @@ import cv2
 import numpy as np
 import pytest
 
-from flowvqtalker import EMOTIONS
-from flowvqtalker.data import lip_sync as sync
-from flowvqtalker.data import sources as material
-from flowvqtalker.data.extract import PrepareConfig, choose_frames
+from flowvqtalker import EMOTIONS, weights
+from flowvqtalker.data import lip_sync
+from flowvqtalker.data.extract import PrepareConfig, Raw, choose_frames, resample
 from flowvqtalker.data.identity import Describer, cluster, merge_known
 from flowvqtalker.data.prepare import prepare
 from flowvqtalker.data.shards import SAMPLES, Shard
-from flowvqtalker.data.sources import Raw, catalogue, read_audio, read_frames, read_timing, resample
+from flowvqtalker.data.sources import catalogue, read_audio, read_frames, read_timing
 from flowvqtalker.data.splits import split_of
 from flowvqtalker.errors import UserError
 from flowvqtalker.face.topology import EYES, MOUTH_CORNERS
 
-SHARED = Path(__file__).parents[2] / "shared" / "data"
+SHARED = Path(__file__).parents[3] / "shared" / "data"
 SIDE = 160
 
 
@@ -98,7 +97,7 @@ def fake_fit(landmarks: np.ndarray, smooth: bool) -> Any:
     count = len(landmarks)
     seen = np.isfinite(landmarks).all((1, 2))
     expression = np.zeros((count, 64), np.float32)
-    expression[:, 0] = np.nan_to_num(sync.lip_opening(landmarks))
+    expression[:, 0] = np.nan_to_num(lip_sync.lip_opening(landmarks))
     residual = np.where(seen, 0.01, np.nan).astype(np.float32)
     return SimpleNamespace(
         identity=np.zeros(80, np.float32),
@@ -143,7 +142,7 @@ def test_prepare_makes_a_shard(tmp_path: Path, data: tuple[Path, FakeTracker]) -
         root, tmp_path / "shard", tmp_path / "none", tracks=tmp_path / "tracks", frames=4, min_native=100
     )
     report = prepare(config, make_tracker=tracker, fit=fake_fit)
-    assert (report.clips, report.pictures, report.people) == (4, 1, 1)
+    assert (report.clips, report.images, report.people) == (4, 1, 1)
     assert sorted(report.errors) == ["clip_broken.mkv", "pic_black.png"]
     assert report.errors["pic_black.png"] == "no face found"
 
@@ -155,9 +154,9 @@ def test_prepare_makes_a_shard(tmp_path: Path, data: tuple[Path, FakeTracker]) -
     assert list(shard.sound) == [True, True, False, True, False]
     assert list(shard.identity) == ["Ann", "Bob", "web_000", "web_000", "Cay"]
     assert [str(s) for s in shard.split] == [split_of(str(i)) for i in shard.identity]
-    assert report.images == len(shard.image_row) == 4 * 4 + 1
+    assert report.crops == len(shard.image_row) == 4 * 4 + 1
     assert np.isnan(shard.lag[2:]).all()
-    assert (np.abs(shard.shifted) <= sync.REACH).all()
+    assert (np.abs(shard.shifted) <= lip_sync.REACH).all()
     assert set(report.lags) == {"web", "HDTF"}
     # The crop of a.mkv: which frames they are can be read from the corner, which lies at its place in the crop.
     for number in shard.images_of(np.array([0])):
@@ -174,7 +173,7 @@ def test_prepare_makes_a_shard(tmp_path: Path, data: tuple[Path, FakeTracker]) -
     # Again: raw tracks and parts are read, and only what failed is tried.
     calls = tracker.calls
     again = prepare(config, make_tracker=tracker, fit=fake_fit)
-    assert again.images == report.images
+    assert again.crops == report.crops
     assert tracker.calls == calls + 1
     (tmp_path / "shard.parts" / "clip_a.mkv.fit.npz").unlink()
     prepare(config, make_tracker=tracker, fit=fake_fit)
@@ -249,7 +248,7 @@ def test_resampling_keeps_fast_movement() -> None:
     assert np.abs(away).max() == 0
 
 
-def speaking(collection: str, frames: int, lag: float, seed: int, noise: float = 1.0) -> sync.Speaking:
+def speaking(collection: str, frames: int, lag: float, seed: int, noise: float = 1.0) -> lip_sync.LipClip:
     """Lips and sound features that follow each other ``lag`` frames apart."""
     rng = np.random.default_rng(seed)
     times = np.arange(-20, frames + 20)
@@ -258,7 +257,7 @@ def speaking(collection: str, frames: int, lag: float, seed: int, noise: float =
     direction = np.random.default_rng(99).normal(size=20)
     sound = np.interp(columns + lag, times, movement)[:, None] * direction
     sound = sound + noise * rng.normal(size=sound.shape)
-    return sync.Speaking(collection, 0.1 + 0.01 * movement[20 : 20 + frames], sound.astype(np.float16))
+    return lip_sync.LipClip(collection, 0.1 + 0.01 * movement[20 : 20 + frames], sound.astype(np.float16))
 
 
 def test_lags_of_collections_and_clips() -> None:
@@ -266,8 +265,8 @@ def test_lags_of_collections_and_clips() -> None:
     clips += [speaking("c", 50, 4.0, 60 + i) for i in range(8)]
     clips += [speaking("d", 150, -3.0, 80 + i) for i in range(3)] + [speaking("d", 150, 2.0, 90)]
     rng = np.random.default_rng(5)
-    clips.append(sync.Speaking("c", rng.normal(size=50), clips[45].sound))  # lips that are not the sound's
-    found = sync.align(clips)
+    clips.append(lip_sync.LipClip("c", rng.normal(size=50), clips[45].sound))  # lips that are not the sound's
+    found = lip_sync.align(clips)
     lags = np.array([f.lag for f in found])
     np.testing.assert_allclose(lags[:40], 0, atol=0.3)
     np.testing.assert_allclose(lags[40:48], 4, atol=0.3)
@@ -279,19 +278,19 @@ def test_lags_of_collections_and_clips() -> None:
 
 
 def test_lag_without_evidence_is_unknown() -> None:
-    still = sync.Speaking("a", np.full(60, 0.1), np.zeros((192, 20), np.float16))
-    unseen = sync.Speaking("b", np.full(60, np.nan), speaking("b", 60, 0, 1).sound)
-    for found in sync.align([still, unseen]):
+    still = lip_sync.LipClip("a", np.full(60, 0.1), np.zeros((192, 20), np.float16))
+    unseen = lip_sync.LipClip("b", np.full(60, np.nan), speaking("b", 60, 0, 1).sound)
+    for found in lip_sync.align([still, unseen]):
         assert not found.known
         assert np.isnan(found.correlation)
         assert found.lag == 0
-    assert sync.align([]) == []
+    assert lip_sync.align([]) == []
 
 
 @pytest.mark.parametrize("frames", [-2, 0, 3, 0.5])
 def test_shifted_audio(frames: float) -> None:
     wave = np.arange(1, 10 * SAMPLES + 1).astype(np.int16)
-    moved = sync.shift_audio(wave, frames)
+    moved = lip_sync.shift_audio(wave, frames)
     samples = round(frames * SAMPLES)
     assert moved.shape == wave.shape
     if samples >= 0:
@@ -305,7 +304,7 @@ def test_shifted_audio(frames: float) -> None:
 def test_sound_features_follow_the_sound() -> None:
     lips = np.repeat([1.0, 30.0], 25)
     wave = (np.random.default_rng(0).normal(size=50 * SAMPLES) * np.repeat(lips, SAMPLES) * 100).astype(np.int16)
-    features = sync.sound_features(wave).astype(np.float32)
+    features = lip_sync.sound_features(wave).astype(np.float32)
     assert features.shape[1] == 20
     assert abs(len(features) - 160) <= 2
     assert features[90:].mean() - features[:70].mean() > 1
@@ -353,18 +352,15 @@ def test_chosen_frames_differ_and_are_good() -> None:
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the shared clips are not here")
 def test_prepare_real_clips(tmp_path: Path) -> None:
-    weights = Path(material.__file__).parents[1] / "weights" / "face_model.safetensors"
-    if not weights.is_file():
-        pytest.skip("no face model in this checkout")
-    pytest.importorskip("mediapipe")
+    model = weights.folder() / "face_model.safetensors"
     sources = [s for s in catalogue(SHARED) if s.collection == "LRW-AR"][:2]
     (tmp_path / "data").mkdir()
     for source in sources:
         (tmp_path / "data" / source.name).symlink_to(source.path)
-    report = prepare(PrepareConfig(tmp_path / "data", tmp_path / "out", weights, frames=3))
+    report = prepare(PrepareConfig(tmp_path / "data", tmp_path / "out", model, frames=3))
     shard = Shard(tmp_path / "out")
     assert (report.clips, report.errors) == (2, {})
-    assert report.images == 6
+    assert report.crops == 6
     assert np.nanmean(shard.residual[:].astype(np.float32)) < 0.03
     for clip in range(2):
         points = shard.landmarks(shard.rows(clip))

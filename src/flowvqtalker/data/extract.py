@@ -1,73 +1,108 @@
-"""One source of a shard: track or read its landmarks, resample, crop, fit, align the sound, choose and cut pictures."""
+"""What preparation does to one source: track, resample, crop, fit, read the sound, choose and cut images."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, cast
 
 import cv2
 import numpy as np
 import numpy.typing as npt
 
-from flowvqtalker.constants import CROP
-from flowvqtalker.data import lip_sync as sync
-from flowvqtalker.data import sources as material
+from flowvqtalker.constants import CROP, FPS
 from flowvqtalker.data.identity import Describer
-from flowvqtalker.data.sources import Source, Tracker
+from flowvqtalker.data.lip_sync import lip_opening, sound_features
+from flowvqtalker.data.sources import Source, read_audio, read_frames, read_timing
 from flowvqtalker.errors import UserError
+from flowvqtalker.io.atomic import atomic_write
+from flowvqtalker.io.image import ImageArray, read_image
 
-__all__ = ["PrepareConfig", "Tools", "choose_frames", "cut_pictures", "describe_source", "fit_source", "split_jpegs"]
+__all__ = [
+    "PrepareConfig",
+    "Raw",
+    "Tools",
+    "choose_frames",
+    "cut_images",
+    "describe_source",
+    "fit_source",
+    "resample",
+    "save_npz",
+    "split_jpegs",
+    "track_source",
+]
 
-# Outer ends of the face mesh (left and right in the picture), which a turned head moves in depth.
+# Outermost vertices (left and right in the image): the difference of their depths tells how far the head is turned.
 _CHEEKS = (234, 454)
 
 Floats = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Raw:
+    """What the tracker found, frame by frame, at the clip's own rate.
+
+    Attributes:
+        landmarks: (n, 478, 3) float32 in pixels of the input; NaN where no face was found.
+        blendshapes: (n, 52) float32.
+    """
+
+    landmarks: Floats
+    blendshapes: Floats
+
+
+class Tracker(Protocol):
+    """What is needed of :class:`flowvqtalker.face.tracker.FaceTracker`."""
+
+    def track(self, frames: Iterable[ImageArray]) -> Iterator[Any]:
+        """The face of each frame, or None."""
+
+
 MakeTracker = Callable[[], AbstractContextManager[Tracker]]
 
 
 @dataclass(frozen=True)
 class PrepareConfig:
-    """What is read and what is kept of it."""
+    """What to read and what to keep of it."""
 
     data: Path
-    """Folder with clips.csv, clips/, faces.csv, faces/, or with videos and pictures."""
+    """Folder with clips.csv, clips/, faces.csv, faces/, or with videos and images."""
     out: Path
-    """Folder of the shard."""
+    """Folder of the shard to write."""
     model: Path
     """Face model to fit, as `flowvqtalker train face-model` writes it."""
     tracks: Path | None = None
-    """Folder of raw landmarks: read where they are there, written where they are not."""
+    """Folder of raw landmarks: read where present, written where not."""
     workers: int = 1
-    """Processes."""
+    """Number of processes."""
     frames: int = 10
-    """Pictures kept of a clip."""
+    """Images to keep per clip."""
     frame_clips: int = 60
-    """Clips of one person of which pictures are kept."""
+    """Clips per person of which images are kept."""
     min_native: float = 160.0
-    """Pictures are kept of clips whose crop was made from at least so many pixels a side."""
+    """Images are kept of clips whose crop covers at least this many input pixels a side."""
     quality: int = 95
-    """JPEG quality."""
+    """JPEG quality of the images."""
     min_length: int = 12
-    """Shorter clips (frames at 25 fps) are left out."""
+    """Leave out clips of fewer frames at 25 fps."""
     max_missing: float = 0.2
-    """Clips in whose larger share of the frames no face is found are left out."""
+    """Leave out clips with a larger fraction of frames without a face."""
     max_residual: float = 0.06
-    """Clips and pictures with a larger mean reprojection error (eye distances) are left out."""
+    """Leave out clips and images with a larger mean reprojection error (in distances of the outer eye corners)."""
     smooth: bool = True
     """Smooth the coefficients of clips over time."""
     natural: tuple[str, ...] = ("HDTF", "HDTF-like")
     """Collections whose `neutral` clips are natural speech, the ninth class."""
     min_shift: float = 0.25
-    """The sound is moved where the lips are at least so many frames away from it."""
+    """Move the sound where it is at least this many frames away from the lips."""
     limit: int = 0
-    """Only the first so many sources; 0: all."""
+    """Use only the first N sources; 0 uses all."""
 
 
 class Tools:
-    """What a process needs for its sources, made once and when first needed."""
+    """Tracker, face model and descriptor of one process, made when first needed."""
 
     def __init__(
         self, config: PrepareConfig, make_tracker: MakeTracker | None = None, fit: Callable[..., Any] | None = None
@@ -99,30 +134,105 @@ class Tools:
 
     @property
     def describer(self) -> Describer:
-        """What tells people apart."""
+        """The face descriptor."""
         if self._describer is None:
             self._describer = Describer()
         return self._describer
 
 
+def save_npz(path: Path, arrays: Mapping[str, Any]) -> None:
+    """Write an uncompressed ``.npz`` that appears whole or not at all."""
+
+    def write(temporary: Path) -> None:
+        with open(temporary, "wb") as file:
+            np.savez(file, **cast(Any, arrays))
+
+    atomic_write(path, write)
+
+
+def track_source(
+    source: Source, cache: Path | None, make_tracker: Callable[[], AbstractContextManager[Tracker]]
+) -> Raw:
+    """Raw landmarks of a source: read from ``cache/KEY.npz`` (keys lm, bs, fps), or tracked and stored there."""
+    file = cache / f"{source.key}.npz" if cache is not None else None
+    if file is not None and file.is_file():
+        with np.load(file) as stored:
+            return Raw(stored["lm"].astype(np.float32), stored["bs"].astype(np.float32))
+    frames = [read_image(source.path)] if source.is_image else (frame for _, frame in read_frames(source.path))
+    landmarks, blendshapes = [], []
+    with make_tracker() as tracker:
+        for face in tracker.track(frames):
+            landmarks.append(np.full((478, 3), np.nan, np.float32) if face is None else face.landmarks)
+            blendshapes.append(np.full(52, np.nan, np.float32) if face is None else face.blendshapes)
+    raw = Raw(np.stack(landmarks), np.stack(blendshapes))
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        rate = 0.0 if source.is_image else 1 / float(np.median(np.diff(read_timing(source.path).times)))
+        save_npz(file, {"lm": raw.landmarks, "bs": raw.blendshapes.astype(np.float16), "fps": rate})
+    return raw
+
+
+def resample(raw: Raw, times: npt.NDArray[np.float64], ticks: int) -> tuple[Raw, npt.NDArray[np.int64], Floats]:
+    """Landmarks at 25 fps from landmarks at a clip's own timestamps.
+
+    A cubic spline, since linear interpolation flattens blinks and lips. Frames further than a frame's length from the
+    next face found are NaN. A clip at 25 fps passes through unchanged.
+
+    Arguments:
+        raw: n frames.
+        times: (n,) seconds after the first frame.
+        ticks: T.
+
+    Returns:
+        T frames; (T,) index of the nearest stored frame of each; (T,) float32 seconds between the two.
+    """
+    if len(times) != len(raw.landmarks):
+        raise ValueError(f"{len(raw.landmarks)} frames were tracked but {len(times)} have a timestamp")
+    wanted = np.arange(ticks) / FPS
+    nearest = np.abs(times[None] - wanted[:, None]).argmin(1)
+    away = (wanted - times[nearest]).astype(np.float32)
+    if np.abs(away).max() < 0.002:
+        return Raw(raw.landmarks[nearest], raw.blendshapes[nearest]), nearest, away
+    from scipy.interpolate import CubicSpline
+
+    seen = np.isfinite(raw.landmarks).all((1, 2))
+    landmarks = np.full((ticks, 478, 3), np.nan, np.float32)
+    blendshapes = np.full((ticks, 52), np.nan, np.float32)
+    if seen.sum() >= 2:
+        known = times[seen]
+        step = float(np.median(np.diff(times)))
+        after = np.searchsorted(known, wanted).clip(0, len(known) - 1)
+        before = (np.searchsorted(known, wanted, side="right") - 1).clip(0)
+        gap = np.maximum(known[after] - wanted, wanted - known[before])
+        keep = gap < 1.5 * step
+        landmarks[keep] = CubicSpline(known, raw.landmarks[seen])(wanted[keep])
+        shapes = CubicSpline(known, raw.blendshapes[seen])(wanted[keep])
+        blendshapes[keep] = shapes.clip(0, 1)
+    return Raw(landmarks, blendshapes), nearest, away
+
+
 def fit_source(source: Source, tools: Tools) -> dict[str, Any]:
-    """Everything about a source except its pictures and its descriptor."""
+    """Everything about a source except its images and its descriptor.
+
+    Raises:
+        UserError: if it is too short, shows no face, or the face model fits badly.
+    """
     from flowvqtalker.face.crop import crop_box
 
     config = tools.config
-    raw = material.track_source(source, config.tracks, tools.tracker)
+    raw = track_source(source, config.tracks, tools.tracker)
     if source.is_image:
-        height, width = material.read_picture(source.path).shape[:2]
+        height, width = read_image(source.path).shape[:2]
         nearest, away, start, ticks = np.zeros(1, np.int64), np.zeros(1, np.float32), 0.0, 1
     else:
-        timing = material.read_timing(source.path)
+        timing = read_timing(source.path)
         (height, width), start, ticks = timing.size, timing.start, timing.ticks
         if ticks < config.min_length:
             raise UserError(f"only {ticks} frames")
         times = timing.times
         if len(times) != len(raw.landmarks):  # frames that were dropped or doubled in decoding
             times = np.arange(len(raw.landmarks)) * (times[-1] / max(1, len(times) - 1))
-        raw, nearest, away = material.resample(raw, times, ticks)
+        raw, nearest, away = resample(raw, times, ticks)
     seen = np.isfinite(raw.landmarks).all((1, 2))
     if seen.mean() < 1 - config.max_missing:
         raise UserError("no face found" if source.is_image else f"no face in {1 - seen.mean():.0%} of the frames")
@@ -133,7 +243,7 @@ def fit_source(source: Source, tools: Tools) -> dict[str, Any]:
     if error > config.max_residual:
         raise UserError(f"the face model fits badly ({error:.3f} eye distances)")
     corners = np.array([[0, 0], [width, 0], [width, height], [0, height]], np.float32)
-    audio = None if source.is_image else material.read_audio(source.path, start, ticks)
+    audio = None if source.is_image else read_audio(source.path, start, ticks)
     part: dict[str, Any] = {
         "identity_shape": fitted.identity,
         "expression": fitted.expression,
@@ -150,14 +260,14 @@ def fit_source(source: Source, tools: Tools) -> dict[str, Any]:
     if audio is not None:
         part["audio"] = audio
         if source.speech:
-            part["lips"] = sync.lip_opening(landmarks)
-            part["sound"] = sync.sound_features(audio)
+            part["lips"] = lip_opening(landmarks)
+            part["sound"] = sound_features(audio)
     return part
 
 
 def describe_source(source: Source, tools: Tools) -> dict[str, Any]:
-    """The descriptor of a face, from the frame that looks straightest into the camera."""
-    raw = material.track_source(source, tools.config.tracks, tools.tracker)
+    """Descriptor of a face, from its most frontal frame."""
+    raw = track_source(source, tools.config.tracks, tools.tracker)
     cheeks = raw.landmarks[:, list(_CHEEKS)]
     turned = np.abs(np.arctan2(cheeks[:, 1, 2] - cheeks[:, 0, 2], cheeks[:, 1, 0] - cheeks[:, 0, 0]))
     if not np.isfinite(turned).any():
@@ -169,14 +279,14 @@ def describe_source(source: Source, tools: Tools) -> dict[str, Any]:
 
 def _own_frames(source: Source, wanted: set[int]) -> dict[int, npt.NDArray[np.uint8]]:
     if source.is_image:
-        return {0: material.read_picture(source.path)}
-    return dict(material.read_frames(source.path, wanted))
+        return {0: read_image(source.path)}
+    return dict(read_frames(source.path, wanted))
 
 
 def choose_frames(part: dict[str, Any], count: int) -> npt.NDArray[np.int64]:
-    """Frames of a clip to keep as pictures: seen, near a frame of the input in time, fitted well, unlike each other.
+    """Frames of a clip to keep as images: detected, close to an input frame in time, fitted well, and diverse.
 
-    The first is the most ordinary one; each next is the farthest from those taken in expression, pose and time.
+    Farthest point sampling over expression, pose and time, from the frame nearest to the median.
     """
     residual = np.asarray(part["residual"], np.float32)
     away = np.abs(part["away"])
@@ -196,8 +306,8 @@ def choose_frames(part: dict[str, Any], count: int) -> npt.NDArray[np.int64]:
     return np.sort(candidates[taken])
 
 
-def cut_pictures(source: Source, part: dict[str, Any], config: PrepareConfig) -> dict[str, Any]:
-    """JPEGs of the chosen frames' crops, back to back, with their numbers and sizes."""
+def cut_images(source: Source, part: dict[str, Any], config: PrepareConfig) -> dict[str, Any]:
+    """Crops of the chosen frames as JPEGs, back to back, with their frame numbers and sizes."""
     from flowvqtalker.face.crop import Crop
 
     crop = Crop(np.asarray(part["crop"], np.float64))
@@ -209,14 +319,14 @@ def cut_pictures(source: Source, part: dict[str, Any], config: PrepareConfig) ->
         picture = crop.apply(frames[int(number)])
         done, data = cv2.imencode(".jpg", picture[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, config.quality])
         if not done:
-            raise UserError("a picture could not be encoded")
+            raise UserError("an image could not be encoded")
         jpegs.append(data.tobytes())
     sizes = np.array([len(jpeg) for jpeg in jpegs], np.int64)
     return {"frames": chosen, "sizes": sizes, "data": np.frombuffer(b"".join(jpegs), np.uint8)}
 
 
 def split_jpegs(cut: dict[str, Any]) -> list[tuple[int, bytes]]:
-    """(frame, JPEG) pairs of what :func:`cut_pictures` made."""
+    """(frame, JPEG) pairs of what :func:`cut_images` made."""
     ends = np.cumsum(cut["sizes"])
     data = cut["data"].tobytes()
     return [(int(f), data[end - size : end]) for f, size, end in zip(cut["frames"], cut["sizes"], ends, strict=True)]

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from flowvqtalker.data.shards import SAMPLES
 
-__all__ = ["REACH", "Alignment", "Speaking", "align", "lip_opening", "shift_audio", "sound_features"]
+__all__ = ["REACH", "Alignment", "LipClip", "align", "lip_opening", "shift_audio", "sound_features"]
 
 #: Largest lag that is looked for, in frames, each way.
 REACH = 10
@@ -40,7 +40,7 @@ Floats = npt.NDArray[np.floating]
 
 
 @dataclass(frozen=True)
-class Speaking:
+class LipClip:
     """One clip with speech.
 
     Attributes:
@@ -98,7 +98,7 @@ def shift_audio(wave: npt.NDArray[np.int16], frames: float) -> npt.NDArray[np.in
     return moved
 
 
-def align(clips: Sequence[Speaking]) -> list[Alignment]:
+def align(clips: Sequence[LipClip]) -> list[Alignment]:
     """Lags of clips; those of one collection inform each other.
 
     A clip has its collection's lag, except where its own evidence against it is strong.
@@ -207,7 +207,7 @@ def _target(lips: Floats) -> Floats:
     return np.asarray((lips - known.mean()) / max(float(known.std()), 1e-3)) if len(known) else lips
 
 
-def _moments(clip: Speaking, stacked: Floats) -> tuple[Floats, Floats, float]:
+def _moments(clip: LipClip, stacked: Floats) -> tuple[Floats, Floats, float]:
     """Gram matrix, cross moments and number of frames of one clip."""
     index = np.round(np.arange(len(clip.lips)) * _COLUMNS).astype(np.int64)
     use = (index < len(stacked)) & np.isfinite(clip.lips)
@@ -216,7 +216,7 @@ def _moments(clip: Speaking, stacked: Floats) -> tuple[Floats, Floats, float]:
     return x.T @ x, x.T @ y, float(use.sum())
 
 
-def _curve(clip: Speaking, predicted: Floats) -> Floats:
+def _curve(clip: LipClip, predicted: Floats) -> Floats:
     """Correlation (2 * _STEPS + 1,) of the lips with the predicted opening moved by each lag in columns."""
     steps = np.arange(-_STEPS, _STEPS + 1)
     index = np.round(np.arange(len(clip.lips)) * _COLUMNS).astype(np.int64)[:, None] - steps

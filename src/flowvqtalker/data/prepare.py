@@ -1,9 +1,9 @@
-"""Clips and pictures -> a shard: track, fit, crop, align the sound, tell unknown people apart.
+"""Clips and images -> a shard: track, fit, crop, align the sound, tell unknown people apart.
 
 ``flowvqtalker prepare --data FOLDER --out SHARD --model face_model.safetensors [--workers N]``
 
-Every source is worked on by itself and leaves a file in ``SHARD.parts``, so an interrupted run goes on where it was and
-one broken clip ends nothing: the errors are listed at the end and in ``errors.csv``.
+Each source leaves a file in ``SHARD.parts``, so an interrupted run resumes and one broken clip stops nothing: errors
+are listed at the end and in ``errors.csv``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import hashlib
 import json
 import logging
 import multiprocessing
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
@@ -27,21 +26,21 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from flowvqtalker.constants import EMOTIONS
-from flowvqtalker.data import lip_sync as sync
-from flowvqtalker.data import sources as material
+from flowvqtalker.data import lip_sync
 from flowvqtalker.data.extract import (
     MakeTracker,
     PrepareConfig,
     Tools,
-    cut_pictures,
+    cut_images,
     describe_source,
     fit_source,
+    save_npz,
     split_jpegs,
 )
 from flowvqtalker.data.identity import Describer, cluster, merge_known, to_describe
 from flowvqtalker.data.lip_sync import Alignment
 from flowvqtalker.data.shards import Clip, ShardWriter
-from flowvqtalker.data.sources import Source
+from flowvqtalker.data.sources import Source, catalogue
 from flowvqtalker.data.splits import split_of
 from flowvqtalker.errors import UserError
 
@@ -52,25 +51,30 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Report:
-    """What a preparation did.
+    """Result of a preparation.
 
     Attributes:
-        clips, pictures, rows, images: how many went into the shard.
-        errors: name and reason of what did not.
-        people: how many identities were told apart among the unknown.
+        clips, images: sources in the shard, by kind.
+        rows: frames in the shard.
+        crops: images stored in the shard.
+        errors: key and reason of each source that was left out.
+        people: identities found among people of unknown name.
         lags: collection -> (median lag of lips after sound in frames, median correlation there, clips, clips moved).
-        lookalikes: differently named people who look like one.
+        lookalikes: pairs of names that look like one person, with their distance.
     """
 
     clips: int
-    pictures: int
-    rows: int
     images: int
+    rows: int
+    crops: int
     errors: dict[str, str]
     people: int
     lags: dict[str, tuple[float, float, int, int]]
     lookalikes: list[tuple[str, str, float]]
 
+
+# Neutral clips of collections of natural speech are the class "natural".
+_EMOTION_OF_NATURAL = {EMOTIONS.index("neutral"): EMOTIONS.index("natural")}
 
 _Job = tuple[Source, Path]
 
@@ -86,7 +90,7 @@ def _process_tools(config: PrepareConfig) -> Tools:
 
 
 def _work(kind: str, job: _Job, tools: Tools | PrepareConfig) -> tuple[str, str]:
-    """Do one job; returns the source's key and what went wrong ("" if nothing)."""
+    """Do one job; returns the source's key and the error ("" if none)."""
     source, folder = job
     if isinstance(tools, PrepareConfig):
         tools = _process_tools(tools)
@@ -96,15 +100,12 @@ def _work(kind: str, job: _Job, tools: Tools | PrepareConfig) -> tuple[str, str]
         elif kind == "who":
             content = describe_source(source, tools)
         else:
-            content = cut_pictures(source, _read_part(folder / f"{source.key}.fit.npz"), tools.config)
+            content = cut_images(source, _read_part(folder / f"{source.key}.fit.npz"), tools.config)
     except Exception as error:
         reason = str(error).strip().splitlines()
         detail = reason[0] if reason else ""
         return source.key, detail if isinstance(error, UserError) else f"{type(error).__name__}: {detail}"
-    path = folder / f"{source.key}.{kind}.npz"
-    beside = path.with_name(path.name + ".tmp.npz")
-    np.savez(beside, **content)
-    os.replace(beside, path)
+    save_npz(folder / f"{source.key}.{kind}.npz", content)
     return source.key, ""
 
 
@@ -114,9 +115,9 @@ def _read_part(path: Path) -> dict[str, Any]:
 
 
 def _run(kind: str, jobs: Sequence[_Job], tools: Tools, alone: bool) -> dict[str, str]:
-    """Do the jobs that are not done yet; returns what went wrong."""
+    """Do the jobs without a result yet; returns the errors by key."""
     todo = [job for job in jobs if not (job[1] / f"{job[0].key}.{kind}.npz").exists()]
-    label = {"who": "describe faces", "fit": "track and fit", "cut": "cut pictures"}[kind]
+    label = {"who": "describe faces", "fit": "track and fit", "cut": "cut images"}[kind]
     errors: dict[str, str] = {}
 
     def results() -> Iterator[tuple[str, str]]:
@@ -141,13 +142,13 @@ def prepare(
 
     Arguments:
         config: what to read and what to keep.
-        make_tracker: another tracker than :class:`flowvqtalker.face.tracker.FaceTracker`; then one process does it all.
-        fit: (landmarks (T, 478, 3), smooth) -> :class:`flowvqtalker.face.fit.Fit`, instead of fitting ``config.model``.
+        make_tracker: replaces :class:`flowvqtalker.face.tracker.FaceTracker`; all work is then done in this process.
+        fit: (landmarks (T, 478, 3), smooth) -> :class:`flowvqtalker.face.fit.Fit`, replaces fitting ``config.model``.
 
     Raises:
         UserError: if there is nothing to read or nothing could be used.
     """
-    sources = material.catalogue(config.data)
+    sources = catalogue(config.data)
     sources = sources[: config.limit] if config.limit else sources
     if fit is None and not config.model.is_file():
         raise UserError(f"no face model at {config.model}; learn one with `flowvqtalker train face-model`")
@@ -164,7 +165,7 @@ def prepare(
     people, lookalikes, count = _identities(fitted, parts, tools.describer)
     found = _align(fitted, parts)
     lags = _lags(fitted, found, config)
-    errors |= _run("cut", [(s, parts) for s in _with_pictures(fitted, people, parts, config)], tools, alone)
+    errors |= _run("cut", [(s, parts) for s in _with_images(fitted, people, parts, config)], tools, alone)
     report = _write(fitted, people, found, lags, parts, config)
     with open(config.out / "identities.csv", "w", newline="", encoding="utf-8") as stream:
         rows = [(s.name, s.collection, people[s.key], split_of(people[s.key])) for s in fitted]
@@ -177,7 +178,7 @@ def prepare(
 
 
 def _parts_folder(config: PrepareConfig) -> Path:
-    """Folder of the parts; fits and pictures made with other settings are thrown away."""
+    """Folder of the parts; fits and images made with other settings are deleted."""
     keep = ("min_length", "max_missing", "max_residual", "smooth", "frames", "quality")
     digest = hashlib.sha256(config.model.read_bytes()).hexdigest() if config.model.is_file() else ""
     settings = json.dumps({**{key: getattr(config, key) for key in keep}, "model": digest}, sort_keys=True)
@@ -187,7 +188,7 @@ def _parts_folder(config: PrepareConfig) -> Path:
     if not stamp.exists() or stamp.read_text(encoding="utf-8") != settings:
         old = [*folder.glob("*.fit.npz"), *folder.glob("*.cut.npz")]
         if old:
-            logger.warning("%d parts were made with another face model or other settings and are made again", len(old))
+            logger.warning("%d parts are made again: the face model or the settings have changed", len(old))
         for path in old:
             path.unlink()
     stamp.write_text(settings, encoding="utf-8")
@@ -197,7 +198,7 @@ def _parts_folder(config: PrepareConfig) -> Path:
 def _identities(
     sources: Sequence[Source], parts: Path, describer: Describer
 ) -> tuple[dict[str, str], list[tuple[str, str, float]], int]:
-    """Identity of each source's key; pairs of names that look like one person; number of people told apart."""
+    """Identity by source key; pairs of names that look like one person; number of people found among the unknown."""
     people = {source.key: source.identity or source.name for source in sources}
     described: dict[str, npt.NDArray[np.float32]] = {}
     for source in sources:
@@ -205,7 +206,7 @@ def _identities(
         if path.exists():
             who = _read_part(path)
             described[source.key] = who["descriptor"]
-            if str(who["kind"]) == "colour":  # alone it tells lights apart rather than people
+            if str(who["kind"]) == "colour":  # colour alone separates lighting rather than people
                 shape = _read_part(parts / f"{source.key}.fit.npz")["identity_shape"]
                 described[source.key] = np.concatenate([who["descriptor"], 0.05 * shape[:40]]).astype(np.float32)
     count = 0
@@ -229,13 +230,13 @@ def _identities(
 
 def _align(sources: Sequence[Source], parts: Path) -> dict[str, Alignment]:
     """Lag of the lips of each source with speech, by key."""
-    speaking: dict[str, sync.Speaking] = {}
+    speaking: dict[str, lip_sync.LipClip] = {}
     for source in sources:
         if source.speech:
             with np.load(parts / f"{source.key}.fit.npz") as file:
                 if "sound" in file.files:
-                    speaking[source.key] = sync.Speaking(source.collection, file["lips"], file["sound"])
-    return dict(zip(speaking, sync.align(list(speaking.values())), strict=True))
+                    speaking[source.key] = lip_sync.LipClip(source.collection, file["lips"], file["sound"])
+    return dict(zip(speaking, lip_sync.align(list(speaking.values())), strict=True))
 
 
 def _lags(
@@ -258,14 +259,14 @@ def _lags(
 
 
 def _shift(found: Alignment | None, config: PrepareConfig) -> float:
-    """Frames by which a clip's sound is moved."""
+    """Frames by which to move a clip's sound."""
     return found.lag if found is not None and found.known and abs(found.lag) >= config.min_shift else 0.0
 
 
-def _with_pictures(
+def _with_images(
     sources: Sequence[Source], people: dict[str, str], parts: Path, config: PrepareConfig
 ) -> list[Source]:
-    """Sources of which pictures are kept: sharp enough, and not too many of one person."""
+    """Sources of which images are kept: sharp enough, and not too many of one person."""
     groups: dict[str, list[Source]] = {}
     for source in sources:
         with np.load(parts / f"{source.key}.fit.npz") as file:
@@ -286,10 +287,9 @@ def _write(
     parts: Path,
     config: PrepareConfig,
 ) -> Report:
-    """Put the parts together."""
+    """Join the parts into the shard."""
     about = json.dumps({"settings": {k: str(v) for k, v in vars(config).items()}, "lags": lags})
-    natural = {EMOTIONS.index("neutral"): EMOTIONS.index("natural")}
-    rows = images = 0
+    rows = crops = 0
     with ShardWriter(config.out, about) as writer:
         for source in tqdm(sources, desc="write shard", dynamic_ncols=True):
             part = _read_part(parts / f"{source.key}.fit.npz")
@@ -297,7 +297,7 @@ def _write(
             stored = split_jpegs(_read_part(cut)) if cut.exists() else []
             alignment = found.get(source.key)
             shift = _shift(alignment, config)
-            audio = sync.shift_audio(part["audio"], shift) if "audio" in part else None
+            audio = lip_sync.shift_audio(part["audio"], shift) if "audio" in part else None
             identity = people[source.key]
             columns = ("identity_shape", "expression", "pose", "blendshapes", "landmarks", "residual", "crop", "valid")
             writer.add(
@@ -306,7 +306,7 @@ def _write(
                     source=source.collection,
                     identity=identity,
                     split=split_of(identity),
-                    emotion=natural.get(source.emotion, source.emotion)
+                    emotion=_EMOTION_OF_NATURAL.get(source.emotion, source.emotion)
                     if source.collection in config.natural
                     else source.emotion,
                     speech=source.speech and audio is not None,
@@ -321,9 +321,9 @@ def _write(
                 )
             )
             rows += len(part["expression"])
-            images += len(stored)
-    pictures = sum(source.is_image for source in sources)
-    return Report(len(sources) - pictures, pictures, rows, images, {}, 0, lags, [])
+            crops += len(stored)
+    images = sum(source.is_image for source in sources)
+    return Report(len(sources) - images, images, rows, crops, {}, 0, lags, [])
 
 
 @dataclass(frozen=True)
@@ -335,7 +335,7 @@ class Prepare(PrepareConfig):
         report = prepare(self)
         logger.info(
             "%d clips, %d images, %d frames, %d stored crops, %d people told apart, %d errors",
-            *(report.clips, report.pictures, report.rows, report.images, report.people, len(report.errors)),
+            *(report.clips, report.images, report.rows, report.crops, report.people, len(report.errors)),
         )
         for collection, (lag, height, count, moved) in report.lags.items():
             text = "%-18s lips %+.1f frames after the sound (r = %.2f, %d clips), sound of %d moved"

@@ -18,8 +18,7 @@ A shard is a folder. Everything in it is optional except ``index.npz``, so a sta
 
 from __future__ import annotations
 
-import os
-import shutil
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -33,6 +32,7 @@ import numpy.typing as npt
 
 from flowvqtalker.constants import CROP
 from flowvqtalker.errors import UserError
+from flowvqtalker.io.atomic import atomic_folder
 
 __all__ = ["LAGS", "SAMPLES", "SHARD_VERSION", "Clip", "Shard", "ShardWriter"]
 
@@ -104,20 +104,17 @@ class Clip:
 
 
 class _Column:
-    """A .npy file that grows; its header has a fixed size and is written again at the end."""
-
-    _HEADER = 128
+    """A ``.npy`` file that grows: numpy pads headers so that a larger first axis fits in the same bytes."""
 
     def __init__(self, path: Path, kind: str, row: tuple[int, ...]) -> None:
         self.kind, self.row, self.count = np.dtype(kind), row, 0
         self.file: BinaryIO = open(path, "wb")  # noqa: SIM115
-        self._head()
+        self._write_header()
 
-    def _head(self) -> None:
-        text = f"{{'descr': '{self.kind.str}', 'fortran_order': False, 'shape': {(self.count, *self.row)}, }}"
-        body = text.encode().ljust(self._HEADER - 11) + b"\n"
-        self.file.seek(0)
-        self.file.write(b"\x93NUMPY\x01\x00" + len(body).to_bytes(2, "little") + body)
+    def _write_header(self) -> None:
+        shape = (self.count, *self.row)
+        header = {"descr": self.kind.str, "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(self.file, header)
 
     def append(self, values: npt.NDArray[Any]) -> None:
         if values.shape[1:] != self.row:
@@ -126,9 +123,8 @@ class _Column:
         self.count += len(values)
 
     def close(self) -> None:
-        self._head()
-        self.file.flush()
-        os.fsync(self.file.fileno())
+        self.file.seek(0)
+        self._write_header()
         self.file.close()
 
 
@@ -141,13 +137,11 @@ class ShardWriter:
     """
 
     def __init__(self, path: str | Path, about: str = "") -> None:
-        self.path = Path(path)
-        self.about = about
-        self._beside = self.path.with_name(self.path.name + ".writing")
-        shutil.rmtree(self._beside, ignore_errors=True)
-        self._beside.mkdir(parents=True)
-        self._columns = {name: _Column(self._beside / f"{name}.npy", *spec) for name, spec in _COLUMNS.items()}
-        self._images: BinaryIO = open(self._beside / "images.bin", "wb")  # noqa: SIM115
+        self.path, self.about = Path(path), about
+        self._stack = contextlib.ExitStack()
+        folder = self._folder = self._stack.enter_context(atomic_folder(path))
+        self._columns = {name: _Column(folder / f"{name}.npy", *spec) for name, spec in _COLUMNS.items()}
+        self._images: BinaryIO = open(folder / "images.bin", "wb")  # noqa: SIM115
         self._rows: list[dict[str, Any]] = []
         self._image_rows: list[tuple[int, int, int, int]] = []
         self._count = 0
@@ -185,41 +179,23 @@ class ShardWriter:
         self._rows.append({**row, "start": self._count, "length": length, "sound": clip.audio is not None})
         self._count += length
 
-    def close(self) -> None:
-        """Finish the files and give the folder its name."""
-        for column in self._columns.values():
-            column.close()
-        self._images.flush()
-        os.fsync(self._images.fileno())
-        self._images.close()
-        fields = (*_CLIP_FIELDS, "start", "length", "sound")
-        index = {name: np.array([row[name] for row in self._rows]) for name in fields}
-        np.savez(self._beside / "index.npz", version=SHARD_VERSION, about=self.about, **cast(Any, index))
-        table = np.array(self._image_rows, np.int64).reshape(-1, 4)
-        np.savez(
-            self._beside / "images.npz",
-            **cast(Any, dict(zip(("clip", "row", "offset", "size"), table.T, strict=True))),
-        )
-        old = self.path.with_name(self.path.name + ".old")
-        shutil.rmtree(old, ignore_errors=True)
-        if self.path.exists():
-            self.path.rename(old)
-        self._beside.rename(self.path)
-        shutil.rmtree(old, ignore_errors=True)
-
     def __enter__(self) -> ShardWriter:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
+        for column in self._columns.values():
+            column.close()
+        self._images.close()
         if kind is None:
-            self.close()
-        else:
-            for column in self._columns.values():
-                column.file.close()
-            self._images.close()
-            shutil.rmtree(self._beside, ignore_errors=True)
+            fields = (*_CLIP_FIELDS, "start", "length", "sound")
+            index = {name: np.array([row[name] for row in self._rows]) for name in fields}
+            np.savez(self._folder / "index.npz", version=SHARD_VERSION, about=self.about, **cast(Any, index))
+            table = np.array(self._image_rows, np.int64).reshape(-1, 4)
+            columns = dict(zip(("clip", "row", "offset", "size"), table.T, strict=True))
+            np.savez(self._folder / "images.npz", **cast(Any, columns))
+        self._stack.__exit__(kind, value, trace)
 
 
 _CLIP_FIELDS = (
