@@ -6,7 +6,7 @@ fine-tuned on MEAD, stands behind the column Acc_emo of EAT and the papers after
 frame, a weight β for each frame and its relation to the clip, eight classes.
 
 That repository evaluates otherwise than it trains: it divides Σ α [f; v] by Σ α β, without β in the numerator.
-``protocol="eat"`` does the same, for numbers beside published ones; ``"paper"`` is the definition.
+The network here does the same, for numbers beside published ones; ``protocol="paper"`` is the definition.
 
 **Never run here on the published weights**, which could not be had. Tests check network and attentions on made-up
 weights and against plain computations. Faces are dlib's chips by its five-point alignment; size 224 and padding 0.25
@@ -68,41 +68,23 @@ _CHIP_POINTS = (45, 42, 36, 39, 33)  # the same of the 68
 _PADDING = 0.25
 
 
-def clip_vector(features: Tensor, alpha: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Self-attention: v = Σ α f / Σ α.
-
-    Arguments:
-        features: (B, T, D) f.
-        alpha: (B, T) in (0, 1).
-        mask: (B, T), true where a frame counts.
-    """
-    weight = alpha if mask is None else alpha * mask.to(alpha)
-    total = (features * weight[..., None]).sum(1)
-    return total / weight.sum(1, keepdim=True).clamp_min(1e-12)
+def clip_vector(features: Tensor, alpha: Tensor) -> Tensor:
+    """Self-attention: v = Σ α f / Σ α (B, D) of features f (B, T, D) and weights α (B, T) in (0, 1)."""
+    return (features * alpha[..., None]).sum(1) / alpha.sum(1, keepdim=True).clamp_min(1e-12)
 
 
-def related(
-    features: Tensor,
-    clip: Tensor,
-    alpha: Tensor,
-    beta: Tensor,
-    mask: Tensor | None = None,
-    protocol: Protocol = "paper",
-) -> Tensor:
+def related(features: Tensor, clip: Tensor, alpha: Tensor, beta: Tensor, protocol: Protocol = "paper") -> Tensor:
     """Relation attention: Σ α β [f; v] / Σ α β, (B, 2 D).
 
     Arguments:
         features: (B, T, D) f.
         clip: (B, D) v of :func:`clip_vector`.
         alpha, beta: (B, T) in (0, 1).
-        mask: (B, T), true where a frame counts.
         protocol: ``eat`` leaves β out of the numerator, see the module.
     """
     pairs = torch.cat([features, clip[:, None].expand_as(features)], dim=2)
     weight = alpha * beta
     above = weight if protocol == "paper" else alpha
-    if mask is not None:
-        weight, above = weight * mask.to(weight), above * mask.to(above)
     return (pairs * above[..., None]).sum(1) / weight.sum(1, keepdim=True).clamp_min(1e-12)
 
 
@@ -120,16 +102,12 @@ class _Block(nn.Module):
         self.bn1 = nn.BatchNorm2d(out)
         self.conv2 = nn.Conv2d(out, out, 3, 1, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(out)
-        self.downsample = (
-            nn.Sequential(nn.Conv2d(inp, out, 1, stride, bias=False), nn.BatchNorm2d(out))
-            if stride != 1 or inp != out
-            else None
-        )
+        if inp != out:
+            self.downsample = nn.Sequential(nn.Conv2d(inp, out, 1, stride, bias=False), nn.BatchNorm2d(out))
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x)))))
-        short = x if self.downsample is None else self.downsample(x)
-        return torch.relu(y + short)
+        return torch.relu(y + (self.downsample(x) if hasattr(self, "downsample") else x))
 
 
 class EmotionFan(nn.Module):
@@ -137,14 +115,10 @@ class EmotionFan(nn.Module):
 
     Weights have the names of the published file. ``pred_fc1``, which classifies v alone, is in the file and not used
     here. Without dropout: for evaluation only.
-
-    Arguments:
-        protocol: of the relation attention, see the module.
     """
 
-    def __init__(self, protocol: Protocol = "eat") -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.protocol: Protocol = protocol
         self.conv1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False)
         self.bn1 = nn.BatchNorm2d(64)
         widths = (64, 64, 128, 256, 512)
@@ -171,7 +145,7 @@ class EmotionFan(nn.Module):
         """Logits (B, 8) of features (B, T, 512) and α (B, T)."""
         clip = clip_vector(features, alpha)
         beta = self.beta(torch.cat([features, clip[:, None].expand_as(features)], dim=2))[..., 0]
-        logits: Tensor = self.pred_fc2(related(features, clip, alpha, beta, protocol=self.protocol))
+        logits: Tensor = self.pred_fc2(related(features, clip, alpha, beta, protocol="eat"))
         return logits
 
     def forward(self, faces: Tensor) -> Tensor:
@@ -180,13 +154,13 @@ class EmotionFan(nn.Module):
         return self.classify(features.reshape(*shape, -1), alpha.reshape(shape))
 
 
-def load_emotion_fan(path: str | Path, protocol: Protocol = "eat") -> EmotionFan:
+def load_emotion_fan(path: str | Path) -> EmotionFan:
     """The network with the weights of a published checkpoint.
 
     Raises:
         UserError: if the file holds something else.
     """
-    model = EmotionFan(protocol)
+    model = EmotionFan()
     WEIGHTS.load(model, path, unused=("fc.",))  # the classifier left over from pre-training on FER+
     return model
 
@@ -246,30 +220,27 @@ class EmotionFanScores(ClipExtractor):
 
     Arguments:
         checkpoint: see :class:`EmotionFanExtractor`.
-        protocol: see the module.
     """
 
     name = "emotion_fan"
     needs: tuple[str, ...] = ("emotion_fan_features", "emotion_fan_alpha")
     gives = ("emotion_fan",)
 
-    def __init__(self, checkpoint: str | Path | None = None, protocol: Protocol = "eat") -> None:
+    def __init__(self, checkpoint: str | Path | None = None) -> None:
         self._path, self._sha256 = WEIGHTS.find(checkpoint)
-        self._protocol: Protocol = protocol
 
     def settings(self) -> Settings:
         """The weights and the protocol."""
-        return {"weights": self._sha256, "protocol": self._protocol}
+        return {"weights": self._sha256, "protocol": "eat"}
 
     def __call__(self, known: dict[str, Array], wave: Wave | None) -> dict[str, Array]:
         """Of a whole clip."""
         if self._model is None:
-            self._model = load_emotion_fan(self._path, self._protocol)
-        alpha = known["emotion_fan_alpha"]
-        seen = np.isfinite(alpha)
+            self._model = load_emotion_fan(self._path)
+        seen = np.isfinite(known["emotion_fan_alpha"])
         if not seen.any():
             return {"emotion_fan": np.full(len(CLASSES), np.nan, np.float32)}
+        features, alpha = (torch.from_numpy(known[name][seen])[None] for name in self.needs)
         with torch.inference_mode():
-            features = torch.from_numpy(np.asarray(known["emotion_fan_features"], np.float32)[seen])[None]
-            logits = self._model.classify(features, torch.from_numpy(np.asarray(alpha, np.float32)[seen])[None])
+            logits = self._model.classify(features, alpha)
             return {"emotion_fan": to_project_order(logits.softmax(1))[0].numpy()}
