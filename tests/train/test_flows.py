@@ -20,7 +20,7 @@ from flowvqtalker.speech.augment import change_voice, reverberate, spectral_augm
 from flowvqtalker.speech.encoder import AudioConfig, AudioEncoder, SpeechEncoder, SpeechEncoderConfig
 from flowvqtalker.speech.features import log_mel
 from flowvqtalker.speech.features import windows as all_windows
-from flowvqtalker.train import expflow, poseflow
+from flowvqtalker.train import emotion_bias, expflow, poseflow
 from flowvqtalker.train.config import LoopConfig, from_dict, to_dict
 from flowvqtalker.train.corpus import Corpus, MotionClip, encode_corpus
 from flowvqtalker.train.emotion_bias import fit_emotion_bias
@@ -38,6 +38,12 @@ def clip(number: int, length: int = 40, dim: int = 64, speech: bool = True, who:
     frames = np.cumsum(0.1 * random.normal(size=(length, dim)), axis=0).astype(np.float32)
     mel = random.normal(size=(1 + length * 640 // 200, 80)).clip(-4, 4).astype(np.float16) if speech else None
     return MotionClip(frames, mel, number % 9, speech, who or f"person {number % 5}")
+
+
+@pytest.fixture
+def quick_export(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shorter measurement of the emotions' bias, which takes most of the time of an export."""
+    monkeypatch.setattr(emotion_bias, "_FRAMES", 18)
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +115,7 @@ def test_people_with_a_known_neutral_face_get_their_share():
     assert np.mean([n == 9 for n in angry]) == pytest.approx(0.6, abs=0.05)
 
 
-def test_transplant_moves_an_emotion_to_the_speakers_face():
+def test_expression_retargeting_moves_an_emotion_to_the_speakers_face():
     neutral = EMOTIONS.index("neutral")
     shift = np.linspace(-1, 1, 64, dtype=np.float32)
     calm = replace(clip(0, 60, who="a"), emotion=neutral)
@@ -122,14 +128,14 @@ def test_transplant_moves_an_emotion_to_the_speakers_face():
     item = data.item(1, 0, np.random.default_rng(0), speaker=2)
     moved = item["frames"][10:].numpy().mean(0) - speaker.frames.mean(0)
     assert np.allclose(moved, shift, atol=0.05)
-    assert (np.abs(speaker.frames - item["source"].numpy()).max(1) < 1e-6).any(), "the source is the calm speaker"
+    assert (np.abs(speaker.frames - item["source"].numpy()).max(1) < 1e-6).any(), "the source is the neutral speaker"
     stays = dataset(both, frames=60, retarget_expression=0.0, augment=False).item(
         1, 0, np.random.default_rng(0), speaker=2
     )
     assert np.allclose(stays["frames"][10:].numpy().mean(0), angry.frames.mean(0), atol=0.05)
 
 
-def test_an_emotion_of_a_stranger_moves_by_the_estimated_neutral_face():
+def test_expression_retargeting_uses_the_estimated_neutral_face():
     random = np.random.default_rng(0)
     neutral, shift = EMOTIONS.index("neutral"), np.linspace(-1, 1, 64)
     faces = {f"person {n}": random.normal(size=64) for n in range(40)}
@@ -150,7 +156,7 @@ def test_an_emotion_of_a_stranger_moves_by_the_estimated_neutral_face():
     assert np.allclose(moved - clips[0].frames.mean(0), shift, atol=0.1)
 
 
-def test_resting_faces_are_the_best_linear_unbiased_prediction():
+def test_neutral_estimate_is_the_best_linear_unbiased_prediction():
     """Against generalised least squares with the whole covariance matrix, for the variances that were found."""
     random = np.random.default_rng(1)
     emotions = [0, 0, 5, 5, 6, 6, 0, 5]
@@ -172,7 +178,7 @@ def test_resting_faces_are_the_best_linear_unbiased_prediction():
         estimate_neutral(x, emotions[:3], people)
 
 
-def test_resting_faces_find_the_variances():
+def test_neutral_estimate_finds_the_variances():
     random = np.random.default_rng(2)
     people = [f"p{n}" for n in range(200) for _ in range(3)]
     emotions = random.integers(0, 4, size=600).tolist()
@@ -228,21 +234,21 @@ def test_strength_moves_the_mean_expression_and_the_class_weights():
     assert torch.allclose(half["mean"], half["frames"][10:].mean(0), atol=1e-4)
 
 
-def test_graft_puts_spoken_lips_on_an_emotional_face():
+def test_lip_retargeting_puts_spoken_lips_on_an_emotional_face():
     lips = np.zeros((64, 64), np.float32)
     lips[0, 0] = lips[1, 1] = 1
     both = emotional_corpus(lips, np.eye(64, dtype=np.float32)[0])
     data = dataset(both, frames=16, audio_dropout=0.0, augment=False)
-    grafted = data.item(1, 0, np.random.default_rng(0), speaker=0)
+    retargeted = data.item(1, 0, np.random.default_rng(0), speaker=0)
     spoken, happy = both.clips[0].frames, both.clips[1].frames
-    got = grafted["frames"][10:].numpy()
+    got = retargeted["frames"][10:].numpy()
     assert np.allclose(got[:, 1] - both.means[1, 1], spoken[:16, 1] - both.means[0, 1], atol=1e-4)
     assert np.allclose(got[:, 0], spoken[:16, 0], atol=1e-4), "the mouth opens as much as the speaker's"
     assert all((np.abs(happy[:, 2:] - row[2:]).max(1) < 1e-5).any() for row in got), "the rest is the happy clip's"
-    assert grafted["has_speech"]
-    assert grafted["speech"]
-    assert np.array_equal(grafted["windows"][3:-1].numpy(), both.clips[0].windows(np.arange(16)))
-    assert int(grafted["emotion"].argmax()) == EMOTIONS.index("happy")
+    assert retargeted["has_speech"]
+    assert retargeted["speech"]
+    assert np.array_equal(retargeted["windows"][3:-1].numpy(), both.clips[0].windows(np.arange(16)))
+    assert int(retargeted["emotion"].argmax()) == EMOTIONS.index("happy")
 
 
 def test_augmented_items_stay_in_their_share():
@@ -266,7 +272,7 @@ def test_speech_is_hidden_for_some_items(corpus):
     assert all(plain[i]["speech"] == plain[i]["has_speech"] for i in range(50))
 
 
-def test_perturbation_is_one_change_for_all_columns():
+def test_spectral_change_is_one_change_for_all_columns():
     flat = np.zeros((50, 80), np.float32)
     changed = [change_voice(flat, np.random.default_rng(s)) for s in range(30)]
     assert all(np.abs(x).max() <= 4 for x in changed)
@@ -334,6 +340,7 @@ def exp_stage(corpus: Corpus, **settings) -> expflow.ExpFlowStage:
     return expflow.ExpFlowStage(exp_config(**settings), corpus, corpus, basis)
 
 
+@pytest.mark.usefixtures("quick_export")
 def test_expflow_stage_trains_exports_and_loads(corpus, tmp_path):
     stage = exp_stage(corpus)
     scores = fit(stage, LOOP, tmp_path / "run")
@@ -353,7 +360,8 @@ def test_expflow_stage_trains_exports_and_loads(corpus, tmp_path):
     assert bank.latents.shape[1] == 64
 
 
-def test_expflow_goes_on_from_an_earlier_run(corpus, tmp_path):
+@pytest.mark.usefixtures("quick_export")
+def test_expflow_starts_from_an_earlier_run(corpus, tmp_path):
     earlier = exp_stage(corpus)
     fit(earlier, LOOP, tmp_path / "run")
     stored = load_file(str(tmp_path / "run" / "weights.safetensors"))
@@ -374,6 +382,7 @@ def test_expflow_goes_on_from_an_earlier_run(corpus, tmp_path):
         expflow.start_from(stage.flow, tmp_path / "none")
 
 
+@pytest.mark.usefixtures("quick_export")
 def test_expflow_resume_is_exact(corpus, tmp_path):
     fit(exp_stage(corpus), LOOP, tmp_path / "whole")
     fit(exp_stage(corpus), replace(LOOP, steps=3), tmp_path / "parts")
@@ -414,7 +423,7 @@ SPEECH_ENCODER = SpeechEncoderConfig(dim=8, heads=2, attention=1, back=2, ahead=
 
 
 @pytest.fixture
-def heard(tmp_path):
+def speech_run(tmp_path):
     """A run of the stage ``speech``, as it is written."""
     torch.manual_seed(3)
     speech_encoder, lip_prior = SpeechEncoder(SPEECH_ENCODER), torch.nn.Linear(8, 64)
@@ -427,12 +436,13 @@ def heard(tmp_path):
     return tmp_path / "speech"
 
 
-def test_flows_hear_with_a_speech_encoder_that_they_leave_alone(tmp_path, heard):
+@pytest.mark.usefixtures("quick_export")
+def test_a_speech_encoder_stays_frozen(tmp_path, speech_run):
     def fresh(dim: int) -> Corpus:
         clips = [clip(n, 20 + 3 * n, dim=dim, speech=n % 3 > 0) for n in range(18)]
         return Corpus([replace(one, frontend="whisper") for one in clips])
 
-    speech_encoder, lip_prior = load_speech_encoder(heard)
+    speech_encoder, lip_prior = load_speech_encoder(speech_run)
     before = {key: value.clone() for key, value in speech_encoder.state_dict().items()}
     config = exp_config()
     config = replace(config, flow=replace(config.flow, speech_encoder=True))
@@ -485,7 +495,7 @@ def test_configurations_round_trip_and_name_problems():
         expflow.Config(bank=0, shards=())
 
 
-def test_varied_speech_is_sometimes_worn():
+def test_varied_speech_is_sometimes_degraded():
     one = clip(1)
     assert one.mel is not None
     index = np.arange(10)
@@ -496,7 +506,7 @@ def test_varied_speech_is_sometimes_worn():
     assert varied[..., 4].std(0).max() < 0.5 < plain[..., 4].std(0).max()
 
 
-def test_calibrated_emotions_have_the_strength_of_the_training_people():
+def test_corrected_emotions_have_the_strength_of_the_training_people():
     """After calibration the drawn difference to neutral is that of the people, times the strength; whatever the flow
     learnt (here nothing), and whoever is only seen in an emotion."""
     random = np.random.default_rng(0)
