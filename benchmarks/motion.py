@@ -132,7 +132,7 @@ def main() -> None:
     expflow, poseflow, bank = load(options.weights, options.untrained)
     print("ExpFlow parameters:", parameters(expflow))
     print("PoseFlow parameters:", parameters(poseflow))
-    print(f"look-ahead: {expflow.audio.config.lookahead_ms:g} ms of speech after the start of a frame")
+    print(f"look-ahead: {expflow.audio.config.lookahead} frames")
     shape = options.frames, expflow.audio.config.mels, expflow.audio.config.columns
     speech = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     for threads in options.threads:

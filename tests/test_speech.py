@@ -208,7 +208,7 @@ def test_a_started_speech_encoder_computes_what_whisper_does():
     block = speech_encoder.blocks[0]
     ours = [block.complete(steps[None, t : t + 1], _attend(block, steps, t))[0, 0] for t in range(frames)]
     assert torch.allclose(torch.cat(ours), x[0], atol=1e-4)
-    with pytest.raises(UserError, match="does not fit the speech encoder"):
+    with pytest.raises(UserError, match="do not fit the speech encoder"):
         speech_encoder.start_from_whisper(variables(16, 1))
 
 

@@ -22,7 +22,7 @@ from flowvqtalker.pipeline import Talker, sample_paths
 from flowvqtalker.speech.features import COLUMNS, MELS
 from flowvqtalker.speech.features import windows as windows_of
 
-from .conftest import babble, write_wav
+from ..conftest import babble, write_wav
 
 HAPPY, NEUTRAL, SURPRISED = (EMOTIONS.index(name) for name in ("happy", "neutral", "surprised"))
 
@@ -298,7 +298,8 @@ def test_borrowed_motion_starts_at_the_portrait_and_moves_around_it(tiny):
 def test_still_and_pose_scale_and_pose_from(talker, speech, tmp_path):
     pose0 = talker.front_pose()
     moved, still, scaled = (
-        joined(talker.motion(speech, blink_rate=40, **choice)) for choice in ({}, {"fixed_pose": True}, {"pose_scale": 0.0})
+        joined(talker.motion(speech, blink_rate=40, **choice))
+        for choice in ({}, {"fixed_pose": True}, {"pose_scale": 0.0})
     )
     assert torch.equal(still[1], pose0.expand(25, -1))
     assert torch.equal(scaled[1], still[1])

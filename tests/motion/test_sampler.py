@@ -13,6 +13,7 @@ from flowvqtalker.errors import UserError
 from flowvqtalker.io.coefficients import Motion
 from flowvqtalker.motion.emotion import reference_latent
 from flowvqtalker.motion.flow import ExpFlow, ExpFlowConfig, PoseFlow, PoseFlowConfig
+from flowvqtalker.motion.likelihood import rollout
 from flowvqtalker.motion.manifold import LatentBank
 from flowvqtalker.motion.sampler import SOURCE, MotionGenerator
 from flowvqtalker.speech.encoder import AudioConfig
@@ -121,7 +122,7 @@ def test_streaming_encoder_equals_the_training_path(flows, windows):
     padded = torch.cat([windows[:1].expand(3, -1, -1), windows, windows[-1:]])
     source = SOURCE * torch.linspace(-1, 1, 8)[None]
     label = torch.tensor([EMOTIONS.index("happy")])
-    expected = exp.rollout(padded[None], label, torch.Generator(), source=source, temperature=0.0)
+    expected = rollout(exp, padded[None], label, torch.Generator(), source=source, temperature=0.0)
     assert torch.allclose(beta, expected[0], atol=1e-4)
 
 

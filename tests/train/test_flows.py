@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from flowvqtalker import EMOTIONS
 from flowvqtalker.errors import UserError
 from flowvqtalker.motion.flow import ExpFlow, ExpFlowConfig, PoseFlow, PoseFlowConfig
+from flowvqtalker.motion.likelihood import rollout
 from flowvqtalker.motion.manifold import LatentBank
 from flowvqtalker.motion.sampler import SOURCE, TEMPERATURE
 from flowvqtalker.speech.augment import change_voice, reverberate, spectral_augment
@@ -535,7 +536,8 @@ def test_corrected_emotions_have_the_strength_of_the_training_people():
     source = SOURCE * torch.stack([torch.from_numpy(corpus.neutral(2 * n)) for n in range(20)])
     means = []
     for label in (neutral, happy):
-        drawn = flow.rollout(
+        drawn = rollout(
+            flow,
             batch.windows,
             torch.full((20,), label),
             torch.Generator().manual_seed(0),

@@ -1,7 +1,7 @@
-"""Products with matrices of small integers, for the speech encoder on a CPU.
+"""Int8 linear layers and convolutions for the speech encoder on a CPU.
 
-A frame of a stream is a product of two rows with seven million weights, so its time is the time to read them. Kept as
-bytes, as they are stored, they are read twice as fast as bfloat16 (measured: 42 million weights in 1.6 ms, not 3.2).
+A frame of a stream multiplies two rows by seven million weights, so reading the weights takes the time. As int8, as
+they are stored, they are read twice as fast as bfloat16 (measured: 42 million weights in 1.6 ms instead of 3.2).
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ from torch.nn import functional
 
 __all__ = ["QuantizedConvolution", "QuantizedLinear", "quantize"]
 
-#: Products with more rows than this are computed by the ordinary product, which is faster then.
+#: With more rows than this the ordinary product is faster.
 _FEW = 8
-#: PyTorch's product of bfloat16 rows with such matrices; its product with float32 rows is not written for speed.
+#: PyTorch's product of bfloat16 rows with int8 matrices. (The one with float32 rows is slow.)
 _PRODUCT = getattr(torch, "_weight_int8pack_mm", None)
 
 
 class QuantizedLinear(nn.Module):
-    """A linear layer whose weights are small integers times a factor for each output.
+    """A linear layer with int8 weights and a scale per output.
 
     Arguments:
-        weight: (M, N), rounded to a 127th of the largest number of its row; exact for what was stored that way.
+        weight: (M, N), rounded to 1/127 of the largest value of its row; exact for weights stored that way.
         bias: (M,).
     """
 
@@ -47,7 +47,7 @@ class QuantizedLinear(nn.Module):
 
 
 class QuantizedConvolution(nn.Module):
-    """A convolution over time without padding or groups, as a :class:`QuantizedLinear` of what each tap reads."""
+    """A convolution over time without padding or groups, as a :class:`QuantizedLinear` of the unfolded input."""
 
     def __init__(self, convolution: nn.Conv1d) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ class QuantizedConvolution(nn.Module):
 
 
 def quantize(module: nn.Module, least: int = 2**16) -> None:
-    """Replace the layers with at least so many weights inside a module: linear ones, and convolutions over time."""
+    """Replace the linear layers and convolutions inside a module that have at least ``least`` weights."""
     for name, child in module.named_children():
         plain = isinstance(child, nn.Conv1d) and child.padding == (0,) and child.groups == 1 and child.dilation == (1,)
         if sum(p.numel() for p in child.parameters(recurse=False)) < least:

@@ -15,6 +15,7 @@ import logging
 import torch
 
 from flowvqtalker.motion.flow import ExpFlow
+from flowvqtalker.motion.likelihood import rollout
 from flowvqtalker.motion.sampler import SOURCE, TEMPERATURE
 from flowvqtalker.train.corpus import NEUTRAL, Corpus
 from flowvqtalker.train.flow_stage import whole_clips
@@ -62,7 +63,7 @@ def fit_emotion_bias(flow: ExpFlow, corpus: Corpus, data: SequenceDataset, stren
     def mean_of(label: int) -> torch.Tensor:
         emotion = torch.full((len(speakers),), label, device=device)
         generator = torch.Generator().manual_seed(0)  # the same noise for every emotion
-        return flow.rollout(audio, emotion, generator, source=source, temperature=TEMPERATURE)[keep].mean(0)
+        return rollout(flow, audio, emotion, generator, source=source, temperature=TEMPERATURE)[keep].mean(0)
 
     neutral = mean_of(NEUTRAL)
     for label in found.keys() - {NEUTRAL}:

@@ -18,6 +18,7 @@ from flowvqtalker.errors import UserError
 from flowvqtalker.face.arkit import arkit_index
 from flowvqtalker.motion.blink import measure_blinks
 from flowvqtalker.motion.flow import ExpFlow, ExpFlowConfig, Flow
+from flowvqtalker.motion.likelihood import contexts, residual, rollout
 from flowvqtalker.motion.manifold import LatentBank
 from flowvqtalker.speech.encoder import SpeechEncoder
 from flowvqtalker.train.config import LoopConfig, check, to_dict
@@ -130,7 +131,7 @@ class ExpFlowStage(FlowStage):
         generator = torch.Generator().manual_seed(0)
         windows, emotion = batch.windows.to(device), batch.emotion.to(device)
         source = None if batch.source is None else batch.source.to(device)
-        drawn = self.flow.rollout(windows, emotion, generator, source=source, temperature=0.7).cpu()
+        drawn = rollout(self.flow, windows, emotion, generator, source=source, temperature=0.7).cpu()
         true = batch.frames[:, self.flow.config.history :]
         score = correlation(drawn @ self.gap, true @ self.gap, batch.mask)
         guess = self.flow.predict_lips(self.flow.encode_speech(windows)).cpu() @ self.gap
@@ -161,11 +162,12 @@ class ExpFlowStage(FlowStage):
             chosen = [starts[i] for i in torch.randperm(len(starts), generator=generator)[:wanted].tolist()]
             found: list[Tensor] = []
             for part in (chosen[i : i + 16] for i in range(0, len(chosen), 16)):
-                batch = flow.residual(
+                batch = residual(
+                    flow,
                     self.batch([plain.item(n, start, np.random.default_rng([0, n])) for n, start in part])
                 )
                 targets = batch.frames[:, flow.config.history :][batch.mask]
-                found.append(flow.forward_and_logdet(targets, flow.contexts(batch))[0].cpu())
+                found.append(flow.forward_and_logdet(targets, contexts(flow, batch))[0].cpu())
             if found:
                 every = torch.cat(found)
                 latents.append(every[torch.randperm(len(every), generator=generator)[: self.config.bank]])

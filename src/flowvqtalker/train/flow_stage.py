@@ -21,7 +21,8 @@ from flowvqtalker import weights
 from flowvqtalker.errors import UserError
 from flowvqtalker.face.model import FaceModel
 from flowvqtalker.face.topology import LIPS
-from flowvqtalker.motion.flow import Flow, Sequences
+from flowvqtalker.motion.flow import Flow
+from flowvqtalker.motion.likelihood import Sequences, consistency, negative_log_likelihood
 from flowvqtalker.speech.encoder import SpeechEncoder, SpeechEncoderConfig
 from flowvqtalker.train.config import LoopConfig, check, from_dict
 from flowvqtalker.train.corpus import Corpus, encode_corpus
@@ -161,7 +162,7 @@ class FlowStage(Stage):
     def on_start(self, batch: Any) -> None:
         """Initialise the multi-actnorms from a batch that mixes the emotions."""
         with torch.no_grad():
-            self.flow.negative_log_likelihood(self.batch([self.train_data[i] for i in range(_START_ITEMS)]))
+            negative_log_likelihood(self.flow, self.batch([self.train_data[i] for i in range(_START_ITEMS)]))
 
     def batch(self, items: list[dict[str, Any]]) -> Sequences:
         """Items as one batch on the flow's device."""
@@ -172,12 +173,12 @@ class FlowStage(Stage):
     def loss(self, group: str, batch: Any, step: int) -> tuple[Tensor, dict[str, float | Tensor]]:
         sequences = collate(batch, self.flow.config.source)
         audio = self.flow.encode_speech(sequences.windows)
-        nll = self.flow.negative_log_likelihood(sequences, audio).mean()
+        nll = negative_log_likelihood(self.flow, sequences, audio).mean()
         total, logs = nll, {"nll": nll.detach()}
         if self.losses.consistency > 0:
-            consistency = self.flow.consistency(sequences, self.losses.pairs, audio)
-            total = total + self.losses.consistency * consistency
-            logs["consistency"] = consistency.detach()
+            moving = consistency(self.flow, sequences, self.losses.pairs, audio)
+            total = total + self.losses.consistency * moving
+            logs["consistency"] = moving.detach()
         extra, extra_logs = self.auxiliary(batch, audio)
         if extra is not None:
             total = total + extra
@@ -190,7 +191,7 @@ class FlowStage(Stage):
     def held_out(self, items: int = 96, size: int = 24) -> dict[str, float]:
         """Mean negative log-likelihood in nats per frame on fixed validation items."""
         batches = (self.batch([self.val_data[i + n] for n in range(size)]) for i in range(0, items, size))
-        return {"nll": float(torch.cat([self.flow.negative_log_likelihood(batch) for batch in batches]).mean())}
+        return {"nll": float(torch.cat([negative_log_likelihood(self.flow, batch) for batch in batches]).mean())}
 
     def held_out_speakers(self, count: int = 16) -> list[int]:
         """Numbers of one long validation clip with speech for each of up to ``count`` people."""

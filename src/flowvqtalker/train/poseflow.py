@@ -12,6 +12,7 @@ from lightning_fabric import Fabric
 from torch import Tensor
 
 from flowvqtalker.motion.flow import PoseFlow, PoseFlowConfig
+from flowvqtalker.motion.likelihood import rollout
 from flowvqtalker.speech.encoder import SpeechEncoder
 from flowvqtalker.train.config import LoopConfig, check, to_dict
 from flowvqtalker.train.corpus import Corpus
@@ -73,7 +74,8 @@ class PoseFlowStage(FlowStage):
         """Standard deviation within a clip and mean speed of sampled motion, relative to the real clips."""
         batch = whole_clips(self.val_corpus, numbers, self.val_data, 75)
         generator = torch.Generator().manual_seed(0)
-        drawn = self.flow.rollout(batch.windows.to(device), torch.zeros_like(batch.emotion).to(device), generator).cpu()
+        emotion = torch.zeros_like(batch.emotion).to(device)
+        drawn = rollout(self.flow, batch.windows.to(device), emotion, generator).cpu()
         true = batch.frames[:, self.flow.config.history :]
         spans, speeds = zip(*(_motion(x, batch.mask) for x in (drawn, true)), strict=True)
         return {

@@ -26,9 +26,9 @@ from torch.utils.data import Dataset
 
 from flowvqtalker.constants import EMOTIONS
 from flowvqtalker.data.shards import Shard
-from flowvqtalker.motion.flow import Sequences
+from flowvqtalker.motion.likelihood import Sequences
 from flowvqtalker.speech.augment import degrade
-from flowvqtalker.speech.encoder import AudioConfig
+from flowvqtalker.speech.encoder import AudioConfig, SpeechEncoderConfig
 from flowvqtalker.speech.features import log_mel
 from flowvqtalker.train.corpus import NEUTRAL, Corpus, MotionClip
 
@@ -135,7 +135,7 @@ class SequenceDataset(Dataset[dict[str, Any]]):
         self,
         corpus: Corpus,
         config: SequenceConfig,
-        audio: AudioConfig,
+        audio: AudioConfig | SpeechEncoderConfig,
         history: int,
         seed: int = 0,
         plain: bool = False,

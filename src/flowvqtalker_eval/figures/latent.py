@@ -24,6 +24,7 @@ import tyro
 
 from flowvqtalker.constants import EMOTIONS
 from flowvqtalker.errors import MissingDependency, UserError
+from flowvqtalker.motion.likelihood import contexts, residual
 from flowvqtalker_eval.figures import style
 
 if TYPE_CHECKING:
@@ -228,13 +229,13 @@ def _encode_batch(flow: ExpFlow, corpus: Any, data: Any, numbers: list[int]) -> 
     clips = [corpus.clips[n] for n in numbers]
     speech_batch = whole_clips(corpus, numbers, data, max(len(clip.frames) for clip in clips))
     speech = flow.encode_speech(speech_batch.windows)
-    batch = flow.residual(speech_batch, speech)
+    batch = residual(flow, speech_batch, speech)
     targets = batch.frames[:, flow.config.history :][batch.mask]
     clip_of_row = batch.mask.nonzero()[:, 0]
     latents: dict[int, Array] = {}
     likelihoods = []
     for label in range(flow.config.classes):
-        context = flow.contexts(replace(batch, emotion=torch.full((len(clips),), label)), speech)
+        context = contexts(flow, replace(batch, emotion=torch.full((len(clips),), label)), speech)
         z, logdet = flow.forward_and_logdet(targets, context)
         density = flow.latent.log_prob(z, context.emotion) + logdet
         likelihoods.append(torch.zeros(len(clips)).index_add(0, clip_of_row, density))
