@@ -57,13 +57,13 @@ def base(shard: Path, face: FaceModel, tmp_path_factory: pytest.TempPathFactory)
     )
 
 
-def _picture(value: int) -> np.ndarray:
+def _image(value: int) -> np.ndarray:
     return np.full((512, 512, 3), value, np.uint8)
 
 
 def _pair(name: str, target: int, **images: int) -> Pair:
     return Pair(
-        name, _picture(0), _picture(target), {k: _picture(v) for k, v in images.items()}, {"mouth": (36, 136, 128, 128)}
+        name, _image(0), _image(target), {k: _image(v) for k, v in images.items()}, {"mouth": (36, 136, 128, 128)}
     )
 
 
@@ -122,7 +122,7 @@ def test_bad_weights_are_named(base: Config, tmp_path: Path) -> None:
         load_variant(file)
     file.with_suffix(".json").write_text(json.dumps({"stage": "vqig", "config": SMALL.to_dict()}))
     save_yaml(base, tmp_path / "config.yaml")
-    with pytest.raises(UserError, match="does not fit its configuration or its codebook"):
+    with pytest.raises(UserError, match="does not fit its configuration or codebook"):
         load_variant(file)
     file.with_suffix(".json").write_text("{")
     with pytest.raises(UserError, match="is not valid JSON"):
@@ -140,7 +140,7 @@ def test_pairs_show_what_the_generators_make(shard: Path, face: FaceModel) -> No
     assert np.array_equal(first.source, second.source) and np.array_equal(first.images["copied source"], first.source)
     assert not np.array_equal(first.target, second.target) and first.change > 0
     assert first.images["B"].shape == (512, 512, 3)
-    # Without W nothing of the motion reaches the picture; with it, something does.
+    # Without W nothing of the motion reaches the image; with it, something does.
     assert np.array_equal(first.images["B"], second.images["B"])
     assert not np.array_equal(first.images["+W"], second.images["+W"])
     x, y, w, h = first.boxes["mouth"]
@@ -178,7 +178,7 @@ def test_scores_have_closed_forms(monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = ((0.4 / 0.6) ** 2 + (0.8 / 0.2) ** 2) / 2
     assert off.values["perceptual"] == pytest.approx(wanted, rel=1e-3) == off.values["mouth"]
     assert off.values["psnr"] == pytest.approx(-20 * (np.log10(0.2) + np.log10(0.4)) / 2)
-    expected = float(ssim(_picture(51), _picture(0))[0] + ssim(_picture(102), _picture(0))[0]) / 2
+    expected = float(ssim(_image(51), _image(0))[0] + ssim(_image(102), _image(0))[0]) / 2
     assert off.values["ssim"] == pytest.approx(expected)
     assert [c.title for c in table.columns if not c.extra][3:] == [
         "MobileNet-perceptual",
@@ -188,7 +188,7 @@ def test_scores_have_closed_forms(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_frechet_distance_of_two_shifted_sets(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Equal covariances: the squared distance of the means, whatever the pictures are."""
+    """Equal covariances: the squared distance of the means, whatever the images are."""
     import flowvqtalker_eval.metrics.reenactment as module
 
     class Mean:
@@ -215,7 +215,7 @@ def test_the_figure_has_a_column_for_each_method() -> None:
     pairs = [_pair("a/1", 50, x=40, y=60), _pair("b/1", 90, x=80, y=100)]
     figure = make(pairs, {"x": "X", "y": "Y"}, cell=0.5)
     assert [text.get_text() for text in figure.texts] == ["Source", "Target", "X", "Y"]
-    assert len(figure.axes) == 2 * (4 + 3)  # pictures, and a detail of each but the source
+    assert len(figure.axes) == 2 * (4 + 3)  # images, and a detail of each but the source
     assert len(make(pairs, {"x": "X"}, zoom=False, cell=0.5).axes) == 6
     with pytest.raises(UserError, match="no image by z"):
         make(pairs, {"z": "Z"})

@@ -1,4 +1,4 @@
-"""The grid of pictures with enlarged details: layout, choice of frames, boxes, and what it refuses."""
+"""The grid of images with enlarged details: layout, choice of frames, boxes, and what it refuses."""
 
 from __future__ import annotations
 
@@ -38,30 +38,29 @@ def _video(path: Path, frames: int, size: int = 64) -> Path:
     return path
 
 
-def test_every_picture_is_in_its_place_to_the_pixel() -> None:
+def test_every_image_is_in_its_place_to_the_pixel() -> None:
     rows = {"a": [_plain((255, 0, 0)), _plain((0, 255, 0))], "b": [_plain((0, 0, 255)), _plain((9, 90, 200))]}
     image = _pixels(make(rows, cell=0.5, labels=False))
     assert image.shape == (204, 204, 3)  # twice 0.5 inches and a gap of 0.02 at 200 dpi
     for r, name in enumerate(rows):
-        for c, picture in enumerate(rows[name]):
+        for c, given in enumerate(rows[name]):
             part = image[104 * r : 104 * r + 100, 104 * c : 104 * c + 100]
-            assert (part[2:-2, 2:-2] == picture[0, 0]).all()
+            assert (part[2:-2, 2:-2] == given[0, 0]).all()
     assert (image[101:103] == 255).all()
 
 
 def test_labels_and_headings_make_room() -> None:
-    picture = _plain((0, 0, 0))
-    image = _pixels(make({"method": [picture]}, columns=["0.20 s"], cell=0.5))
+    image = _pixels(make({"method": [_plain((0, 0, 0))]}, columns=["0.20 s"], cell=0.5))
     assert image.shape == (140, 144, 3)
     assert (image[45:-5, 49:-5] == 0).all()
     assert (image[:40, 44:] < 128).any() and (image[40:, :44] < 128).any()  # there is text
 
 
 def test_details_are_marked_and_enlarged_into_the_corners() -> None:
-    picture = _plain((0, 0, 0), (100, 100))
-    picture[20:30, 20:40] = 255, 0, 0
-    picture[50:60, 70:80] = 0, 0, 255
-    image = _pixels(make({"a": [picture]}, zoom={"a": [[(20, 20, 20, 10), (70, 50, 10, 10)]]}, cell=1.0, labels=False))
+    given = _plain((0, 0, 0), (100, 100))
+    given[20:30, 20:40] = 255, 0, 0
+    given[50:60, 70:80] = 0, 0, 255
+    image = _pixels(make({"a": [given]}, zoom={"a": [[(20, 20, 20, 10), (70, 50, 10, 10)]]}, cell=1.0, labels=False))
     assert image.shape == (200, 200, 3)
     red = (image == (255, 0, 0)).all(2)
     blue = (image == (0, 0, 255)).all(2)
@@ -70,25 +69,25 @@ def test_details_are_marked_and_enlarged_into_the_corners() -> None:
     assert not red[165:195, 100:114].any()
 
 
-def test_pictures_of_other_shapes_keep_theirs() -> None:
+def test_images_of_other_shapes_keep_theirs() -> None:
     image = _pixels(make({"a": [_plain((0, 0, 0))], "b": [_plain((0, 0, 0), (60, 30))]}, cell=0.5, labels=False))
     assert (image[:100, 2:98] == 0).all()
     assert (image[104:204, :23] == 255).all() and (image[106:202, 27:73] == 0).all()
 
 
 def test_bad_grids_are_refused() -> None:
-    picture = _plain((0, 0, 0))
+    image = _plain((0, 0, 0))
     with pytest.raises(UserError, match="at least one row"):
         make({})
     with pytest.raises(UserError, match="at least one row"):
         make({"a": []})
     with pytest.raises(UserError, match="a 1, b 2"):
-        make({"a": [picture], "b": [picture, picture]})
+        make({"a": [image], "b": [image, image]})
     with pytest.raises(UserError, match="2 headings for 1 columns"):
-        make({"a": [picture]}, columns=["x", "y"])
+        make({"a": [image]}, columns=["x", "y"])
     for box in ((50, 10, 20, 20), (-1, 0, 9, 9), (0, 0, 1, 9)):
         with pytest.raises(UserError, match=r"does not lie within an image of 60x60 pixels"):
-            make({"a": [picture]}, zoom={"a": [[box]]})
+            make({"a": [image]}, zoom={"a": [[box]]})
 
 
 def test_frames_are_chosen_evenly_or_as_given() -> None:
@@ -120,7 +119,7 @@ def test_arguments_are_checked(tmp_path: Path) -> None:
 
 
 class _Tracker:
-    """Finds a face of a known place in every picture that is not black."""
+    """Finds a face of a known place in every image that is not black."""
 
     def __init__(self, offset: float = 0.0) -> None:
         self.points = np.zeros((478, 3), np.float32)
@@ -128,11 +127,11 @@ class _Tracker:
         self.points[10, :2], self.points[152, :2] = (50, 20), (50, 90)
         self.points[list(LIPS), :2] = 50, 70 + offset
 
-    def detect(self, picture: np.ndarray) -> list:
-        return [SimpleNamespace(landmarks=self.points)] if picture.any() else []
+    def detect(self, image: np.ndarray) -> list:
+        return [SimpleNamespace(landmarks=self.points)] if image.any() else []
 
 
-def test_the_mouth_is_boxed_and_the_box_stays_in_the_picture() -> None:
+def test_the_mouth_is_boxed_and_the_box_stays_in_the_image() -> None:
     there, none = _plain((1, 1, 1), (100, 100)), _plain((0, 0, 0), (100, 100))
     boxes = face_boxes([there, none], "mouth", _Tracker())
     assert boxes == [(33, 58, 34, 24), None]  # 0.85 and 0.6 of a face of 40
@@ -183,11 +182,11 @@ def test_the_command_says_what_is_wrong(tmp_path: Path) -> None:
 def test_no_face_asks_for_a_box(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import flowvqtalker_eval.figures.grid as module
 
-    monkeypatch.setattr(module, "face_boxes", lambda pictures, region: [None] * len(pictures))
+    monkeypatch.setattr(module, "face_boxes", lambda images, region: [None] * len(images))
     video = _video(tmp_path / "v.mp4", 5)
     with pytest.raises(UserError, match="no face was found in the frames of ours; give --zoom"):
         Grid(method=(f"ours={video}",), output=tmp_path / "out.png", count=2).run()
     found = [(0.0, 0.0, 8.0, 8.0), None, None, (1.0, 0.0, 8.0, 8.0)]
-    monkeypatch.setattr(module, "face_boxes", lambda pictures, region: found)
+    monkeypatch.setattr(module, "face_boxes", lambda images, region: found)
     followed = module._followed({"a": [_plain((1, 1, 1))] * 4}, "mouth")
     assert followed["a"] == [found[0], found[0], found[3], found[3]]

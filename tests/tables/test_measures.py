@@ -89,12 +89,12 @@ def test_coefficients_and_lips_of_shifted_motion():
     assert math.isnan(MEASURES["lve"].pair(both(real, unseen))["lve"])
 
 
-def test_diversity_of_takes():
+def test_diversity_of_samples():
     whole = MEASURES["diversity"].start()
     for seed in range(3):
         made = {"expression": np.full((5, 64), seed / 8), "pose": np.full((5, 6), np.radians(seed))}
         whole.add(both(made, dict(made), seed=seed))
-    # Distances between takes are 1, 1 and 2 steps, of which one is sqrt(64) / 8 and sqrt(3) degrees long.
+    # Distances between samples are 1, 1 and 2 steps, of which one is sqrt(64) / 8 and sqrt(3) degrees long.
     found = whole.result()
     assert found["diversity_expression"] == pytest.approx(4 / 3)
     assert found["diversity_pose"] == pytest.approx(4 / 3 * math.sqrt(3))

@@ -56,11 +56,11 @@ def test_folder_without_videos_is_an_error(folders, make):
         read_folders(place, folders / "real")
 
 
-def test_seeds_are_takes_of_one_name(folders):
+def test_seeds_are_samples_of_one_name(folders):
     for seed in (0, 1):
-        video(folders / "takes" / f"a#seed{seed}.mp4", [1])
-        video(folders / "takes" / f"b_seed{seed}.mp4", [1])
-    pairs = read_folders(folders / "takes", folders / "real")
+        video(folders / "samples" / f"a#seed{seed}.mp4", [1])
+        video(folders / "samples" / f"b_seed{seed}.mp4", [1])
+    pairs = read_folders(folders / "samples", folders / "real")
     assert [(p.name, p.seed) for p in pairs] == [("a", 0), ("a", 1), ("b", 0), ("b", 1)]
 
 

@@ -33,8 +33,9 @@ from flowvqtalker_eval.evaluators.folds import (
     write_report,
 )
 from flowvqtalker_eval.metrics.accuracy import CLASSES
+from flowvqtalker_eval.metrics.analysis import Array, ClipExtractor, Settings, Wave
 
-__all__ = ["MIRRORED", "Config", "MotionEmotion", "load_clips", "load_motion_emotion", "run"]
+__all__ = ["MIRRORED", "Config", "MotionEmotion", "MotionEmotionExtractor", "load_clips", "load_motion_emotion", "run"]
 
 logger = logging.getLogger(__name__)
 
@@ -175,3 +176,31 @@ def run(config: Config, out: Path, resume: bool = False) -> dict[str, float]:
     about = {"stage": "motion-emotion", "step": 0, "scores": results, "config": {"l2": config.l2}}
     (out / "config.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
     return results
+
+
+class MotionEmotionExtractor(ClipExtractor):
+    """``motion_emotion`` (8,): class probabilities from ``expression``; NaN without a face.
+
+    Arguments:
+        weights: folder of weights; None is that of the package.
+    """
+
+    name = "motion_emotion"
+    needs: tuple[str, ...] = ("expression",)
+    gives = ("motion_emotion",)
+
+    def __init__(self, weights: Path | None = None) -> None:
+        self._weights = weights
+
+    def settings(self) -> Settings:
+        return {"weights": weights.manifest(self._weights)["motion_emotion.safetensors"].sha256[:16]}
+
+    def __call__(self, known: dict[str, Array], wave: Wave | None) -> dict[str, Array]:
+        """Classify a whole clip."""
+        if self._model is None:
+            self._model = load_motion_emotion(self._weights)
+        beta = known["expression"]
+        beta = beta[np.isfinite(beta).all(1)]
+        if not len(beta):
+            return {"motion_emotion": np.full(len(CLASSES), np.nan, np.float32)}
+        return {"motion_emotion": self._model.classify(beta)}

@@ -9,6 +9,9 @@ as many beats would get.
 
 from __future__ import annotations
 
+import importlib.util
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,11 +21,13 @@ from scipy.ndimage import gaussian_filter1d
 from flowvqtalker.constants import FPS, SAMPLE_RATE
 from flowvqtalker.errors import MissingDependency, UserError
 from flowvqtalker.face.model import FaceModel, rotation_matrix
-from flowvqtalker_eval.metrics.analysis import Array, Wave
+from flowvqtalker.loading import load_face_model
+from flowvqtalker_eval.metrics.analysis import Array, ClipExtractor, Settings, Wave
 
 __all__ = [
     "SMOOTHING",
     "TOLERANCE",
+    "BeatExtractor",
     "audio_beats",
     "beat_alignment",
     "chance",
@@ -147,3 +152,30 @@ def chance(audio: Array, motion: Array, frames: int, tolerance: float = TOLERANC
     knows nothing of the speech would get."""
     shifts = (np.asarray(motion, np.float64) + np.arange(frames)[:, None]) % frames
     return float(np.mean([beat_alignment(audio, shifted, tolerance) for shifted in shifts]))
+
+
+class BeatExtractor(ClipExtractor):
+    """Beats of the sound and of the head: ``audio_beats`` (n,), ``head_beats`` (m,), in frames."""
+
+    name = "beats"
+    needs: tuple[str, ...] = ("pose",)
+    gives = ("audio_beats", "head_beats")
+
+    def __init__(self, weights: Path | None = None) -> None:
+        if importlib.util.find_spec("librosa") is None:  # report it before anything is decoded
+            raise MissingDependency("beats need librosa; run `pip install 'flowvqtalker[eval]'`")
+        self._weights = weights
+
+    def settings(self) -> Settings:
+        return {"librosa": version("librosa"), "smoothing_frames": SMOOTHING}
+
+    def __call__(self, known: dict[str, Array], wave: Wave | None) -> dict[str, Array]:
+        """Empty arrays where there is no sound, or no motion was seen."""
+        pose = known["pose"]
+        seen = np.asarray(np.isfinite(pose).all(1))
+        if wave is None or len(pose) < 3 or not (seen[1:] & seen[:-1]).any():
+            return {"audio_beats": np.zeros(0), "head_beats": np.zeros(0)}
+        if self._model is None:
+            self._model = load_face_model(self._weights)
+        speed = head_speed(self._model, pose)
+        return {"audio_beats": audio_beats(wave), "head_beats": motion_beats(speed)}

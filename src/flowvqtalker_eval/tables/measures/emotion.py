@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import numpy as np
-
-from flowvqtalker import weights
 from flowvqtalker_eval.evaluators.emotion import EmotionExtractor, EmotionScores
-from flowvqtalker_eval.evaluators.motion_emotion import load_motion_emotion
-from flowvqtalker_eval.metrics.accuracy import CLASSES, accuracy_of
-from flowvqtalker_eval.metrics.analysis import Array, ClipExtractor, Extractor, Settings, Wave
+from flowvqtalker_eval.evaluators.motion_emotion import MotionEmotionExtractor
+from flowvqtalker_eval.metrics.accuracy import accuracy_of
+from flowvqtalker_eval.metrics.analysis import Array, Extractor
 from flowvqtalker_eval.metrics.emotion_fan import EmotionFanExtractor, EmotionFanScores
 from flowvqtalker_eval.metrics.mesh import FitExtractor, MeshExtractor
 from flowvqtalker_eval.report import Column
@@ -70,34 +65,6 @@ class EmotionFan(_Accuracy):
     def extractors(self) -> list[Extractor]:
         path, device = self.options.emotion_fan, self.options.chosen_device()
         return [*landmark_extractors(self.options), EmotionFanExtractor(path, device), EmotionFanScores(path)]
-
-
-class MotionEmotionExtractor(ClipExtractor):
-    """``motion_emotion`` (8,): class probabilities from ``expression``; NaN without a face.
-
-    Arguments:
-        weights: folder of weights; None is that of the package.
-    """
-
-    name = "motion_emotion"
-    needs: tuple[str, ...] = ("expression",)
-    gives = ("motion_emotion",)
-
-    def __init__(self, weights: Path | None = None) -> None:
-        self._weights = weights
-
-    def settings(self) -> Settings:
-        return {"weights": weights.manifest(self._weights)["motion_emotion.safetensors"].sha256[:16]}
-
-    def __call__(self, known: dict[str, Array], wave: Wave | None) -> dict[str, Array]:
-        """Classify a whole clip."""
-        if self._model is None:
-            self._model = load_motion_emotion(self._weights)
-        beta = known["expression"]
-        beta = beta[np.isfinite(beta).all(1)]
-        if not len(beta):
-            return {"motion_emotion": np.full(len(CLASSES), np.nan, np.float32)}
-        return {"motion_emotion": self._model.classify(beta)}
 
 
 class MotionEmotion(_Accuracy):

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections import defaultdict
 from functools import cached_property
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from flowvqtalker.errors import MissingDependency
 from flowvqtalker.loading import load_face_model
 from flowvqtalker_eval.metrics import beats, motion
-from flowvqtalker_eval.metrics.analysis import Array, ClipExtractor, Extractor, Settings, Wave
+from flowvqtalker_eval.metrics.analysis import Array, Extractor, Settings
 from flowvqtalker_eval.metrics.mesh import FitExtractor, MeshExtractor
 from flowvqtalker_eval.report import Column
 from flowvqtalker_eval.tables.measures.base import ClipPair, Measure, SetScore
 
-__all__ = ["MEASURES", "BeatExtractor"]
+__all__ = ["MEASURES"]
 
 
 class _Fitted(Measure):
@@ -106,33 +102,6 @@ class Blinks(Measure):
         return SetScore(keep, lambda closures: {"blinks": motion.blink_rate(closures)})
 
 
-class BeatExtractor(ClipExtractor):
-    """Beats of the sound and of the head: ``audio_beats`` (n,), ``head_beats`` (m,), in frames."""
-
-    name = "beats"
-    needs: tuple[str, ...] = ("pose",)
-    gives = ("audio_beats", "head_beats")
-
-    def __init__(self, weights: Path | None = None) -> None:
-        if importlib.util.find_spec("librosa") is None:  # report it before anything is decoded
-            raise MissingDependency("beats need librosa; run `pip install 'flowvqtalker[eval]'`")
-        self._weights = weights
-
-    def settings(self) -> Settings:
-        return {"librosa": version("librosa"), "smoothing_frames": beats.SMOOTHING}
-
-    def __call__(self, known: dict[str, Array], wave: Wave | None) -> dict[str, Array]:
-        """Empty arrays where there is no sound, or no motion was seen."""
-        pose = known["pose"]
-        seen = np.asarray(np.isfinite(pose).all(1))
-        if wave is None or len(pose) < 3 or not (seen[1:] & seen[:-1]).any():
-            return {"audio_beats": np.zeros(0), "head_beats": np.zeros(0)}
-        if self._model is None:
-            self._model = load_face_model(self._weights)
-        speed = beats.head_speed(self._model, pose)
-        return {"audio_beats": beats.audio_beats(wave), "head_beats": beats.motion_beats(speed)}
-
-
 class Beats(_Fitted):
     """Beat alignment of head and speech."""
 
@@ -143,7 +112,7 @@ class Beats(_Fitted):
     )  # fmt: skip
 
     def extractors(self) -> list[Extractor]:
-        return [*super().extractors(), BeatExtractor(self.options.weights)]
+        return [*super().extractors(), beats.BeatExtractor(self.options.weights)]
 
     def settings(self) -> Settings:
         return {"tolerance_frames": beats.TOLERANCE}
