@@ -30,7 +30,6 @@ def test_curve_equals_brute_force(reach):
     assert score.distance == pytest.approx(float(mean.min()))
     assert score.confidence == pytest.approx(float(mean.median() - mean.min()))
     assert score.offset == reach - int(mean.argmin())
-    assert score.frames == 20
 
 
 @pytest.mark.parametrize("padding", ["zeros", "none"])
@@ -59,7 +58,6 @@ def test_frames_without_a_face_take_no_part():
     padded = np.pad(audio, ((15, 15), (0, 0)))
     wanted = [np.linalg.norm(video - padded[s : s + 40] + 1e-6, axis=1)[seen].mean() for s in range(31)]
     assert np.allclose(distance_curve(some, audio), wanted)
-    assert sync_score(some, audio).frames == 37
 
 
 def test_without_padding_only_the_overlap_counts():
@@ -86,4 +84,4 @@ def test_bad_embeddings_are_refused():
     with pytest.raises(UserError, match="negative"):
         distance_curve(good, good, -1)
     with pytest.raises(UserError, match="odd length"):
-        score_curve(np.zeros(4), 1)
+        score_curve(np.zeros(4))

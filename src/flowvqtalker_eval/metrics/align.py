@@ -109,7 +109,7 @@ class AlignedFaces(FrameExtractor):
         landmarks: ``crop`` predicts dlib's points anew on the crop; ``frame`` transforms those of the frame.
     """
 
-    needs: tuple[str, ...] = ("landmarks68",)
+    needs = ("landmarks68",)
     gives = ("aligned", "aligned68")
 
     def __init__(self, landmarks: Literal["crop", "frame"] = "crop") -> None:

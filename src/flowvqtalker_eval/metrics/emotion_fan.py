@@ -16,10 +16,9 @@ are what the sources suggest.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -165,7 +164,7 @@ def load_emotion_fan(path: str | Path) -> EmotionFan:
     return model
 
 
-def face_chips(frames: Frames, landmarks: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.uint8]:
+def face_chips(frames: Frames, landmarks: Array) -> Frames:
     """dlib's face chips (T, 224, 224, 3), zeros where there is no face.
 
     Arguments:
@@ -189,7 +188,7 @@ class EmotionFanExtractor(FrameExtractor):
     """
 
     name = "emotion_fan_frames"
-    needs: tuple[str, ...] = ("landmarks68",)
+    needs = ("landmarks68",)
     gives = ("emotion_fan_features", "emotion_fan_alpha")
 
     def __init__(self, checkpoint: str | Path | None = None, device: str = "cpu") -> None:
@@ -200,7 +199,7 @@ class EmotionFanExtractor(FrameExtractor):
         return {"weights": self._sha256, "crop": f"dlib chip {SIZE}, padding {_PADDING}"}
 
     def __call__(self, frames: Frames, known: dict[str, Array]) -> dict[str, Array]:
-        """Of frames (n, H, W, 3)."""
+        """Features of frames (n, H, W, 3) and their ``landmarks68``."""
         if self._model is None:
             self._model = load_emotion_fan(self._path).to(self._device)
         features = np.full((len(frames), 512), np.nan, np.float32)
@@ -223,7 +222,7 @@ class EmotionFanScores(ClipExtractor):
     """
 
     name = "emotion_fan"
-    needs: tuple[str, ...] = ("emotion_fan_features", "emotion_fan_alpha")
+    needs = ("emotion_fan_features", "emotion_fan_alpha")
     gives = ("emotion_fan",)
 
     def __init__(self, checkpoint: str | Path | None = None) -> None:
@@ -234,7 +233,7 @@ class EmotionFanScores(ClipExtractor):
         return {"weights": self._sha256, "protocol": "eat"}
 
     def __call__(self, known: dict[str, Array], wave: Wave | None) -> dict[str, Array]:
-        """Of a whole clip."""
+        """Probabilities of a whole clip."""
         if self._model is None:
             self._model = load_emotion_fan(self._path)
         seen = np.isfinite(known["emotion_fan_alpha"])

@@ -147,7 +147,7 @@ class InceptionFeatures(FrameExtractor):
     """
 
     name = "inception"
-    needs: tuple[str, ...] = ("aligned",)
+    needs = ("aligned",)
     gives = ("inception",)
 
     def __init__(self, weights: str | Path | None = None, device: str = "cpu") -> None:

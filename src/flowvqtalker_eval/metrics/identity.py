@@ -73,7 +73,7 @@ class FaceIdentity(FrameExtractor):
     """
 
     name = "identity"
-    needs: tuple[str, ...] = ("landmarks68",)
+    needs = ("landmarks68",)
     gives = ("identity_embedding",)
 
     def __init__(self, every: int = 8, folder: str | Path | None = None) -> None:

@@ -170,7 +170,7 @@ class Mesh68(FrameExtractor):
     """
 
     name = "mesh68"
-    needs: tuple[str, ...] = ("mesh",)
+    needs = ("mesh",)
     gives = ("landmarks68",)
 
     def settings(self) -> Settings:

@@ -1,4 +1,4 @@
-"""Face mesh, blendshapes, expression and pose of each frame, for the metrics of motion."""
+"""Face mesh, expression and pose of each frame, for the metrics of motion."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ __all__ = ["FitExtractor", "MeshExtractor"]
 
 
 class MeshExtractor(FrameExtractor):
-    """MediaPipe's landmarks and blendshapes of the largest face of each frame, found in each frame on its own.
+    """MediaPipe's landmarks of the largest face of each frame, found in each frame on its own.
 
-    Arrays: ``mesh`` (T, 478, 3) in pixels of the frame, ``blendshapes`` (T, 52); NaN where no face was found.
+    Arrays: ``mesh`` (T, 478, 3) in pixels of the frame; NaN where no face was found.
     """
 
     name = "mesh"
-    gives = ("mesh", "blendshapes")
+    gives = ("mesh",)
 
     def settings(self) -> Settings:
         """The tracker's model file."""
@@ -27,17 +27,16 @@ class MeshExtractor(FrameExtractor):
         return {"landmarks": "MediaPipe Face Landmarker", "sha256": LANDMARKER_SHA256[:16]}
 
     def __call__(self, frames: Frames, known: dict[str, Array]) -> dict[str, Array]:
-        """Frames (n, H, W, 3) to ``mesh`` and ``blendshapes``."""
+        """Frames (n, H, W, 3) to ``mesh``."""
         if self._model is None:
             from flowvqtalker.face.tracker import FaceTracker
 
             self._model = FaceTracker()
         mesh = np.full((len(frames), 478, 3), np.nan, np.float32)
-        shapes = np.full((len(frames), 52), np.nan, np.float32)
         for i, frame in enumerate(frames):
             for face in self._model.detect(frame)[:1]:
-                mesh[i], shapes[i] = face.landmarks, face.blendshapes
-        return {"mesh": mesh, "blendshapes": shapes}
+                mesh[i] = face.landmarks
+        return {"mesh": mesh}
 
     def close(self) -> None:
         """Free the native graph, which must not outlive the program; the next call makes a new one."""
@@ -59,7 +58,7 @@ class FitExtractor(ClipExtractor):
     """
 
     name = "fit"
-    needs: tuple[str, ...] = ("mesh",)
+    needs = ("mesh",)
     gives = ("expression", "pose", "identity")
 
     def __init__(self, weights: str | Path | None = None) -> None:

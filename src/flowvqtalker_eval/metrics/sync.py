@@ -1,19 +1,20 @@
-"""Are lips and sound in step? Confidence, distance and offset from embeddings of both (LSE-C, LSE-D of the field).
+"""Lip-sync confidence, distance and offset from embeddings of lips and sound (LSE-C and LSE-D).
 
-As in ``joonson/syncnet_python``: the distance of every frame's video embedding to the audio embeddings up to ``reach``
-frames before and after it; the mean over the frames for each shift; the smallest mean is the *distance*, the median of
-the means less the smallest is the *confidence*, and where it is smallest is the *offset*.
+As in ``joonson/syncnet_python``: each frame's video embedding is compared with the audio embeddings up to ``reach``
+frames before and after it, and distances are averaged over frames for each shift. The smallest mean is the *distance*,
+the median of the means minus the smallest is the *confidence*, and the shift of the smallest is the *offset*.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from flowvqtalker.errors import UserError
+from flowvqtalker_eval.metrics.analysis import Array
 
 __all__ = ["REACH", "SyncScore", "distance_curve", "score_curve", "sync_score"]
 
@@ -23,39 +24,35 @@ REACH = 15
 #: torch's ``pairwise_distance`` adds this to every difference.
 _EPSILON = 1e-6
 
-Floats = npt.NDArray[np.floating[Any]]
-
 
 @dataclass(frozen=True)
 class SyncScore:
     """How well lips and sound go together.
 
     Attributes:
-        confidence: median less minimum of the curve; higher is better (LSE-C if the embeddings are SyncNet's).
+        confidence: median minus minimum of the curve; higher is better (LSE-C if the embeddings are SyncNet's).
         distance: minimum of the curve; lower is better (LSE-D if the embeddings are SyncNet's).
         offset: frames of 1/25 s by which the sound comes before the lips; negative: the sound is late.
-        curve: (2 * reach + 1,) mean distance for each shift; the sound of frame t + j - reach belongs to element j.
-        frames: how many frames took part.
     """
 
     confidence: float
     distance: float
     offset: int
-    curve: npt.NDArray[np.float64]
-    frames: int
 
 
 def distance_curve(
-    video: Floats, audio: Floats, reach: int = REACH, padding: Literal["zeros", "none"] = "zeros", least: int = 5
+    video: Array, audio: Array, reach: int = REACH, padding: Literal["zeros", "none"] = "zeros", least: int = 5
 ) -> npt.NDArray[np.float64]:
     """Mean Euclidean distance (2 * reach + 1,) of video and audio embeddings for every shift of the sound.
+
+    Element j compares frame t with the sound of frame t + j - reach.
 
     Arguments:
         video: (n, D), one embedding of each 25-fps frame; frames whose row is NaN (no face) do not take part.
         audio: (n, D).
         reach: largest shift in frames.
-        padding: what lies outside of the clip: ``zeros``, as SyncNet has it, so that a short clip is mostly compared
-            with zeros at large shifts; or ``none``: only frames that have sound at that shift are averaged.
+        padding: ``zeros`` surrounds the clip with zeros, as SyncNet does, so that a short clip is mostly compared with
+            zeros at large shifts; ``none`` averages only frames that have sound at that shift.
         least: frames that must be compared at a shift without padding; shifts with fewer are NaN.
 
     Raises:
@@ -82,19 +79,18 @@ def distance_curve(
     return curve
 
 
-def score_curve(curve: Floats, frames: int) -> SyncScore:
-    """Confidence, distance and offset of a curve (2 * reach + 1,); shifts that are NaN were not tried."""
-    means: npt.NDArray[np.float64] = np.asarray(curve, np.float64)
+def score_curve(curve: Array) -> SyncScore:
+    """Score of a curve (2 * reach + 1,) of :func:`distance_curve`; shifts that are NaN were not tried."""
+    means = np.asarray(curve, np.float64)
     if means.ndim != 1 or len(means) % 2 == 0 or not np.isfinite(means).any():
         raise UserError(f"a curve of odd length with known distances is needed, got shape {means.shape}")
     best = int(np.nanargmin(means))
     distance = float(means[best])
-    return SyncScore(float(np.nanmedian(means)) - distance, distance, len(means) // 2 - best, means, frames)
+    return SyncScore(float(np.nanmedian(means)) - distance, distance, len(means) // 2 - best)
 
 
 def sync_score(
-    video: Floats, audio: Floats, reach: int = REACH, padding: Literal["zeros", "none"] = "zeros"
+    video: Array, audio: Array, reach: int = REACH, padding: Literal["zeros", "none"] = "zeros"
 ) -> SyncScore:
     """Score of one clip; see :func:`distance_curve` for the arguments."""
-    curve = distance_curve(video, audio, reach, padding)
-    return score_curve(curve, int(np.isfinite(video).all(1).sum()))
+    return score_curve(distance_curve(video, audio, reach, padding))

@@ -46,16 +46,9 @@ _BATCH = 20
 Floats = npt.NDArray[np.floating[Any]]
 
 
-def _layers2(*specs: tuple[Any, ...]) -> nn.Sequential:
-    return _layers(nn.Conv2d, nn.BatchNorm2d, nn.MaxPool2d, specs)
-
-
-def _layers3(*specs: tuple[Any, ...]) -> nn.Sequential:
-    return _layers(nn.Conv3d, nn.BatchNorm3d, nn.MaxPool3d, specs)
-
-
-def _layers(conv: Any, norm: Any, pool: Any, specs: Iterable[tuple[Any, ...]]) -> nn.Sequential:
+def _layers(dimensions: int, *specs: tuple[Any, ...]) -> nn.Sequential:
     """Convolution, norm and ReLU for (in, out, kernel, stride, padding), pooling for (kernel, stride, ...)."""
+    conv, norm, pool = (getattr(nn, f"{kind}{dimensions}d") for kind in ("Conv", "BatchNorm", "MaxPool"))
     layers: list[nn.Module] = []
     for spec in specs:
         if len(spec) == 5:
@@ -70,11 +63,12 @@ def _head(dim: int) -> nn.Sequential:
 
 
 class SyncNetModel(nn.Module):
-    """The two towers; the names of the weights are those of the published file."""
+    """The two towers; weights have the names of the published file."""
 
     def __init__(self, dim: int = 1024) -> None:
         super().__init__()
-        self.netcnnaud = _layers2(
+        self.netcnnaud = _layers(
+            2,
             (1, 64, 3, 1, 1),
             (1, 1),
             (64, 192, 3, 1, 1),
@@ -87,7 +81,8 @@ class SyncNetModel(nn.Module):
         )
         self.netfcaud = _head(dim)
         self.netfclip = _head(dim)
-        self.netcnnlip = _layers3(
+        self.netcnnlip = _layers(
+            3,
             (3, 96, (5, 7, 7), (1, 2, 2), 0),
             ((1, 3, 3), (1, 2, 2)),
             (96, 256, (1, 5, 5), (1, 2, 2), (0, 1, 1)),
@@ -179,7 +174,7 @@ class SyncNetExtractor(StreamExtractor):
     """
 
     name = "syncnet"
-    needs: tuple[str, ...] = ("landmarks68",)
+    needs = ("landmarks68",)
     gives = ("syncnet_curve",)
 
     def __init__(self, weights: str | Path | None = None, crop: Crop = "eat", device: str = "cpu") -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import cv2
 import numpy as np
@@ -21,6 +21,7 @@ from scipy.signal import medfilt
 
 from flowvqtalker.errors import UserError
 from flowvqtalker.face.alignment import similarity
+from flowvqtalker_eval.metrics.analysis import Array, Frames
 
 __all__ = ["Crop", "face_crops", "mfcc"]
 
@@ -30,16 +31,15 @@ _EPSILON = float(np.finfo(float).eps)
 # Where PC-AVS puts the middles of the eyes and of the inner lips.
 _EYES_AND_MOUTH = np.array([[87, 59], [137, 59], [112, 120]], float)
 _SCALE, _GREY, _MEDIAN = 0.4, 110, 13
-# S3FD's boxes reach from above the brows to the chin: by this share of their height above the 68 points (ours).
+# S3FD's boxes reach above the brows: by this share of the height of the 68 points (our estimate).
 _FOREHEAD = 0.25
 
 Crop = Literal["eat", "native"]
-Pixels = npt.NDArray[np.uint8]
-Floats = npt.NDArray[np.floating[Any]]
+Floats = npt.NDArray[np.float64]
 
 
 @lru_cache(maxsize=1)
-def _mel_filters() -> npt.NDArray[np.float64]:
+def _mel_filters() -> Floats:
     """Triangular filters (257, 26) whose corners are rounded down to bins, from 0 to 8000 Hz."""
     mel = np.linspace(0, 2595 * np.log10(1 + 8000 / 700), 28)
     corners = np.floor(513 * 700 * (10 ** (mel / 2595) - 1) / 16_000)
@@ -50,7 +50,7 @@ def _mel_filters() -> npt.NDArray[np.float64]:
     return rising + falling
 
 
-def mfcc(samples: Floats | npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.float64]:
+def mfcc(samples: Array) -> Floats:
     """13 cepstral coefficients (m, 13) of samples (n,) at 16 kHz in the range of int16, one column every 10 ms.
 
     The defaults of ``python_speech_features.mfcc``: pre-emphasis 0.97, 25 ms without a window function, 512 bins, 26
@@ -72,7 +72,7 @@ def mfcc(samples: Floats | npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.float
     return np.asarray(cepstra, np.float64)
 
 
-def _filled(landmarks: Floats) -> npt.NDArray[np.float64]:
+def _filled(landmarks: Array) -> Floats:
     """Landmarks (T, 68, 2) with frames without a face interpolated between their neighbours."""
     points = np.array(landmarks, np.float64)
     if points.ndim != 3 or points.shape[1:] != (68, 2):
@@ -85,7 +85,7 @@ def _filled(landmarks: Floats) -> npt.NDArray[np.float64]:
     return np.stack([np.interp(times, known, column[known]) for column in flat.T], 1).reshape(points.shape)
 
 
-def _eat_matrices(points: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+def _eat_matrices(points: Floats) -> Floats:
     """Maps (T, 2, 3) of PC-AVS: one rotation and scale for the clip, the mouth held in place by a smoothed shift."""
     parts = (slice(36, 42), slice(42, 48), slice(60, 68))
     three = np.stack([points[:, part].mean(1) for part in parts], axis=1)  # (T, 3, 2)
@@ -99,17 +99,17 @@ def _eat_matrices(points: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     return matrices
 
 
-def _native_boxes(points: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+def _native_boxes(points: Floats) -> Floats:
     """Middle and half side (T, 3) of the faces' boxes, filtered by a running median as ``run_pipeline.py`` does."""
     low, high = points.min(1), points.max(1)
     low[:, 1] -= _FOREHEAD * (high - low)[:, 1]
     boxes = np.concatenate([(low + high) / 2, (high - low).max(1, keepdims=True) / 2], axis=1)
-    if len(boxes) < _MEDIAN:  # its zeros beyond the ends would be most of the window
+    if len(boxes) < _MEDIAN:  # medfilt's zeros beyond the ends would fill most of the window
         return np.asarray(median_filter(boxes, size=(_MEDIAN, 1), mode="nearest"))
     return np.stack([medfilt(column, _MEDIAN) for column in boxes.T], axis=1)
 
 
-def _native_crop(frame: Pixels, box: npt.NDArray[np.float64]) -> Pixels:
+def _native_crop(frame: Frames, box: Floats) -> Frames:
     x, y, half = box
     pad = int(half * (1 + 2 * _SCALE))
     top, bottom = int(y + pad - half) - pad, int(y + pad + half * (1 + 2 * _SCALE)) - pad
@@ -117,10 +117,10 @@ def _native_crop(frame: Pixels, box: npt.NDArray[np.float64]) -> Pixels:
     inside = frame[max(top, 0) : max(bottom, 0), max(left, 0) : max(right, 0)]
     canvas = np.full((max(1, bottom - top), max(1, right - left), 3), _GREY, np.uint8)
     canvas[max(-top, 0) :, max(-left, 0) :][: inside.shape[0], : inside.shape[1]] = inside
-    return cast(Pixels, cv2.resize(canvas, (_SIZE, _SIZE)))
+    return cast(Frames, cv2.resize(canvas, (_SIZE, _SIZE)))
 
 
-def face_crops(frames: Iterable[Pixels], landmarks: Floats, crop: Crop = "eat") -> Iterator[Pixels]:
+def face_crops(frames: Iterable[Frames], landmarks: Array, crop: Crop = "eat") -> Iterator[Frames]:
     """Faces (224, 224, 3) uint8 RGB of the frames of a clip, one at a time.
 
     Arguments:
@@ -140,7 +140,7 @@ def face_crops(frames: Iterable[Pixels], landmarks: Floats, crop: Crop = "eat") 
         if count >= len(places):
             raise UserError(f"there are more frames than the {len(places)} with landmarks")
         if crop == "eat":
-            yield cast(Pixels, cv2.warpAffine(frame, places[count], (_SIZE, _SIZE), borderValue=(0, 0, 0)))
+            yield cast(Frames, cv2.warpAffine(frame, places[count], (_SIZE, _SIZE), borderValue=(0, 0, 0)))
         else:
             yield _native_crop(frame, places[count])
         count += 1

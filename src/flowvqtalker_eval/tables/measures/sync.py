@@ -64,7 +64,7 @@ class SyncNet(_Sync):
 
     def pair(self, clips: ClipPair) -> dict[str, float]:
         curve = clips.generated.arrays["syncnet_curve"]
-        return self.values(score_curve(curve, clips.generated.frames)) if len(curve) else {}
+        return self.values(score_curve(curve)) if len(curve) else {}
 
 
 MEASURES: tuple[type[Measure], ...] = (SyncExpert, SyncNet)
