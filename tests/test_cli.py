@@ -182,7 +182,7 @@ BAD = {
     "no such pose": (lambda at: {"options": ["--pose-from", str(at / "p.npz")]}, "does not exist"),
     "takes": (lambda at: {"options": ["--takes", "0"]}, "num_samples must be from 1"),
     "intensity": (lambda at: {"options": ["--intensity", "9"]}, "intensity must be between"),
-    "face number": (lambda at: {"options": ["--face", "3"]}, "--face 3: the picture has 1 face"),
+    "face number": (lambda at: {"options": ["--face", "3"]}, "--face 3: the image has 1 face"),
     "no folder": (lambda at: {"output": "none/out.mp4"}, "there is no folder"),
     "no video name": (lambda at: {"output": "out.txt"}, "must end in one of .mp4"),
     "output is a folder": (lambda at: {"output": "folder.mp4"}, "is a folder"),

@@ -73,7 +73,7 @@ def test_of_several_faces_the_largest_is_taken_and_said(talker, astronaut, caplo
     assert "--face 1 takes the other" in caplog.text
     other = talker.portrait(both, face=1)
     assert other.landmarks[:, 1].mean() > 300
-    with pytest.raises(UserError, match=r"--face 2: the picture has 2 face"):
+    with pytest.raises(UserError, match=r"--face 2: the image has 2 face"):
         talker.portrait(both, face=2)
 
 

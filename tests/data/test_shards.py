@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from flowvqtalker.data.shards import LAGS, SAMPLES, Clip, Shard, ShardWriter
-from flowvqtalker.data.splits import HDTF_TEST, hdtf_split, mead_split, split_of
+from flowvqtalker.data.splits import split_of
 from flowvqtalker.errors import UserError
 
 
@@ -114,9 +114,6 @@ def test_splits_are_by_identity() -> None:
     assert 130 < counts["val"] < 270
     assert counts["val"] + counts["train"] == 2000
     assert split_of("person 1") == split_of("person 1")
-    assert [mead_split(s) for s in ("M003", "M030", "W009", "W015", "M005")] == ["test"] * 4 + ["train"]
-    assert len(HDTF_TEST) == 77
-    assert [hdtf_split(v) for v in ("RD_Radio1_000#3", "RD_Radio1_000", "RD_Radio10_000")] == ["test", "test", "train"]
 
 
 def test_speech_is_moved_by_lags_that_are_sure(tmp_path: Path) -> None:

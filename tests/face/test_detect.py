@@ -191,7 +191,7 @@ def test_a_wide_open_mouth_is_said(model, astronaut, upright, caplog, monkeypatc
     moved = Face(landmarks, upright.face.blendshapes)
     monkeypatch.setattr(FaceTracker, "detect", lambda self, image: [moved] if image.shape[0] != 512 else [])
     picture = np.asarray(cv2.resize(astronaut, (514, 514)))
-    assert "the mouth in the picture is wide open" in said(caplog, model, picture)
+    assert "the mouth in the image is wide open" in said(caplog, model, picture)
 
 
 # ------------------------------------------------------------------------------------------------- kinds of files

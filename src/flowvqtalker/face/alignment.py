@@ -1,4 +1,4 @@
-"""Faces cut out upright by a similarity transform of their landmarks."""
+"""Aligned face crops: a similarity transform brings rigid landmarks onto a template."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["SIZE", "align_faces", "face_template", "similarity", "warp"]
 #: Side in pixels of an aligned face.
 SIZE = 112
 
-# Outer eye corners are half the crop apart and lie this far down.
+# Distance between the outer eye corners and their height, as fractions of the crop.
 _EYES, _DOWN = 0.5, 0.40
 
 Floats = npt.NDArray[np.floating[Any]]
@@ -28,7 +28,7 @@ Pixels = npt.NDArray[np.uint8]
 
 
 def face_template(face: FaceModel, size: int = SIZE) -> Tensor:
-    """Where the points over bone (:data:`flowvqtalker.face.topology.RIGID`) of a mean face lie in a crop: (46, 2)."""
+    """Positions (46, 2) of a mean face's rigid vertices (:data:`flowvqtalker.face.topology.RIGID`) in a crop."""
     mean = face.mean[:, :2]
     left, right = mean[EYE_CORNERS[0]], mean[EYE_CORNERS[1]]
     scale = _EYES * size / float((right - left).norm())
@@ -36,12 +36,12 @@ def face_template(face: FaceModel, size: int = SIZE) -> Tensor:
 
 
 def align_faces(frames: Sequence[Pixels] | Pixels, mesh: Floats, template: Floats, size: int = SIZE) -> Pixels:
-    """Faces (T, size, size, 3) of frames (T, H, W, 3), upright and of one scale; zeros where there is no face.
+    """Aligned faces (T, size, size, 3) of frames (T, H, W, 3); zeros where there is no face.
 
     Arguments:
         frames: uint8 RGB.
         mesh: (T, 478, 2 or 3) in pixels of the frames, NaN where there is no face.
-        template: (46, 2), see :func:`face_template`, for a crop of :data:`SIZE`; a larger ``size`` adds a border.
+        template: (46, 2) of :func:`face_template` for a crop of :data:`SIZE`; a larger ``size`` adds a border.
 
     Raises:
         UserError: if the shapes do not fit.
@@ -57,9 +57,9 @@ def align_faces(frames: Sequence[Pixels] | Pixels, mesh: Floats, template: Float
 
 
 def similarity(points: Floats, places: Floats) -> npt.NDArray[np.float64]:
-    """Rotation, uniform scale and shift (T, 2, 3) that bring points (T, K, 2) closest to places (K, 2).
+    """Similarity transforms (T, 2, 3) that bring points (T, K, 2) closest to places (K, 2).
 
-    The least squares solution, in complex numbers: place ≈ a · point + b. NaN points give a NaN map.
+    Least squares in complex numbers: place ≈ a · point + b. NaN points give a NaN matrix.
     """
     p = points[..., 0].astype(np.float64) + 1j * points[..., 1]
     q = np.asarray(places, np.float64) @ np.array([1, 1j])
@@ -72,9 +72,9 @@ def similarity(points: Floats, places: Floats) -> npt.NDArray[np.float64]:
 
 
 def warp(frame: Pixels, matrix: npt.NDArray[np.float64], size: int) -> Pixels:
-    """The square (size, size, 3) that a map from pixels of the frame to its own cuts out; zeros if there is no map.
+    """The square crop (size, size, 3) of a frame by a matrix from frame to crop pixels; zeros for a NaN matrix.
 
-    Both are continuous (a pixel's centre is at 0.5). A frame that shrinks by more than a half is averaged down first.
+    Coordinates are continuous (a pixel's centre is at 0.5). Frames that shrink by more than half are averaged first.
     """
     linear, shift = matrix[:, :2], matrix[:, 2]
     if not np.isfinite(matrix).all() or abs(np.linalg.det(linear)) < 1e-8:
@@ -86,11 +86,11 @@ def warp(frame: Pixels, matrix: npt.NDArray[np.float64], size: int) -> Pixels:
         part = frame[low[1] : max(high[1], 0), low[0] : max(high[0], 0)]
         rows, columns = part.shape[0] // factor, part.shape[1] // factor
         if rows and columns:
-            part = part[: rows * factor, : columns * factor]  # whole blocks, so that the scale is exact
+            part = part[: rows * factor, : columns * factor]  # whole blocks keep the scale exact
             frame = cast(Pixels, cv2.resize(part, (columns, rows), interpolation=cv2.INTER_AREA))
             shift = shift + linear @ low
             linear = linear * factor
-    shift = shift + linear @ [0.5, 0.5] - 0.5  # OpenCV counts from the centres of the pixels
+    shift = shift + linear @ [0.5, 0.5] - 0.5  # OpenCV's origin is the centre of the first pixel
     whole = np.concatenate([linear, shift[:, None]], axis=1)
     return cast(Pixels, cv2.warpAffine(frame, whole, (size, size), flags=cv2.INTER_LINEAR))
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["ARKIT_NAMES", "arkit_index", "fit_arkit", "to_arkit"]
+__all__ = ["ARKIT_NAMES", "arkit_index", "fit_arkit"]
 
-#: ARKit's names in the order of MediaPipe's Face Landmarker. Its first one, ``_neutral``, takes the place of ARKit's
-#: ``tongueOut``, which MediaPipe does not see.
+#: Names in the order of MediaPipe's Face Landmarker: ARKit's, with ``_neutral`` first and without ``tongueOut``, which
+#: MediaPipe does not detect.
 ARKIT_NAMES = (
     "_neutral",
     *("browDownLeft", "browDownRight", "browInnerUp", "browOuterUpLeft", "browOuterUpRight", "cheekPuff"),
@@ -28,7 +26,7 @@ Floats = npt.NDArray[np.floating]
 
 
 def arkit_index(name: str) -> int:
-    """Number of a blendshape by its ARKit name.
+    """Index of a blendshape by its ARKit name.
 
     Raises:
         KeyError: if there is no such blendshape; the message lists all.
@@ -44,8 +42,8 @@ def fit_arkit(expression: Floats, blendshapes: Floats, weights: Floats, ridge: f
     Arguments:
         expression: (N, 64) in standard deviations.
         blendshapes: (N, 52) of the tracker.
-        weights: (N,) of the samples.
-        ridge: penalty on the squared map, for samples of unit weight.
+        weights: (N,) weight of each sample.
+        ridge: penalty on the squared map, relative to weights that sum to one.
 
     Returns:
         (52, 65): the map from [β, 1].
@@ -55,8 +53,3 @@ def fit_arkit(expression: Floats, blendshapes: Floats, weights: Floats, ridge: f
     penalty = ridge * np.eye(design.shape[1])
     penalty[-1, -1] = 0.0
     return np.linalg.solve(weighted.T @ design + penalty, weighted.T @ blendshapes).T
-
-
-def to_arkit(blendshapes: Floats) -> list[Mapping[str, float]]:
-    """Frames (T, 52) as one mapping from ARKit's names to weights each, without ``_neutral``."""
-    return [dict(zip(ARKIT_NAMES[1:], map(float, frame[1:]), strict=True)) for frame in blendshapes]

@@ -1,4 +1,4 @@
-"""The 512x512 crop that every model sees: found from landmarks, sampled without aliasing."""
+"""The 512x512 crop that every model sees: placed by landmarks, sampled without aliasing."""
 
 from __future__ import annotations
 
@@ -21,12 +21,11 @@ Floats = npt.NDArray[np.floating]
 
 @dataclass(frozen=True)
 class Crop:
-    """A similarity transform (rotation, uniform scale, shift) between a picture and its crop.
+    """A similarity transform (rotation, uniform scale, shift) between an image and its crop.
 
     Attributes:
-        matrix: (2, 3) float64, input pixels -> crop pixels. Both are continuous: the first pixel reaches from 0 to 1
-            and has its centre at 0.5, as in MediaPipe's landmarks (OpenCV counts from the centre; the sampling corrects
-            for it).
+        matrix: (2, 3) float64, input pixels -> crop pixels. Coordinates are continuous: the centre of the first pixel
+            is at 0.5, as in MediaPipe's landmarks.
     """
 
     matrix: npt.NDArray[np.float64]
@@ -43,20 +42,21 @@ class Crop:
         return np.concatenate([linear, -linear @ self.matrix[:, 2:]], axis=1)
 
     def points(self, points: Floats) -> Floats:
-        """Move points (..., 2 or 3) of the input into the crop; z, which is in pixels too, takes the scale."""
+        """Points (..., 2 or 3) of the input in the crop; z, in pixels as well, is scaled."""
         return _move(self.matrix, points)
 
     def points_back(self, points: Floats) -> Floats:
-        """Move points (..., 2 or 3) of the crop into the input."""
+        """Points (..., 2 or 3) of the crop in the input."""
         return _move(self.inverse, points)
 
     def apply(self, image: ImageArray) -> ImageArray:
-        """Cut the crop out of a picture (H, W, 3) uint8: (512, 512, 3) uint8.
+        """The crop (512, 512, 3) uint8 of an image (H, W, 3) uint8.
 
-        Large pictures are averaged down first, so nothing aliases. What lies outside of the picture is its mirror
-        image, blurred the more the farther out, as in FFHQ.
+        Large images are averaged down first to avoid aliasing. Outside of the image its reflection continues, blurred
+        more with the distance, as in FFHQ.
         """
-        _check_picture(image, "picture")
+        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+            raise UserError(f"an image must have shape (H, W, 3) and type uint8, got {image.shape} {image.dtype}")
         result = _sample(image, self.matrix, (CROP, CROP), cv2.BORDER_REFLECT_101)
         height, width = image.shape[:2]
         back = self.inverse.astype(np.float32)
@@ -65,7 +65,7 @@ class Crop:
         outside = np.maximum(np.maximum(-x, x - width), np.maximum(-y, y - height)) * np.float32(self.scale)
         if outside.max() <= 0:
             return result
-        # Blurred at a quarter of the size: the result is as smooth and ten times as fast.
+        # Blurring at a quarter of the size is as smooth and ten times as fast.
         low = cv2.resize(result, (CROP // 4, CROP // 4), interpolation=cv2.INTER_AREA)
         for sigma, reach in ((6.0, 24.0), (24.0, 96.0)):
             blurred = cv2.GaussianBlur(low, (0, 0), sigma / 4, borderType=cv2.BORDER_REFLECT_101)
@@ -75,17 +75,14 @@ class Crop:
         return np.asarray(result, np.uint8)
 
 
-def _check_picture(image: ImageArray, name: str) -> None:
-    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-        raise UserError(f"the {name} must have shape (H, W, 3) and type uint8, got {image.shape} {image.dtype}")
-
-
 def _sample(
     image: npt.NDArray[Any], matrix: npt.NDArray[np.float64], size: tuple[int, int], border: int
 ) -> npt.NDArray[Any]:
-    """Resample a picture by an affine map (pixels of the input -> pixels of the output, both continuous).
+    """Resample an image by an affine map from input to output pixels (continuous coordinates).
 
     Arguments:
+        image: (H, W, 3).
+        matrix: (2, 3).
         size: width and height of the output.
         border: OpenCV's border mode.
     """
@@ -93,7 +90,7 @@ def _sample(
     scale = float(np.hypot(matrix[0, 0], matrix[1, 0]))
     height, width = image.shape[:2]
     if scale < 1:
-        # Only the part that is seen, with a margin, is averaged down to the output's resolution.
+        # Average down to the output's resolution, but only the visible part with a margin.
         linear = np.linalg.inv(matrix[:, :2])
         corners = (np.array([[0, 0], [0, size[1]], [size[0], 0], size], dtype=float) - matrix[:, 2]) @ linear.T
         margin = 8 / scale
@@ -104,9 +101,9 @@ def _sample(
         matrix[:, 2] += matrix[:, :2] @ [left, top]
         matrix[:, :2] *= [(right - left) / small[0], (bottom - top) / small[1]]
         image = cv2.resize(image, small, interpolation=cv2.INTER_AREA)
-    # OpenCV counts from the centre of the first pixel.
+    # OpenCV's origin is the centre of the first pixel.
     matrix[:, 2] += matrix[:, :2] @ [0.5, 0.5] - 0.5
-    # Enlarged, a cubic rings less than Lanczos' eight taps and takes a quarter of the time.
+    # For enlarging, cubic rings less than Lanczos (eight taps) and takes a quarter of the time.
     kernel = cv2.INTER_CUBIC if scale > 1 else cv2.INTER_LANCZOS4
     return np.asarray(cv2.warpAffine(image, matrix, size, flags=kernel, borderMode=border))
 
@@ -121,15 +118,15 @@ def _move(matrix: npt.NDArray[np.float64], points: Floats) -> Floats:
 
 
 def crop_box(landmarks: Floats) -> Crop:
-    """The FFHQ-style crop of a face (Karras et al. 2019, appendix A): an upright square from eyes and mouth.
+    """FFHQ's crop of a face (Karras et al. 2019, appendix A): an upright square defined by eyes and mouth.
 
-    Its horizontal axis follows the line between the eyes, corrected by the perpendicular of the line from eyes to
-    mouth; its half side is the larger of 2.0 eye distances and 1.8 eye-mouth distances; its centre lies a tenth of the
-    eye-mouth line below the eyes.
+    The horizontal axis is the line between the eyes plus the perpendicular of the line from eyes to mouth; half the
+    side is the larger of 2.0 eye distances and 1.8 eye-mouth distances; the centre lies a tenth of the eye-mouth line
+    below the eyes.
 
     Arguments:
-        landmarks: (478, 2 or 3) of a picture or (T, 478, 2 or 3) of a clip, in pixels; a clip gets one fixed crop from
-            the medians over its frames. Frames with NaN are ignored.
+        landmarks: (478, 2 or 3) of an image or (T, 478, 2 or 3) of a clip, in pixels. A clip gets one fixed crop from
+            medians over its frames; frames with NaN are ignored.
 
     Raises:
         UserError: if no frame has landmarks.
@@ -139,7 +136,7 @@ def crop_box(landmarks: Floats) -> Crop:
     clip = landmarks.reshape(-1, VERTICES, landmarks.shape[-1])[..., :2].astype(np.float64)
     clip = clip[np.isfinite(clip).all((1, 2))]
     if not len(clip):
-        raise UserError("no face found in any frame; give a picture or clip in which a face is clearly visible")
+        raise UserError("no face found in any frame; give an image or clip in which a face is clearly visible")
     near, far = (np.median(clip[:, EYES[i]].mean(1), axis=0) for i in range(2))
     mouth = np.median(clip[:, MOUTH_CORNERS].mean(1), axis=0)
     across, down = far - near, mouth - (near + far) / 2

@@ -1,4 +1,4 @@
-"""Every face of a picture, however it lies: small ones, ones at the border, tilted by any angle."""
+"""Every face of an image: small, at the border, rotated by any angle."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ __all__ = ["MAX_RESIDUAL", "Detection", "detect_faces", "face_turns", "turn_back
 
 Floats = npt.NDArray[np.floating[Any]]
 
-#: Residual of the face model's fit (in distances between the outer eye corners) above which landmarks are doubtful:
-#: they are below it for 97 of 100 upright portraits, above it for all that were read upside down.
+#: Residual of the face model's fit (in distances between the outer eye corners) above which landmarks are doubtful. It
+#: is lower for 97 of 100 upright portraits, and higher for all that were read upside down.
 MAX_RESIDUAL = 0.0025
-# A larger picture is searched at this length of its longer side; the landmarks are then refined at full resolution.
+# Longer side of the reduced image that is searched; landmarks are then refined at full resolution.
 _SEARCHED = 1920
-# Narrowest tile of a picture that is searched for small faces, in pixels.
+# Smallest tile that is searched for small faces, in pixels.
 _TILE = 128
-# Faces whose middles are nearer than this, in widths of the larger, are one.
+# Detections whose centres are closer than this, in widths of the larger, are one face.
 _SAME = 0.5
 _ROUNDS = 2
 
 
 @dataclass(frozen=True)
 class Detection:
-    """A face and how well it was seen.
+    """A face and the confidence in its landmarks.
 
     Attributes:
-        face: landmarks in pixels of the picture.
+        face: landmarks in pixels of the image.
         residual: of the fitted face model, in distances between the outer eye corners.
     """
 
@@ -46,35 +46,35 @@ class Detection:
     residual: float
 
 
-def detect_faces(tracker: FaceTracker, model: FaceModel, picture: ImageArray) -> list[Detection]:
-    """All faces of a picture, largest first.
+def detect_faces(tracker: FaceTracker, model: FaceModel, image: ImageArray) -> list[Detection]:
+    """All faces of an image, largest first.
 
-    MediaPipe finds faces that are tilted by up to about 60 degrees and places their landmarks the less well the more
-    they are; faces upside down it reads as upright ones. So each is looked at again in a crop that is upright after the
-    first look, and where the result is no face by the measure of the face model, or there is none at all, the picture
-    is searched again in its other three orientations. A picture that shows nothing large is searched in tiles.
+    MediaPipe detects faces rotated by up to about 60 degrees, with landmarks that get worse with the angle, and reads
+    faces upside down as upright. So each face is detected again in its own upright crop. Where there is none, or the
+    face model does not fit, the image is searched in its other three orientations. If that fails too, it is searched in
+    tiles, for small faces.
 
     Arguments:
-        tracker: with as many faces as are wanted.
+        tracker: allows as many faces as are wanted.
         model: the face model.
-        picture: (H, W, 3) uint8 RGB.
+        image: (H, W, 3) uint8 RGB.
     """
-    height, width = picture.shape[:2]
+    height, width = image.shape[:2]
     factor = min(1.0, _SEARCHED / max(height, width))
-    small = picture
+    small = image
     if factor < 1:
         size = max(1, round(width * factor)), max(1, round(height * factor))
-        small = np.asarray(cv2.resize(picture, size, interpolation=cv2.INTER_AREA), np.uint8)
+        small = np.asarray(cv2.resize(image, size, interpolation=cv2.INTER_AREA), np.uint8)
     stretch = np.array([width / small.shape[1], height / small.shape[0], 1 / factor], np.float32)
     for parts in (0, 1, 2, 4):
-        # Tiles are cut from the whole picture, where small faces are largest.
-        seen = _moved(tracker.detect(small), stretch) if parts == 0 else _tiles(tracker, picture, parts)
-        found = [_refined(tracker, model, picture, face) for face in seen]
+        # Tiles have the full resolution.
+        seen = _moved(tracker.detect(small), stretch) if parts == 0 else _tiles(tracker, image, parts)
+        found = [_refined(tracker, model, image, face) for face in seen]
         if parts == 0 and (not found or any(one.residual > MAX_RESIDUAL for one in found)):
-            turned = _turned(tracker, model, picture, small, stretch)
-            # A face that looks far up reads as one upside down, too, and not worse: what is doubtful is upright.
+            turned = _turned(tracker, model, image, small, stretch)
+            # A face that looks far up also fits as one upside down: doubtful faces count as upright.
             sure = [one for one in turned if one.residual <= MAX_RESIDUAL]
-            # Patterns look like faces, too: of doubtful ones only the best, and only where there is nothing else.
+            # Patterns are detected as faces: keep only the best doubtful one, and only if there is nothing else.
             found += sure or ([] if found else sorted(turned, key=lambda one: one.residual)[:1])
         if found:
             return sorted(_unique(found), key=lambda one: -one.face.area)
@@ -93,33 +93,33 @@ def face_turns(tracker: FaceTracker, model: FaceModel, image: ImageArray) -> int
 
 
 def _turned(
-    tracker: FaceTracker, model: FaceModel, picture: ImageArray, small: ImageArray, stretch: npt.NDArray[np.float32]
+    tracker: FaceTracker, model: FaceModel, image: ImageArray, small: ImageArray, stretch: npt.NDArray[np.float32]
 ) -> list[Detection]:
-    """Faces seen in the other three orientations of a picture."""
+    """Faces detected in the other three orientations of an image."""
     found = []
     for turns in (1, 2, 3):
         faces = tracker.detect(np.ascontiguousarray(np.rot90(small, turns)))
         back = _moved((turn_back(face, turns, small.shape) for face in faces), stretch)
-        found += [_refined(tracker, model, picture, face) for face in back]
+        found += [_refined(tracker, model, image, face) for face in back]
     return found
 
 
-def _refined(tracker: FaceTracker, model: FaceModel, picture: ImageArray, face: Face) -> Detection:
-    """The face as it is seen in its own upright crop; as it was, where it is not seen there."""
+def _refined(tracker: FaceTracker, model: FaceModel, image: ImageArray, face: Face) -> Detection:
+    """The face as detected in its own upright crop; unchanged if it is not detected there."""
     best = Detection(face, _residual(model, face))
     for _ in range(_ROUNDS):
         try:
             crop = crop_box(face.landmarks)
         except UserError:  # landmarks that coincide
             break
-        again = tracker.detect(crop.apply(picture))
+        again = tracker.detect(crop.apply(image))
         if not again:
             break
-        # In the crop the face fills most of the picture; another person's may show beside it.
+        # The face fills most of the crop, but another one may be visible beside it.
         middle = min(again, key=lambda one: float(np.linalg.norm(one.landmarks[:, :2].mean(0) - 256)))
         face = Face(crop.points_back(middle.landmarks).astype(np.float32), middle.blendshapes)
         best = Detection(face, _residual(model, face))
-        # Nearly upright at first sight is upright enough.
+        # The first detection was nearly upright: a second round changes little.
         if abs(np.arctan2(crop.matrix[1, 0], crop.matrix[0, 0])) < np.radians(20):
             break
     return best
@@ -135,7 +135,7 @@ def _residual(model: FaceModel, face: Face) -> float:
 
 
 def _unique(found: list[Detection]) -> list[Detection]:
-    """Of faces in the same place the one that fits best."""
+    """Of detections in the same place, the one that fits best."""
     kept: list[Detection] = []
     for one in sorted(found, key=lambda one: one.residual):
         centre, reach = one.face.landmarks[:, :2].mean(0), _width(one.face)
@@ -166,13 +166,13 @@ def turn_back(face: Face, turns: int, shape: tuple[int, ...]) -> Face:
     return Face(np.stack([x, y, z], axis=1).astype(np.float32), face.blendshapes)
 
 
-def _tiles(tracker: FaceTracker, picture: ImageArray, parts: int) -> list[Face]:
-    """Faces in overlapping squares: the detector sees a whole picture at 128 pixels, and small faces are lost in it.
+def _tiles(tracker: FaceTracker, image: ImageArray, parts: int) -> list[Face]:
+    """Faces in overlapping square tiles: the detector scales its input to 128 pixels and misses small faces.
 
     Arguments:
-        parts: the squares are the shorter side over this wide.
+        parts: number of tiles along the shorter side, without the overlap.
     """
-    height, width = picture.shape[:2]
+    height, width = image.shape[:2]
     side = min(height, width) // parts
     if side < _TILE or (parts == 1 and max(height, width) == side):
         return []
@@ -180,12 +180,12 @@ def _tiles(tracker: FaceTracker, picture: ImageArray, parts: int) -> list[Face]:
     for top in _starts(height, side):
         for left in _starts(width, side):
             shift = np.array([left, top, 0], np.float32)
-            tile = np.ascontiguousarray(picture[top : top + side, left : left + side])
+            tile = np.ascontiguousarray(image[top : top + side, left : left + side])
             faces += [Face(face.landmarks + shift, face.blendshapes) for face in tracker.detect(tile)]
     return faces
 
 
 def _starts(length: int, side: int) -> list[int]:
-    """Starts of overlapping pieces, a half of ``side`` apart, that cover ``length``."""
+    """Starts of pieces that cover ``length`` and overlap by half of ``side``."""
     count = max(1, -(-2 * (length - side) // side) + 1)
     return [round(k * (length - side) / max(1, count - 1)) for k in range(count)]

@@ -18,7 +18,7 @@ from flowvqtalker.io.coefficients import Coefficients
 
 __all__ = ["COLUMNS", "SUFFIXES", "check_fps", "export_motion", "head_angles", "live_link_rows", "save_live_link"]
 
-#: What motion can be written as.
+#: Suffixes of motion files.
 SUFFIXES = (".npz", ".csv", ".glb")
 
 _EYE = ("EyeBlink", "EyeLookDown", "EyeLookIn", "EyeLookOut", "EyeLookUp", "EyeSquint", "EyeWide")
@@ -36,14 +36,14 @@ COLUMNS = (
     *("HeadYaw", "HeadPitch", "HeadRoll"),
     *("LeftEyeYaw", "LeftEyePitch", "LeftEyeRoll", "RightEyeYaw", "RightEyePitch", "RightEyeRoll"),
 )
-#: Turn of an eye, in radians, at a look blendshape of one (ours; ARKit does not say): 30 degrees.
+#: Rotation of an eye in radians at a look blendshape of one. ARKit does not define it; 30 degrees is our choice.
 GAZE = np.pi / 6
 
 Floats = npt.NDArray[np.floating]
 
 
 def check_fps(fps: float | None) -> None:
-    """Raise a :class:`UserError` if motion cannot be written at this rate; None, its own rate, always can."""
+    """Raise a :class:`UserError` for a rate that motion cannot be written at; None keeps its own."""
     if fps is not None and not 1 <= fps <= 240:
         raise UserError(f"fps must be between 1 and 240, for instance 25, 30 or 60, got {fps:g}")
 
@@ -55,18 +55,18 @@ def export_motion(
     fps: float | None = None,
     blendshapes: Floats | None = None,
 ) -> Coefficients:
-    """Write motion as the suffix of the file says; the file appears whole or not at all.
+    """Write motion in the format of the file's suffix; the file appears whole or not at all.
 
     Arguments:
         path: ``.npz`` (see :meth:`Coefficients.save`), ``.csv`` (see :func:`save_live_link`) or ``.glb`` (see
             :func:`flowvqtalker.face.gltf.save_glb`).
         motion: what to write.
-        model: the face model that the motion is of.
-        fps: frames per second; None keeps those of the motion.
-        blendshapes: (T, 52) for a csv; None is the model's.
+        model: the face model of the motion.
+        fps: frames per second; None keeps the motion's.
+        blendshapes: (T, 52) for a csv; None takes the model's.
 
     Returns:
-        the motion as it was written, at the asked rate.
+        the motion as written, at the given rate.
 
     Raises:
         UserError: for another suffix or rate, or if the file cannot be written.
@@ -93,11 +93,10 @@ def export_motion(
 def head_angles(pose: Floats) -> Floats:
     """Yaw, pitch and roll (T, 3) in radians about the axes of ARKit's face anchor, from poses (T, 6).
 
-    ARKit's axes: x to the person's left, y up, z out of the face. Yaw is positive when the head turns to its left,
-    pitch when it looks down, roll when it leans to its right. The turns apply in the order roll, pitch, yaw, as those
-    of Unreal's rotators.
+    ARKit's axes: x to the person's left, y up, z out of the face. Yaw is positive to the person's left, pitch
+    downwards, roll towards the person's right. Rotations apply in the order roll, pitch, yaw, as in Unreal.
     """
-    flip = np.diag([1.0, -1.0, -1.0])  # the model's y points down and its z away from the camera
+    flip = np.diag([1.0, -1.0, -1.0])  # the model's y points down, its z away from the camera
     turn = flip @ rotation_matrix(torch.from_numpy(np.asarray(pose[:, :3], np.float64))).numpy() @ flip
     yaw = np.arctan2(turn[:, 0, 2], turn[:, 2, 2])
     pitch = np.arcsin(np.clip(-turn[:, 1, 2], -1, 1))
@@ -107,7 +106,7 @@ def head_angles(pose: Floats) -> Floats:
 
 
 def live_link_rows(motion: Coefficients, blendshapes: Floats) -> Iterable[list[str]]:
-    """Rows of :func:`save_live_link`, without the line of names."""
+    """Rows of :func:`save_live_link` below its header."""
     named = {name[0].upper() + name[1:]: column for name, column in zip(ARKIT_NAMES, blendshapes.T, strict=True)}
     zero = np.zeros(len(motion))
     named["TongueOut"] = zero  # MediaPipe does not see the tongue
@@ -125,8 +124,8 @@ def live_link_rows(motion: Coefficients, blendshapes: Floats) -> Iterable[list[s
 def save_live_link(path: str | Path, motion: Coefficients, blendshapes: Floats) -> None:
     """Write the csv of Epic's Live Link Face app, which Unreal, MotionBuilder, Blender and Maya can import.
 
-    A line of names, then one line a frame: timecode ``HH:MM:SS:FF.fff`` (FF counts frames), the number of values (61),
-    52 blendshapes in [0, 1], and the angles of the head and the eyes in radians (see :func:`head_angles`).
+    A header, then one row per frame: timecode ``HH:MM:SS:FF.fff`` (FF counts frames), the number of values (61), 52
+    blendshapes in [0, 1], and the angles of head and eyes in radians (see :func:`head_angles`).
 
     Arguments:
         path: file to write.
@@ -140,11 +139,11 @@ def save_live_link(path: str | Path, motion: Coefficients, blendshapes: Floats) 
             rows.writerow(["Timecode", "BlendshapeCount", *COLUMNS])
             rows.writerows(live_link_rows(motion, blendshapes))
 
-    atomic_write(Path(path), write)
+    atomic_write(path, write)
 
 
 def _timecode(frame: int, fps: float) -> str:
-    """Hours, minutes, seconds and frames (with thousandths, for a rate that is no whole number) of a frame."""
+    """Hours, minutes, seconds and frames of a frame; thousandths of a frame for fractional rates."""
     second = int(frame / fps + 1e-9)
     thousandths = max(0, round(1000 * (frame - second * fps)))
     hours, minutes = second // 3600, second // 60 % 60

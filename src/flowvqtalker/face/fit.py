@@ -1,4 +1,4 @@
-"""Fitting the face model to landmarks: one identity, an expression and a pose a frame, all frames at once."""
+"""Fit the face model to landmarks: one identity, and an expression and a pose per frame, all frames at once."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from flowvqtalker.face.topology import EYE_CORNERS, LIDS, LIPS, RIGID, VERTICES
 
 __all__ = ["Fit", "Fitter", "State", "fast_directions", "fit", "reprojection_error", "smooth_clip"]
 
-# Weight of a residual in depth beside one in the picture plane: MediaPipe's depth is a guess, its x and y are seen.
+# Weight of residuals in depth: MediaPipe estimates depth from x and y, so it is less reliable.
 _DEPTH_WEIGHT = 0.25
 _ROUNDS = 7
-# Frames fitted together; bounds the memory for long clips.
+# Frames per batch; bounds the memory for long clips.
 _BLOCK = 2048
-# Irises: the gaze jumps within one or two frames.
+# Vertices of the irises: the gaze jumps within one or two frames.
 _IRISES = tuple(range(468, VERTICES))
-# Cubic polynomials over 9 frames (0.36 s): keeps 95 % of a nod of 2 Hz, a quarter of the noise's power.
+# Cubic polynomials over 9 frames (0.36 s) keep 95 % of a 2 Hz nod and a quarter of the noise's power.
 _WINDOW, _ORDER = 9, 3
 
 Array = npt.NDArray[np.float32]
@@ -33,7 +33,7 @@ Array = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Fit:
-    """Coefficients of one clip (T frames) or picture (T = 1).
+    """Coefficients of one clip (T frames) or image (T = 1).
 
     Attributes:
         identity: (80,) α in standard deviations.
@@ -60,10 +60,10 @@ class State:
 
 
 class Fitter:
-    """Gauss-Newton on the reprojection error in the frame of the object.
+    """Gauss-Newton on the reprojection error in the object's coordinates.
 
-    There the derivatives of the expression do not depend on the frame and those of the pose hardly do, so one Cholesky
-    factor serves all frames and a round is two matrix products.
+    There the expression's derivatives are the same in all frames and the pose's nearly so. One inverse serves all
+    frames, and an iteration is two matrix products.
     """
 
     def __init__(self, model: FaceModel) -> None:
@@ -74,7 +74,7 @@ class Fitter:
         self.rigid = np.zeros(VERTICES, dtype=np.float32)
         self.rigid[list(RIGID)] = 1
         self.weights = np.tile(np.array([1, 1, _DEPTH_WEIGHT], dtype=np.float32), VERTICES)
-        # The mean face's derivatives serve for everybody: they only steer the steps, the residual is exact.
+        # The mean face's derivatives serve all identities: they only direct the steps; residuals are exact.
         self._first = self.solver(np.concatenate([self.identity, self.expression]), self.mean)
         self._frame = self.solver(self.expression, self.mean)
 
@@ -97,12 +97,12 @@ class Fitter:
         return (weighted.T @ inverse).astype(np.float32), inverse[:count].astype(np.float32)
 
     def start(self, landmarks: Floats) -> State:
-        """The pose that fits the mean face's rigid vertices."""
+        """The pose that aligns the mean face's rigid vertices."""
         scale, rotation, shift = align(unproject(landmarks), self.mean, self.rigid)
         return State(scale, rotation, shift, np.zeros((len(landmarks), EXPRESSION), dtype=np.float32))
 
     def objects(self, landmarks: Floats, state: State, shape: Floats) -> Floats:
-        """Landmarks (T, V * 3) in the object's frame: x and y on their rays at the depth of ``shape`` (T, V, 3)."""
+        """Landmarks (T, V * 3) in the object's coordinates: x, y on their rays at the depth of ``shape`` (T, V, 3)."""
         z = state.shift[:, 2:] + state.scale[:, None] * np.einsum("tvc,tc->tv", shape, state.rotation[:, 2])
         points = np.empty_like(landmarks)
         np.multiply(landmarks[..., :2] - np.float32(CENTRE), z[..., None] / np.float32(FOCAL), out=points[..., :2])
@@ -111,7 +111,7 @@ class Fitter:
         return ((points @ state.rotation) / state.scale[:, None, None]).reshape(len(landmarks), -1)
 
     def move(self, state: State, step: Floats) -> None:
-        """Apply pose steps (T or 1, 7) in the object's frame."""
+        """Apply pose steps (T or 1, 7) in the object's coordinates."""
         step = np.broadcast_to(step, (len(state.shift), 7))
         moved = (state.rotation @ step[:, 3:6, None])[..., 0]
         state.shift = state.shift + state.scale[:, None] * moved
@@ -126,7 +126,7 @@ class Fitter:
         gain, shrink = self._frame
         for round_ in range(_ROUNDS):
             if identity is None and round_ < _ROUNDS - 2:
-                # The clip's mean face, as if it were one picture: α and the mean expression under their priors.
+                # Fit α and the mean expression to the clip's mean face, as to one image, under their priors.
                 shape = self.shape(alpha, state.beta)
                 residual = (self.objects(landmarks, state, shape) - shape.reshape(len(shape), -1)).mean(0)
                 now = np.concatenate([alpha, state.beta.mean(0)])
@@ -142,21 +142,21 @@ class Fitter:
         return state, alpha
 
     def pose(self, state: State) -> Floats:
-        """ρ (T, 6): the unit of the shift becomes the model's."""
+        """ρ (T, 6), with the translation in the model's unit."""
         return np.concatenate([angles_of(state.rotation), state.shift / state.scale[:, None]], axis=1)
 
 
 def fit(model: FaceModel, landmarks: Floats, *, identity: Floats | None = None, smooth: bool = False) -> Fit:
     """Fit identity, expression and pose to the landmarks of one person.
 
-    The posterior mode under unit Gaussian priors on α and β, where the prior on β holds for every frame and for the
-    mean expression of the clip: a smile that lasts goes to β because the identity basis explains it at a higher price.
+    The posterior mode under unit Gaussian priors on α, on β of each frame and on the clip's mean β. A constant smile
+    goes to β, since the identity basis explains it at a higher cost.
 
     Arguments:
         model: the face model.
         landmarks: (T, 478, 3) or (478, 3), pixels of the crop (see :class:`flowvqtalker.face.crop.Crop`), z too. Frames
-            that hold NaN are skipped; their coefficients are interpolated in time.
-        identity: (80,) α when it is known; otherwise it is fitted, one for all frames.
+            with NaN are skipped and their coefficients interpolated in time.
+        identity: (80,) α if known; otherwise one is fitted for all frames.
         smooth: smooth over time, see :func:`smooth_clip`.
 
     Raises:
@@ -199,7 +199,7 @@ def _checked(landmarks: Floats) -> Array:
 
 
 def _filled(values: Floats, seen: npt.NDArray[np.bool_]) -> Array:
-    """Values (N, D) of the seen frames -> (T, D); gaps are interpolated linearly, ends held."""
+    """Values (N, D) of the detected frames -> (T, D); gaps are interpolated linearly, ends held."""
     filled = np.empty((len(seen), values.shape[1]), dtype=np.float32)
     times, known = np.arange(len(seen)), np.flatnonzero(seen)
     for i in range(values.shape[1]):
@@ -215,11 +215,11 @@ def reprojection_error(
     pose: Floats,
     vertices: Sequence[int] | None = None,
 ) -> Array:
-    """Mean distance (T,) between landmarks (T, 478, 3) and projected vertices, over the distance of the outer eye
-    corners that is seen in the same frame.
+    """Mean distance (T,) between landmarks (T, 478, 3) and projected vertices, relative to the distance between the
+    outer eye corners in the same frame.
 
     Arguments:
-        vertices: which of them; all if None.
+        vertices: indices of the vertices to compare; None takes all.
     """
     device = model.mean.device
     with torch.no_grad():
@@ -235,8 +235,8 @@ def fast_directions(model: FaceModel, share: float = 0.999) -> Array:
     """Orthonormal directions (64, K) of β that move lips, lids and irises.
 
     Arguments:
-        share: how much of their variance (for β of unit variance) the directions hold; what is left moves them by less
-            than 0.2 % of the eye distance.
+        share: fraction of those vertices' variance (for β of unit variance) in the directions; the rest moves them by
+            less than 0.2 % of the eye distance.
     """
     quick = sorted({*LIPS, *LIDS, *_IRISES})
     basis = model.expression[:, quick].flatten(1).cpu().numpy().astype(np.float64)
@@ -246,10 +246,10 @@ def fast_directions(model: FaceModel, share: float = 0.999) -> Array:
 
 
 def smooth_clip(model: FaceModel, fit: Fit) -> Fit:
-    """Smooth pose and slow expression of a clip (Savitzky-Golay), frames in temporal order at 25 to 30 fps.
+    """Smooth pose and slow expression of a clip at 25 to 30 fps (Savitzky-Golay).
 
-    Speech and blinks are as fast as the tracker's noise, so smoothing everything would close the mouth early and leave
-    the eyes half open. Only the pose and those directions of β that move neither lips, lids nor irises are smoothed.
+    Speech and blinks are as fast as the tracker's noise; smoothing them closes the mouth early and leaves the eyes half
+    open. So only the pose and the directions of β that move neither lips, lids nor irises are smoothed.
     """
     count = len(fit.pose)
     window = min(_WINDOW, count if count % 2 else count - 1)

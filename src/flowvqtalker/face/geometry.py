@@ -1,4 +1,4 @@
-"""Landmarks as points in space: unprojection of weak-perspective landmarks, rigid and similarity alignment."""
+"""Geometry of landmarks: unprojection to 3D points, similarity alignment, rotations (numpy, batched)."""
 
 from __future__ import annotations
 
@@ -13,12 +13,11 @@ Floats = npt.NDArray[np.floating]
 
 
 def unproject(landmarks: Floats) -> Floats:
-    """Points in space whose pinhole projection is exactly the landmarks.
+    """3D points whose pinhole projection is exactly the landmarks.
 
-    MediaPipe's z is relative depth in the scale of x. One pixel at depth FOCAL spans one unit here, so a landmark of
-    relative depth z lies at depth FOCAL + z on the ray through its pixel. (MediaPipe's own face geometry module reaches
-    the same in two passes, since its unit is the centimetre; here the unit is the pixel and the second pass is not
-    needed. The scale is divided out by whoever aligns the points.)
+    MediaPipe's z is relative depth in the scale of x. The unit here is one pixel at depth FOCAL, so a landmark with
+    relative depth z lies at depth FOCAL + z on the ray through its pixel. The alignment that follows divides out the
+    scale.
 
     Arguments:
         landmarks: (..., 478, 3) in pixels of the crop.
@@ -70,7 +69,7 @@ def rodrigues(vectors: Floats) -> Floats:
 
 
 def rotation_vectors(rotation: Floats) -> Floats:
-    """Rotation vectors (..., 3) of matrices (..., 3, 3) that turn by less than half a turn."""
+    """Rotation vectors (..., 3) of matrices (..., 3, 3) with angles below pi."""
     cosine = np.clip((np.trace(rotation, axis1=-2, axis2=-1) - 1) / 2, -1, 1)
     angle = np.arccos(cosine)[..., None]
     axis = np.stack(
@@ -82,14 +81,14 @@ def rotation_vectors(rotation: Floats) -> Floats:
         axis=-1,
     )
     length = np.linalg.norm(axis, axis=-1, keepdims=True)
-    # For small turns the sine, from the antisymmetric part, is exact where the arc cosine is not.
+    # At small angles the arc cosine is inexact; the sine from the antisymmetric part is not.
     angle = np.where(length < 0.1, np.arcsin(np.minimum(length / 2, 1)), angle)
     vectors: Floats = axis / np.maximum(length, 1e-12) * angle
     return vectors
 
 
 def tangents(shape: Floats) -> Floats:
-    """Derivatives (7, V * 3) of ``shape`` (V, 3) by three turns, three shifts and a scaling."""
+    """Derivatives (7, V * 3) of ``shape`` (V, 3) by three rotations, three translations and a scaling."""
     x, y, z = shape.T
     zero, one = np.zeros_like(x), np.ones_like(x)
     columns = [

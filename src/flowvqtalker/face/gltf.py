@@ -19,13 +19,13 @@ from flowvqtalker.io.coefficients import Coefficients
 
 __all__ = ["METRES", "glb", "save_glb"]
 
-#: One unit of the face model, the distance between the outer corners of the eyes, in metres (glTF's unit).
+#: Metres (glTF's unit) per unit of the face model, the distance between the outer eye corners.
 METRES = 0.09
 
 #: Irises in the mesh: centre, then the rim.
 _IRISES = ((468, 469, 470, 471, 472), (473, 474, 475, 476, 477))
-#: How far what closes the eyes lies behind the lids' rims, in the model's unit: the irises are seen before it, and lids
-#: that close cover both.
+#: Depth of the eyeball surface behind the lids' rims, in the model's unit: irises lie in front of it, closed lids cover
+#: both.
 _RECESS = 0.05
 _MATERIALS = {
     "skin": ((0.80, 0.58, 0.47), 0.65),
@@ -37,12 +37,12 @@ _FLOAT, _USHORT = 5126, 5123
 _ARRAY, _ELEMENTS = 34962, 34963
 
 Floats = npt.NDArray[np.float32]
-#: From the model's axes (x right, y down, z away) to glTF's (x right, y up, z to the viewer): half a turn about x.
+#: From the model's axes (x right, y down, z away) to glTF's (x right, y up, z towards the viewer).
 _AXES = np.array([1.0, -1.0, -1.0], np.float32)
 
 
 class _Buffer:
-    """The binary part of a file and the lists that describe it."""
+    """The binary chunk of a file and the lists that describe it."""
 
     def __init__(self) -> None:
         self.data = bytearray()
@@ -50,7 +50,7 @@ class _Buffer:
         self.accessors: list[dict[str, Any]] = []
 
     def add(self, values: npt.NDArray[Any], target: int | None = None, bounds: bool = False) -> int:
-        """Append an array, (n,) or (n, 2 to 4); returns the number of its accessor."""
+        """Append an array, (n,) or (n, 2 to 4); returns the index of its accessor."""
         kind = _USHORT if values.dtype == np.uint16 else _FLOAT
         raw = np.ascontiguousarray(values, dtype="<u2" if kind == _USHORT else "<f4").tobytes()
         view: dict[str, Any] = {"buffer": 0, "byteOffset": len(self.data), "byteLength": len(raw)}
@@ -71,16 +71,15 @@ class _Buffer:
 def save_glb(path: str | Path, motion: Coefficients, model: FaceModel) -> None:
     """Write :func:`glb` to a file; it appears whole or not at all."""
     content = glb(motion, model)
-    atomic_write(Path(path), lambda temporary: _write(temporary, content))
+    atomic_write(path, lambda temporary: temporary.write_bytes(content))
 
 
 def glb(motion: Coefficients, model: FaceModel) -> bytes:
-    """The face mesh, its expression and its pose over time.
+    """The face mesh with its expression and pose over time, as binary glTF.
 
-    The mesh is that of the motion's identity, 478 vertices in metres. Its morph targets are the components of the
-    expression basis, so the animated weights are β itself and the mesh is the face model's to rounding. (Targets for
-    the 52 blendshapes would only approximate it; those are in the csv.) The node ``head`` turns and moves with the
-    pose, around the clip's mean place.
+    The mesh has the motion's identity, 478 vertices in metres. Its morph targets are the components of the expression
+    basis, so the animated weights are β and the mesh is exact to rounding; 52 blendshapes would only approximate it.
+    The node ``head`` follows the pose around the clip's mean position.
 
     Raises:
         UserError: if the motion holds values that are not numbers.
@@ -145,7 +144,7 @@ def glb(motion: Coefficients, model: FaceModel) -> bytes:
 
 
 def _animation(buffer: _Buffer, motion: Coefficients) -> dict[str, Any]:
-    """Turn, place and weights of the head at each frame."""
+    """Rotation, translation and weights of the head at each frame."""
     times = (np.arange(len(motion)) / motion.fps).astype(np.float32)
     clock = buffer.add(times, bounds=True)
     place = (motion.pose[:, 3:] - motion.pose[:, 3:].mean(0)) * _AXES * np.float32(METRES)
@@ -160,7 +159,7 @@ def _animation(buffer: _Buffer, motion: Coefficients) -> dict[str, Any]:
 
 
 def _quaternions(angles: Floats) -> Floats:
-    """Rotations (T, 4) as x, y, z, w in glTF's axes, of (pitch, yaw, roll); none is the far side of the one before."""
+    """Quaternions (T, 4) x, y, z, w in glTF's axes of (pitch, yaw, roll), each in the hemisphere of the one before."""
     from scipy.spatial.transform import Rotation
 
     flip = np.diag(_AXES).astype(np.float64)
@@ -173,7 +172,7 @@ def _quaternions(angles: Floats) -> Floats:
 
 
 def _parts(model: FaceModel, shape: Floats) -> dict[str, npt.NDArray[np.int64]]:
-    """Triangles of each material, all turned so that their front is outside."""
+    """Triangles of each material, wound so that the front is outside."""
     irises = [(ring[0], ring[1 + k], ring[1 + (k + 1) % 4]) for ring in _IRISES for k in range(4)]
     parts = {
         "skin": model.triangles.numpy(),
@@ -181,14 +180,14 @@ def _parts(model: FaceModel, shape: Floats) -> dict[str, npt.NDArray[np.int64]]:
         "eyes": model.eye_triangles.numpy(),
         "irises": np.array(irises, np.int64),
     }
-    # The strips turn as the skin does; the face looks along -z, so the fronts of most triangles must.
+    # The face looks along -z, so most normals must.
     return {
         name: part if (_areas(shape, part)[:, 2]).sum() < 0 else part[:, ::-1].copy() for name, part in parts.items()
     }
 
 
 def _areas(shape: Floats, triangles: npt.NDArray[np.int64]) -> Floats:
-    """Normals (F, 3) as long as twice the triangles' areas."""
+    """Normals (F, 3) with the length of twice the triangles' areas."""
     a, b, c = (shape[triangles[:, corner]] for corner in range(3))
     found: Floats = np.cross(b - a, c - a)
     return found
@@ -203,7 +202,3 @@ def _normals(shape: Floats, triangles: npt.NDArray[np.int64]) -> Floats:
     outward = np.array([0.0, 0.0, -1.0], np.float32)
     found: Floats = np.where(length > 1e-12, summed / np.maximum(length, 1e-12), outward).astype(np.float32)
     return found
-
-
-def _write(path: Path, content: bytes) -> None:
-    path.write_bytes(content)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from flowvqtalker.errors import UserError
 from flowvqtalker.face.topology import VERTICES
+from flowvqtalker.io.atomic import atomic_write
 
 __all__ = ["CENTRE", "EXPRESSION", "FOCAL", "IDENTITY", "FaceModel", "rotation_matrix"]
 
@@ -40,21 +40,20 @@ def rotation_matrix(angles: Tensor) -> Tensor:
 
 
 class FaceModel(nn.Module):
-    """S(α, β) = S̄ + B_id α + B_exp β over the 478 vertices of the MediaPipe face mesh (section 3.1 of the paper uses a
-    BFM of the same form).
+    """S(α, β) = S̄ + B_id α + B_exp β over the 478 vertices of the MediaPipe face mesh (paper section 3.1, with a BFM).
 
-    Axes: x to the right of the picture, y down, z away from the camera. Unit: the distance between the outer eye
-    corners of the mean face. α and β are in standard deviations of the faces that the model was learned from.
+    Axes: x to the right of the image, y down, z away from the camera. Unit: the distance between the outer eye corners
+    of the mean face. α and β are in standard deviations of the training faces.
 
     Attributes:
         mean: (478, 3).
         identity: (80, 478, 3) basis.
         expression: (64, 478, 3) basis.
         arkit: (52, 65) linear map from [β, 1] to the ARKit blendshapes in MediaPipe's order.
-        triangles: (F, 3) of the skin; the mouth and the eyes are holes in it.
-        mouth_triangles: (18, 3) that close the mouth.
-        eye_triangles: (28, 3) that close the eyes.
-        noise: scalar, standard deviation of one landmark coordinate around the model, in its unit.
+        triangles: (F, 3) of the skin, with holes at the mouth and the eyes.
+        mouth_triangles: (18, 3) that fill the mouth.
+        eye_triangles: (28, 3) that fill the eyes.
+        noise: scalar, standard deviation of a landmark coordinate around the model, in its unit.
     """
 
     mean: Tensor
@@ -122,11 +121,11 @@ class FaceModel(nn.Module):
         return (beta @ self.arkit[:, :-1].mT + self.arkit[:, -1]).clamp(0, 1)
 
     def save(self, path: str | Path, *, half: bool = True) -> None:
-        """Write a safetensors file, through a temporary file beside it.
+        """Write a safetensors file; it appears whole or not at all.
 
         Arguments:
-            half: store the bases and the blendshape map as float16; the rounding moves a vertex by less than 0.02 %
-                of the eye distance.
+            half: store the bases and the blendshape map as float16; rounding moves a vertex by less than 0.02 % of
+                the eye distance.
         """
         path = Path(path)
         tensors: dict[str, Tensor] = {}
@@ -138,9 +137,8 @@ class FaceModel(nn.Module):
             else:
                 tensors[name] = tensor.contiguous()
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".part")
-        save_file(tensors, str(temporary), metadata={"format": "flowvqtalker.face_model", "version": _VERSION})
-        os.replace(temporary, path)
+        content = save(tensors, metadata={"format": "flowvqtalker.face_model", "version": _VERSION})
+        atomic_write(path, lambda temporary: temporary.write_bytes(content))
 
     @classmethod
     def load(cls, path: str | Path) -> FaceModel:
@@ -150,7 +148,7 @@ class FaceModel(nn.Module):
             UserError: if the file is missing, broken, or holds something else.
         """
         if not Path(path).is_file():
-            raise UserError(f"face model not found at {path}; learn one with `flowvqtalker train face-model`")
+            raise UserError(f"face model not found at {path}; train one with `flowvqtalker train face-model`")
         try:
             with safe_open(str(path), framework="pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

@@ -1,4 +1,4 @@
-"""From files to faces: a portrait to animate, a clip to follow."""
+"""From files to faces: load a portrait, track a clip."""
 
 from __future__ import annotations
 
@@ -31,24 +31,24 @@ __all__ = ["MAX_FULL", "MAX_YAW", "MIN_FACE", "Portrait", "Progress", "load_port
 
 logger = logging.getLogger(__name__)
 
-#: Called with the frames done and the frames in all (0: unknown).
+#: Called with the frames done and the frames in total (0: unknown).
 Progress = Callable[[int, int], None]
 
-#: Narrowest face, in pixels of the picture.
+#: Smallest width of a face in pixels of the image.
 MIN_FACE = 64
-#: Largest turn of the head, in degrees.
+#: Largest yaw of the head in degrees.
 MAX_YAW = 50.0
-#: Longer side of the largest whole picture that is made into video, in pixels.
+#: Longer side in pixels of whole-image video; larger images are reduced.
 MAX_FULL = 3840
 
 _MAX_FACES = 10
-# A smaller face is enlarged more than three times, and looks it.
+# Smaller faces are enlarged more than three times and look blurred.
 _SMALL_FACE = 80
-# Turns of the head in degrees up to which portraits come out well (docs/portraits.md).
+# Angles of the head in degrees up to which portraits come out well (docs/portraits.md).
 _GOOD_YAW, _GOOD_PITCH = 30.0, 30.0
-# Middles of the upper and the lower lip's rims, and how far apart they may be in distances of the eyes' corners.
+# Middles of the upper and lower inner lip; how far apart they may be, in distances between the outer eye corners.
 _MOUTH, _WIDE_MOUTH = (13, 14), 0.33
-# Shares of the landmarks beyond the picture's border that are worth a word, and that are too many.
+# Fractions of landmarks outside of the image from which to warn, and from which to refuse.
 _SOME_BEYOND, _MAX_BEYOND = 0.02, 0.35
 
 # Frames of a clip that are searched in all orientations until one shows a face; a search in vain takes a second.
@@ -62,10 +62,10 @@ class Portrait:
     """A portrait, ready to be animated.
 
     Attributes:
-        picture: (H, W, 3) uint8, the whole picture.
+        picture: (H, W, 3) uint8, the whole image.
         image: (512, 512, 3) uint8, the crop.
         crop: the transform between them.
-        landmarks: (478, 3) in pixels of the picture.
+        landmarks: (478, 3) in pixels of the whole image.
         identity: (80,) α.
         expression: (64,) β0.
         pose: (6,) ρ0.
@@ -80,13 +80,13 @@ class Portrait:
     pose: Tensor
 
     def reduced(self, side: int = MAX_FULL) -> Portrait:
-        """The same portrait in a picture whose longer side is at most ``side`` pixels, for video of all of it."""
+        """The same portrait with the longer side of its image at most ``side`` pixels, for whole-image video."""
         height, width = self.picture.shape[:2]
         if max(height, width) <= side:
             return self
         factor = side / max(height, width)
         size = max(1, round(width * factor)), max(1, round(height * factor))
-        logger.warning("the picture of %dx%d pixels is reduced to %dx%d for video", width, height, *size)
+        logger.warning("the image of %dx%d pixels is reduced to %dx%d for video", width, height, *size)
         stretch = np.array([size[0] / width, size[1] / height])
         matrix = self.crop.matrix / [*stretch, 1]
         picture = np.asarray(cv2.resize(self.picture, size, interpolation=cv2.INTER_AREA), np.uint8)
@@ -95,23 +95,23 @@ class Portrait:
 
 
 def load_portrait(model: FaceModel, source: str | Path | ImageArray, face: int | None = None) -> Portrait:
-    """Find the face of a picture and fit the model to it.
+    """Detect the face of an image and fit the model to it.
 
     Arguments:
         model: the face model.
         source: file, or (H, W, 3) uint8 RGB.
-        face: which face, 0 is the largest; None takes the largest and says so if there are several.
+        face: index of the face, largest first; None takes the largest and warns if there are several.
 
     Raises:
-        UserError: if there is no picture or no such face, or the face is too small or turned too far.
+        UserError: if there is no image or no such face, or the face is too small or turned too far.
     """
-    name = "the picture" if isinstance(source, np.ndarray) else str(source)
-    picture = source if isinstance(source, np.ndarray) else read_image(source)
+    name = "the image" if isinstance(source, np.ndarray) else str(source)
+    image = source if isinstance(source, np.ndarray) else read_image(source)
     with FaceTracker(max_faces=_MAX_FACES) as tracker:
-        found = detect_faces(tracker, model, picture)
+        found = detect_faces(tracker, model, image)
     if not found:
         raise UserError(
-            f"no face found in {name}; give a picture in which a face of {MIN_FACE} pixels or more is clearly visible"
+            f"no face found in {name}; give an image in which a face of {MIN_FACE} pixels or more is clearly visible"
         )
     chosen = largest_face([one.face for one in found], face)
     if len(found) > 1 and face is None:
@@ -125,10 +125,10 @@ def load_portrait(model: FaceModel, source: str | Path | ImageArray, face: int |
     residual = next(one.residual for one in found if one.face is chosen)
     crop = crop_box(chosen.landmarks)
     fitted = fit(model, crop.points(chosen.landmarks))
-    _check(name, picture, chosen, fitted.pose[0], residual)
+    _check(name, image, chosen, fitted.pose[0], residual)
     return Portrait(
-        picture=picture,
-        image=crop.apply(picture),
+        picture=image,
+        image=crop.apply(image),
         crop=crop,
         landmarks=chosen.landmarks,
         identity=torch.from_numpy(fitted.identity),
@@ -137,29 +137,29 @@ def load_portrait(model: FaceModel, source: str | Path | ImageArray, face: int |
     )
 
 
-def _check(name: str, picture: ImageArray, face: Face, pose: Floats, residual: float) -> None:
-    """Refuse a face that cannot be animated, and say of one that can what will be seen; one line each."""
+def _check(name: str, image: ImageArray, face: Face, pose: Floats, residual: float) -> None:
+    """Refuse a face that cannot be animated; warn of what will look wrong."""
     left, _, right, _ = face.box
     if right - left < MIN_FACE:
         raise UserError(
-            f"the face in {name} is {right - left:.0f} pixels wide, {MIN_FACE} are needed; give a larger picture"
+            f"the face in {name} is {right - left:.0f} pixels wide, {MIN_FACE} are needed; give a larger image"
         )
-    size = np.array(picture.shape[1::-1])
+    size = np.array(image.shape[1::-1])
     points = face.landmarks[:, :2]
     beyond = np.asarray(((points < 0) | (points > size)).any(-1))
     if beyond[list(LIPS)].mean() > 0.5 or beyond[list(LIDS)].mean() > 0.5 or beyond.mean() > _MAX_BEYOND:
         raise UserError(
             f"the border of {name} cuts off {100 * beyond.mean():.0f} % of the face; "
-            "give a picture that shows both eyes, the mouth and the chin"
+            "give an image that shows both eyes, the mouth and the chin"
         )
     gap, eyes = (float(np.linalg.norm(face.landmarks[a, :2] - face.landmarks[b, :2])) for a, b in (_MOUTH, EYE_CORNERS))
     if gap > _WIDE_MOUTH * eyes:
-        logger.warning("the mouth in %s is wide open and will hardly close; give a picture with it closed", name)
+        logger.warning("the mouth in %s is wide open and will hardly close; give an image with it closed", name)
     pitch, yaw = (math.degrees(float(angle)) for angle in pose[:2])
     if abs(yaw) > MAX_YAW:
         raise UserError(
             f"the head in {name} is turned by {abs(yaw):.0f} degrees, at most {MAX_YAW:.0f} can be animated; "
-            "give a picture that shows both eyes"
+            "give an image that shows both eyes"
         )
     if right - left < _SMALL_FACE:
         logger.warning("the face in %s is %.0f pixels wide; from %d on it is sharp", name, right - left, _SMALL_FACE)
@@ -177,7 +177,7 @@ def _check(name: str, picture: ImageArray, face: Face, pose: Floats, residual: f
             *(name, "up" if pitch < 0 else "down", abs(pitch), _GOOD_PITCH),
         )
     elif residual > 2 * MAX_RESIDUAL:
-        logger.warning("the face in %s is hard to make out; look at the result, or give a clearer picture", name)
+        logger.warning("the face in %s is hard to make out; look at the result, or give a clearer image", name)
 
 
 def track_landmarks(

@@ -1,4 +1,4 @@
-"""Which landmark is what: vertex groups and triangles of the 478-point MediaPipe face mesh."""
+"""Vertex groups and triangles of the 478-point MediaPipe face mesh."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ __all__ = [
 
 VERTICES = 478
 
-#: Outer corners of the eyes, at the left and at the right of the picture; their distance is the unit of length.
+#: Outer eye corners, left and right in the image; their distance is the unit of length.
 EYE_CORNERS = (33, 263)
 MOUTH_CORNERS = (61, 291)
 
-#: Rims of the eyes, in order around each eye from the corner that is farther left in the picture. The "right" eye is
-#: the person's own, so it lies at the left of the picture.
+#: Rims of the eyes, in order around each eye from its left corner in the image. The "right" eye is the person's own, so
+#: it lies at the left of the image.
 RIGHT_EYE = (33, 246, 161, 160, 159, 158, 157, 173, 133, 155, 154, 153, 145, 144, 163, 7)
 LEFT_EYE = (362, 398, 384, 385, 386, 387, 388, 466, 263, 249, 390, 373, 374, 380, 381, 382)
 
-#: The six points around each eye that a 68-point annotation has; FFHQ's crop is defined by their means.
+#: The six points per eye of the 68-point annotation; their means define FFHQ's crop.
 EYES = ((33, 160, 158, 133, 153, 144), (362, 385, 387, 263, 373, 380))
 
-#: The rim of the mouth opening, in order from the corner at the left of the picture along the upper lip.
+#: The inner rim of the lips, in order from the left corner in the image along the upper lip.
 INNER_LIPS = (78, 191, 80, 81, 82, 13, 312, 311, 310, 415, 308, 324, 318, 402, 317, 14, 87, 178, 88, 95)
 
-#: Both lips: outer contour, inner contour and what lies between.
+#: Both lips: outer contour, inner contour and the vertices between.
 LIPS = tuple(
     sorted(
         {
@@ -51,11 +51,11 @@ LIPS = tuple(
 )
 LIDS = tuple(sorted({*RIGHT_EYE, *LEFT_EYE}))
 
-#: Centre and four points of the rim of both irises.
+#: Centre and four rim points of both irises.
 IRISES = ((468, 469, 470, 471, 472), (473, 474, 475, 476, 477))
 
 #: Vertices over bone that expressions hardly move (standard deviation within clips below 1.3 % of the eye distance):
-#: forehead below the hairline, temples, bridge of the nose, eye corners.
+#: forehead, temples, bridge of the nose, eye corners.
 RIGID = (
     *(103, 54, 21, 284, 251, 151, 108, 69, 104, 68, 71, 337, 299, 333, 298, 301),
     *(162, 389, 139, 34, 368, 264, 143, 372, 156, 383),
@@ -64,9 +64,9 @@ RIGID = (
 
 
 def surface_triangles() -> npt.NDArray[np.int32]:
-    """Triangles (852, 3) of the skin, read from MediaPipe's tesselation; the mouth and the eyes are holes in it.
+    """Triangles (852, 3) of the skin from MediaPipe's tesselation, which lists three edges per triangle.
 
-    MediaPipe lists three edges a triangle, one after the other. Needs mediapipe; a saved model holds the result.
+    The mouth and the eyes are holes. Needs mediapipe; a saved face model holds the result.
     """
     from mediapipe.tasks.python.vision.face_landmarker import FaceLandmarksConnections
 
@@ -75,16 +75,16 @@ def surface_triangles() -> npt.NDArray[np.int32]:
 
 
 def strip(ring: tuple[int, ...]) -> npt.NDArray[np.int32]:
-    """Close a hole whose rim is ``ring`` with a strip of triangles between its upper and its lower half.
+    """Triangles that fill the hole with rim ``ring``, as a strip between its upper and lower halves.
 
-    A strip (not a fan around one vertex) keeps the triangles from folding over when the two halves meet.
+    Unlike a fan around one vertex, a strip does not fold over when the two halves meet.
 
     Arguments:
-        ring: the rim in order, an even number of vertices, from one corner along the upper half to the other corner
-            and back along the lower half.
+        ring: an even number of vertices in order, from one corner along the upper half to the other corner and back
+            along the lower half.
 
     Returns:
-        (len(ring) - 2, 3) int32, turning as the skin's triangles do.
+        (len(ring) - 2, 3) int32, wound as the skin's triangles are.
     """
     half = len(ring) // 2
     upper, lower = ring[: half + 1], (ring[0], *ring[: half - 1 : -1])

@@ -1,4 +1,4 @@
-"""Facial landmarks from pictures and video (MediaPipe Face Landmarker, 478 points, 52 blendshapes)."""
+"""Facial landmarks of images and video frames (MediaPipe Face Landmarker, 478 points, 52 blendshapes)."""
 
 from __future__ import annotations
 
@@ -20,8 +20,7 @@ __all__ = ["LANDMARKER_SHA256", "Face", "FaceTracker", "find_landmarker", "large
 LANDMARKER_SHA256 = "64184e229b263107bc2b804c6625db1341ff2bb731874b0bcc2fe6544e0bc9ff"
 LANDMARKER_VARIABLE = "FLOWVQTALKER_FACE_LANDMARKER"
 
-# A face that fills the picture to its edges is missed by the detector; a border of this share of the
-# longer side brings it back within the detector's range.
+# The detector misses faces that fill the image to its edges; a border of this fraction of the longer side helps.
 _BORDER = 0.35
 
 
@@ -30,9 +29,8 @@ class Face:
     """One detected face.
 
     Attributes:
-        landmarks: (478, 3) float32; x and y in pixels of the input, z in pixels as well (MediaPipe's
-            relative depth, smaller is nearer).
-        blendshapes: (52,) float32, ARKit coefficients in [0, 1] in MediaPipe's order (index 0 is ``_neutral``).
+        landmarks: (478, 3) float32 in pixels of the input; z is MediaPipe's relative depth (smaller is nearer).
+        blendshapes: (52,) float32 in [0, 1], see :data:`flowvqtalker.face.arkit.ARKIT_NAMES`.
     """
 
     landmarks: npt.NDArray[np.float32]
@@ -47,7 +45,7 @@ class Face:
 
     @property
     def area(self) -> float:
-        """Area of the box in square pixels."""
+        """Area of the box in pixels."""
         left, top, right, bottom = self.box
         return (right - left) * (bottom - top)
 
@@ -75,20 +73,18 @@ def find_landmarker(path: str | Path | None = None) -> Path:
 
 
 class FaceTracker:
-    """Landmarks of every face in a picture, or of one face through a video.
+    """Landmarks of every face in an image, or of one face through a video. A context manager.
 
-    Every frame is detected on its own: MediaPipe's video mode smooths over time, which lowered the lips' movement
-    by up to 10 % on test clips. Smoothing that leaves lips and lids alone belongs to :mod:`flowvqtalker.face.fit`.
-
-    A context manager; ``close()`` frees the native graph.
+    Each frame is detected independently: MediaPipe's video mode smooths over time, which reduced lip motion by up to
+    10 % on test clips. :mod:`flowvqtalker.face.fit` smooths everything but lips and lids.
 
     Arguments:
         model: the model file, see :func:`find_landmarker`.
-        max_faces: how many faces a picture may yield.
+        max_faces: maximum number of faces per image.
     """
 
     def __init__(self, model: str | Path | None = None, max_faces: int = 1) -> None:
-        # Imported here because it takes seconds and links libEGL and libGLESv2.
+        # The import takes seconds and links libEGL and libGLESv2.
         try:
             import mediapipe
             from mediapipe.tasks.python import BaseOptions, vision
@@ -108,15 +104,13 @@ class FaceTracker:
         self._landmarker: Any = vision.FaceLandmarker.create_from_options(options)
 
     def detect(self, image: npt.NDArray[np.uint8]) -> list[Face]:
-        """Faces of one picture, largest first; an empty list when there is none.
+        """Faces of one image, largest first.
 
         Arguments:
             image: (H, W, 3) uint8 RGB.
         """
         if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-            raise UserError(
-                f"an RGB picture of shape (H, W, 3) and type uint8 is needed, got {image.shape} {image.dtype}"
-            )
+            raise UserError(f"an image must have shape (H, W, 3) and type uint8, got {image.shape} {image.dtype}")
         faces = self._detect(image)
         if faces:
             return faces
@@ -139,10 +133,10 @@ class FaceTracker:
         return sorted(faces, key=lambda face: -face.area)
 
     def track(self, frames: Iterable[npt.NDArray[np.uint8]]) -> Iterator[Face | None]:
-        """Follow one face through frames in temporal order: the largest at first, then the one nearest to the last.
+        """Follow one face through frames in order: first the largest, then always the one nearest to the last.
 
         Yields:
-            the face of each frame, or None where it was not found.
+            the face of each frame, or None where none was found.
         """
         last: npt.NDArray[np.float32] | None = None
         for frame in frames:
@@ -180,11 +174,11 @@ def largest_face(faces: list[Face], index: int | None = None) -> Face:
         UserError: if there is no face, or fewer than ``index`` + 1.
     """
     if not faces:
-        raise UserError("no face found; give a picture in which one face is clearly visible, at least 64 pixels wide")
+        raise UserError("no face found; give an image in which one face is clearly visible, at least 64 pixels wide")
     if index is None:
         return faces[0]
     if not 0 <= index < len(faces):
         raise UserError(
-            f"--face {index}: the picture has {len(faces)} face(s), numbered 0 to {len(faces) - 1}, largest first"
+            f"--face {index}: the image has {len(faces)} face(s), numbered 0 to {len(faces) - 1}, largest first"
         )
     return faces[index]
