@@ -26,7 +26,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from flowvqtalker.loading import load_generator
-from flowvqtalker.pipeline import Talker, write_video
+from flowvqtalker.io.video import write_video
+from flowvqtalker.pipeline import Talker
 from flowvqtalker.render.mesh_flow import warp
 from flowvqtalker.render.renderer import Renderer
 from flowvqtalker.render.vqig import VQIG, VQIGConfig

@@ -113,9 +113,7 @@ def main() -> None:
     """Train each regressor and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shard", type=Path)
-    parser.add_argument(
-        "--kinds", nargs="+", default=["mel", "encoder"], choices=["mel", "encoder", "whisper"]
-    )
+    parser.add_argument("--kinds", nargs="+", default=["mel", "encoder"], choices=["mel", "encoder", "whisper"])
     parser.add_argument("--whisper", type=Path, help="Whisper base for CTranslate2")
     parser.add_argument("--speech-encoder", type=Path, help="run of the stage speech; default: the package's weights")
     parser.add_argument("--steps", type=int, default=1500)

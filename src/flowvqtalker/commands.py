@@ -86,8 +86,8 @@ class Animate(_MotionCommand):
 
     def run(self) -> None:
         """Write the videos and print one line for each."""
-        from flowvqtalker.io.atomic import check_output
-        from flowvqtalker.pipeline import Talker, sample_paths
+        from flowvqtalker.io.atomic import check_output, sample_paths
+        from flowvqtalker.pipeline import Talker
 
         for path in sample_paths(self.output, self.num_samples):
             check_output(path)
@@ -163,10 +163,10 @@ class Motion(_MotionCommand):
         """Write the files and print one line for each."""
 
         from flowvqtalker.face.export import SUFFIXES, check_fps, export_motion
-        from flowvqtalker.io.atomic import check_output
+        from flowvqtalker.io.atomic import check_output, sample_paths
         from flowvqtalker.io.audio import scan
         from flowvqtalker.io.coefficients import Coefficients, Motion
-        from flowvqtalker.pipeline import Talker, sample_paths
+        from flowvqtalker.pipeline import Talker
 
         paths = [check_output(path, SUFFIXES) for path in sample_paths(self.output, self.num_samples)]
         check_fps(self.fps)

@@ -27,7 +27,6 @@ SYSTEM_LIBRARIES = {
 }
 
 
-
 @dataclass(frozen=True)
 class Finding:
     """One line of the report.

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,67 +14,33 @@ from flowvqtalker.constants import FPS
 from flowvqtalker.errors import UserError
 from flowvqtalker.face.crop import crop_box
 from flowvqtalker.face.fit import fit
-from flowvqtalker.face.model import CENTRE, EXPRESSION, FOCAL, IDENTITY, FaceModel
-from flowvqtalker.face.portrait import Portrait, Progress, load_portrait, track, track_landmarks
+from flowvqtalker.face.model import EXPRESSION, FaceModel
+from flowvqtalker.face.portrait import Portrait, Progress, front_pose, load_portrait, track, track_landmarks
 from flowvqtalker.io import audio as decode
-from flowvqtalker.io.atomic import check_output
+from flowvqtalker.io.atomic import check_not_input, check_output, sample_paths
 from flowvqtalker.io.coefficients import Coefficients, Motion
 from flowvqtalker.io.image import ImageArray
-from flowvqtalker.io.video import VideoWriter
+from flowvqtalker.io.video import Result, write_video
 from flowvqtalker.loading import choose_device, choose_dtype, fast_dtype, load_face_model, load_flows, load_generator
 from flowvqtalker.motion.emotion import EmotionTrack
 from flowvqtalker.motion.flow import ExpFlow, PoseFlow
-from flowvqtalker.motion.head_pose import PoseTrack
 from flowvqtalker.motion.manifold import LatentBank
 from flowvqtalker.motion.options import MotionOptions
-from flowvqtalker.motion.sampler import ARTICULATION, TEMPERATURE, MotionGenerator
-from flowvqtalker.motion.stream import MotionStream
+from flowvqtalker.motion.stream import MotionStream, open_stream
 from flowvqtalker.render.paste import Paster, limit_pose, paste_frames
 from flowvqtalker.render.renderer import Renderer
 from flowvqtalker.render.vqig import VQIG
 
-__all__ = ["Result", "Talker", "sample_paths", "write_video"]
+__all__ = ["Result", "Talker"]
 
 _REFERENCE_SECONDS = 30
 _BLOCK_SECONDS = 1.0
-_FRONT_DEPTH = 13.0
 
 P = TypeVar("P")
 
 
-@dataclass(frozen=True)
-class Result:
-    """What was written.
-
-    Attributes:
-        path: the video.
-        frames: number of frames, 25 a second.
-        width: pixels.
-        height: pixels.
-    """
-
-    path: Path
-    frames: int
-    width: int
-    height: int
-
-
-def sample_paths(path: str | Path, num_samples: int) -> list[Path]:
-    """Names of several samples: ``OUT_1.mp4`` to ``OUT_N.mp4``; of a single one, the name itself.
-
-    Raises:
-        UserError: for fewer than one sample, or more than a thousand.
-    """
-    if not 1 <= num_samples <= 1000:
-        raise UserError(f"num_samples must be from 1 to 1000, got {num_samples}")
-    path = Path(path)
-    return [path] if num_samples == 1 else [path.with_stem(f"{path.stem}_{k}") for k in range(1, num_samples + 1)]
-
-
 class Talker:
-    """Animates portraits. Load it once, use it often. Everything streams: memory does not grow with the speech.
-
-    ::
+    """Animates portraits. Load it once, use it often. Everything streams: memory does not grow with the speech. ::
 
         talker = Talker.from_pretrained()
         talker.animate("portrait.jpg", "speech.wav", "out.mp4", emotion="happy")
@@ -155,8 +119,6 @@ class Talker:
         """The 3D morphable model."""
         return _part(self._face_model, "face")
 
-    # ---------------------------------------------------------------------------------------------------- inputs
-
     def portrait(self, source: str | Path | ImageArray, face: int | None = None) -> Portrait:
         """Prepare an image, once for many recordings; see :func:`flowvqtalker.face.portrait.load_portrait`."""
         return load_portrait(self.face_model, source, face)
@@ -172,18 +134,8 @@ class Talker:
         return torch.from_numpy(fitted.expression)
 
     def front_pose(self) -> Tensor:
-        """Pose (6,) of a face seen from the front, as large as the crop makes every face."""
-        model = self.face_model
-        zeros = model.mean.new_zeros(IDENTITY), model.mean.new_zeros(EXPRESSION)
-        seen = (
-            model.project(*zeros, model.mean.new_tensor([0.0, 0.0, 0.0, 0.0, 0.0, _FRONT_DEPTH]))[:, :2].cpu().numpy()
-        )
-        crop = crop_box(seen)
-        depth = _FRONT_DEPTH / crop.scale  # to scale the picture by s is to come s times nearer
-        across, down = (crop.points(np.full(2, CENTRE, seen.dtype)) - CENTRE) * depth / FOCAL
-        return torch.tensor([0.0, 0.0, 0.0, float(across), float(down), depth])
-
-    # ---------------------------------------------------------------------------------------------------- motion
+        """Pose (6,) of a face seen from the front; see :func:`flowvqtalker.face.portrait.front_pose`."""
+        return front_pose(self.face_model)
 
     def stream(self, portrait: Portrait | None = None, options: MotionOptions | None = None) -> MotionStream:
         """Motion for speech that arrives in blocks; see :class:`flowvqtalker.motion.stream.MotionStream`.
@@ -197,25 +149,14 @@ class Talker:
         """
         chosen = self.resolve(options or MotionOptions())
         pose0 = self.front_pose() if portrait is None else portrait.pose
-        given = chosen.emotion_reference is not None or chosen.emotion_track is not None
-        generator = MotionGenerator(
+        return open_stream(
             _part(self._expflow, "motion"),
             _part(self._poseflow, "motion"),
             self._bank,
+            chosen,
             beta0=torch.zeros(EXPRESSION) if portrait is None else portrait.expression,
             pose0=pose0,
-            emotion="neutral" if chosen.emotion is None and not given else chosen.emotion,
-            reference=chosen.emotion_reference,  # type: ignore[arg-type]  # resolved
-            track=chosen.emotion_track,  # type: ignore[arg-type]
-            intensity=chosen.intensity,
-            temperature=TEMPERATURE if chosen.temperature is None else chosen.temperature,
-            articulation=ARTICULATION if chosen.articulation is None else chosen.articulation,
-            blink_rate=chosen.blink_rate,
-            seed=chosen.seed,
-            poses=_pose_track(chosen),
-            device="cpu",  # small matrices: a GPU would not be faster, and one seed is the same everywhere
         )
-        return MotionStream(generator, pose0, chosen.pose_scale)
 
     def resolve(self, options: MotionOptions) -> MotionOptions:
         """The options with files read and clips tracked, so that several samples need it once.
@@ -254,8 +195,7 @@ class Talker:
         """Motion for speech, block by block.
 
         Arguments:
-            speech: any file with sound, or what :func:`flowvqtalker.io.audio.scan` found in it. (For speech that is
-                still being spoken, see :meth:`stream`.)
+            speech: any file with sound, or what :func:`flowvqtalker.io.audio.scan` found in it.
             portrait: whose face starts the motion; None is the mean face seen from the front.
             options: see :class:`flowvqtalker.motion.options.MotionOptions`.
             emotion, ..., pose_from: fields of the options; they replace those of ``options``.
@@ -282,8 +222,6 @@ class Talker:
         )
         found = speech if isinstance(speech, decode.Speech) else decode.scan(speech)
         return self.stream(portrait, chosen).run(decode.stream(found.path, _BLOCK_SECONDS))
-
-    # -------------------------------------------------------------------------------------------------- pictures
 
     def render(self, portrait: Portrait, motion: Iterable[Motion], *, full: bool = False) -> Iterator[ImageArray]:
         """Pictures for motion, one for each frame of it.
@@ -406,7 +344,7 @@ class Talker:
         paths = [check_output(path) for path in sample_paths(output, num_samples)]
         inputs = (portrait, speech, chosen.emotion_reference, chosen.emotion_track, chosen.pose_from)
         for path in paths:
-            _check_not_input(path, *inputs)
+            check_not_input(path, *inputs)
         found = decode.scan(speech)
         ready = portrait if isinstance(portrait, Portrait) else self.portrait(portrait, face)
         chosen = self.resolve(chosen)
@@ -453,7 +391,7 @@ class Talker:
             UserError: if an input cannot be used or the output cannot be written; then there is no output.
         """
         path = check_output(output)
-        _check_not_input(path, portrait, speech)
+        check_not_input(path, portrait, speech)
         if speech is not None:
             decode.scan(speech)
         ready = portrait if isinstance(portrait, Portrait) else self.portrait(portrait, face)
@@ -461,34 +399,6 @@ class Talker:
         if not absolute:
             moved = replace(moved, pose=ready.pose + moved.pose - moved.pose[:1])
         return write_video(self.render(ready, [moved], full=full), path, speech, len(moved), progress)
-
-
-def write_video(
-    frames: Iterable[ImageArray], path: Path, speech: str | Path | None, total: int, progress: Progress | None = None
-) -> Result:
-    """Stream frames into a file; see :class:`flowvqtalker.io.video.VideoWriter`."""
-    height = width = 0
-    with VideoWriter(path, speech) as writer:
-        for frame in frames:
-            height, width = frame.shape[:2]
-            writer.write(frame)
-            if progress is not None:
-                progress(writer.frames, total)
-    return Result(path, writer.frames, width, height)
-
-
-def _pose_track(options: MotionOptions) -> PoseTrack | None:
-    if options.fixed_pose or options.pose_scale == 0:
-        return PoseTrack.still()
-    if options.pose_from is None:
-        return None
-    return PoseTrack(torch.from_numpy(options.pose_from.at(FPS).pose))  # type: ignore[union-attr]  # resolved
-
-
-def _check_not_input(path: Path, *inputs: object) -> None:
-    for given in inputs:
-        if isinstance(given, str | Path) and path.exists() and Path(given).exists() and os.path.samefile(path, given):
-            raise UserError(f"output {path} is also an input; choose another name")
 
 
 def _part(part: P | None, name: str) -> P:

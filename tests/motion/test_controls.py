@@ -11,6 +11,7 @@ import torch
 from flowvqtalker import EMOTIONS
 from flowvqtalker.errors import UserError
 from flowvqtalker.io import audio as decode
+from flowvqtalker.io.atomic import sample_paths
 from flowvqtalker.io.coefficients import Coefficients, Motion
 from flowvqtalker.loading import load_flows
 from flowvqtalker.motion.emotion import BLEND, EmotionKey, EmotionTrack, parse_emotion, smoothstep
@@ -18,7 +19,7 @@ from flowvqtalker.motion.head_pose import PoseTrack
 from flowvqtalker.motion.options import MotionOptions
 from flowvqtalker.motion.sampler import MotionGenerator
 from flowvqtalker.motion.stream import MotionStream
-from flowvqtalker.pipeline import Talker, sample_paths
+from flowvqtalker.pipeline import Talker
 from flowvqtalker.speech.features import COLUMNS, MELS
 from flowvqtalker.speech.features import windows as windows_of
 

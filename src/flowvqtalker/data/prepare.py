@@ -263,9 +263,7 @@ def _shift(found: Alignment | None, config: PrepareConfig) -> float:
     return found.lag if found is not None and found.known and abs(found.lag) >= config.min_shift else 0.0
 
 
-def _with_images(
-    sources: Sequence[Source], people: dict[str, str], parts: Path, config: PrepareConfig
-) -> list[Source]:
+def _with_images(sources: Sequence[Source], people: dict[str, str], parts: Path, config: PrepareConfig) -> list[Source]:
     """Sources of which images are kept: sharp enough, and not too many of one person."""
     groups: dict[str, list[Source]] = {}
     for source in sources:

@@ -20,14 +20,27 @@ from flowvqtalker.errors import UserError
 from flowvqtalker.face.crop import Crop, crop_box
 from flowvqtalker.face.detect import MAX_RESIDUAL, detect_faces, face_turns, turn_back
 from flowvqtalker.face.fit import fit
-from flowvqtalker.face.model import FaceModel
+from flowvqtalker.face.model import CENTRE, EXPRESSION, FOCAL, IDENTITY, FaceModel
 from flowvqtalker.face.topology import EYE_CORNERS, LIDS, LIPS
 from flowvqtalker.face.tracker import Face, FaceTracker, largest_face
 from flowvqtalker.io.coefficients import Coefficients
 from flowvqtalker.io.image import ImageArray, read_image
 from flowvqtalker.io.video import probe, read_video
 
-__all__ = ["MAX_FULL", "MAX_YAW", "MIN_FACE", "Portrait", "Progress", "load_portrait", "track", "track_landmarks"]
+__all__ = [
+    "MAX_FULL",
+    "MAX_YAW",
+    "MIN_FACE",
+    "Portrait",
+    "Progress",
+    "front_pose",
+    "load_portrait",
+    "track",
+    "track_landmarks",
+]
+
+#: Depth at which the mean face is projected to measure the crop.
+_FRONT_DEPTH = 13.0
 
 logger = logging.getLogger(__name__)
 
@@ -267,3 +280,14 @@ def track(
         expression, pose, identity = fitted.expression, fitted.pose, fitted.identity
     matrix = crop.matrix.astype(np.float32)
     return Coefficients(expression, pose, identity, landmarks=landmarks, blendshapes=blendshapes, crop=matrix)
+
+
+def front_pose(model: FaceModel) -> Tensor:
+    """Pose (6,) of a face seen from the front, as large as the crop makes every face."""
+    """Pose (6,) of a face seen from the front, as large as the crop makes every face."""
+    zeros = model.mean.new_zeros(IDENTITY), model.mean.new_zeros(EXPRESSION)
+    seen = model.project(*zeros, model.mean.new_tensor([0.0, 0.0, 0.0, 0.0, 0.0, _FRONT_DEPTH]))[:, :2].cpu().numpy()
+    crop = crop_box(seen)
+    depth = _FRONT_DEPTH / crop.scale  # to scale the picture by s is to come s times nearer
+    across, down = (crop.points(np.full(2, CENTRE, seen.dtype)) - CENTRE) * depth / FOCAL
+    return torch.tensor([0.0, 0.0, 0.0, float(across), float(down), depth])

@@ -15,7 +15,15 @@ from pathlib import Path
 
 from flowvqtalker.errors import UserError
 
-__all__ = ["VIDEO_SUFFIXES", "atomic_folder", "atomic_path", "atomic_write", "check_output"]
+__all__ = [
+    "VIDEO_SUFFIXES",
+    "atomic_folder",
+    "atomic_path",
+    "atomic_write",
+    "check_not_input",
+    "check_output",
+    "sample_paths",
+]
 
 #: Suffixes of the videos that :class:`flowvqtalker.io.video.VideoWriter` writes.
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv")
@@ -104,3 +112,22 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(beside, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def sample_paths(path: str | Path, num_samples: int) -> list[Path]:
+    """Names of several samples: ``OUT_1.mp4`` to ``OUT_N.mp4``; of a single one, the name itself.
+
+    Raises:
+        UserError: for fewer than one sample, or more than a thousand.
+    """
+    if not 1 <= num_samples <= 1000:
+        raise UserError(f"num_samples must be from 1 to 1000, got {num_samples}")
+    path = Path(path)
+    return [path] if num_samples == 1 else [path.with_stem(f"{path.stem}_{k}") for k in range(1, num_samples + 1)]
+
+
+def check_not_input(path: Path, *inputs: object) -> None:
+    """Raise a :class:`UserError` if an output would overwrite one of the inputs."""
+    for given in inputs:
+        if isinstance(given, str | Path) and path.exists() and Path(given).exists() and os.path.samefile(path, given):
+            raise UserError(f"output {path} is also an input; choose another name")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -19,7 +19,7 @@ from flowvqtalker.io.atomic import VIDEO_SUFFIXES, atomic_path, check_output
 from flowvqtalker.io.audio import error_text, open_media, resampled
 from flowvqtalker.io.image import ImageArray, existing_file, image_size
 
-__all__ = ["MediaInfo", "VideoWriter", "probe", "read_video"]
+__all__ = ["MediaInfo", "Result", "VideoWriter", "probe", "read_video", "write_video"]
 
 logger = logging.getLogger(__name__)
 
@@ -160,6 +160,23 @@ def _video_frames(container: Any, stream: Any, path: Path) -> Iterator[Any]:
             damaged = True
             continue
         yield from decoded
+
+
+@dataclass(frozen=True)
+class Result:
+    """What was written.
+
+    Attributes:
+        path: the video.
+        frames: number of frames, 25 a second.
+        width: pixels.
+        height: pixels.
+    """
+
+    path: Path
+    frames: int
+    width: int
+    height: int
 
 
 class VideoWriter:
@@ -318,6 +335,24 @@ class VideoWriter:
         return UserError(
             f"output {self.path} cannot be written ({error_text(error)}); check the disk and the folder's permissions"
         )
+
+
+def write_video(
+    frames: Iterable[ImageArray],
+    path: Path,
+    speech: str | Path | None,
+    total: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> Result:
+    """Stream frames into a file; see :class:`VideoWriter`."""
+    height = width = 0
+    with VideoWriter(path, speech) as writer:
+        for frame in frames:
+            height, width = frame.shape[:2]
+            writer.write(frame)
+            if progress is not None:
+                progress(writer.frames, total)
+    return Result(path, writer.frames, width, height)
 
 
 def _sound_format(path: str | Path) -> tuple[int, str]:

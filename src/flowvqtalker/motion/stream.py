@@ -11,12 +11,16 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from flowvqtalker.constants import SAMPLE_RATE
+from flowvqtalker.constants import FPS, SAMPLE_RATE
 from flowvqtalker.io.coefficients import Motion
-from flowvqtalker.motion.sampler import MotionGenerator
+from flowvqtalker.motion.flow import ExpFlow, PoseFlow
+from flowvqtalker.motion.head_pose import PoseTrack
+from flowvqtalker.motion.manifold import LatentBank
+from flowvqtalker.motion.options import MotionOptions
+from flowvqtalker.motion.sampler import ARTICULATION, TEMPERATURE, MotionGenerator
 from flowvqtalker.speech import features
 
-__all__ = ["MotionStream", "frontend_ms"]
+__all__ = ["MotionStream", "frontend_ms", "open_stream"]
 
 _FRAME = SAMPLE_RATE // 25
 
@@ -37,7 +41,7 @@ class MotionStream:
 
     ::
 
-        stream = talker.stream(portrait, emotion="happy")
+        stream = talker.stream(portrait, MotionOptions(emotion="happy"))
         for samples in microphone:  # (n,) float32 or int16 at 16 kHz, one channel
             motion = stream.push(samples)  # may hold no frame yet
         motion = stream.finish()
@@ -100,3 +104,48 @@ def _as_float(samples: npt.NDArray[Any] | Tensor) -> npt.NDArray[np.float32]:
         raise ValueError(f"samples must be float in [-1, 1] or int16, got {wave.dtype}")
     clean: npt.NDArray[np.float32] = np.nan_to_num(wave, nan=0.0, posinf=1.0, neginf=-1.0).astype(np.float32)
     return clean
+
+
+def open_stream(
+    expflow: ExpFlow,
+    poseflow: PoseFlow,
+    bank: LatentBank | None,
+    options: MotionOptions,
+    *,
+    beta0: Tensor,
+    pose0: Tensor,
+) -> MotionStream:
+    """A stream of motion with a user's options.
+
+    Arguments:
+        expflow, poseflow, bank: the flows and the bank of latents.
+        options: with files read and clips tracked (:meth:`flowvqtalker.pipeline.Talker.resolve`).
+        beta0, pose0: expression (64,) and pose (6,) that the motion starts from.
+    """
+    given = options.emotion_reference is not None or options.emotion_track is not None
+    generator = MotionGenerator(
+        expflow,
+        poseflow,
+        bank,
+        beta0=beta0,
+        pose0=pose0,
+        emotion="neutral" if options.emotion is None and not given else options.emotion,
+        reference=options.emotion_reference,  # type: ignore[arg-type]  # resolved
+        track=options.emotion_track,  # type: ignore[arg-type]
+        intensity=options.intensity,
+        temperature=TEMPERATURE if options.temperature is None else options.temperature,
+        articulation=ARTICULATION if options.articulation is None else options.articulation,
+        blink_rate=options.blink_rate,
+        seed=options.seed,
+        poses=_pose_track(options),
+        device="cpu",  # small matrices: a GPU would not be faster, and one seed is the same everywhere
+    )
+    return MotionStream(generator, pose0, options.pose_scale)
+
+
+def _pose_track(options: MotionOptions) -> PoseTrack | None:
+    if options.fixed_pose or options.pose_scale == 0:
+        return PoseTrack.still()
+    if options.pose_from is None:
+        return None
+    return PoseTrack(torch.from_numpy(options.pose_from.at(FPS).pose))  # type: ignore[union-attr]  # resolved

@@ -162,9 +162,7 @@ def load_variant(path: str | Path, weights_folder: str | Path | None = None) -> 
         model.load_state_dict({**{f"autoencoder.{key}": value for key, value in codebook.items()}, **_tensors(file)})
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
         problem = str(error).splitlines()[-1].strip()
-        raise UserError(
-            f"{file} does not fit its configuration or codebook ({problem}); export it again"
-        ) from error
+        raise UserError(f"{file} does not fit its configuration or codebook ({problem}); export it again") from error
     return model.eval()
 
 

@@ -22,9 +22,9 @@ from flowvqtalker.io.atomic import atomic_write
 from flowvqtalker.io.audio import load as load_audio
 from flowvqtalker.io.coefficients import Motion
 from flowvqtalker.io.image import ImageArray, read_image
-from flowvqtalker.io.video import VideoWriter, read_video
+from flowvqtalker.io.video import VideoWriter, read_video, write_video
 from flowvqtalker.loading import choose_device, choose_dtype, fast_dtype, load_face_model, load_flows, load_generator
-from flowvqtalker.pipeline import Talker, write_video
+from flowvqtalker.pipeline import Talker
 from flowvqtalker.render.renderer import Renderer
 from flowvqtalker.render.vqig import VQIG
 from flowvqtalker_eval.metrics.analysis import read_wave
