@@ -21,8 +21,8 @@ class Stage(ABC):
     Attributes:
         name: the stage's name on the command line.
         module: holds every weight and buffer; all of it is saved.
-        config: the stage's configuration (a frozen dataclass); kept in the checkpoint and checked at resume.
-        monitor: key of :meth:`validate` that should fall; its best export is kept as ``best.safetensors``.
+        config: the stage's configuration (a frozen dataclass), stored in the checkpoint and compared at resume.
+        monitor: key of :meth:`validate` to minimise; the export with the lowest value is kept as ``best.safetensors``.
     """
 
     name: str
@@ -32,37 +32,37 @@ class Stage(ABC):
 
     @abstractmethod
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """Groups with an optimiser each, stepped in this order (a generator before its discriminator)."""
+        """Groups with one optimiser each, stepped in this order (a generator before its discriminator)."""
 
     @abstractmethod
     def loss(self, group: str, batch: Any, step: int) -> tuple[Tensor | None, dict[str, float | Tensor]]:
         """Loss of one group on one batch (on the device, inside autocast), and what to log.
 
-        Only the group's own parameters require a gradient during the call. A loss of None leaves the group alone in
-        this step (a discriminator before its start).
+        Only the group's own parameters require a gradient during the call. None skips the group in this step (a
+        discriminator before its start).
         """
 
     @abstractmethod
     def dataset(self, split: str) -> Dataset[Any]:
         """The data of a split.
 
-        Of "train", item ``i`` (any i >= 0) must be a pure function of the seed and ``i``. It is read by another thread,
-        so it must not touch torch's global generator.
+        Item ``i`` of "train" (any i >= 0) must be a pure function of the seed and ``i``. Worker processes read it:
+        do not use torch's global generator.
         """
 
     @abstractmethod
     def validate(self, fabric: Fabric) -> dict[str, float]:
-        """Numbers on held-out data; called with the averaged weights, in eval mode, without gradients."""
+        """Scores on held-out data, with the averaged weights, in eval mode and without gradients."""
 
     def export(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Weights and configuration that inference needs; called with the averaged weights."""
+        """Weights and configuration for inference, with the averaged weights."""
         return self.module.state_dict(), to_dict(self.config) or {}
 
     collate: Callable[[list[Any]], Any] | None = None
     """How items become a batch; None is torch's default."""
 
     def compiled(self) -> list[nn.Module]:
-        """What ``loop.compile`` compiles: modules that are called (not only their methods) with inputs of one size."""
+        """Modules for ``loop.compile``: called themselves, not by other methods, with inputs of one size."""
         return [part for network in self.module.children() for part in network.children()]
 
     def lr_scale(self, group: str) -> float:
@@ -70,7 +70,7 @@ class Stage(ABC):
         return 1.0
 
     def on_start(self, batch: Any) -> None:  # noqa: B027
-        """Called once with the first batch of a fresh run, before anything else (data-dependent initialisation)."""
+        """Data-dependent initialisation from the first batch of a fresh run."""
 
     def on_step_end(self, step: int) -> None:  # noqa: B027
-        """Called after the optimisers have stepped (dead codes, schedules)."""
+        """Runs after the optimisers have stepped (dead codes, schedules)."""
