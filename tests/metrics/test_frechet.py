@@ -99,7 +99,7 @@ def test_bad_features_are_named() -> None:
 
 @pytest.fixture(scope="module")
 def crops(astronaut: np.ndarray) -> np.ndarray:
-    """The astronaut's face, nothing, and another part of the picture: (3, 128, 128, 3)."""
+    """The astronaut's face, nothing, and another part of the image: (3, 128, 128, 3)."""
     return np.stack([astronaut[60:188, 150:278], np.zeros((128, 128, 3), np.uint8), astronaut[300:428, 100:228]])
 
 
@@ -141,9 +141,9 @@ def test_mobilenet_features(crops: np.ndarray, astronaut: np.ndarray) -> None:
     assert found.shape == (3, 1280)
     assert np.isnan(found).all(1).tolist() == [False, True, False]
     state = torch.load(path, weights_only=True)
-    picture = torch.from_numpy(crops[:1]).permute(0, 3, 1, 2) / 255
+    image = torch.from_numpy(crops[:1]).permute(0, 3, 1, 2) / 255
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
-    assert np.allclose(found[:1], plain_mobilenet(state, (picture - mean) / std), atol=1e-3)
+    assert np.allclose(found[:1], plain_mobilenet(state, (image - mean) / std), atol=1e-3)
     whole = MobileNetFeatures("frame")
     assert whole(astronaut[None], {})["mobilenet512"].shape == (1, 1280)
     assert whole.needs == ()

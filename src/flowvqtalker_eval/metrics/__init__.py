@@ -1,1 +1,5 @@
-"""Measures of what is generated: one file per metric, and the tables and figures made of them."""
+"""Metrics of generated videos, one file each.
+
+What a metric reads from a video (landmarks, embeddings, features) is made once by an extractor, see ``analysis``. The
+columns of the tables are declared in :mod:`flowvqtalker_eval.tables.measures`.
+"""

@@ -43,13 +43,7 @@ Floats = npt.NDArray[np.floating[Any]]
 
 @dataclass(frozen=True)
 class Gaussian:
-    """A Gaussian fitted to the features of a set of images.
-
-    Attributes:
-        mean: (D,).
-        covariance: (D, D), unbiased.
-        n_images: how many images.
-    """
+    """Mean (D,) and unbiased covariance (D, D) of the features of a number of images."""
 
     mean: npt.NDArray[np.float64]
     covariance: npt.NDArray[np.float64]
@@ -100,8 +94,8 @@ class GaussianFit:
 def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     """Squared Fréchet distance of two Gaussians.
 
-    tr (Σ₁ Σ₂)^½ is the sum of the roots of the eigenvalues of Σ₁^½ Σ₂ Σ₁^½, which is symmetric and positive: several
-    times as fast as a matrix square root, and exact for singular covariances, where ``scipy.linalg.sqrtm`` fails.
+    tr (Σ₁ Σ₂)^½ is the sum of the roots of the eigenvalues of Σ₁^½ Σ₂ Σ₁^½, which is symmetric and positive. That is
+    several times as fast as ``scipy.linalg.sqrtm``, and exact for singular covariances.
 
     Raises:
         UserError: if the numbers of features differ.
