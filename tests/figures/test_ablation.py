@@ -94,15 +94,13 @@ def test_what_is_missing_is_trained_once_and_loads_again(
     for key, value in load_file(base.data.codebook).items():
         assert torch.equal(first.autoencoder.state_dict()[key], value)  # the run's own, not the package's
 
-    import flowvqtalker.train as training
-
     started: list[Path] = []
-    monkeypatch.setattr(training, "train", lambda stage, config, out, resume: started.append(out) or {"step": 2.0})
+    monkeypatch.setattr(ablation, "train", lambda stage, config, out, resume: started.append(out) or {"step": 2.0})
     train_missing(base, ["B", "W", "phi"], tmp_path)
     assert started == [tmp_path / "phi"]
     with pytest.raises(UserError, match=r"B was trained with another configuration \(loop\)"):
         train_missing(replace(base, loop=replace(base.loop, steps=3)), ["B"], tmp_path)
-    monkeypatch.setattr(training, "train", lambda stage, config, out, resume: {"step": 1.0})
+    monkeypatch.setattr(ablation, "train", lambda stage, config, out, resume: {"step": 1.0})
     with pytest.raises(UserError, match="M stopped at step 1 of 2; run the same command again"):
         train_missing(base, ["M"], tmp_path)
 
@@ -226,8 +224,6 @@ def test_the_figure_has_a_column_for_each_method() -> None:
 def test_the_command_trains_measures_and_writes(
     base: Config, shard: Path, face: FaceModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
-    import flowvqtalker.loading as loading
-    import flowvqtalker.train as training
     import flowvqtalker_eval.metrics.reenactment as module
 
     def untrained(stage: str, config: Config, out: Path, resume: bool) -> dict[str, float]:
@@ -241,8 +237,8 @@ def test_the_command_trains_measures_and_writes(
         save_yaml(config, out / "config.yaml")
         return {"step": float(config.loop.steps)}
 
-    monkeypatch.setattr(training, "train", untrained)
-    monkeypatch.setattr(loading, "load_face_model", lambda path: face)
+    monkeypatch.setattr(ablation, "train", untrained)
+    monkeypatch.setattr(ablation, "load_face_model", lambda path: face)
     monkeypatch.setattr(module, "PerceptualLoss", _Distance)
     monkeypatch.setattr(module.Scores.__init__, "__kwdefaults__", {"fid": False, "device": "cpu"})
     save_yaml(replace(base, data=replace(base.data, shard=Path("elsewhere"))), tmp_path / "tiny.yaml")

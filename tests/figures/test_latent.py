@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from flowvqtalker.data.shards import SAMPLES, Clip, Shard, ShardWriter
-from flowvqtalker.errors import MissingDependency, UserError
+from flowvqtalker.errors import UserError
 from flowvqtalker.motion.flow import ExpFlow, ExpFlowConfig
 from flowvqtalker.speech.encoder import AudioConfig
 from flowvqtalker_eval.figures import latent, style
@@ -195,11 +195,3 @@ def test_the_command_sets_flows_side_by_side(shard, tmp_path) -> None:
 def test_bad_input_of_the_command(options, message) -> None:
     with pytest.raises(UserError, match=message):
         latent.Latent(**{"shard": Path("nowhere"), **options}).panels()
-
-
-def test_a_missing_scikit_learn_is_named(monkeypatch) -> None:
-    import sys
-
-    monkeypatch.setitem(sys.modules, "sklearn", None)
-    with pytest.raises(MissingDependency, match=r"pip install 'flowvqtalker\[eval\]'"):
-        latent.embed(np.zeros((9, 64)))

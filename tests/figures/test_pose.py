@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flowvqtalker.errors import MissingDependency, UserError
+from flowvqtalker.errors import UserError
 from flowvqtalker.io.coefficients import Coefficients
 from flowvqtalker_eval.figures import pose, style
 
@@ -144,11 +144,3 @@ def test_the_command_draws_motion_files_and_seeds(tmp_path, tiny_weights) -> Non
 def test_bad_input_of_the_command(options, message) -> None:
     with pytest.raises(UserError, match=message):
         pose.Pose(**options).figure()
-
-
-def test_a_missing_matplotlib_is_named(monkeypatch) -> None:
-    import sys
-
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(MissingDependency, match=r"pip install 'flowvqtalker\[eval\]'"), style.look():
-        pass

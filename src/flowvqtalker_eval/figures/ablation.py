@@ -7,18 +7,24 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
+from matplotlib.figure import Figure
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from tqdm import tqdm
 
+from flowvqtalker import weights
 from flowvqtalker.errors import UserError
+from flowvqtalker.loading import choose_device, fast_dtype, load_face_model, load_generator
+from flowvqtalker.render.vqig import ABLATION, VQIG, VQIGConfig
+from flowvqtalker.train import train
+from flowvqtalker.train.config import load_yaml, to_dict
+from flowvqtalker.train.vqig import Config, Data
 from flowvqtalker_eval.figures import grid, style
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-    from flowvqtalker.render.vqig import VQIG
-    from flowvqtalker_eval.metrics.reenactment import Pair
+from flowvqtalker_eval.metrics.reenactment import BASELINES, Pair, Reenactment, Scores
+from flowvqtalker_eval.report import markdown, write
 
 __all__ = ["EXTRA", "Ablation", "configuration", "load_variant", "make", "train_missing"]
 
@@ -56,7 +62,7 @@ def make(pairs: Sequence[Pair], methods: Mapping[str, str], *, zoom: bool = True
 # ------------------------------------------------------------------------------------------------------------ variants
 
 
-def configuration(base: Any, variant: str, *, residual: bool = False) -> Any:
+def configuration(base: Config, variant: str, *, residual: bool = False) -> Config:
     """The training configuration (:class:`flowvqtalker.train.vqig.Config`) of a variant.
 
     Arguments:
@@ -72,11 +78,11 @@ def configuration(base: Any, variant: str, *, residual: bool = False) -> Any:
     elif variant == "frozen":
         model = replace(model, tune_decoder=False)
     elif variant in EXTRA:
-        base = replace(base, perceptual=variant)
+        base = replace(base, perceptual="vgg19" if variant == "vgg19" else "mobilenet")
     return replace(base, model=model)
 
 
-def train_missing(base: Any, variants: Sequence[str], folder: Path, *, residual: bool = False) -> None:
+def train_missing(base: Config, variants: Sequence[str], folder: Path, *, residual: bool = False) -> None:
     """Train the variants that are not fully trained yet, one after the other, into ``folder/VARIANT``.
 
     An interrupted run resumes; a complete one is left alone.
@@ -84,10 +90,6 @@ def train_missing(base: Any, variants: Sequence[str], folder: Path, *, residual:
     Raises:
         UserError: if a run used another configuration, or stopped before its last step.
     """
-    from flowvqtalker.train import train
-    from flowvqtalker.train.config import load_yaml, to_dict
-    from flowvqtalker.train.vqig import Config
-
     configs = {variant: configuration(base, variant, residual=residual) for variant in variants}
     for variant, config in configs.items():
         kept = folder / variant / "config.yaml"
@@ -138,10 +140,6 @@ def load_variant(path: str | Path, weights_folder: str | Path | None = None) -> 
     Raises:
         UserError: if the file is missing, is of another stage, or does not fit its configuration.
     """
-    from flowvqtalker import weights
-    from flowvqtalker.loading import load_generator
-    from flowvqtalker.render.vqig import VQIG, VQIGConfig
-
     path = Path(path)
     if path.is_dir() and (path / "manifest.json").is_file():
         return load_generator(path)
@@ -155,8 +153,8 @@ def load_variant(path: str | Path, weights_folder: str | Path | None = None) -> 
             "keep the config.json of its run with it"
         )
     data = _run_data(file.parent)
-    own_codebook = data is not None and data.codebook.is_file()
-    codebook = _tensors(data.codebook) if own_codebook else weights.load("codebook", weights_folder)[0]
+    own = None if data is None or not data.codebook.is_file() else _tensors(data.codebook)
+    codebook = own or weights.load("codebook", weights_folder)[0]
     try:
         model = VQIG(VQIGConfig.from_dict(about["config"]))
         model.load_state_dict({**{f"autoencoder.{key}": value for key, value in codebook.items()}, **_tensors(file)})
@@ -166,19 +164,13 @@ def load_variant(path: str | Path, weights_folder: str | Path | None = None) -> 
     return model.eval()
 
 
-def _run_data(run: Path) -> Any:
+def _run_data(run: Path) -> Data | None:
     """The data section of a run's configuration; None if the run has none."""
-    from flowvqtalker.train.config import load_yaml
-    from flowvqtalker.train.vqig import Config
-
     file = run / "config.yaml"
     return load_yaml(Config, file).data if file.is_file() else None
 
 
 def _tensors(file: Path) -> dict[str, Any]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     try:
         tensors = load_file(file)
     except (SafetensorError, OSError) as error:
@@ -230,12 +222,6 @@ class Ablation:
 
     def run(self) -> None:
         """Train if asked to, measure, and write the figure and the tables."""
-        from tqdm import tqdm
-
-        from flowvqtalker.loading import choose_device, fast_dtype, load_face_model
-        from flowvqtalker_eval.metrics.reenactment import BASELINES, Reenactment, Scores
-        from flowvqtalker_eval.report import markdown, write
-
         style.check_figure(self.output)
         if self.rows < 1 or self.limit < 0:
             raise UserError(f"--rows must be at least 1 and --limit at least 0, got {self.rows} and {self.limit}")
@@ -263,8 +249,6 @@ class Ablation:
 
     def _places(self) -> tuple[dict[str, Path], tuple[str, ...]]:
         """Label and weights of every generator to measure, and notes about their training."""
-        from flowvqtalker.render.vqig import ABLATION
-
         given = style.named_paths(self.variant, "--variant")
         if given:
             if self.train or self.extra:
@@ -286,11 +270,8 @@ class Ablation:
         note = f"each variant trained for {count} steps{_start_of(self.runs / next(iter(ABLATION)))}"
         return {label: self.runs / variant for variant, label in wanted.items()}, (note,)
 
-    def _training(self) -> Any:
+    def _training(self) -> Config:
         """The configuration that the variants share."""
-        from flowvqtalker.train.config import load_yaml
-        from flowvqtalker.train.vqig import Config
-
         file = self.config or _CONFIG
         if not file.is_file():
             raise UserError(f"configuration {file} does not exist; give --config FILE of stage vqig")

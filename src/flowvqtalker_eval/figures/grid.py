@@ -6,20 +6,22 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
+import cv2
 import numpy as np
 import tyro
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 from flowvqtalker.constants import FPS
 from flowvqtalker.errors import UserError
+from flowvqtalker.face.topology import EYE_CORNERS, LIDS, LIPS
+from flowvqtalker.face.tracker import FaceTracker
 from flowvqtalker.io.image import ImageArray
 from flowvqtalker.io.video import read_video
 from flowvqtalker_eval.figures import style
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 __all__ = ["REGIONS", "Box", "Grid", "choose_frames", "face_boxes", "make", "parse_box", "read_frames"]
 
@@ -61,8 +63,6 @@ class _Canvas:
         self, image: ImageArray, x: int, y: int, width: int, height: int, boxes: Sequence[Box], inset: float
     ) -> None:
         """An image centred in a cell, with boxes marked and enlarged into its corners."""
-        from matplotlib.patches import Rectangle
-
         scale = min(width / image.shape[1], height / image.shape[0])
         w, h = max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale))
         x, y = x + (width - w) // 2, y + (height - h) // 2
@@ -127,8 +127,6 @@ def make(
 
 def _resize(image: ImageArray, width: int, height: int) -> ImageArray:
     """Resample to the pixels of the printed figure: area averaging to shrink, else cubic."""
-    import cv2
-
     how = cv2.INTER_AREA if width < image.shape[1] else cv2.INTER_CUBIC
     return np.asarray(cv2.resize(np.ascontiguousarray(image), (width, height), interpolation=how), dtype=np.uint8)
 
@@ -204,7 +202,7 @@ def read_frames(path: Path, indices: Sequence[int]) -> list[ImageArray]:
     return [found[index] for index in indices]
 
 
-def face_boxes(images: Sequence[ImageArray], region: str, tracker: Any | None = None) -> list[Box | None]:
+def face_boxes(images: Sequence[ImageArray], region: str, tracker: FaceTracker | None = None) -> list[Box | None]:
     """Where a region of the face lies in each image; None where no face is found.
 
     The box is centred on the lips or the lids. Its size follows the face (the larger of the distance of the outer eye
@@ -216,11 +214,7 @@ def face_boxes(images: Sequence[ImageArray], region: str, tracker: Any | None = 
         region: a key of :data:`REGIONS`.
         tracker: a :class:`flowvqtalker.face.tracker.FaceTracker`; None opens one.
     """
-    from flowvqtalker.face.topology import EYE_CORNERS, LIDS, LIPS
-
     if tracker is None:
-        from flowvqtalker.face.tracker import FaceTracker
-
         with FaceTracker() as opened:
             return face_boxes(images, region, opened)
     boxes: list[Box | None] = []

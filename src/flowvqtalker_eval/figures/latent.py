@@ -16,23 +16,29 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+import torch
 import tyro
+from matplotlib.figure import Figure
+from scipy.spatial.distance import cdist
+from sklearn.decomposition import PCA
+from sklearn.manifold import TSNE
+from sklearn.metrics import silhouette_samples
 
 from flowvqtalker.constants import EMOTIONS
-from flowvqtalker.errors import MissingDependency, UserError
+from flowvqtalker.data.shards import Shard
+from flowvqtalker.errors import UserError
+from flowvqtalker.loading import load_flow
+from flowvqtalker.motion.flow import ExpFlow
 from flowvqtalker.motion.likelihood import contexts, residual
+from flowvqtalker.speech.features import log_mel
+from flowvqtalker.train.corpus import Corpus, MotionClip
+from flowvqtalker.train.flow_stage import evaluating, whole_clips
+from flowvqtalker.train.sequences import SequenceConfig, SequenceDataset
 from flowvqtalker_eval.figures import style
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-    from flowvqtalker.data.shards import Shard
-    from flowvqtalker.motion.flow import ExpFlow
-    from flowvqtalker.train.corpus import MotionClip
 
 __all__ = ["Latent", "Panel", "embed", "encode", "make", "nearest_mean", "pick_clips", "silhouette"]
 
@@ -64,13 +70,6 @@ class Panel:
     scores: Mapping[str, float] = field(default_factory=dict)
 
 
-def _need_sklearn() -> None:
-    try:
-        import sklearn  # noqa: F401
-    except ImportError as error:
-        raise MissingDependency("maps of latents need scikit-learn; run `pip install 'flowvqtalker[eval]'`") from error
-
-
 def embed(latents: Array, method: Method = "pca") -> Array:
     """Points (N, 2) of latents (N, D): two principal components, or t-SNE.
 
@@ -80,22 +79,14 @@ def embed(latents: Array, method: Method = "pca") -> Array:
     latents = np.asarray(latents, np.float64)
     if latents.ndim != 2 or len(latents) < 4 or not np.isfinite(latents).all():
         raise UserError(f"a map needs at least 4 finite latents (N, D), got an array of shape {latents.shape}")
-    _need_sklearn()
     if method == "pca":
-        from sklearn.decomposition import PCA
-
         return np.asarray(PCA(2, svd_solver="full").fit_transform(latents))
-    from sklearn.manifold import TSNE
-
     perplexity = min(_PERPLEXITY, (len(latents) - 1) / 3)
     return np.asarray(TSNE(2, perplexity=perplexity, init="pca", random_state=0).fit_transform(latents))
 
 
 def silhouette(latents: Array, labels: Labels) -> float:
     """Mean silhouette of latents (N, D) by label (N,), mean over the labels; NaN with a single label."""
-    _need_sklearn()
-    from sklearn.metrics import silhouette_samples
-
     if len(np.unique(labels)) < 2:
         return float("nan")
     return _mean_by_class(silhouette_samples(latents, labels), labels)
@@ -103,8 +94,6 @@ def silhouette(latents: Array, labels: Labels) -> float:
 
 def nearest_mean(latents: Array, labels: Labels, means: Array) -> float:
     """Share of latents (N, D) that are nearest to the mean (C, D) of their own label, mean over the labels."""
-    from scipy.spatial.distance import cdist
-
     return _mean_by_class((cdist(latents, means).argmin(1) == labels).astype(float), labels)
 
 
@@ -160,9 +149,6 @@ def pick_clips(shard: Shard, split: str, count: int, frontend: str = "mel") -> l
     Raises:
         UserError: if there is none.
     """
-    from flowvqtalker.speech.features import log_mel
-    from flowvqtalker.train.corpus import MotionClip
-
     numbers = shard.select(split, is_image=False, min_length=_SHORTEST)
     clips = []
     for label in range(len(EMOTIONS)):
@@ -193,10 +179,6 @@ def encode(flow: ExpFlow, clips: Sequence[MotionClip], frames: int = 150) -> tup
     Returns:
         (N, D), their labels (N,), and the scores.
     """
-    from flowvqtalker.train.corpus import Corpus
-    from flowvqtalker.train.flow_stage import evaluating
-    from flowvqtalker.train.sequences import SequenceConfig, SequenceDataset
-
     corpus = Corpus(clips)
     data = SequenceDataset(corpus, SequenceConfig(), flow.audio.config, flow.config.history, plain=True)
     with evaluating(flow):
@@ -222,10 +204,6 @@ def encode(flow: ExpFlow, clips: Sequence[MotionClip], frames: int = 150) -> tup
 
 def _encode_batch(flow: ExpFlow, corpus: Any, data: Any, numbers: list[int]) -> tuple[list[Array], Labels]:
     """Latents (t, D) of each clip under its own emotion, and the emotion under which each clip is most likely."""
-    import torch
-
-    from flowvqtalker.train.flow_stage import whole_clips
-
     clips = [corpus.clips[n] for n in numbers]
     speech_batch = whole_clips(corpus, numbers, data, max(len(clip.frames) for clip in clips))
     speech = flow.encode_speech(speech_batch.windows)
@@ -272,12 +250,7 @@ class Latent:
 
     def panels(self) -> list[Panel]:
         """The latents of every flow."""
-        from flowvqtalker.data.shards import Shard
-        from flowvqtalker.loading import load_flow
-        from flowvqtalker.motion.flow import ExpFlow
-
         style.check_figure(self.output)
-        _need_sklearn()
         if self.clips < 1 or self.frames < 1:
             raise UserError(f"--clips and --frames must be positive, got {self.clips} and {self.frames}")
         folders: dict[str, Path | None] = {**style.named_paths(self.weights, "--weights")} or {"": None}

@@ -14,21 +14,26 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
+import cv2
 import numpy as np
 import numpy.typing as npt
+import torch
 import tyro
+from matplotlib.figure import Figure
 
 from flowvqtalker.constants import CROP, FPS
 from flowvqtalker.errors import UserError
+from flowvqtalker.face.model import FaceModel
+from flowvqtalker.io.audio import load as load_audio
+from flowvqtalker.io.coefficients import Coefficients, Motion
+from flowvqtalker.io.video import probe
+from flowvqtalker.motion.emotion import parse_emotion
+from flowvqtalker.pipeline import Talker
 from flowvqtalker_eval.figures import style
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-    from flowvqtalker.face.model import FaceModel
-    from flowvqtalker.io.coefficients import Coefficients
+from flowvqtalker_eval.metrics.beats import loudness, pitch
+from flowvqtalker_eval.metrics.motion import head_deviation
 
 __all__ = ["Panel", "Pose", "correlation_map", "make", "panel", "trace_map"]
 
@@ -73,8 +78,6 @@ def trace_map(points: Array, size: int = _CANVAS, extent: float = CROP) -> Array
         size: of the canvas in pixels.
         extent: width of the square that the canvas shows, in the points' pixels.
     """
-    import cv2
-
     points = np.asarray(points, np.float64)
     if points.ndim != 3 or points.shape[2] != 2 or len(points) == 0:
         raise UserError(f"a trace map needs points (T, P, 2), got {points.shape}")
@@ -144,11 +147,6 @@ def panel(face: FaceModel, name: str, motion: Coefficients, wave: Array | None =
         motion: at any frame rate.
         wave: its speech (S,) at 16 kHz; None draws no correlation maps.
     """
-    import torch
-
-    from flowvqtalker_eval.metrics.beats import loudness, pitch
-    from flowvqtalker_eval.metrics.motion import head_deviation
-
     motion = motion.at(FPS)
     with torch.inference_mode():
         beta, rho, alpha = (torch.as_tensor(x) for x in (motion.expression, motion.pose, motion.identity))
@@ -215,10 +213,6 @@ class Pose:
 
     def figure(self) -> Figure:
         """The figure, before it is written."""
-        from flowvqtalker.io.audio import load as load_audio
-        from flowvqtalker.motion.emotion import parse_emotion
-        from flowvqtalker.pipeline import Talker
-
         style.check_figure(self.output)
         if self.emotion is not None:
             parse_emotion(self.emotion)
@@ -233,24 +227,19 @@ class Pose:
         wave = None if self.speech is None else load_audio(self.speech)
         found = [panel(talker.face_model, name, *_read(talker, path, wave)) for name, path in files.items()]
         for seed in seeds:
+            assert self.speech is not None  # checked above
             motion = _generate(talker, self.speech, self.emotion, seed)
             found.append(panel(talker.face_model, f"seed {seed}", motion, wave))
         return make(found)
 
 
-def _read(talker: Any, path: Path, wave: Array | None) -> tuple[Coefficients, Array | None]:
+def _read(talker: Talker, path: Path, wave: Array | None) -> tuple[Coefficients, Array | None]:
     """Motion of a file, and its speech: a video's own, else the given one, else none."""
-    from flowvqtalker.io.audio import load as load_audio
-    from flowvqtalker.io.coefficients import Coefficients
-    from flowvqtalker.io.video import probe
-
     if path.suffix.lower() == ".npz":
         return Coefficients.load(path), wave
     return talker.track(path), load_audio(path) if probe(path).sound else wave
 
 
-def _generate(talker: Any, speech: Path | None, emotion: str | None, seed: int) -> Coefficients:
+def _generate(talker: Talker, speech: Path, emotion: str | None, seed: int) -> Coefficients:
     """Motion for speech, on the mean face seen from the front."""
-    from flowvqtalker.io.coefficients import Coefficients, Motion
-
     return Coefficients.of(Motion.join(talker.motion(speech, emotion=emotion, seed=seed)))

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 from flowvqtalker.constants import EMOTIONS
-from flowvqtalker.errors import MissingDependency, UserError
+from flowvqtalker.errors import UserError
 from flowvqtalker.io.atomic import atomic_write, check_output
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 # fmt: off
 __all__ = [
@@ -45,24 +46,13 @@ _LOOK = {
 
 @contextmanager
 def look() -> Iterator[None]:
-    """Draw in the common look within the block; nothing outside changes.
-
-    Raises:
-        MissingDependency: without matplotlib.
-    """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise MissingDependency("figures need matplotlib; run `pip install 'flowvqtalker[eval]'`") from error
+    """Draw in the common look within the block; nothing outside changes."""
     with matplotlib.rc_context(_LOOK):  # type: ignore[arg-type]
         yield
 
 
 def new(width: float, height: float) -> Figure:
     """An empty figure, sizes in inches, drawn by Agg so that no display is needed. Call it within :func:`look`."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
