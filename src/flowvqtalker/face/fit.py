@@ -21,6 +21,9 @@ __all__ = ["Fit", "Fitter", "State", "fast_directions", "fit", "reprojection_err
 # Weight of residuals in depth: MediaPipe estimates depth from x and y, so it is less reliable.
 _DEPTH_WEIGHT = 0.25
 _ROUNDS = 7
+# Precision of the prior on β, relative to α's, while the identity of one image is fitted: an expression explains a
+# smile better than an identity does.
+_SINGLE_PRECISION = 0.02
 # Frames per batch; bounds the memory for long clips.
 _BLOCK = 2048
 # Vertices of the irises: the gaze jumps within one or two frames.
@@ -75,26 +78,38 @@ class Fitter:
         self.rigid[list(RIGID)] = 1
         self.weights = np.tile(np.array([1, 1, _DEPTH_WEIGHT], dtype=np.float32), VERTICES)
         # The mean face's derivatives serve all identities: they only direct the steps; residuals are exact.
-        self._first = self.solver(np.concatenate([self.identity, self.expression]), self.mean)
+        both = np.concatenate([self.identity, self.expression])
+        self._first = self.solver(both, self.mean)
         self._frame = self.solver(self.expression, self.mean)
+        leak = model.smile_leak.cpu().numpy().astype(np.float64)
+        self._single = self._first
+        if len(leak):
+            prior = np.eye(len(both))
+            prior[:IDENTITY, :IDENTITY] += leak.T @ leak
+            prior[IDENTITY:] *= _SINGLE_PRECISION
+            self._single = self.solver(both, self.mean, prior)
 
     def shape(self, alpha: Floats, beta: Floats) -> Floats:
         """Vertices (T, V, 3) of one α (80,) and β (T, 64)."""
         person = self.mean.ravel() + alpha @ self.identity
         return (person + beta @ self.expression).reshape(-1, VERTICES, 3)
 
-    def solver(self, basis: Floats, shape: Floats) -> tuple[Floats, Floats]:
+    def solver(
+        self, basis: Floats, shape: Floats, prior: npt.NDArray[np.float64] | None = None
+    ) -> tuple[Floats, Floats]:
         """Gain (V * 3, K + 7) and shrinkage (K, K + 7) of the regularised least squares over basis and pose.
 
-        The step from residuals r (T, V * 3) at coefficients c (T, K) is r @ gain - c @ shrinkage.
+        The step from residuals r (T, V * 3) at coefficients c (T, K) is r @ gain - c @ shrinkage. ``prior`` (K, K) is
+        the precision of the coefficients; None is the identity matrix.
         """
         jacobian = np.concatenate([basis, tangents(shape)]).astype(np.float64)
         weighted = jacobian * (self.weights * self.precision)
         gram = weighted @ jacobian.T
         count = len(basis)
-        gram[np.arange(count), np.arange(count)] += 1.0
+        prior = np.eye(count) if prior is None else prior
+        gram[:count, :count] += prior
         inverse = scipy.linalg.inv(gram, check_finite=False)
-        return (weighted.T @ inverse).astype(np.float32), inverse[:count].astype(np.float32)
+        return (weighted.T @ inverse).astype(np.float32), (prior @ inverse[:count]).astype(np.float32)
 
     def start(self, landmarks: Floats) -> State:
         """The pose that aligns the mean face's rigid vertices."""
@@ -122,7 +137,7 @@ class Fitter:
         """Fit clean landmarks (T, 478, 3); returns the state and α (80,)."""
         state = self.start(landmarks)
         alpha = np.zeros(IDENTITY, dtype=np.float32) if identity is None else identity.astype(np.float32)
-        first, first_shrink = self._first
+        first, first_shrink = self._first if len(landmarks) > 1 else self._single
         gain, shrink = self._frame
         for round_ in range(_ROUNDS):
             if identity is None and round_ < _ROUNDS - 2:
@@ -150,7 +165,9 @@ def fit(model: FaceModel, landmarks: Floats, *, identity: Floats | None = None, 
     """Fit identity, expression and pose to the landmarks of one person.
 
     The posterior mode under unit Gaussian priors on α, on β of each frame and on the clip's mean β. A constant smile
-    goes to β, since the identity basis explains it at a higher cost.
+    goes to β, since the identity basis explains it at a higher cost. A single image shows no change that would tell a
+    smile from a wide mouth: there the prior on β is flatter, and α pays for directions that look like smiles
+    (``smile_leak``, learned from people seen neutral and smiling).
 
     Arguments:
         model: the face model.

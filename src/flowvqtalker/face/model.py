@@ -54,6 +54,8 @@ class FaceModel(nn.Module):
         mouth_triangles: (18, 3) that fill the mouth.
         eye_triangles: (28, 3) that fill the eyes.
         noise: scalar, standard deviation of a landmark coordinate around the model, in its unit.
+        smile_leak: (k, 80) directions of α into which a smile leaks when one image is fitted (k may be 0), each times
+            the square root of its penalty (:mod:`flowvqtalker.train.identity_split`).
     """
 
     mean: Tensor
@@ -64,6 +66,7 @@ class FaceModel(nn.Module):
     mouth_triangles: Tensor
     eye_triangles: Tensor
     noise: Tensor
+    smile_leak: Tensor
 
     def __init__(
         self,
@@ -75,6 +78,7 @@ class FaceModel(nn.Module):
         mouth_triangles: Tensor,
         eye_triangles: Tensor,
         noise: float | Tensor = 0.005,
+        smile_leak: Tensor | None = None,
     ) -> None:
         super().__init__()
         tensors = {
@@ -88,6 +92,10 @@ class FaceModel(nn.Module):
             if tuple(tensor.shape) != shape:
                 raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
             self.register_buffer(name, tensor.detach().to(torch.float32).contiguous())
+        leak = torch.zeros(0, IDENTITY) if smile_leak is None else smile_leak
+        if leak.ndim != 2 or leak.shape[1] != IDENTITY:
+            raise ValueError(f"smile_leak must have shape (k, {IDENTITY}), got {tuple(leak.shape)}")
+        self.register_buffer("smile_leak", leak.detach().to(torch.float32).contiguous())
         indices = {"triangles": triangles, "mouth_triangles": mouth_triangles, "eye_triangles": eye_triangles}
         for name, tensor in indices.items():
             if tensor.ndim != 2 or tensor.shape[1] != 3 or int(tensor.max()) >= VERTICES or int(tensor.min()) < 0:
@@ -168,6 +176,6 @@ class FaceModel(nn.Module):
         if missing:
             raise UserError(f"{source} is not a face model: it has no {', '.join(missing)}")
         try:
-            return cls(**{name: tensors[name] for name in names})
+            return cls(**{name: tensors[name] for name in names}, smile_leak=tensors.get("smile_leak"))
         except ValueError as error:
             raise UserError(f"{source} is not a face model of this version: {error}") from error
