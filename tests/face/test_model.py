@@ -16,6 +16,7 @@ from flowvqtalker.face.fit import Fit, fast_directions, fit, smooth_clip
 from flowvqtalker.face.geometry import align, angles_of, rodrigues, rotation_vectors, unproject
 from flowvqtalker.face.model import CENTRE, FOCAL, FaceModel, rotation_matrix
 from flowvqtalker.face.topology import EYE_CORNERS, INNER_LIPS, LEFT_EYE, RIGHT_EYE, strip, surface_triangles
+from flowvqtalker.train.identity_split import Pair, find_leak, smile_share
 
 MODEL = weights.folder() / "face_model.safetensors"
 
@@ -274,3 +275,23 @@ def test_real_portrait(model: FaceModel, astronaut: np.ndarray) -> None:
     shapes = model.blendshapes(torch.from_numpy(found.expression))[0]
     assert shapes[arkit_index("mouthSmileLeft")] > 0.4
     assert shapes[arkit_index("eyeBlinkLeft")] < 0.3
+
+
+def test_smile_leak_keeps_smiles_out_of_a_single_pictures_identity(model: FaceModel, tmp_path: Path) -> None:
+    model = FaceModel.load(MODEL)
+    model.smile_leak = torch.zeros(0, 80)
+    smile = model.arkit[arkit_index("mouthSmileLeft"), :64] + model.arkit[arkit_index("mouthSmileRight"), :64]
+    smile = (smile / smile.norm() * 5).numpy()
+    pose = np.tile(np.float32([0.1, -0.1, 0, 0, 0.1, 13]), (2, 1))
+    pairs = []
+    for n in range(12):
+        alpha = np.random.default_rng(n).standard_normal(80).astype(np.float32)
+        neutral, smiling = landmarks_of(model, alpha, np.stack([0 * smile, smile]), pose)
+        pairs.append(Pair(f"p{n}", "train", neutral, smiling))
+    before = np.mean([smile_share(model, pair) for pair in pairs[8:]])
+    model.smile_leak = find_leak(model, pairs[:8], count=4)
+    assert np.mean([smile_share(model, pair) for pair in pairs[8:]]) < 0.6 * before
+    model.save(tmp_path / "model.safetensors")
+    assert torch.equal(FaceModel.load(tmp_path / "model.safetensors").smile_leak, model.smile_leak)
+    with pytest.raises(UserError, match="neutral and smiling"):
+        find_leak(model, pairs[:2])

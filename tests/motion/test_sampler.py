@@ -15,7 +15,7 @@ from flowvqtalker.motion.emotion import reference_latent
 from flowvqtalker.motion.flow import ExpFlow, ExpFlowConfig, PoseFlow, PoseFlowConfig
 from flowvqtalker.motion.likelihood import rollout
 from flowvqtalker.motion.manifold import LatentBank
-from flowvqtalker.motion.sampler import SOURCE, MotionGenerator
+from flowvqtalker.motion.sampler import MotionGenerator
 from flowvqtalker.speech.encoder import AudioConfig
 
 AUDIO = AudioConfig(mels=6, columns=8, width=8, layers=2, lookahead=1)
@@ -120,7 +120,7 @@ def test_streaming_encoder_equals_the_training_path(flows, windows):
     exp = flows[0]
     beta = run(flows, windows, temperature=0.0, manifold=0.0, articulation=1.0)[0]
     padded = torch.cat([windows[:1].expand(3, -1, -1), windows, windows[-1:]])
-    source = SOURCE * torch.linspace(-1, 1, 8)[None]
+    source = exp.neutral_face(torch.linspace(-1, 1, 8)[None])
     label = torch.tensor([EMOTIONS.index("happy")])
     expected = rollout(exp, padded[None], label, torch.Generator(), source=source, temperature=0.0)
     assert torch.allclose(beta, expected[0], atol=1e-4)

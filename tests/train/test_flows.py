@@ -12,11 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from flowvqtalker import EMOTIONS
+from flowvqtalker.data.retarget import Retargeter
 from flowvqtalker.errors import UserError
 from flowvqtalker.motion.flow import ExpFlow, ExpFlowConfig, PoseFlow, PoseFlowConfig
 from flowvqtalker.motion.likelihood import rollout
 from flowvqtalker.motion.manifold import LatentBank
-from flowvqtalker.motion.sampler import SOURCE, TEMPERATURE
+from flowvqtalker.motion.sampler import TEMPERATURE
 from flowvqtalker.speech.augment import change_voice, reverberate, spectral_augment
 from flowvqtalker.speech.encoder import AudioConfig, AudioEncoder, SpeechEncoder, SpeechEncoderConfig
 from flowvqtalker.speech.features import log_mel
@@ -198,19 +199,43 @@ def test_people_share_the_speech_by_square_root():
     assert share == pytest.approx(2 / 3, abs=0.03)
 
 
-def test_source_is_the_same_person_or_hidden(corpus):
+def test_source_is_the_neutral_face_or_hidden(corpus):
     random, settings = np.random.default_rng(0), SequenceConfig()
-    hidden, own = 0, 0
-    for _ in range(400):
-        source = corpus.source(4, random, settings.source_dropout, settings.other_source)
-        if not source.any():
-            hidden += 1
-            continue
-        holders = [n for n, c in enumerate(corpus.clips) if (c.frames == source).all(1).any()]
-        assert all(corpus.clips[n].identity == corpus.clips[4].identity for n in holders)
-        own += holders == [4]
-    assert 50 < hidden < 115
-    assert 60 < own < 140  # 0.8 * 0.3 of 400 = 96
+    drawn = np.stack([corpus.source(4, random, settings.source_dropout, settings.source_noise) for _ in range(400)])
+    hidden = ~drawn.any(1)
+    assert 50 < hidden.sum() < 115
+    error = drawn[~hidden] - corpus.neutral(4)
+    assert error.std() == pytest.approx(settings.source_noise, rel=0.1)
+    assert np.abs(error.mean(0)).max() < 0.1
+
+
+def test_retargeted_clips_share_the_speech_and_keep_the_person(corpus):
+    face = np.random.default_rng(0).normal(0, 0.2, (52, 65))
+    spoken = Corpus([replace(clip(n, 40, who=f"p{n}"), emotion=EMOTIONS.index("natural")) for n in range(6)])
+    more = spoken.with_retargeted(Retargeter(face, None), seed=0)
+    made = more.clips[6:]
+    assert len(made) == 6
+    assert all(one.retargeted and one.mel is spoken.clips[n].mel for n, one in enumerate(made))
+    assert NEUTRAL not in more.labels[6:]
+    for n in range(6):
+        assert np.array_equal(more.neutral(n), spoken.neutral(n)), "the emotion is no part of the neutral face"
+        assert made[n].energy.shape == (40,)
+
+
+def test_neutral_map_keeps_the_person_and_drops_the_emotion():
+    random = np.random.default_rng(0)
+    smile = np.float32(3) * np.eye(64, dtype=np.float32)[0]
+    clips = []
+    for n in range(60):
+        person = np.concatenate([[0], random.normal(size=63)])
+        for label, added in ((NEUTRAL, 0 * smile), (EMOTIONS.index("happy"), smile)):
+            frames = (person + added + 0.05 * random.normal(size=(20, 64))).astype(np.float32)
+            clips.append(MotionClip(frames, None, label, False, f"p{n}"))
+    found = learn_neutral_map(None, Corpus(clips), [])
+    person = np.concatenate([[0], random.normal(size=63)]).astype(np.float32)
+    from_smile = found.numpy() @ np.append(person + smile, 1)
+    assert abs(from_smile[0]) < 0.5, "the smile is gone"
+    assert np.corrcoef(from_smile[1:], person[1:])[0, 1] > 0.95
 
 
 def emotional_corpus(lips=None, gap=None) -> Corpus:
@@ -533,7 +558,7 @@ def test_corrected_emotions_have_the_strength_of_the_training_people():
     assert abs(float(flow.emotion_bias[happy] @ flow.opening)) < 1e-4, "nothing parts the lips throughout"
 
     batch = whole_clips(corpus, [n for n, c in enumerate(clips) if c.speech][:24], data, 40)
-    source = SOURCE * torch.stack([torch.from_numpy(corpus.neutral(2 * n)) for n in range(20)])
+    source = torch.stack([torch.from_numpy(corpus.neutral(2 * n)) for n in range(20)])
     means = []
     for label in (neutral, happy):
         drawn = rollout(

@@ -285,13 +285,15 @@ class ExpFlow(Flow):
         ``opening`` (64,): the scalar product with β parts the lips.
         ``emotion_bias`` (C, 64): correction added to the samples of each class
         (:mod:`flowvqtalker.train.emotion_bias`).
+        ``neutral_map`` (64, 65): the neutral face of a portrait's person (:meth:`neutral_face`).
     """
 
     blink: Tensor
     blink_rate: Tensor
     opening: Tensor
     emotion_bias: Tensor
-    optional = ("emotion_bias",)
+    neutral_map: Tensor
+    optional = ("emotion_bias", "neutral_map")
 
     def __init__(self, config: FlowConfig | None = None, speech_encoder: SpeechEncoder | None = None) -> None:
         super().__init__(config or ExpFlowConfig(), speech_encoder)
@@ -299,6 +301,15 @@ class ExpFlow(Flow):
         self.register_buffer("blink_rate", torch.zeros(()))
         self.register_buffer("opening", torch.zeros(self.config.dim))
         self.register_buffer("emotion_bias", torch.zeros(self.config.classes, self.config.dim))
+        self.register_buffer("neutral_map", 0.5 * torch.eye(self.config.dim, self.config.dim + 1))
+
+    def neutral_face(self, beta: Tensor) -> Tensor:
+        """Neutral expression (..., 64) of the person who shows ``beta`` (..., 64) in a portrait (ours).
+
+        A portrait shows a person's face and a smile or frown of the moment. The requested emotion replaces the latter,
+        so the flow is conditioned on the former alone (:mod:`flowvqtalker.train.neutral_map`).
+        """
+        return beta @ self.neutral_map[:, :-1].mT + self.neutral_map[:, -1]
 
     @classmethod
     def config_type(cls) -> type[FlowConfig]:

@@ -34,10 +34,6 @@ LIP_DAMPING, _SLOW = 0.9, 12.5
 ARTICULATION = 1.4
 #: Share of the training clips' blinks that are laid over the motion by default: the flow draws the others itself.
 BLINKS = 0.7
-#: Share of the portrait's expression that the flow is given (ours). It holds the person's resting face, but also the
-#: smile or frown of the moment, which the emotion should replace: given whole, a smiling portrait kept smiling through
-#: anger.
-SOURCE = 0.5
 #: How far a drawn latent is moved on to the manifold of the training latents.
 MANIFOLD = 0.15
 #: Seconds in which the head leaves the source's pose for its own motion around it (time constant).
@@ -164,7 +160,8 @@ class MotionGenerator:
         self.articulation = articulation
         self.blink_rate = BLINKS * float(expflow.blink_rate) if blink_rate is None else blink_rate
         self.manifold, self.neighbours, self.seed = manifold, neighbours, seed
-        self.source = SOURCE * beta0.to(self.device, torch.float32).reshape(1, -1)
+        with torch.no_grad():
+            self.source = self.expflow.neutral_face(beta0.to(self.device, torch.float32).reshape(1, -1))
         self.pose0 = pose0.to(self.device, torch.float32).reshape(1, -1)
         self.poses, self._track = poses, track
         self._bank = bank if manifold > 0 else None

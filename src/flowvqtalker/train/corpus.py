@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 
 from flowvqtalker.constants import EMOTIONS
+from flowvqtalker.data.retarget import Retargeter
 from flowvqtalker.errors import UserError
 from flowvqtalker.loading import fast_dtype
 from flowvqtalker.speech.augment import spectral_augment
@@ -44,6 +45,7 @@ class MotionClip:
         frontend: name of the front end (:data:`flowvqtalker.speech.features.FRONTENDS`).
         degraded: ``mel`` of the same speech through a room, noise and a line; None: not needed.
         share: share of the varied windows that come from ``degraded``.
+        retargeted: whether it was made from a neutral clip (:mod:`flowvqtalker.data.retarget`).
     """
 
     frames: Floats
@@ -55,6 +57,16 @@ class MotionClip:
     frontend: str = "mel"
     degraded: npt.NDArray[np.float16] | None = None
     share: float = 0.5
+    retargeted: bool = False
+
+    @property
+    def energy(self) -> Floats | None:
+        """Loudness (L,) of the speech by frame, in the spectrogram's unit; None without sound."""
+        if self.mel is None:
+            return None
+        level = np.asarray(self.mel, np.float32).mean(1)
+        place = np.linspace(0, len(level) - 1, len(self.frames))
+        return np.interp(place, np.arange(len(level)), level).astype(np.float32)
 
     def windows(self, index: Ints, random: np.random.Generator | None = None) -> Floats:
         """Windows (n, 80, columns) of some frames, as :func:`flowvqtalker.speech.features.windows` gives them; with a
@@ -94,6 +106,7 @@ class Corpus:
             raise UserError("no clips to train on; check the split and the shards")
         self.clips = list(clips)
         self.lips = lips
+        self._shares_of_people = known_neutral, estimate
         self.gap = None if gap is None else gap / np.linalg.norm(gap)
         self.means = np.stack([clip.frames.mean(0) for clip in clips])
         self.labels = [NEUTRAL if clip.emotion in NEUTRAL_CLASSES else clip.emotion for clip in clips]
@@ -127,6 +140,17 @@ class Corpus:
                 weights[~own] *= (1 - known_neutral) / weights[~own].sum()
             classes.append((chosen, _shares(weights)))
         return classes
+
+    def with_retargeted(self, retarget: Retargeter, seed: int) -> Corpus:
+        """These clips and emotional versions of the neutral ones with speech, which share their sound and features."""
+        made, emotions = [], retarget.emotions()
+        for number, clip in enumerate(self.clips):
+            for copy_ in range(retarget.config.copies if clip.speech and self.labels[number] == NEUTRAL else 0):
+                random = np.random.default_rng([seed, number, copy_])
+                name = emotions[random.integers(len(emotions))]
+                frames = retarget(clip.frames, name, random, clip.energy)
+                made.append(replace(clip, frames=frames, emotion=EMOTIONS.index(name), retargeted=True))
+        return Corpus([*self.clips, *made], self.lips, self.gap, *self._shares_of_people)
 
     def neutral_estimate(self) -> NeutralEstimate:
         """Emotions and people apart, from the means of all clips."""
@@ -171,20 +195,17 @@ class Corpus:
                 best[self.clips[number].identity] = number
         return sorted(best.values(), key=lambda n: (-len(self.clips[n].frames), n))[:count]
 
-    def source(self, number: int, random: np.random.Generator, dropout: float, other: float) -> Floats:
-        """Expression (D,) of a source image for a clip: a frame of the same person, or zeros.
+    def source(self, number: int, random: np.random.Generator, dropout: float, noise: float) -> Floats:
+        """Expression (D,) of a source for a clip: the person's neutral face, or zeros.
 
-        ``dropout`` is the probability of zeros, ``other`` that of another clip than the clip itself.
+        ``dropout`` is the probability of zeros, ``noise`` the standard deviation of what the estimate of a neutral face
+        (:meth:`flowvqtalker.motion.flow.ExpFlow.neutral_face`) is wrong by.
         """
-        clip = self.clips[number]
+        neutral = self.neutral(number)
         if random.random() < dropout:
-            return np.zeros_like(clip.frames[0])
-        others = self.people[clip.identity]
-        others = others[others != number]
-        if len(others) and random.random() < other:
-            clip = self.clips[int(random.choice(others))]
-        frame: Floats = clip.frames[random.integers(len(clip.frames))]
-        return frame
+            return np.zeros_like(neutral)
+        source: Floats = (neutral + noise * random.standard_normal(neutral.shape)).astype(np.float32)
+        return source
 
 
 def _by_identity(clips: Sequence[MotionClip], numbers: Iterable[int]) -> dict[str, Ints]:

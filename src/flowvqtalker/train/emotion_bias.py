@@ -11,12 +11,14 @@ a mouth that is always open never closes on a b, m or p, and bared teeth look li
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 
 import torch
+from torch import Tensor
 
 from flowvqtalker.motion.flow import ExpFlow
 from flowvqtalker.motion.likelihood import rollout
-from flowvqtalker.motion.sampler import SOURCE, TEMPERATURE
+from flowvqtalker.motion.sampler import TEMPERATURE
 from flowvqtalker.train.corpus import NEUTRAL, Corpus
 from flowvqtalker.train.flow_stage import whole_clips
 from flowvqtalker.train.sequences import SequenceDataset
@@ -33,7 +35,13 @@ _SPEAKERS, _FRAMES, _FROM = 24, 60, 15
 
 
 @torch.no_grad()
-def fit_emotion_bias(flow: ExpFlow, corpus: Corpus, data: SequenceDataset, strength: float = STRENGTH) -> None:
+def fit_emotion_bias(
+    flow: ExpFlow,
+    corpus: Corpus,
+    data: SequenceDataset,
+    strength: float = STRENGTH,
+    wanted: Mapping[int, Tensor] | None = None,
+) -> None:
     """Set the buffer ``emotion_bias`` of a flow in eval mode.
 
     Arguments:
@@ -41,6 +49,7 @@ def fit_emotion_bias(flow: ExpFlow, corpus: Corpus, data: SequenceDataset, stren
         corpus: clips of the training people.
         data: items of the corpus.
         strength: factor on the differences to neutral.
+        wanted: differences (64,) to neutral by class that count instead of those of the training people.
     """
     flow.emotion_bias.zero_()
     clips = corpus.clips
@@ -57,7 +66,7 @@ def fit_emotion_bias(flow: ExpFlow, corpus: Corpus, data: SequenceDataset, stren
     audio = flow.encode_speech(batch.windows.to(device))
     keep = batch.mask.to(device).clone()
     keep[:, :_FROM] = False
-    faces = SOURCE * torch.stack([torch.from_numpy(corpus.neutral(n)) for n in speakers]).to(flow.emotion_bias)
+    faces = torch.stack([torch.from_numpy(corpus.neutral(n)) for n in speakers]).to(flow.emotion_bias)
     source = faces if flow.config.source else None
 
     def mean_of(label: int) -> torch.Tensor:
@@ -66,9 +75,9 @@ def fit_emotion_bias(flow: ExpFlow, corpus: Corpus, data: SequenceDataset, stren
         return rollout(flow, audio, emotion, generator, source=source, temperature=TEMPERATURE)[keep].mean(0)
 
     neutral = mean_of(NEUTRAL)
-    for label in found.keys() - {NEUTRAL}:
-        wanted = strength * torch.from_numpy(found[label] - found[NEUTRAL]).to(flow.emotion_bias)
-        flow.emotion_bias[label] = wanted - (mean_of(label) - neutral)
+    targets = {label: strength * torch.from_numpy(found[label] - found[NEUTRAL]) for label in found.keys() - {NEUTRAL}}
+    for label, target in {**targets, **(wanted or {})}.items():
+        flow.emotion_bias[label] = target.to(flow.emotion_bias) - (mean_of(label) - neutral)
     if flow.opening.any():
         opening = flow.opening / flow.opening.norm()
         flow.emotion_bias.sub_((flow.emotion_bias @ opening)[:, None] * opening)

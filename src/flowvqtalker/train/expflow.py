@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from flowvqtalker.constants import EMOTIONS
+from flowvqtalker.data.retarget import RetargetConfig, Retargeter
+from flowvqtalker.data.shards import Shard
 from flowvqtalker.errors import UserError
 from flowvqtalker.face.arkit import arkit_index
 from flowvqtalker.motion.blink import measure_blinks
@@ -36,6 +38,8 @@ from flowvqtalker.train.flow_stage import (
     load_speech_encoder,
     whole_clips,
 )
+from flowvqtalker.train.identity_split import find_pairs
+from flowvqtalker.train.neutral_map import learn_neutral_map
 from flowvqtalker.train.sequences import SequenceConfig, SequenceDataset, load_corpus
 
 __all__ = ["Config", "ExpFlowStage", "build", "start_from"]
@@ -51,6 +55,7 @@ class Config:
     """Face model of the coefficients, for the motion of the lips; None: the package's own."""
     start: Path | None = None
     """Run of this stage, or its weights, of the same shape, to fine-tune with new settings; None: start anew."""
+    retarget: RetargetConfig = field(default_factory=RetargetConfig)
     features: Features = field(default_factory=Features)
     flow: ExpFlowConfig = field(default_factory=ExpFlowConfig)
     sequences: SequenceConfig = field(default_factory=SequenceConfig)
@@ -78,6 +83,7 @@ class ExpFlowStage(FlowStage):
         lids: (65,) map from [β, 1] to the blendshape of closed lids; None: no blink is measured.
         speech: the speech encoder and the weights of its lip prior, from which the flow's starts; None: the flow has
             its own audio encoder.
+        retarget: draws the emotions that neutral clips also show; None: only real emotional clips.
     """
 
     name = "expflow"
@@ -90,12 +96,13 @@ class ExpFlowStage(FlowStage):
         expression: Tensor,
         lids: Tensor | None = None,
         speech: tuple[SpeechEncoder, dict[str, Tensor]] | None = None,
+        retarget: Retargeter | None = None,
     ) -> None:
         torch.manual_seed(config.loop.seed)
         flow = ExpFlow(config.flow, speech[0] if speech else None)
         if speech and flow.lip_prior is not None:
             flow.lip_prior.load_state_dict(speech[1])
-        super().__init__(config, flow, train, val)
+        super().__init__(config, flow, train, val, retarget)
         self.flow: ExpFlow
         self.lips, self.gap = lip_directions(expression), lip_gap(expression)
         flow.opening.copy_(self.gap)
@@ -177,7 +184,9 @@ class ExpFlowStage(FlowStage):
     def export(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The flow with its bias of emotions and its latent bank."""
         with evaluating(self.flow):
-            fit_emotion_bias(self.flow, self.train_corpus, self.train_data)
+            wanted = None if self.retarget is None else self.retarget.mean_differences()
+            tensors = {label: torch.from_numpy(value) for label, value in (wanted or {}).items()}
+            fit_emotion_bias(self.flow, self.train_corpus, self.train_data, wanted=tensors)
             bank = self.bank()
         return {**self.flow.own_state(), **bank.tensors()}, to_dict(self.flow.config)
 
@@ -196,9 +205,12 @@ def build(config: Config) -> ExpFlowStage:
         load_corpus(config.shards, split, config.sequences, lips=lips, gap=gap, frontend=frontend)
         for split in ("train", "val")
     )
-    stage = ExpFlowStage(config, train, val, face.expression, lids, speech)
+    retarget = Retargeter(face.arkit.numpy(), gap, config.retarget) if config.retarget.copies else None
+    stage = ExpFlowStage(config, train, val, face.expression, lids, speech, retarget)
     if config.start is not None:
         start_from(stage.flow, config.start)
+    pairs = [pair for folder in config.shards for pair in find_pairs(Shard(folder)) if pair.split == "train"]
+    stage.flow.neutral_map.copy_(learn_neutral_map(face, stage.train_corpus, pairs))
     return stage
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, default_collate
 
 from flowvqtalker import weights
+from flowvqtalker.data.retarget import Retargeter
 from flowvqtalker.errors import UserError
 from flowvqtalker.face.model import FaceModel
 from flowvqtalker.face.topology import LIPS
@@ -131,11 +132,14 @@ class FlowStage(Stage):
         config: the stage's configuration, with ``loop``, ``losses``, ``features`` and ``sequences``.
         flow: the flow to train.
         train, val: clips of the two splits; without ``val``, validation uses the training clips.
+        retarget: adds emotional versions of neutral clips to both splits.
     """
 
     monitor = "nll"
 
-    def __init__(self, config: Any, flow: Flow, train: Corpus, val: Corpus | None) -> None:
+    def __init__(
+        self, config: Any, flow: Flow, train: Corpus, val: Corpus | None, retarget: Retargeter | None = None
+    ) -> None:
         self.config = config
         self.flow = flow
         self.module = nn.ModuleDict({"flow": flow})
@@ -143,6 +147,10 @@ class FlowStage(Stage):
             for corpus, copies in ((train, config.features.copies), (val, 1)):
                 if corpus is not None and corpus.clips[0].features is None:
                     encode_corpus(corpus, flow.audio, copies, config.loop.seed)
+        self.retarget = retarget
+        if retarget is not None:  # after encoding: both versions of a clip share its features
+            train = train.with_retargeted(retarget, config.loop.seed)
+            val = None if val is None else val.with_retargeted(retarget, config.loop.seed)
         self.losses: Losses = config.losses
         self.train_corpus, self.val_corpus = train, val or train
         loop: LoopConfig = config.loop

@@ -1,9 +1,9 @@
 """Keep smiles out of the identity of a single picture.
 
 Fitted to one picture, a smile ends up in α by a quarter: the identity basis can widen mouths too. People who are seen
-neutral and smiling show which directions of α that takes: the principal components of what their smiling α has and their
-neutral α lacks. Kept in the face model as ``smile_leak``, these directions get a higher price when one picture is fitted
-(:mod:`flowvqtalker.face.fit`); the expression basis stays as it is.
+neutral and smiling show which directions of α that takes: the principal components of what their smiling α has and
+their neutral α lacks. Kept in the face model as ``smile_leak``, these directions get a higher price when one picture is
+fitted (:mod:`flowvqtalker.face.fit`); the expression basis stays as it is.
 
     python -m flowvqtalker.train.identity_split SHARD FACE_MODEL
 """

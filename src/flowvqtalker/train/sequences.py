@@ -55,8 +55,8 @@ class SequenceConfig:
     """Share of the items with speech whose speech is hidden, so that the "no audio" token knows every face."""
     source_dropout: float = 0.2
     """Share of the items whose source is hidden (zeros, the mean face), so that the emotion is not only read off it."""
-    other_source: float = 0.7
-    """Share of the items whose source comes from another clip of the same person, if there is one."""
+    source_noise: float = 0.25
+    """Standard deviation of the noise on the other sources, the persons' neutral faces: their estimate has errors."""
     retarget_lips: float = 0.5
     """Share of the emotional items that get the lips and the sound of a neutral clip with speech."""
     retarget_expression: float = 0.6
@@ -128,7 +128,7 @@ class SequenceDataset(Dataset[dict[str, Any]]):
         audio: settings of the audio encoder, which give its reach in time.
         history: τ, previous frames of the context.
         seed: seed of the draws.
-        plain: for validation: no augmentation, no hidden speech, sources from the clip itself.
+        plain: for validation: no augmentation, no hidden speech, sources without noise.
     """
 
     def __init__(
@@ -148,7 +148,8 @@ class SequenceDataset(Dataset[dict[str, Any]]):
         number = self.corpus.pick(random, self.config.balanced)
         emotional = not self.plain and self.corpus.labels[number] != NEUTRAL
         speaker = None
-        if emotional and self.corpus.can_retarget and random.random() < self.config.retarget_lips:
+        retarget = self.corpus.can_retarget and not self.corpus.clips[number].retargeted
+        if emotional and retarget and random.random() < self.config.retarget_lips:
             speaker = self.corpus.pick_speaker(random)
         strength = 1.0
         if emotional and random.random() < self.config.strength:
@@ -191,9 +192,9 @@ class SequenceDataset(Dataset[dict[str, Any]]):
             windows = clip.windows(np.clip(start + reach, 0, len(clip.frames) - 1), random if changed else None)
         shown = speaker if moved and speaker is not None else number
         source = (
-            clip.frames[0]
+            self.corpus.neutral(shown).astype(np.float32)
             if self.plain
-            else self.corpus.source(shown, random, config.source_dropout, config.other_source)
+            else self.corpus.source(shown, random, config.source_dropout, config.source_noise)
         )
         return {
             "frames": torch.from_numpy(frames),

@@ -1,0 +1,233 @@
+"""Emotional versions of neutral talking clips: beta(t) + s(t) Delta_e (ours).
+
+Few people are filmed both neutral and emotional, so a flow cannot learn from real clips what an emotion adds to a face.
+Here it is added: prototypes of the emotions in ARKit blendshapes (after EMFACS), mixed with acted differences from the
+actor's neutral (RAVDESS action units, if given), are solved for beta through the face model's blendshape map. Each clip
+draws its own: every blendshape varies in strength, the two sides differ a little, and s(t) has an onset, an apex that
+follows the voice's energy, and at times a decay. A component of the mixture stays a distribution, not one mask.
+
+The mouth keeps its phonemes: what of a difference parts the lips is taken off.
+
+References:
+    Friesen and Ekman, EMFACS-7, 1983. Livingstone and Russo, RAVDESS, PLoS ONE 13(5), 2018.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from flowvqtalker.constants import EMOTIONS
+from flowvqtalker.errors import UserError
+from flowvqtalker.face.arkit import ARKIT_NAMES, arkit_index
+
+__all__ = ["PROTOTYPES", "RetargetConfig", "Retargeter", "acted_differences", "envelope", "solve_blendshapes"]
+
+Floats = npt.NDArray[np.float32]
+
+#: What an emotion adds to a neutral face, in ARKit blendshapes (both sides, unless one is named).
+PROTOTYPES: Mapping[str, Mapping[str, float]] = {
+    "angry": {
+        **{"browDown": 0.95, "browInnerUp": -0.15, "browOuterUp": -0.15, "eyeSquint": 0.45, "noseSneer": 0.35},
+        **{"mouthPress": 0.35, "mouthFrown": 0.35, "mouthSmile": -0.1, "mouthShrugLower": 0.2},
+    },
+    "disgusted": {
+        **{"noseSneer": 0.8, "mouthUpperUp": 0.55, "browDown": 0.45, "eyeSquint": 0.55, "cheekSquint": 0.45},
+        **{"mouthFrown": 0.3, "mouthShrugUpper": 0.3, "mouthSmile": -0.05},
+    },
+    "fear": {
+        **{"browInnerUp": 0.85, "browOuterUp": 0.35, "browDown": -0.1, "eyeWide": 0.6, "eyeSquint": -0.2},
+        **{"eyeBlink": -0.15, "mouthStretch": 0.5, "mouthLowerDown": 0.2, "mouthSmile": -0.1, "mouthFrown": 0.1},
+    },
+    "happy": {"mouthSmile": 0.9, "cheekSquint": 0.6, "eyeSquint": 0.4, "mouthUpperUp": 0.2, "mouthDimple": 0.2},
+    "sad": {
+        **{"browInnerUp": 0.7, "browDown": 0.15, "browOuterUp": -0.25, "mouthFrown": 0.6, "mouthShrugLower": 0.5},
+        **{"mouthPress": 0.15, "eyeBlink": 0.12, "eyeLookDown": 0.15, "mouthSmile": -0.15, "mouthRollLower": 0.1},
+    },
+    "surprised": {
+        **{"browInnerUp": 0.9, "browOuterUp": 0.85, "browDown": -0.1, "eyeWide": 0.7, "eyeSquint": -0.2},
+        **{"eyeBlink": -0.15, "jawOpen": 0.25, "mouthSmile": -0.1},
+    },
+    "contempt": {
+        **{"mouthSmileLeft": 0.45, "mouthDimpleLeft": 0.5, "mouthPressLeft": 0.4, "mouthSmileRight": -0.05},
+        **{"browOuterUpRight": 0.2, "eyeSquint": 0.2},
+    },
+}
+#: Action units of RAVDESS's clip means (OpenFace) and the blendshapes that show them; 0 to 5 becomes 0 to 1.7.
+_UNITS: Mapping[str, str] = {
+    **{"AU01": "browInnerUp", "AU02": "browOuterUp", "AU04": "browDown", "AU05": "eyeWide", "AU06": "cheekSquint"},
+    **{"AU07": "eyeSquint", "AU09": "noseSneer", "AU10": "mouthUpperUp", "AU12": "mouthSmile", "AU14": "mouthDimple"},
+    **{"AU15": "mouthFrown", "AU17": "mouthShrugLower", "AU20": "mouthStretch", "AU23": "mouthPress"},
+}
+_UNIT_SCALE = 3.0
+#: RAVDESS's emotion codes, 1-based in the third field of a clip's name.
+_CODES = ("neutral", "neutral", "happy", "sad", "angry", "fear", "disgusted", "surprised")
+_FPS = 25
+
+
+@dataclass(frozen=True)
+class RetargetConfig:
+    """How emotional clips are made of calm ones."""
+
+    copies: int = 1
+    """Emotional versions of each calm clip with speech, each of an emotion drawn anew; 0: none."""
+    strength: tuple[float, float] = (1.0, 1.5)
+    """Range of the apex, in prototypes."""
+    acted: float = 0.25
+    """Share of the difference that comes from RAVDESS's actors, where their action units are given."""
+    vary: float = 0.25
+    """Standard deviation of the logarithm of each blendshape's own strength."""
+    one_sided: float = 0.08
+    """Standard deviation of the difference between the two sides."""
+    action_units: Path | None = None
+    """RAVDESS's `clip_means.npz` (names, clips, means); None: prototypes alone."""
+
+
+def _shape_vector(shapes: Mapping[str, float]) -> npt.NDArray[np.float64]:
+    """(52,) of names with or without a side."""
+    vector = np.zeros(len(ARKIT_NAMES))
+    for name, value in shapes.items():
+        sides = [name] if name in ARKIT_NAMES else [f"{name}Left", f"{name}Right"]
+        vector[[arkit_index(side) for side in sides]] = value
+    return vector
+
+
+def acted_differences(path: Path) -> dict[str, npt.NDArray[np.float64]]:
+    """Differences (n, 52) in blendshapes of RAVDESS's emotional clips from their actor's neutral, by emotion.
+
+    Raises:
+        UserError: if the file does not hold them.
+    """
+    try:
+        with np.load(path) as file:
+            names, clips, means = (file[key] for key in ("names", "clips", "means"))
+    except (OSError, KeyError, ValueError) as error:
+        raise UserError(f"{path} holds no action units of RAVDESS ({error}); give clip_means.npz") from error
+    turn = np.zeros((len(names), len(ARKIT_NAMES)))
+    for row, name in enumerate(names):
+        shown = _UNITS.get(str(name)[:4])
+        if shown is not None:
+            turn[row] = _shape_vector({shown: 1 / _UNIT_SCALE})
+    fields = [str(clip).split("-") for clip in clips]
+    emotion = np.array([_CODES[int(field[2]) - 1] for field in fields])
+    actor = np.array([field[6][:2] for field in fields])
+    neutral = {one: means[(actor == one) & (emotion == "neutral")].mean(0) for one in set(actor)}
+    found = {}
+    for name in sorted(set(emotion) - {"neutral"}):
+        rows = np.flatnonzero(emotion == name)
+        found[name] = (means[rows] - np.stack([neutral[actor[row]] for row in rows])) @ turn
+    return found
+
+
+def solve_blendshapes(
+    arkit: npt.NDArray[np.floating], targets: npt.NDArray[np.floating], ridge: float = 0.002
+) -> Floats:
+    """Differences of beta (n, 64) that show differences of blendshapes, by ridge regression through their map.
+
+    Arguments:
+        arkit: (52, 65) of the face model.
+        targets: (n, 52).
+        ridge: penalty on the squared coefficients.
+    """
+    turn = np.asarray(arkit, np.float64)[:, :-1]
+    weight = np.ones(len(turn))
+    weight[0] = 0  # `_neutral` is no expression
+    weight[[i for i, name in enumerate(ARKIT_NAMES) if name.startswith("eyeLook")]] = 0.2
+    weight[[i for i, name in enumerate(ARKIT_NAMES) if name.startswith("jaw") or name == "mouthClose"]] = 1.5
+    gram = turn.T @ (turn * weight[:, None]) + ridge * np.eye(turn.shape[1])
+    right = turn.T @ (weight[:, None] * np.asarray(targets, np.float64).T)
+    solved: Floats = np.linalg.solve(gram, right).T.astype(np.float32)
+    return solved
+
+
+def envelope(length: int, energy: Floats | None, random: np.random.Generator) -> Floats:
+    """Strength (T,) of an emotion over a clip, at most 1.15: onset, apex and decay, and more where the voice is loud.
+
+    Arguments:
+        length: T frames at 25 fps.
+        energy: (T,) loudness of the voice, any unit; None: it plays no part.
+        random: of everything that is random.
+    """
+    time = np.arange(length) / _FPS
+    strength = np.ones(length)
+    if random.random() < 0.4:  # most of a performance is apex: a clip shows the rise less often than not
+        start, rise = random.uniform(-0.2, min(0.6, time[-1] / 2)), random.uniform(0.3, 0.7)
+        strength *= _smooth((time - start) / rise)
+    if random.random() < 0.2 and time[-1] > 0.8:
+        start, fall = random.uniform(0.5, 1.0) * time[-1], random.uniform(0.5, 1.2)
+        strength *= 1 - 0.7 * _smooth((time - start) / fall)
+    if energy is not None and length > 8 and float(np.std(energy)) > 0:
+        loud = np.convolve(np.pad((energy - energy.mean()) / energy.std(), 6, mode="edge"), np.ones(13) / 13, "valid")
+        strength *= 1 + 0.15 * np.clip(loud, -1, 1)
+    return strength.astype(np.float32)
+
+
+def _smooth(x: npt.NDArray[np.floating]) -> npt.NDArray[np.floating]:
+    x = np.clip(x, 0, 1)
+    step: npt.NDArray[np.floating] = x * x * (3 - 2 * x)
+    return step
+
+
+class Retargeter:
+    """Draws what an emotion adds to a calm clip.
+
+    Arguments:
+        arkit: (52, 65) map of the face model from [beta, 1] to blendshapes.
+        gap: (64,) direction of beta in which the lips part; None: differences are taken whole.
+        config: see :class:`RetargetConfig`.
+    """
+
+    def __init__(
+        self, arkit: npt.NDArray[np.floating], gap: Floats | None, config: RetargetConfig | None = None
+    ) -> None:
+        self.config = config or RetargetConfig()
+        self._arkit = arkit
+        self._gap = None if gap is None else np.asarray(gap / np.linalg.norm(gap), np.float32)
+        self._prototypes = {name: _shape_vector(shapes) for name, shapes in PROTOTYPES.items()}
+        given = self.config.action_units
+        self._acted = {} if given is None else acted_differences(given)
+
+    def difference(self, emotion: str, random: np.random.Generator | None = None) -> Floats:
+        """Difference (64,) of beta from neutral at the apex; without a generator the prototype itself."""
+        target = self._prototypes[emotion]
+        if random is not None:
+            config = self.config
+            target = target * np.exp(config.vary * random.standard_normal(len(target)))
+            acted = self._acted.get(emotion)
+            if acted is not None:
+                target = (1 - config.acted) * target + config.acted * acted[random.integers(len(acted))]
+            lean = config.one_sided * random.standard_normal()
+            sides = [lean if n.endswith("Left") else -lean if n.endswith("Right") else 0.0 for n in ARKIT_NAMES]
+            target = target * (1 + np.array(sides)) * random.uniform(*config.strength)
+        beta: Floats = solve_blendshapes(self._arkit, target[None])[0]
+        return beta if self._gap is None else beta - (beta @ self._gap) * self._gap
+
+    def __call__(
+        self, frames: Floats, emotion: str, random: np.random.Generator, energy: Floats | None = None
+    ) -> Floats:
+        """An emotional version (T, 64) of a calm clip's beta (T, 64).
+
+        Arguments:
+            frames: the calm clip.
+            emotion: a key of :data:`PROTOTYPES`.
+            random: of everything that is random.
+            energy: (T,) loudness of its speech.
+        """
+        strength = envelope(len(frames), energy, random)
+        return (frames + strength[:, None] * self.difference(emotion, random)).astype(np.float32)
+
+    def mean_differences(self, count: int = 60) -> dict[int, Floats]:
+        """Mean difference (64,) of the emotions' apexes from neutral, by class number."""
+        drawn = {
+            name: [self.difference(name, np.random.default_rng([number])) for number in range(count)]
+            for name in self.emotions()
+        }
+        return {EMOTIONS.index(name): np.mean(values, 0, dtype=np.float32) for name, values in drawn.items()}
+
+    def emotions(self) -> Sequence[str]:
+        """The emotions that it can show, in the package's order."""
+        return [name for name in EMOTIONS if name in self._prototypes]

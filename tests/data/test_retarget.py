@@ -1,0 +1,105 @@
+"""Emotional versions of neutral clips."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from flowvqtalker.constants import EMOTIONS
+from flowvqtalker.data.retarget import (
+    PROTOTYPES,
+    RetargetConfig,
+    Retargeter,
+    acted_differences,
+    envelope,
+    solve_blendshapes,
+)
+from flowvqtalker.errors import UserError
+from flowvqtalker.face.arkit import ARKIT_NAMES, arkit_index
+
+
+@pytest.fixture
+def arkit() -> np.ndarray:
+    return np.random.default_rng(0).normal(0, 0.2, (52, 65))
+
+
+def test_solved_expression_shows_the_blendshapes(arkit: np.ndarray) -> None:
+    target = np.zeros((1, 52))
+    target[0, arkit_index("browDownLeft")] = 0.8
+    shown = solve_blendshapes(arkit, target, ridge=1e-6) @ arkit[:, :-1].T
+    assert np.abs(shown - target)[0, 1:].max() < 0.02
+
+
+def test_differences_leave_the_lips_as_far_apart_as_speech_has_them(arkit: np.ndarray) -> None:
+    gap = np.random.default_rng(1).normal(size=64).astype(np.float32)
+    retarget = Retargeter(arkit, gap)
+    for name in retarget.emotions():
+        difference = retarget.difference(name, np.random.default_rng(2))
+        assert abs(difference @ gap) < 1e-3 * np.linalg.norm(difference) * np.linalg.norm(gap)
+
+
+def test_each_clip_draws_its_own_and_the_seed_repeats_it(arkit: np.ndarray) -> None:
+    retarget = Retargeter(arkit, None)
+    first, again, other = (retarget.difference("sad", np.random.default_rng(seed)) for seed in (1, 1, 2))
+    assert np.array_equal(first, again)
+    assert 0.05 < np.linalg.norm(first - other) / np.linalg.norm(first) < 1
+    drawn = np.stack([retarget.difference("sad", np.random.default_rng(seed)) for seed in range(40)])
+    prototype, mean = retarget.difference("sad"), drawn.mean(0)
+    assert prototype @ mean / np.linalg.norm(prototype) / np.linalg.norm(mean) > 0.97
+
+
+def test_emotion_is_added_to_the_clip(arkit: np.ndarray) -> None:
+    frames = np.random.default_rng(3).normal(size=(40, 64)).astype(np.float32)
+    made = Retargeter(arkit, None)(frames, "angry", np.random.default_rng(0))
+    added = made - frames
+    directions = added[np.linalg.norm(added, axis=1) > 0.1]
+    assert np.linalg.matrix_rank(directions, tol=1e-3) == 1, "one difference, of a strength that varies"
+
+
+def test_envelope_rises_smoothly_and_follows_the_voice() -> None:
+    quiet_then_loud = np.repeat([0.0, 1.0], 50).astype(np.float32)
+    strengths = np.stack([envelope(100, quiet_then_loud, np.random.default_rng(seed)) for seed in range(50)])
+    assert strengths.min() >= 0
+    assert strengths.max() <= 1.2
+    assert np.abs(np.diff(strengths, axis=1)).max() < 0.2, "no jump"
+    steady = strengths[(strengths[:, 20] > 0.8) & (strengths[:, 80] > 0.8)]
+    assert (steady[:, 80] > steady[:, 20]).all()
+
+
+def test_every_emotion_but_neutral_and_natural_has_a_prototype() -> None:
+    assert set(PROTOTYPES) == set(EMOTIONS) - {"neutral", "natural"}
+    assert {name for shapes in PROTOTYPES.values() for name in shapes} <= {
+        name.removesuffix("Left").removesuffix("Right") for name in ARKIT_NAMES
+    } | set(ARKIT_NAMES)
+
+
+def test_acted_differences_are_relative_to_the_actors_neutral(tmp_path: Path) -> None:
+    names = np.array(["AU04_r", "AU12_r", "AU45_r"])
+    clips = np.array(["01-01-01-01-01-01-07", "01-01-05-02-01-01-07", "01-01-03-01-01-01-07"])
+    means = np.array([[1.0, 0, 0], [2.5, 0, 3], [1, 3, 0]])
+    path = tmp_path / "means.npz"
+    np.savez(path, names=names, clips=clips, means=means)
+    found = acted_differences(path)
+    assert found["angry"].shape == (1, 52)
+    assert found["angry"][0, arkit_index("browDownLeft")] == pytest.approx(0.5)
+    assert found["happy"][0, arkit_index("mouthSmileRight")] == pytest.approx(1.0)
+    with pytest.raises(UserError, match=r"clip_means\.npz"):
+        acted_differences(tmp_path / "none.npz")
+
+
+def test_acted_share_moves_the_difference(arkit: np.ndarray, tmp_path: Path) -> None:
+    path = tmp_path / "means.npz"
+    np.savez(
+        path,
+        names=np.array(["AU12_r"]),
+        clips=np.array(["01-01-01-01-01-01-01", "01-01-05-01-01-01-01"]),
+        means=np.array([[0.0], [5.0]]),
+    )
+    plain = Retargeter(arkit, None).difference("angry", np.random.default_rng(0))
+    mixed = Retargeter(arkit, None, RetargetConfig(action_units=path, acted=0.5)).difference(
+        "angry", np.random.default_rng(0)
+    )
+    smile = arkit[arkit_index("mouthSmileLeft"), :-1]
+    assert mixed @ smile > plain @ smile
