@@ -277,6 +277,7 @@ class Flow(Bijection):
         """Sample frames (N, D); without a generator, from torch's own."""
         return self.soft_clamp(self.inverse(self.latent.sample(context.emotion, generator, temperature), context))
 
+
 class ExpFlow(Flow):
     """Expression flow: β (N, 64) given β0, speech, the previous frames and the emotion.
 

@@ -170,8 +170,7 @@ class ExpFlowStage(FlowStage):
             found: list[Tensor] = []
             for part in (chosen[i : i + 16] for i in range(0, len(chosen), 16)):
                 batch = residual(
-                    flow,
-                    self.batch([plain.item(n, start, np.random.default_rng([0, n])) for n, start in part])
+                    flow, self.batch([plain.item(n, start, np.random.default_rng([0, n])) for n, start in part])
                 )
                 targets = batch.frames[:, flow.config.history :][batch.mask]
                 found.append(flow.forward_and_logdet(targets, contexts(flow, batch))[0].cpu())
