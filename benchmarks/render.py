@@ -25,8 +25,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from flowvqtalker.loading import load_generator
 from flowvqtalker.io.video import write_video
+from flowvqtalker.loading import load_generator
 from flowvqtalker.pipeline import Talker
 from flowvqtalker.render.mesh_flow import warp
 from flowvqtalker.render.renderer import Renderer

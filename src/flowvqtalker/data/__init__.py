@@ -1,1 +1,1 @@
-"""Clips and pictures on disk, the shards that training reads, and the splits."""
+"""Data for training: clips and images on disk, shards, speech sets, splits."""

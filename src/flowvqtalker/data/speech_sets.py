@@ -1,12 +1,12 @@
-"""Speech sets: what the stage ``speech`` learns to listen from, in files that training reads with numpy alone.
+"""Speech sets: training data of the stage ``speech``, in files that it reads with numpy.
 
     flowvqtalker prepare-speech --shards SHARD --recordings ROOT --teacher WHISPER -o SET
 
-A speech set is a folder. Row t of every column is video frame t (25 fps) of all recordings one after the other:
+A speech set is a folder. Rows are video frames (25 fps) of all recordings, concatenated:
 
 =================  ==================================================================================================
 ``index.npz``      per recording: name, speaker, split, first row, rows, first mel column, mel columns, rate; and the
-                   principal components that the teacher's features were reduced to
+                   principal components of the teacher's features
 ``mel.npy``        (M, 80) float16 log-mel of the front end ``whisper``, 100 columns a second (``audio.features``)
 ``teacher.npy``    (N, 256) float16: the teacher's features, standardised and reduced
 ``lips.npy``       (N, 64) float16: β around the recording's mean, of clips with a tracked face; NaN elsewhere
@@ -14,9 +14,9 @@ A speech set is a folder. Row t of every column is video frame t (25 fps) of all
 ``curves.npy``     (N, 12) float16: principal components of an animator's mouth curves, standardised; NaN elsewhere
 =================  ==================================================================================================
 
-Every recording is there twice: as it is, and played faster or slower (a rate between 0.85 and 1.18), which moves pitch
-and formants like another speaker's; the targets are moved with it, and the teacher hears the changed sound. Recordings
-of training speakers are there once more, through a room, noise and a line or codec (``speech.augment.degrade``); their
+Every recording is stored twice: as it is, and played faster or slower (at 0.85 to 1.18 times the speed), which moves
+pitch and formants like another speaker's; targets and teacher follow the changed sound. Recordings of training speakers
+are stored once more, degraded by a room, noise and a line or codec (``speech.augment.degrade``); their
 targets are those of the clean recording, so that the speech encoder learns to ignore all that.
 """
 
@@ -38,6 +38,8 @@ from flowvqtalker.constants import FPS
 from flowvqtalker.data.shards import SAMPLES, Shard
 from flowvqtalker.data.splits import split_of
 from flowvqtalker.errors import UserError
+from flowvqtalker.io.atomic import atomic_folder
+from flowvqtalker.io.audio import load
 from flowvqtalker.speech.augment import degrade
 from flowvqtalker.speech.features import log_mel
 
@@ -45,22 +47,22 @@ __all__ = ["CURVES", "TEACHER", "UNITS", "PrepareSpeech", "Recording", "SpeechSe
 
 logger = logging.getLogger(__name__)
 
-#: Sizes of the targets.
+#: Sizes of the targets per frame.
 TEACHER, UNITS, CURVES = 256, 17, 12
 COLUMNS = {"teacher": TEACHER, "lips": 64, "units": UNITS, "curves": CURVES}
 
 _SLOWEST, _FASTEST = 0.85, 1.18
-#: Clips whose lips hardly follow their sound teach the teacher's features, but no lips.
+#: Clips whose lips hardly correlate with their sound give no lip targets.
 _CORRELATION = 0.1
 
 Floats = npt.NDArray[np.float32]
 
 
 class SpeechSet:
-    """Read a speech set (the module says what its files hold).
+    """Read a speech set.
 
     Attributes:
-        mel, teacher, lips, units, curves: see the module (memory-mapped).
+        mel, teacher, lips, units, curves: see the module; memory-mapped.
         speaker, split: of each recording.
         start, length: rows of each recording.
         mel_start, mel_length: mel columns of each recording.
@@ -89,10 +91,10 @@ class SpeechSet:
 
 @dataclass(frozen=True)
 class Recording:
-    """Speech, with what a face did meanwhile.
+    """Speech with its targets.
 
     Attributes:
-        name, speaker: text; the speaker decides the split.
+        name, speaker: text; the speaker determines the split.
         wave: (n,) samples at 16 kHz.
         targets: name of a column -> (frames per second, values (T, D)).
     """
@@ -104,7 +106,7 @@ class Recording:
 
     @property
     def frames(self) -> int:
-        """25-fps frames that are wholly there."""
+        """Number of complete 25-fps frames."""
         return len(self.wave) // SAMPLES
 
     def at(self, rate: float) -> Recording:
@@ -117,7 +119,7 @@ class Recording:
         return Recording(f"{self.name} x{rate:.3f}", self.speaker, wave, moved)
 
     def target(self, key: str) -> Floats:
-        """A target at 25 fps, (frames, D), NaN after its end; all NaN without one."""
+        """A target at 25 fps, (frames, D); NaN after its end, and where there is none."""
         result = np.full((self.frames, COLUMNS[key]), np.nan, np.float32)
         if key in self.targets:
             fps, values = self.targets[key]
@@ -145,7 +147,7 @@ class PrepareSpeech:
     degraded: bool = True
     """Add every training recording through a room, noise and a line or codec."""
     seed: int = 0
-    """Of the rates and of what is degraded."""
+    """Seed of rates and degradations."""
 
     def run(self) -> None:
         from flowvqtalker.data.teacher import Teacher
@@ -164,68 +166,61 @@ def write(
         output: folder.
         shards, root: see :class:`PrepareSpeech`.
         teacher: (wave, frames) -> (frames, width) features.
-        seed: of the rates and of what is degraded.
+        seed: of rates and degradations.
         degraded: see :class:`PrepareSpeech`.
+
+    Raises:
+        UserError: if the folder exists or there is no recording.
     """
+    if output.exists():
+        raise UserError(f"{output} exists; remove it or choose another name")
     found = list(_of_shards(shards)) + (list(_of_folder(root)) if root is not None else [])
     if not found:
         raise UserError("no recording was found; check the folders")
     rows: dict[str, list[npt.NDArray[np.float16]]] = {key: [] for key in COLUMNS}
     mels, about = [], []
-    for number, plain in enumerate(tqdm(found, desc="speech", unit="recording", disable=None)):
+    for number, original in enumerate(tqdm(found, desc="speech", unit="recording", disable=None)):
         random = np.random.default_rng([seed, number])
         for rate in (1.0, float(np.exp(random.uniform(np.log(_SLOWEST), np.log(_FASTEST))))):
-            one = plain.at(rate)
-            if one.frames == 0:
+            recording = original.at(rate)
+            if recording.frames == 0:
                 continue
-            split = split_of(one.speaker)
-            heard = [(one.name, one.wave)]
+            split = split_of(recording.speaker)
+            waves = [(recording.name, recording.wave)]
             if degraded and rate == 1 and split == "train":
-                heard.append((f"{one.name} degraded", degrade(one.wave, random, codecs=True)))
-            told = teacher(one.wave, one.frames).astype(np.float16)
-            for name, wave in heard:
+                waves.append((f"{recording.name} degraded", degrade(recording.wave, random, codecs=True)))
+            features = teacher(recording.wave, recording.frames).astype(np.float16)
+            for name, wave in waves:
                 mel = log_mel(wave, "whisper")
-                about.append((name, one.speaker, split, one.frames, len(mel), rate))
+                about.append((name, recording.speaker, split, recording.frames, len(mel), rate))
                 mels.append(mel.astype(np.float16))
-                rows["teacher"].append(told)
+                rows["teacher"].append(features)
                 for key in ("lips", "units", "curves"):
-                    rows[key].append(one.target(key).astype(np.float16))
-    names, speakers, splits, lengths, columns, rates = (list(x) for x in zip(*about, strict=True))
-    train = np.repeat(np.array(splits) == "train", lengths)
-    features = np.concatenate(rows["teacher"])
-    mean, matrix = _principal(features, train, TEACHER)
-    reduced = np.concatenate(
-        [((features[i : i + 8192] - mean) @ matrix).astype(np.float16) for i in range(0, len(features), 8192)]
-    )
-    beside = output.with_name(f".{output.name}.partial")
-    beside.mkdir(parents=True, exist_ok=True)
-    np.save(beside / "mel.npy", np.concatenate(mels))
-    np.save(beside / "teacher.npy", reduced)
-    for key in ("lips", "units", "curves"):
-        np.save(beside / f"{key}.npy", np.concatenate(rows[key]))
-    np.savez(
-        beside / "index.npz",
-        name=np.array(names),
-        speaker=np.array(speakers),
-        split=np.array(splits),
-        length=np.array(lengths),
-        start=np.cumsum([0, *lengths[:-1]]),
-        mel_length=np.array(columns),
-        mel_start=np.cumsum([0, *columns[:-1]]),
-        rate=np.array(rates),
-        mean=mean,
-        components=matrix,
-    )
-    if output.exists():
-        raise UserError(f"{output} exists; remove it or choose another name (the new set is in {beside})")
-    beside.rename(output)
-    logger.info("%s: %d recordings, %.1f minutes", output, len(about), sum(lengths) / FPS / 60)
+                    rows[key].append(recording.target(key).astype(np.float16))
+    names, speakers, splits, lengths, columns, rates = map(np.array, zip(*about, strict=True))
+    every = np.concatenate(rows["teacher"])
+    mean, matrix = _principal(every, np.repeat(splits == "train", lengths), TEACHER)
+    blocks = (every[i : i + 8192] for i in range(0, len(every), 8192))
+    rows["teacher"] = [((block - mean) @ matrix).astype(np.float16) for block in blocks]
+    with atomic_folder(output) as folder:
+        np.save(folder / "mel.npy", np.concatenate(mels))
+        for key, values in rows.items():
+            np.save(folder / f"{key}.npy", np.concatenate(values))
+        np.savez(
+            folder / "index.npz",
+            **{"name": names, "speaker": speakers, "split": splits, "rate": rates},
+            **{"length": lengths, "start": np.cumsum([0, *lengths[:-1]])},
+            **{"mel_length": columns, "mel_start": np.cumsum([0, *columns[:-1]])},
+            mean=mean,
+            components=matrix,
+        )
+    logger.info("%s: %d recordings, %.1f minutes", output, len(about), lengths.sum() / FPS / 60)
 
 
 def _principal(features: npt.NDArray[Any], rows: npt.NDArray[np.bool_], size: int) -> tuple[Floats, Floats]:
-    """Mean (F,) and matrix (F, 256) to principal components, which keep their own variance.
+    """Mean (F,) and matrix (F, 256) to principal components, not whitened.
 
-    Every feature is scaled to unit variance first: a few are a hundred times larger than the rest.
+    Features are scaled to unit variance first, since a few are a hundred times larger than the rest.
     """
     chosen = np.flatnonzero(rows)
     sample = features[chosen[:: max(1, len(chosen) // 40_000)]].astype(np.float32)
@@ -248,10 +243,8 @@ def _of_shards(shards: tuple[Path, ...]) -> Iterator[Recording]:
 
 
 def _of_folder(root: Path) -> Iterator[Recording]:
-    """``speech.csv`` (columns file and speaker, files under ``speech/``), with the action units of
-    ``ravdess_au/frames.npz`` where it has them, and the sequences of ``facegood/``."""
-    from flowvqtalker.io import audio as decode
-
+    """Recordings of ``speech.csv`` (columns file and speaker, files under ``speech/``) with action units from
+    ``ravdess_au/frames.npz``, and the sequences of ``facegood/``."""
     table = root / "speech.csv"
     if not table.is_file():
         raise UserError(f"{root} holds no speech.csv (columns file and speaker); check --recordings")
@@ -266,13 +259,11 @@ def _of_folder(root: Path) -> Iterator[Recording]:
         units = {key: (values - mean) / scale for key, values in units.items()}
     for name, speaker in tqdm(listed, desc="decode", unit="file", disable=None):
         targets = {"units": (29.97, units[Path(name).stem])} if Path(name).stem in units else {}
-        yield Recording(name, speaker, decode.load(root / "speech" / name), targets)
+        yield Recording(name, speaker, load(root / "speech" / name), targets)
     yield from _of_curves(root / "facegood")
 
 
 def _of_curves(folder: Path) -> Iterator[Recording]:
-    from flowvqtalker.io import audio as decode
-
     found = [(path, np.load(path)) for path in sorted(folder.glob("*.npz"))]
     if not found:
         return
@@ -282,8 +273,8 @@ def _of_curves(folder: Path) -> Iterator[Recording]:
     matrix = vh[:CURVES].T / (s[:CURVES] / len(every) ** 0.5 + 1e-6)
     for path, data in found:
         curves = (np.asarray(data["weights"], np.float32) - mean) @ matrix
-        wave = decode.load(path.with_suffix(".opus"))
-        # Pieces, so that a batch does not see one long recording as one.
+        wave = load(path.with_suffix(".opus"))
+        # In pieces of ten seconds, since a batch draws recordings evenly.
         for start in range(0, len(wave) // (10 * 16000) + 1):
             part = wave[start * 160_000 : (start + 1) * 160_000]
             fps = float(data["fps"])

@@ -1,8 +1,7 @@
-"""A pretrained speech encoder (Whisper): the features that our own is taught, and the layers that it starts from.
+"""The teacher of our speech encoder: Whisper, for features to distil and layers to start from.
 
-Only ``flowvqtalker prepare-speech`` needs it: the weights of the package listen by themselves. The model is Whisper in
-the format of CTranslate2 (a folder with ``model.bin``); the encoder of the base model takes about 20 ms of one CPU core
-for a second of speech.
+Only ``flowvqtalker prepare-speech`` and ``train speech`` need it. The model is Whisper in CTranslate2's format (a
+folder with ``model.bin``); the base model's encoder takes about 20 ms of one CPU core per second of speech.
 """
 
 from __future__ import annotations
@@ -17,44 +16,30 @@ import torch
 from torch import Tensor
 
 from flowvqtalker.errors import UserError
+from flowvqtalker.speech.features import mel_filters
 
 __all__ = ["RATE", "WIDTH", "Teacher", "read_variables", "whisper_mel"]
 
-#: Features a second, and the size of one of Whisper base.
+#: Features per second and feature size of Whisper base.
 RATE, WIDTH = 50, 512
-_FFT, _HOP, _MELS = 400, 160, 80
-#: Columns of 10 ms that the encoder sees at a time (it was trained on 30 s, 3,000 columns).
+_FFT, _HOP = 400, 160
+#: Mel columns of 10 ms per call of the encoder, which was trained on 3,000 (30 s).
 _CHUNK = 2800
-#: Silence after the end, so that the last features have a future.
+#: Samples of silence after the end, so that the last features see a future.
 _TAIL = 3200
 
 Floats = npt.NDArray[np.float32]
 
 
-def _filters() -> Floats:
-    """Slaney's mel filters of unit area, 0 to 8,000 Hz: (80, 201)."""
-
-    def to_mel(hz: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-        return np.where(hz < 1000, hz * 3 / 200, 15 + np.log(np.maximum(hz, 1e-9) / 1000) * 27 / np.log(6.4))
-
-    mels = np.linspace(0, float(to_mel(np.array(8000.0))), _MELS + 2)
-    edges = np.where(mels < 15, mels * 200 / 3, 1000 * np.exp((mels - 15) * np.log(6.4) / 27))
-    low, centre, high = edges[:-2, None], edges[1:-1, None], edges[2:, None]
-    bins = np.linspace(0, 8000, _FFT // 2 + 1)
-    triangles = np.maximum(0, np.minimum((bins - low) / (centre - low), (high - bins) / (high - centre)))
-    area: Floats = (triangles * 2 / (high - low)).astype(np.float32)
-    return area
-
-
 def whisper_mel(wave: Floats) -> Floats:
-    """Whisper's features of samples (n,) at 16 kHz: (80, n // 160) log-mel, 25-ms Hann frames every 10 ms, the lowest 8
-    decades below the loudest (openai/whisper: ``whisper/audio.py``)."""
+    """Whisper's log-mel (80, n // 160) of samples (n,) at 16 kHz: 25 ms Hann frames every 10 ms, clipped at 8 decades
+    below the maximum (openai/whisper: ``whisper/audio.py``)."""
     padded = np.pad(wave, _FFT // 2, mode="reflect")
     count = max(0, (len(padded) - _FFT) // _HOP)
     frames = np.lib.stride_tricks.sliding_window_view(padded, _FFT)[: count * _HOP : _HOP]
     hann = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(_FFT) / _FFT)
     power = np.abs(np.fft.rfft(frames * hann.astype(np.float32), axis=1)).astype(np.float32) ** 2
-    logs = np.log10(np.maximum(power @ _filters().T, 1e-10))
+    logs = np.log10(np.maximum(power @ mel_filters(_FFT, 0.0, 8000.0).astype(np.float32), 1e-10))
     result: Floats = ((np.maximum(logs, logs.max() - 8) + 4) / 4).T.astype(np.float32)
     return result
 
@@ -85,14 +70,14 @@ class Teacher:
             raise UserError(f"{folder} is not a Whisper model for CTranslate2: {error}") from error
 
     def __call__(self, wave: Floats, frames: int) -> Floats:
-        """Features of video frames: the two features of each frame side by side.
+        """Features of video frames, two concatenated per frame.
 
         Arguments:
             wave: (n,) samples at 16 kHz.
-            frames: 25-fps frames wanted, up to about n / 640.
+            frames: number of 25-fps frames, up to about n / 640.
 
         Returns:
-            (frames, 1024); the last are repeated where the sound is shorter.
+            (frames, 1024); the last is repeated where the sound is shorter.
         """
         mel = whisper_mel(np.concatenate([wave, np.zeros(_TAIL, np.float32)]))
         mel = mel[:, : mel.shape[1] // 2 * 2]
@@ -107,14 +92,14 @@ class Teacher:
         return pairs
 
 
-#: Types of the variables in CTranslate2's binary format, by number.
+#: Types of variables in CTranslate2's binary format, by number.
 _TYPES = {0: np.float32, 1: np.int8, 2: np.int16, 3: np.int32, 4: np.float16}
 
 
 def read_variables(folder: str | Path) -> dict[str, Tensor]:
     """The variables of the encoder of a CTranslate2 model (``model.bin``; OpenNMT/CTranslate2: ``ctranslate2/specs``).
 
-    Only models that were stored in a floating type can be read; those stored in int8 keep their scales elsewhere.
+    Only models stored in a floating point type can be read; int8 models keep their scales elsewhere.
 
     Raises:
         UserError: if the file is missing, of another format, or quantised.
@@ -140,7 +125,7 @@ def read_variables(folder: str | Path) -> dict[str, Tensor]:
         version, name = number("I"), text()
         if version < 4 or not name.startswith("Whisper"):
             raise UserError(f"{path} is no Whisper model of CTranslate2's format 4 or later; convert it again")
-        number("I")  # the revision of the model's kind
+        number("I")  # revision of the model specification
         found = {}
         for _ in range(number("I")):
             key = text()

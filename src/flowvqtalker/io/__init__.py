@@ -1,1 +1,1 @@
-"""Files in and out: video, images, audio, coefficients, exports."""
+"""Files in and out: images, video, audio, motion."""

@@ -1,4 +1,4 @@
-"""Any file with sound in it -> 16 kHz mono float32, in one piece or block by block in constant memory (PyAV)."""
+"""Decode audio: any file with sound -> 16 kHz mono float32, whole or in blocks of constant memory (PyAV)."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-#: A file whose loudest sample stays below this level is refused as silent (a quiet microphone's hiss lies higher).
+#: Files whose peak stays below this level are refused as silent; the hiss of a quiet microphone is louder.
 SILENCE_DBFS = -60.0
 
 _SAMPLES_PER_FRAME = SAMPLE_RATE // FPS
@@ -40,7 +40,7 @@ _ALLOWED = "give a file such as WAV, MP3, FLAC, OGG, or a video with sound"
 
 @dataclass(frozen=True)
 class Speech:
-    """What one pass over a speech file finds.
+    """Length and level of a speech file.
 
     Attributes:
         path: the file.
@@ -59,7 +59,7 @@ class Speech:
 
     @property
     def frames(self) -> int:
-        """Number of video frames that belong to this speech, see :func:`video_frames`."""
+        """Number of video frames of this speech, see :func:`video_frames`."""
         return video_frames(self.samples)
 
 
@@ -92,7 +92,7 @@ def audio_frames(path: str | Path) -> Iterator[Any]:
     Damaged packets are skipped with one warning.
 
     Yields:
-        ``av.AudioFrame``, in order. Their timestamps are the file's and may start anywhere; count samples instead.
+        ``av.AudioFrame`` in order. Count samples instead of using their timestamps, which may start anywhere.
 
     Raises:
         UserError: if the file does not exist, cannot be read, or has no audio track.
@@ -119,7 +119,7 @@ def audio_frames(path: str | Path) -> Iterator[Any]:
                 decoded = packet.decode()
             except StopIteration:
                 break
-            except (av.FFmpegError, OSError) as error:  # an error of demuxing ends the iterator, this loop as well
+            except (av.FFmpegError, OSError) as error:  # an error of demuxing also ends the iterator
                 if not damaged:
                     logger.warning("%s: damaged audio was skipped (%s)", path, error_text(error))
                 damaged = True
@@ -130,13 +130,13 @@ def audio_frames(path: str | Path) -> Iterator[Any]:
 def resampled(
     path: str | Path, rate: int = SAMPLE_RATE, layout: str = "mono", samples: int | None = None
 ) -> Iterator[Any]:
-    """Decode a file and convert it to planar float, a few milliseconds at a time.
+    """Decode a file to planar float, a few milliseconds at a time.
 
     Arguments:
         path: any file that FFmpeg reads.
         rate: samples per second.
         layout: ``mono`` or ``stereo``.
-        samples: length of each frame that comes out; None leaves it to the decoder.
+        samples: length of each frame; None leaves it to the decoder.
 
     Yields:
         ``av.AudioFrame`` with ``pts`` counted in samples from 0.
@@ -157,7 +157,7 @@ def resampled(
     for frame in audio_frames(path):
         frame.pts = None
         described = (frame.format.name, frame.layout.name, frame.sample_rate)
-        if described != source:  # at the start, or where a file changes its format half-way
+        if described != source:  # at the start, or where the file changes its format
             if resampler is not None:
                 yield from counted(resampler.resample(None))
             source = described
@@ -172,10 +172,10 @@ def stream(path: str | Path, seconds: float = 1.0) -> Iterator[npt.NDArray[np.fl
 
     Arguments:
         path: any file that FFmpeg reads.
-        seconds: length of a block; only the last one is shorter.
+        seconds: length of a block; only the last may be shorter.
 
     Yields:
-        (n,) float32; samples that are not numbers come out as 0.
+        (n,) float32; NaN becomes 0.
     """
     size = max(1, round(seconds * SAMPLE_RATE))
     waiting: list[npt.NDArray[np.float32]] = []
@@ -198,7 +198,7 @@ def scan(path: str | Path) -> Speech:
     """Measure a speech file in one pass, in constant memory.
 
     Raises:
-        UserError: if there is no audio, it is empty, or the whole of it is silent (peak below :data:`SILENCE_DBFS`).
+        UserError: if there is no audio, or it is empty or silent (peak below :data:`SILENCE_DBFS`).
     """
     samples, peak = 0, 0.0
     for block in stream(path, seconds=10.0):
@@ -208,9 +208,8 @@ def scan(path: str | Path) -> Speech:
         raise UserError(f"{path} holds no sound (0 seconds); give a recording of speech")
     if peak < 10 ** (SILENCE_DBFS / 20):
         level = f"peak {20 * math.log10(peak):.0f} dBFS" if peak > 0 else "digital silence"
-        needed = f"{SILENCE_DBFS:.0f} dBFS"
         raise UserError(
-            f"{path} is silent from end to end ({level}, at least {needed} needed); give a recording of speech"
+            f"{path} is silent throughout ({level}, {SILENCE_DBFS:.0f} dBFS needed); give a recording of speech"
         )
     return Speech(Path(path), samples, peak)
 

@@ -1,4 +1,4 @@
-"""Motion on disk: what ``track`` and ``motion`` write and ``render`` reads."""
+"""Motion files: what ``track`` and ``motion`` write and ``render`` reads."""
 
 from __future__ import annotations
 
@@ -55,17 +55,17 @@ class Motion:
 
 @dataclass(frozen=True)
 class Coefficients:
-    """Motion of T frames (T = 1 for a picture).
+    """Motion of T frames (T = 1 for an image).
 
     Attributes:
         expression: (T, 64) β.
-        pose: (T, 6) ρ = (pitch, yaw, roll, tx, ty, tz), in radians and the face model's unit (the distance between the
+        pose: (T, 6) ρ = (pitch, yaw, roll, tx, ty, tz) in radians and the face model's unit (the distance between the
             outer eye corners of the mean face).
-        identity: (80,) α; zeros where there is no face.
+        identity: (80,) α; zeros if unknown.
         fps: frames per second.
-        landmarks: (T, 478, 3) pixels of the input, NaN where no face was found; None where there is no input.
+        landmarks: (T, 478, 3) in pixels of the input, NaN where no face was found; None if generated.
         blendshapes: (T, 52) of the tracker in MediaPipe's order, or None.
-        crop: (2, 3) affine map from pixels of the input to pixels of the 512x512 crop, or None.
+        crop: (2, 3) affine map from input pixels to pixels of the 512x512 crop, or None.
     """
 
     expression: Array
@@ -91,7 +91,7 @@ class Coefficients:
         return Motion(torch.from_numpy(moved.expression), torch.from_numpy(moved.pose), fps)
 
     def save(self, path: str | Path) -> None:
-        """Write ``.npz``; the file appears whole or not at all."""
+        """Write ``.npz``; it appears whole or not at all."""
         arrays = {
             "expression": self.expression,
             "pose": self.pose,
@@ -109,7 +109,7 @@ class Coefficients:
         """Read an ``.npz`` file.
 
         Raises:
-            UserError: if it is missing, no such file, or its arrays do not fit together.
+            UserError: if it is missing, damaged, or its arrays do not match.
         """
         path = Path(path)
         if not path.is_file():
@@ -146,32 +146,30 @@ class Coefficients:
         )
 
     def at(self, fps: float) -> Coefficients:
-        """The expression and pose at another rate; the rest is dropped.
+        """Expression and pose at another rate; the rest is dropped.
 
-        Values follow a smooth curve that does not overshoot, so lips that touch do not cross; the head turns along
-        rotations, not along its three angles one by one. After the last frame the face holds.
+        Interpolation is monotone, so lips that touch do not cross, and the head follows rotations rather than three
+        separate angles. The last frame is held.
         """
         if abs(self.fps - fps) < 1e-6 or len(self) == 1:
             return self
         count = max(1, round(len(self) * fps / self.fps))
         times = np.minimum(np.arange(count) * (self.fps / fps), len(self) - 1)  # in frames
-        pose = np.concatenate([_turned(self.pose[:, :3], times), _moved(self.pose[:, 3:], times)], axis=1)
-        return Coefficients(_moved(self.expression, times), pose.astype(np.float32), self.identity, fps)
+        turned, shifted = _interpolate_rotations(self.pose[:, :3], times), _interpolate(self.pose[:, 3:], times)
+        pose = np.concatenate([turned, shifted], axis=1)
+        return Coefficients(_interpolate(self.expression, times), pose.astype(np.float32), self.identity, fps)
 
 
-def _moved(values: Array, times: npt.NDArray[np.float64]) -> Array:
-    """Values (T, n) at times counted in frames, by monotone cubic pieces (their first derivative is continuous)."""
+def _interpolate(values: Array, times: npt.NDArray[np.float64]) -> Array:
+    """Values (T, n) at times in frames, by monotone cubic interpolation."""
     from scipy.interpolate import PchipInterpolator
 
     moved: Array = PchipInterpolator(np.arange(len(values)), values.astype(np.float64))(times).astype(np.float32)
     return moved
 
 
-def _turned(angles: Array, times: npt.NDArray[np.float64]) -> Array:
-    """(pitch, yaw, roll) (T, 3) at times counted in frames, by a spline of rotations.
-
-    Like a cubic spline of the angles where they are small, and like slerp along a steady turn about any axis.
-    """
+def _interpolate_rotations(angles: Array, times: npt.NDArray[np.float64]) -> Array:
+    """(pitch, yaw, roll) (T, 3) at times in frames, by a spline of rotations."""
     from scipy.spatial.transform import Rotation, RotationSpline
 
     turns = Rotation.from_euler("ZYX", angles[:, ::-1].astype(np.float64))  # R = Rz(roll) Ry(yaw) Rx(pitch)

@@ -84,14 +84,14 @@ def probe(path: str | Path) -> MediaInfo:
 
 
 def read_video(path: str | Path, fps: float = FPS) -> Iterator[ImageArray]:
-    """Frames of a video at a steady rate, whatever the rate of the file.
+    """Frames of a video at a constant rate, as FFmpeg's ``fps`` filter gives them.
 
-    Each source frame is put at the output frame nearest to its timestamp; gaps repeat the frame before, crowded frames
-    are dropped (as FFmpeg's ``fps`` filter does).
+    Each source frame goes to the output frame nearest to its timestamp; gaps repeat the last frame, surplus frames are
+    dropped.
 
     Arguments:
-        path: any video that FFmpeg reads; rotated video is turned upright.
-        fps: rate of the frames that come out.
+        path: any video that FFmpeg reads; stored rotation is applied.
+        fps: frames per second of the output.
 
     Yields:
         (H, W, 3) uint8 RGB, all of the size of the first.
@@ -131,7 +131,7 @@ def read_video(path: str | Path, fps: float = FPS) -> Iterator[ImageArray]:
                 last = np.ascontiguousarray(np.rot90(image, (getattr(frame, "rotation", 0) // 90) % 4))
                 stated = getattr(frame, "duration", 0)
                 length = float(stated * frame.time_base) if stated else 1.0 / source_fps
-                # Where the rate varies, the stated length of the last frame may be a tick of the clock.
+                # With a variable rate, the stated length of the last frame may be one tick of the clock.
                 end = max(end, time + max(length, min(interval, _LONGEST_LAST)))
             if last is None:
                 raise UserError(f"{path} holds no frame; give a complete video file")
@@ -154,7 +154,7 @@ def _video_frames(container: Any, stream: Any, path: Path) -> Iterator[Any]:
             decoded = next(packets).decode()
         except StopIteration:
             return
-        except (av.FFmpegError, OSError) as error:  # an error of demuxing ends the iterator, this loop as well
+        except (av.FFmpegError, OSError) as error:  # an error of demuxing also ends the iterator
             if not damaged:
                 logger.warning("%s: damaged video was skipped (%s)", path, error_text(error))
             damaged = True
@@ -180,17 +180,17 @@ class Result:
 
 
 class VideoWriter:
-    """Writes frames to H.264 (yuv420p) with AAC sound as they are made.
+    """Write frames to H.264 (yuv420p) with AAC sound as they are made.
 
     A context manager. The file appears at ``path`` when the block ends without an error; after any error or interrupt
     nothing is left behind (:func:`~flowvqtalker.io.atomic.atomic_path`).
 
     Arguments:
         path: ``.mp4``, ``.mov`` or ``.mkv``.
-        speech: file whose sound goes in; decoded a second time, in constant memory, as the picture advances.
+        speech: file whose sound to add; decoded in constant memory as the frames advance.
         fps: frames per second.
-        crf: quality of x264 (18 is visually lossless).
-        preset: speed of x264.
+        crf: x264 quality (18 is visually lossless).
+        preset: x264 speed.
 
     Raises:
         UserError: if the file cannot be written.
@@ -233,7 +233,7 @@ class VideoWriter:
         return self
 
     def _begin(self, height: int, width: int) -> None:
-        """Add the tracks; the first frame gives the size."""
+        """Add the tracks; the first frame sets the size."""
         import av
         from av.video.reformatter import VideoReformatter
 
@@ -255,9 +255,9 @@ class VideoWriter:
         context.width, context.height = width + width % 2, height + height % 2  # yuv420p needs even sides
         context.pix_fmt = "yuv420p"
         context.time_base = Fraction(1, self._fps)
-        # One for all frames: setting up a conversion takes twenty times as long as converting.
+        # One converter for all frames: setting it up takes twenty times as long as a conversion.
         self._converter = VideoReformatter()
-        # Tagged and converted as BT.709, so that every player shows the colours that were rendered.
+        # Convert to and tag as BT.709, so that every player shows the rendered colours.
         context.color_primaries = context.color_trc = context.colorspace = 1
         context.color_range = 1
 
@@ -288,7 +288,7 @@ class VideoWriter:
             raise self._unwritable(error) from error
 
     def _write_sound(self, until: float) -> None:
-        """Encode sound up to a time, so that both tracks advance together."""
+        """Encode sound up to a time in seconds, so that both tracks advance together."""
         while self._next_sound is not None and self._next_sound.pts / self._next_sound.sample_rate < until:
             self._container.mux(self._audio.encode(self._next_sound))
             self._next_sound = next(self._sound, None)
@@ -328,7 +328,7 @@ class VideoWriter:
             close()
         try:
             self._container.close()
-        except Exception as error:  # the writing already failed and its own error is on its way
+        except Exception as error:  # writing has already failed with its own error
             logger.debug("closing %s: %s", self.path, error)
 
     def _unwritable(self, error: Exception) -> UserError:
@@ -356,7 +356,7 @@ def write_video(
 
 
 def _sound_format(path: str | Path) -> tuple[int, str]:
-    """Rate and layout for the AAC track: those of the file where AAC has them."""
+    """Rate and layout of the AAC track: the file's where AAC supports them."""
     with open_media(path) as container:
         context = container.streams.audio[0].codec_context
         rate = context.sample_rate if context.sample_rate in _AUDIO_RATES else 48_000

@@ -1,7 +1,7 @@
 """The default weights: safetensors files in this folder, described and hashed by ``manifest.json``.
 
-One entry of the manifest: ``{file: {sha256, stage, config, data, steps, terms, parameters}}``. Every load checks the
-hash, so that a truncated download or a swapped file is named before it turns into a strange face.
+An entry of the manifest: ``{file: {sha256, stage, config, data, steps, terms, parameters}}``. Every load checks the
+hash, so that a damaged or swapped file is reported instead of giving a strange face.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ __all__ = [
     "sha256",
 ]
 
-#: What a complete set holds, and the training stage that makes each.
+#: Files of a complete set, and the training stage of each.
 NAMES = {
     "face_model": "face-model",
     "codebook": "codebook",
@@ -50,16 +50,16 @@ NAMES = {
 #: The encoder of the speech that flows without an audio encoder of their own share.
 SPEECH_ENCODER = {"speech_encoder": "speech"}
 
-#: Networks that only `evaluate` needs, and the training stage that makes each.
+#: Networks that only `evaluate` needs, and the training stage of each.
 EVALUATORS = {
     "sync": "sync",
     "emotion": "emotion",
     "motion_emotion": "motion-emotion",
 }
 
-#: Every name of weights, and the training stage that makes each.
+#: All names, and the training stage of each.
 STAGES = {**NAMES, **SPEECH_ENCODER, **EVALUATORS}
-#: Stages that finish the weights of another one: their files hold both.
+#: Stages that continue the weights of another one; their files hold both.
 FINISHED = {"vqig": "mouth"}
 
 #: MediaPipe's Face Landmarker, which ships with the weights (NOTICE.md).
@@ -76,7 +76,7 @@ SCALE = ".scale"
 
 @dataclass(frozen=True)
 class Entry:
-    """What the manifest says about one file."""
+    """Manifest entry of one file."""
 
     sha256: str
     stage: str
@@ -136,7 +136,7 @@ def load(name: str, path: str | Path | None = None) -> tuple[dict[str, Tensor], 
         path: folder; None is the package's own.
 
     Returns:
-        the tensors on the CPU (floating point ones as float32) and the configuration that they were trained with.
+        the tensors on the CPU (floating point as float32) and their training configuration.
 
     Raises:
         UserError: if the file is missing, not in the manifest, of another stage, or its sha256 is not the manifest's.
@@ -165,7 +165,7 @@ def load(name: str, path: str | Path | None = None) -> tuple[dict[str, Tensor], 
 
 
 def restore(module: nn.Module, tensors: Mapping[str, Tensor], name: str, path: str | Path | None = None) -> None:
-    """Put tensors into a module, strictly.
+    """Load tensors into a module, strictly.
 
     Raises:
         UserError: if names or shapes do not fit; names the file's sha256 and the first differences.
@@ -184,7 +184,7 @@ def restore(module: nn.Module, tensors: Mapping[str, Tensor], name: str, path: s
 
 
 def mismatch(name: str, problem: str, path: str | Path | None = None) -> UserError:
-    """The error for weights whose configuration does not fit the code; names their sha256."""
+    """The error for weights that do not fit the code; names their sha256."""
     file = folder(path) / f"{name}.safetensors"
     digest = sha256(file) if file.is_file() else "unknown"
     return UserError(
