@@ -1,11 +1,21 @@
-"""Rooms, noise and lines: changes of the wave that keep its time."""
+"""Rooms, noise and lines, which keep the time of the wave; changes of the log-mel spectrogram."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
-from flowvqtalker.speech.augment import CODECS, codec, degrade, noise, room, telephone
+from flowvqtalker.speech.augment import (
+    CODECS,
+    change_voice,
+    codec,
+    degrade,
+    noise,
+    reverberate,
+    room,
+    spectral_augment,
+    telephone,
+)
 
 
 def speech(seconds: float = 1.0) -> np.ndarray:
@@ -76,3 +86,27 @@ def test_wear_is_a_pure_function_of_wave_and_generator():
     assert 10 < sum(not np.array_equal(one, wave) for one in degraded) <= 20
     assert len(degrade(wave[:0], np.random.default_rng(0))) == 0
     assert not degrade(np.zeros(100, np.float32), np.random.default_rng(0)).any()
+
+
+def test_spectral_change_is_one_change_for_all_columns():
+    flat = np.zeros((50, 80), np.float32)
+    changed = [change_voice(flat, np.random.default_rng(s)) for s in range(30)]
+    assert all(np.abs(x).max() <= 4 for x in changed)
+    clean = [x for x in changed if np.ptp(x, axis=0).max() == 0]
+    assert clean, "without noise, all columns change alike"
+    assert len({float(x.mean()) for x in changed}) == 30
+
+
+def test_reverberation_decays_by_sixty_decibels_in_its_time():
+    burst = np.full((120, 80), -4, np.float32)
+    burst[10] = 2
+    tail = reverberate(burst, seconds=0.5, level=0.5)
+    assert np.allclose(tail[:10], burst[:10], atol=0.15), "nothing comes before the sound"
+    assert np.allclose(tail[12:40] - tail[11:39], -60 / 40 / 12.5, atol=2e-3)  # 40 columns are half a second
+
+
+def test_varied_voices_differ_and_stay_in_range():
+    mel = np.random.default_rng(0).normal(size=(60, 80)).clip(-4, 4).astype(np.float32)
+    found = [spectral_augment(mel, np.random.default_rng(s)) for s in range(20)]
+    assert all(x.shape == mel.shape and x.dtype == np.float32 and np.abs(x).max() <= 4 for x in found)
+    assert len({float(x.mean()) for x in found}) == 20

@@ -18,7 +18,6 @@ from flowvqtalker.motion.flow import ExpFlow, ExpFlowConfig, PoseFlow, PoseFlowC
 from flowvqtalker.motion.likelihood import rollout
 from flowvqtalker.motion.manifold import LatentBank
 from flowvqtalker.motion.sampler import TEMPERATURE
-from flowvqtalker.speech.augment import change_voice, reverberate, spectral_augment
 from flowvqtalker.speech.encoder import AudioConfig, AudioEncoder, SpeechEncoder, SpeechEncoderConfig
 from flowvqtalker.speech.features import log_mel
 from flowvqtalker.speech.features import windows as all_windows
@@ -297,30 +296,6 @@ def test_speech_is_hidden_for_some_items(corpus):
     assert not any(item["speech"] for item in items if not item["has_speech"])
     plain = dataset(corpus, plain=True)
     assert all(plain[i]["speech"] == plain[i]["has_speech"] for i in range(50))
-
-
-def test_spectral_change_is_one_change_for_all_columns():
-    flat = np.zeros((50, 80), np.float32)
-    changed = [change_voice(flat, np.random.default_rng(s)) for s in range(30)]
-    assert all(np.abs(x).max() <= 4 for x in changed)
-    clean = [x for x in changed if np.ptp(x, axis=0).max() == 0]
-    assert clean, "without noise, all columns change alike"
-    assert len({float(x.mean()) for x in changed}) == 30
-
-
-def test_reverberation_decays_by_sixty_decibels_in_its_time():
-    burst = np.full((120, 80), -4, np.float32)
-    burst[10] = 2
-    tail = reverberate(burst, seconds=0.5, level=0.5)
-    assert np.allclose(tail[:10], burst[:10], atol=0.15), "nothing comes before the sound"
-    assert np.allclose(tail[12:40] - tail[11:39], -60 / 40 / 12.5, atol=2e-3)  # 40 columns are half a second
-
-
-def test_varied_voices_differ_and_stay_in_range():
-    mel = np.random.default_rng(0).normal(size=(60, 80)).clip(-4, 4).astype(np.float32)
-    found = [spectral_augment(mel, np.random.default_rng(s)) for s in range(20)]
-    assert all(x.shape == mel.shape and x.dtype == np.float32 and np.abs(x).max() <= 4 for x in found)
-    assert len({float(x.mean()) for x in found}) == 20
 
 
 def test_a_frozen_encoder_runs_once_for_every_clip():

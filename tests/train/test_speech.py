@@ -49,7 +49,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def test_training_recordings_are_there_worn_with_the_targets_of_what_was_said(folder, tmp_path):
+def test_degraded_recordings_keep_the_targets_of_the_original(folder, tmp_path):
     write(tmp_path / "set", (), folder, listen)
     one = SpeechSet(tmp_path / "set")
     names = [str(name) for name in one.index["name"]]
@@ -126,7 +126,7 @@ def test_bad_input_is_named(tmp_path, folder):
     assert not (tmp_path / "x").exists()
 
 
-def test_the_stage_learns_what_the_teacher_hears(folder, tmp_path):
+def test_the_stage_learns_from_the_teacher(folder, tmp_path):
     write(tmp_path / "set", (), folder, listen)
     times = {"steps": 60, "log_every": 20, "validate_every": 60, "save_every": 60}
     loop = LoopConfig(**times, batch_size=4, lr=1e-2, device="cpu", ema=0)
