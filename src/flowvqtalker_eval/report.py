@@ -10,6 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from flowvqtalker.io.atomic import atomic_write
 
 __all__ = ["Column", "Row", "Table", "markdown", "write"]
@@ -128,8 +130,6 @@ def _plain(value: float | None) -> float | str | None:
 
 
 def _csv(table: Table) -> str:
-    import pandas as pd
-
     keys = [column.key for column in table.columns]
     rows = [[row.name, *map(row.values.get, keys), row.clips, row.frames] for row in table.rows]
     return pd.DataFrame(rows, columns=["method", *keys, "clips", "frames"]).to_csv(index=False)
@@ -166,9 +166,5 @@ def write(table: Table, base: str | Path) -> list[Path]:
     files = []
     for suffix, text in texts.items():
         files.append(base.with_name(base.name + suffix))
-        atomic_write(files[-1], partial(_write_text, text))
+        atomic_write(files[-1], partial(Path.write_text, data=text, encoding="utf-8"))
     return files
-
-
-def _write_text(text: str, path: Path) -> None:
-    path.write_text(text, encoding="utf-8")

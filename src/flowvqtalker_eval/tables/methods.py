@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
+from PIL import Image
 from scipy.io import wavfile
 from torch import Tensor
 
@@ -186,8 +187,6 @@ class _Clip:
                     writer.write(frame)
         image = animator.folder / "portraits" / f"{item.name}.png"
         if not image.exists():
-            from PIL import Image
-
             image.parent.mkdir(parents=True, exist_ok=True)
             atomic_write(image, lambda path: Image.fromarray(self.portrait.image).save(path, format="PNG"))
 

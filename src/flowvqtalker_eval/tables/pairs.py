@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import pandas as pd
+
 from flowvqtalker.constants import EMOTIONS
 from flowvqtalker.errors import UserError
 
@@ -204,8 +206,6 @@ def read_rows(path: Path, required: tuple[str, ...]) -> list[dict[str, str]]:
     Raises:
         UserError: if it cannot be read, has no row, or lacks a required column.
     """
-    import pandas as pd
-
     needs = f"it needs {', '.join(required)}"
     try:
         frame = pd.read_csv(path, dtype=str, keep_default_na=False, index_col=False, encoding="utf-8-sig").fillna("")

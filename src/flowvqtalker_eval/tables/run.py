@@ -16,16 +16,21 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+import pandas as pd
 import tyro
+from tqdm import tqdm
 
+from flowvqtalker import __version__
 from flowvqtalker.errors import UserError
 from flowvqtalker.io.atomic import atomic_write
+from flowvqtalker.weights import manifest
+from flowvqtalker_eval.report import markdown, write
+from flowvqtalker_eval.tables.pairs import Method, Pair, common
 from flowvqtalker_eval.tables.plan import METHODS, Failures, Task, plan
 from flowvqtalker_eval.tables.splits import Item, load_split
 
 if TYPE_CHECKING:
     from flowvqtalker_eval.tables.methods import Animator
-    from flowvqtalker_eval.tables.pairs import Method
 
 __all__ = ["Run", "make_all"]
 
@@ -115,9 +120,6 @@ class Run:
 
     def _settings(self) -> dict[str, Any]:
         """What the videos depend on; a folder holds videos of the same settings only."""
-        from flowvqtalker import __version__
-        from flowvqtalker.weights import manifest
-
         hashes = {name: entry.sha256[:16] for name, entry in sorted(manifest(self.weights).items())}
         needed = ("face_model", "codebook", "vqig", "expflow", "poseflow")
         kept = {name: digest for name, digest in hashes.items() if name.partition(".")[0] in needed}
@@ -125,8 +127,6 @@ class Run:
 
     def _methods(self, items: Sequence[Item]) -> list[Method]:
         """The videos that exist, as rows of a table."""
-        from flowvqtalker_eval.tables.pairs import Method, Pair
-
         methods = []
         for name in self.method:
             pairs = []
@@ -146,8 +146,6 @@ class Run:
 
     def _table(self, items: Sequence[Item]) -> str:
         """Table 1 over the clips that every method made, as Markdown; the files are written too."""
-        from flowvqtalker_eval.report import markdown, write
-        from flowvqtalker_eval.tables.pairs import common
         from flowvqtalker_eval.tables.table1 import Options, measure
 
         methods = self._methods(items)
@@ -178,8 +176,6 @@ class _Report:
     """Progress bar, and the table of what failed."""
 
     def __init__(self, total: int, errors: Path) -> None:
-        from tqdm import tqdm
-
         self.errors, self.failed = errors, 0
         interval = 0.1 if sys.stderr.isatty() else 60.0  # seconds
         self.bar = tqdm(total=total, desc="evaluate run", unit="clip", mininterval=interval, dynamic_ncols=True)
@@ -304,21 +300,14 @@ def _same_settings(folder: Path, settings: dict[str, Any]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"folder {folder} cannot be created ({error.strerror}); choose another with -o") from error
-    text = json.dumps(settings, indent=1)
-    atomic_write(file, lambda path: _write_text(path, text))
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
+    atomic_write(file, lambda part: part.write_text(json.dumps(settings, indent=1), encoding="utf-8"))
 
 
 def _write_items(path: Path, items: Sequence[Item]) -> None:
     """Names and labels, as `evaluate table1 --labels` reads them."""
-    import pandas as pd
-
     rows = [(item.name, item.emotion, "yes" if item.has_speech else "no", item.clip) for item in items]
-    text = pd.DataFrame(rows, columns=["name", "emotion", "voiced", "clip"]).to_csv(index=False)
-    atomic_write(path, lambda place: _write_text(place, text))
+    table = pd.DataFrame(rows, columns=["name", "emotion", "voiced", "clip"])
+    atomic_write(path, lambda part: table.to_csv(part, index=False))
 
 
 def _clean(folder: Path) -> None:

@@ -10,15 +10,20 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
+from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Annotated, Any
 
+import cv2
 import numpy as np
+import torch
 import tyro
+from tqdm import tqdm
 
 from flowvqtalker.errors import MissingDependency, UserError
 from flowvqtalker_eval.metrics.analysis import Analysis, Extractor, Settings, analyse, cached
 from flowvqtalker_eval.report import Row, Table, markdown, write
+from flowvqtalker_eval.tables.measures import all_measures
 from flowvqtalker_eval.tables.measures.base import ClipPair, Measure, Options, SetScore, pair_frames
 from flowvqtalker_eval.tables.pairs import Method, Pair, common, listed, read_labels, read_method
 
@@ -87,8 +92,6 @@ def measure(
     """
     _check(methods, options)
     if measures is None:
-        from flowvqtalker_eval.tables.measures import all_measures
-
         measures = all_measures(options)
     chosen, extractors, missing = available(measures, options.require)
     if not chosen:
@@ -252,11 +255,6 @@ def _start(extractors: Sequence[Extractor], jobs: int = 0) -> None:
         getattr(former, "close", lambda: None)()
     _extractors = extractors
     if jobs:
-        from multiprocessing.util import Finalize
-
-        import cv2
-        import torch
-
         Finalize(None, _start, ((),), exitpriority=10)  # close native parts before the interpreter is torn down
         threads = max(1, (os.cpu_count() or 1) // jobs)
         torch.set_num_threads(threads)
@@ -281,8 +279,6 @@ def _in_parallel(
     extractors: Sequence[Extractor] = (),
 ) -> list[Any]:
     """Results of calls made in several processes, with a progress bar; extractors stay loaded between calls."""
-    from tqdm import tqdm
-
     jobs = min(jobs or min(os.cpu_count() or 1, _MOST_JOBS), len(calls))
     with tqdm(total=len(calls), desc=name, unit="video", disable=None, dynamic_ncols=True, leave=False) as bar:
         if jobs <= 1:

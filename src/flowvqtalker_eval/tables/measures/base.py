@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import tyro
 
+from flowvqtalker import weights
 from flowvqtalker.errors import MissingDependency
 from flowvqtalker_eval.metrics.analysis import Analysis, Array, Extractor, Settings
 from flowvqtalker_eval.report import Column
@@ -175,7 +176,5 @@ def need_weights(name: str, stage: str, folder: Path | None) -> None:
     Raises:
         MissingDependency: if it does not.
     """
-    from flowvqtalker import weights
-
     if f"{name}.safetensors" not in weights.manifest(folder):
         raise MissingDependency(f"the weights {name} are missing; train them with `flowvqtalker train {stage}`")
