@@ -1,9 +1,9 @@
 r"""The three bijections of a flow step (section 3.2): multi-actnorm, invertible linear map, affine coupling.
 
-Conventions, here and in :mod:`flowvqtalker.motion.flow`: every bijection works on a batch of frames ``(N, D)``; data
-goes towards the latent by ``forward_and_logdet(x, context)``, which also returns :math:`\log|\det \partial z/\partial
-x|` of shape ``(N,)``, and the latent comes back by ``inverse(z, context)``; :math:`\log p(x) = \log p(z) +
-\text{logdet}`. (The paper calls the first direction :math:`f^{-1}` and the second :math:`f`.)
+Conventions, here and in :mod:`flowvqtalker.motion.flow`: every bijection works on a batch of frames ``(N, D)``.
+``forward_and_logdet(x, context)`` maps data to latent (the paper's :math:`f^{-1}`) and also returns
+:math:`\log|\det \partial z/\partial x|` of shape ``(N,)``; ``inverse(z, context)`` maps latent to data (the paper's
+:math:`f`). :math:`\log p(x) = \log p(z) + \text{logdet}`.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ __all__ = [
     "class_weights",
 ]
 
-#: Added to the coupling's scale, so that it can be divided by.
+#: Added to the coupling's scale, which divides in the inverse.
 SCALE_FLOOR = 1e-6
 #: Added to the raw scale: a new coupling multiplies by sigmoid(2) = 0.88, near the identity.
 SCALE_BIAS = 2.0
 
 
 def class_weights(emotion: Tensor, classes: int) -> Tensor:
-    """Emotion as weights of the classes.
+    """Emotions as class weights.
 
     Arguments:
-        emotion: (N,) class numbers, or (N, classes) weights that sum to one. Weights outside [0, 1] extrapolate:
-            1.5 of ``happy`` and -0.5 of ``neutral`` is happier than ``happy``.
+        emotion: (N,) class numbers, or (N, classes) weights of sum one. Weights outside [0, 1] extrapolate: 1.5 of
+            ``happy`` and -0.5 of ``neutral`` is happier than ``happy``.
         classes: number of classes C.
 
     Returns:
@@ -57,12 +57,12 @@ def class_weights(emotion: Tensor, classes: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Context:
-    """What a flow is conditioned on; encoded once per frame and shared by all of its steps.
+    """Encoded context of N frames, shared by all steps of a flow.
 
     Attributes:
         tokens: (N, M, width) encoded context tokens.
         emotion: (N, C) weights of the classes.
-        centre, log_scale: (N, D) where the frame is expected and how far from there, if the encoder says so.
+        centre, log_scale: (N, D) of the autoregressive prior, or None.
     """
 
     tokens: Tensor
@@ -72,8 +72,8 @@ class Context:
 
     @property
     def spread(self) -> Tensor:
-        """(N, C) weights for scales: like ``emotion``, but kept convex. A mean can be extrapolated; a standard
-        deviation extrapolated through all steps grows exponentially."""
+        """(N, C) weights for scales: ``emotion`` made convex. Means can be extrapolated; standard deviations
+        extrapolated through all steps grow exponentially."""
         inside = self.emotion.clamp(0, 1)
         return inside / inside.sum(-1, keepdim=True)
 
@@ -87,19 +87,19 @@ class Bijection(nn.Module, ABC):
 
     @abstractmethod
     def forward_and_logdet(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
-        """Data towards latent: (N, D), and log|det ∂z/∂x| as (N,)."""
+        """Data to latent (N, D), and log|det ∂z/∂x| (N,)."""
 
     @abstractmethod
     def inverse(self, z: Tensor, context: Context) -> Tensor:
-        """Latent towards data: (N, D)."""
+        """Latent to data (N, D)."""
 
 
 class MultiActNorm(Bijection):
     r"""Multi-actnorm: :math:`h' = (\beta - \mu_e) / \delta_e` with a mean and a scale for each emotion.
 
-    All classes start with the same mean and scale, those of the first training batch (which must mix the emotions), and
-    part from each other in training; that keeps a class with little data from overfitting. Whether the start was made
-    is a buffer, so a checkpoint keeps it. Between classes, means and log-scales are interpolated.
+    All classes start at the mean and scale of the first training batch (which must mix the emotions) and diverge in
+    training; that keeps classes with little data from overfitting. Whether they were initialised is a buffer, so
+    checkpoints keep it. Between classes, means and log-scales are interpolated.
 
     Arguments:
         dim: D.
@@ -113,7 +113,7 @@ class MultiActNorm(Bijection):
         self.mean = nn.Parameter(torch.zeros(classes, dim))
         self.log_scale = nn.Parameter(torch.zeros(classes, dim))
         self.register_buffer("initialised", torch.tensor(False))
-        self._known = False  # that it is initialised: reading the buffer each time would stall a GPU
+        self._known = False  # a copy of the buffer: reading that every time would stall a GPU
 
     @torch.no_grad()
     def initialise(self, x: Tensor) -> None:
@@ -145,9 +145,9 @@ class MultiActNorm(Bijection):
 class InvertibleLinear(Bijection):
     r"""Invertible 1x1 convolution :math:`h'' = W h'`, which for a vector is a matrix product.
 
-    ``lu``: :math:`W = P L (U + \operatorname{diag}(\sigma \exp s))` with P and the signs σ fixed (Glow, section 3.2 of
-    arXiv 1807.03039), so that the log-determinant is Σ s and the inverse is two triangular solves. ``full``: W itself.
-    Starts at a random rotation.
+    ``lu``: :math:`W = P L (U + \operatorname{diag}(\sigma \exp s))` with fixed P and signs σ (Glow, arXiv 1807.03039,
+    section 3.2): the log-determinant is Σ s and the inverse two triangular solves. ``full``: W itself. Starts at a
+    random rotation.
 
     Arguments:
         dim: D.
@@ -205,14 +205,14 @@ class InvertibleLinear(Bijection):
 
     @torch.no_grad()
     def inverse_matrix(self) -> Tensor:
-        """W⁻¹ (D, D), computed in float64; for sampling, where the weights no longer change."""
+        """W⁻¹ (D, D), computed in float64, for sampling with fixed weights."""
         matrix = self.matrix()
         inverse: Tensor = torch.linalg.inv(matrix.double())
         return inverse.to(matrix.dtype)
 
 
 class CrossBlock(nn.Module):
-    """A pre-norm transformer block in which one or more query tokens read the tokens of a memory.
+    """A pre-norm transformer block in which query tokens read a memory.
 
     Arguments:
         width: size of a token.
@@ -245,7 +245,7 @@ class CrossBlock(nn.Module):
         """
         query = self.query(self.norm_attention(x)).unflatten(-1, (self.heads, -1))  # N Q H d
         key, value = (f(memory).unflatten(-1, (self.heads, -1)) for f in (self.key, self.value))  # N M H d
-        if query.shape[1] == 1:  # sums of products: for one query and few tokens faster than batched matrix products
+        if query.shape[1] == 1:  # for one query, sums of products are faster than batched matrix products
             score = (query * key).sum(-1, keepdim=True) * query.shape[-1] ** -0.5  # N M H 1
             read = (torch.softmax(score, dim=1) * value).sum(1, keepdim=True)
         else:
@@ -259,12 +259,11 @@ class CrossBlock(nn.Module):
 class CouplingTransformer(nn.Module):
     """The transformer 𝓕 of eq. 5: from one half of a frame and the context to shift and scale of the other half.
 
-    The half is one token that attends to the context's tokens. The context's own tokens were already mixed with each
-    other by the context encoder, once for all steps, so only the half's token is computed here, and its
-    attention to itself is left to the residual path.
+    The half is one token that attends to the context's tokens. The context encoder has mixed those already, once for
+    all steps, so only the half's token is computed here; the residual path stands for attention to itself.
 
     Arguments:
-        inputs: size of the half that is read.
+        inputs: size of the half.
         outputs: size of the result.
         width, heads, layers: of the transformer; tokens of the context have the same width.
     """
@@ -294,8 +293,8 @@ class CouplingTransformer(nn.Module):
 class AffineCoupling(Bijection):
     r"""Affine coupling, eq. 5: :math:`t, s = \mathcal F(h_1, c)`; :math:`h = [h_1, (h_2 + t) \odot s]`.
 
-    The scale is sigmoid(raw + 2) + 1e-6, the form of Glow and of the motion flows that the paper builds on. The last
-    layer starts at zero, so that a new step shifts nothing and scales evenly.
+    The scale is sigmoid(raw + 2) + 1e-6, as in Glow and the motion flows that the paper builds on. The last layer
+    starts at zero: a new step shifts nothing and scales evenly.
 
     Arguments:
         dim: D; the first ``dim // 2`` values are ``h_1``.

@@ -1,8 +1,8 @@
-"""Blinks: what one looks like in expression coefficients, and when the next one comes.
+"""Blinks: their shape in expression coefficients, and when they come (ours).
 
-The paper's flow blinks by itself. Trained for minutes instead of days ours seldom does: a blink is five frames of a
-large, rare excursion. So the typical blink of the training clips is kept with the flow and laid over the drawn
-expression (ours).
+The paper's flow blinks by itself. Trained for minutes instead of days, ours seldom does: a blink is a large, rare
+excursion of five frames. So the typical blink of the training clips is stored with the flow and added to the sampled
+expression.
 """
 
 from __future__ import annotations
@@ -14,28 +14,28 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from flowvqtalker.constants import FPS
+
 __all__ = ["BLINK_FRAMES", "Blinks", "measure_blinks"]
 
-#: Frames of a blink at 25 fps; the lids are shut at number 5.
+#: Frames of a blink at 25 fps; the lids are closed at frame 5.
 BLINK_FRAMES = 12
 _PEAK = 5
 _SHUT, _RISE = 0.45, 0.3
-_FPS = 25
 
 
 def measure_blinks(clips: Iterable[npt.NDArray[np.float32]], lids: npt.NDArray[np.float32]) -> tuple[Tensor, float]:
     """The typical blink of some clips.
 
-    A blink is a local maximum of the lid blendshape above 0.45 that rises and falls by 0.3 within a blink's length;
-    what the face does besides (the straight line from before to after) is taken off, and the median over all blinks is
-    taken.
+    A blink is a local maximum of the lid blendshape above 0.45 that rises and falls by 0.3 within a blink's length. The
+    straight line from before to after is subtracted from each, and the median over all blinks is taken.
 
     Arguments:
         clips: (T, 64) expression each.
         lids: (65,) map from [beta, 1] to the blendshape ``eyeBlink``.
 
     Returns:
-        template (12, 64), zeros if there was no blink, and blinks a minute.
+        template (12, 64), zeros without a blink, and blinks per minute.
     """
     found: list[npt.NDArray[np.float32]] = []
     frames = 0
@@ -55,19 +55,18 @@ def measure_blinks(clips: Iterable[npt.NDArray[np.float32]], lids: npt.NDArray[n
     if not found:
         return torch.zeros(BLINK_FRAMES, width), 0.0
     template = np.median(np.stack(found), axis=0).astype(np.float32)
-    return torch.from_numpy(template), len(found) / (frames / _FPS / 60)
+    return torch.from_numpy(template), len(found) / (frames / FPS / 60)
 
 
 class Blinks:
-    """A stream of blinks: one (64,) offset of the expression for every frame.
+    """A stream of blinks: one (64,) offset of the expression per frame.
 
-    Pauses are a blink's length plus an exponentially distributed time; strength varies by a tenth. Two frames in a row
-    come from the same draw whatever the size of the blocks, so a stream equals the whole.
+    The time between blinks is a blink's length plus an exponentially distributed time; strength varies by a tenth.
 
     Arguments:
         template: (12, 64) from :func:`measure_blinks`.
-        rate: blinks a minute, 0 for none.
-        seed: of the draws.
+        rate: blinks per minute, 0 for none.
+        seed: of times and strengths.
     """
 
     def __init__(self, template: Tensor, rate: float, seed: int) -> None:
@@ -78,8 +77,8 @@ class Blinks:
         self._pause = self._draw_pause() - BLINK_FRAMES if rate > 0 else 0
 
     def _draw_pause(self) -> int:
-        """Frames from the start of a blink to that of the next."""
-        mean = max(60 * _FPS / self.rate - BLINK_FRAMES, 1.0)
+        """Frames from the start of one blink to the next."""
+        mean = max(60 * FPS / self.rate - BLINK_FRAMES, 1.0)
         uniform = torch.rand((), generator=self._generator).item()
         return BLINK_FRAMES + int(-mean * np.log1p(-uniform))
 

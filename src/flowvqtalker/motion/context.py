@@ -1,7 +1,7 @@
-"""What the flows are conditioned on: speech, emotion, the previous frames and the source's expression.
+"""Context encoder of the flows: speech, emotion, previous frames and the source's expression.
 
-The paper's context is c = [β0, a, β_pre, e] for ExpFlow and [a, ρ_pre] for PoseFlow (section 3.2). All of it becomes a
-handful of tokens, once per frame; the K steps of a flow share them.
+The paper's context is c = [β0, a, β_pre, e] for ExpFlow and [a, ρ_pre] for PoseFlow (section 3.2). It is encoded once
+per frame into a few tokens, which all K steps of a flow share.
 """
 
 from __future__ import annotations
@@ -16,13 +16,12 @@ __all__ = ["AutoregressivePrior", "ContextEncoder", "history_of"]
 
 
 class AutoregressivePrior(nn.Module):
-    """Where the next frame is expected, and how far from there it may be: what the flow's steps start from (ours).
+    """Autoregressive prediction of the next frame, from which the flow's steps start (ours).
 
-    A frame is mostly the one before it. Learning that through sixteen near-identity steps takes thousands of
-    iterations, so the flow works on (x - centre) / scale, a bijection of x given the context with log-determinant -Σ
-    log scale. Both come from the latest previous frame that is there (data dropout hides some), with gains and scales
-    that depend on its age and start as those of a slowly varying process, and from the tokens, whose part starts at
-    zero.
+    A frame is mostly the previous one. Learning that through sixteen near-identity steps takes thousands of iterations,
+    so the flow models (x - centre) / scale, a bijection of x given the context with log-determinant -Σ log scale.
+    Centre and scale come from the latest previous frame that is not dropped, with gains and scales that depend on its
+    age and start as those of a slow process, and from the tokens, whose part starts at zero.
 
     Arguments:
         dim: D.
@@ -31,13 +30,13 @@ class AutoregressivePrior(nn.Module):
         history: τ.
     """
 
-    #: Correlation of a coefficient with itself one frame later, at the start.
+    #: Initial correlation of a coefficient with itself one frame later.
     MEMORY = 0.95
 
     def __init__(self, dim: int, width: int, tokens: int, history: int) -> None:
         super().__init__()
         gain = self.MEMORY ** torch.arange(history, 0, -1.0)  # oldest first, like the history
-        gain = torch.cat([gain, torch.zeros(1)])  # and last, no frame at all
+        gain = torch.cat([gain, torch.zeros(1)])  # last: no frame at all
         self.gain = nn.Parameter(gain[:, None].repeat(1, dim))
         self.log_scale = nn.Parameter(0.5 * torch.log1p(-gain.square())[:, None].repeat(1, dim))
         self.expand = nn.Linear(tokens * width, 2 * width)
@@ -46,7 +45,8 @@ class AutoregressivePrior(nn.Module):
         nn.init.zeros_(self.contract.bias)
 
     def forward(self, history: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """(N, τ, D) with zeros where there is no frame, and (N, M, width), to centre and log-scale, both (N, D)."""
+        """Centre and log-scale, both (N, D), from a history (N, τ, D) with zeros for missing frames and tokens (N, M,
+        width)."""
         count, size, _ = history.shape
         there = history.abs().amax(-1) > 0
         age = torch.arange(1, size + 1, device=history.device) * there
@@ -74,9 +74,9 @@ def history_of(sequence: Tensor, frames: int) -> Tensor:
 class ContextEncoder(nn.Module):
     """Encode one frame's context to (N, M, width) tokens.
 
-    Tokens of speech, emotion, source and the last frame, and one learnt token, read all of these and the τ previous
-    frames in one transformer block. A previous frame that does not exist is zeros (the mean face); *data dropout* sets
-    whole previous frames to the same zeros in training, each on its own, without rescaling, and touches nothing else.
+    Tokens of speech, emotion, source and the last frame, and one learnt token, read each other and the τ previous
+    frames in one transformer block. A missing previous frame is zeros (the mean face). In training, *data dropout* sets
+    previous frames to the same zeros, each independently and without rescaling; it touches nothing else.
 
     Arguments:
         dim: D of a frame.
@@ -85,9 +85,9 @@ class ContextEncoder(nn.Module):
         history: τ.
         audio: size of an audio feature.
         classes: number of emotions; 1: no emotion token.
-        source: whether there is a source token (β0).
+        source: use a source token (β0).
         dropout: probability that a previous frame is dropped.
-        ar_prior: see :class:`AutoregressivePrior`.
+        ar_prior: use an :class:`AutoregressivePrior`.
     """
 
     def __init__(
@@ -140,22 +140,22 @@ class ContextEncoder(nn.Module):
             audio: (N, audio) features.
             history: (N, τ, D), oldest first.
             emotion: (N, C) weights.
-            speech: (N,) bool; where false, the learnt "no audio" token takes the place of the features.
-            source: (N, D) expression of the source picture.
+            speech: (N,) bool; where false, the learnt "no audio" token replaces the features.
+            source: (N, D) expression of the source image.
         """
-        heard = self.audio(audio)
+        spoken = self.audio(audio)
         if speech is not None:
-            heard = torch.where(speech[:, None], heard, self.no_audio)
+            spoken = torch.where(speech[:, None], spoken, self.no_audio)
         history = self.drop(history)
         past = self.frame(history) + self.age
-        given = [heard]
+        given = [spoken]
         if self.emotion is not None:
             given.append(emotion @ self.emotion)
         if self.source is not None:
             if source is None:
                 raise ValueError("this flow is conditioned on a source expression: give source")
             given.append(self.source(source))
-        given += [past[:, -1], self.summary.expand(len(heard), -1)]
+        given += [past[:, -1], self.summary.expand(len(spoken), -1)]
         queries = torch.stack(given, dim=1) + self.kind
         memory = torch.cat([queries[:, :-2], past], dim=1)
         tokens = self.norm(self.block(queries, self.norm_memory(memory)))

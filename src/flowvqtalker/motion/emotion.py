@@ -29,25 +29,25 @@ __all__ = [
     "smoothstep",
 ]
 
-#: Seconds that a change of emotion takes. Shorter ones look like a cut: a face moves from rest to the height of an
-#: expression in 0.3 to 0.7 s.
+#: Seconds of a change of emotion. A face takes 0.3 to 0.7 s from rest to the peak of an expression; a shorter change
+#: looks like a cut.
 BLEND = 0.4
 
-_NEEDED = "a file with the columns time (seconds), emotion and, if wanted, intensity"
+_NEEDED = "a csv file with the columns time (seconds), emotion and optionally intensity"
 
 
 def parse_emotion(spec: str) -> tuple[float, ...]:
     """Weights of the nine emotions from a label or a mixture.
 
     Arguments:
-        spec: ``happy``, or ``happy:0.7,surprised:0.3``. Weights are divided by their sum; one that is left out is 1;
-            ``+`` may take the place of the comma (in a csv a comma needs quotes).
+        spec: ``happy``, or ``happy:0.7,surprised:0.3``. Weights are divided by their sum; a missing one is 1; ``+`` may
+            replace the comma (which needs quotes in a csv).
 
     Returns:
-        nine weights in the order of :data:`flowvqtalker.EMOTIONS`; they sum to one.
+        nine weights in the order of :data:`flowvqtalker.EMOTIONS`, of sum one.
 
     Raises:
-        UserError: if a name is none of the nine, is given twice, or a weight is no positive number.
+        UserError: for an unknown or repeated name, or a weight that is not positive.
     """
     weights = [0.0] * len(EMOTIONS)
     for part in spec.replace("+", ",").split(","):
@@ -77,8 +77,8 @@ def smoothstep(x: float) -> float:
 
 @dataclass(frozen=True)
 class EmotionKey:
-    """From ``time`` on, in seconds: an emotion (see :func:`parse_emotion`) with an intensity, 0 to 2, or None for the
-    one that is asked for elsewhere."""
+    """From ``time`` (seconds) on: an emotion (see :func:`parse_emotion`) and its intensity, 0 to 2; None is the default
+    intensity."""
 
     time: float
     emotion: str
@@ -89,11 +89,9 @@ class EmotionKey:
 class EmotionTrack:
     """Emotion over time: each key holds until the next; a change begins at the key's time and takes :attr:`blend`.
 
-    A function of the time alone, so motion made from it does not depend on how a stream is cut.
-
     Attributes:
-        keys: in the order of time. What the first one says holds from the beginning.
-        blend: seconds of a change; less where the next key comes sooner.
+        keys: in order of time; the first one holds from the beginning.
+        blend: seconds of a change, less where the next key comes sooner.
     """
 
     keys: tuple[EmotionKey, ...]
@@ -108,7 +106,7 @@ class EmotionTrack:
         for key in self.keys:
             parse_emotion(key.emotion)
             if not 0 <= key.time < math.inf:
-                raise UserError(f"the times of an emotion track are seconds from 0, got {key.time:g}")
+                raise UserError(f"the times of an emotion track must be seconds from 0, got {key.time:g}")
             if key.time <= before:
                 raise UserError(f"the times of an emotion track must rise, got {key.time:g} after {before:g}")
             if key.intensity is not None and not 0 <= key.intensity <= 2:
@@ -116,8 +114,8 @@ class EmotionTrack:
             before = key.time
 
     def at(self, time: float) -> tuple[int, int, float]:
-        """What holds at a time: the number of the former key, that of the latest, and how far the change between them
-        is, 0 to 1."""
+        """The numbers of the former and the latest key at a time, and the progress of the change between them, 0 to
+        1."""
         now = max(bisect_right(self.keys, time, key=lambda key: key.time) - 1, 0)
         if now == 0:
             return 0, 0, 1.0
@@ -125,8 +123,8 @@ class EmotionTrack:
         return now - 1, now, smoothstep((time - self.keys[now].time) / span) if span > 0 else 1.0
 
     def starts(self, key: int, ahead: float) -> float | None:
-        """When a key can be prepared for: ``ahead`` seconds before it, but after the change before it is done; None
-        where that leaves less than a change's own length, or there is no such key."""
+        """When to start preparing a key: ``ahead`` seconds before it, but not before the previous change is done; None
+        if that leaves less than :data:`BLEND`, or there is no such key."""
         if not 1 <= key < len(self.keys):
             return None
         free = self.keys[key - 1].time + self._span(key - 1) if key > 1 else 0.0
@@ -134,17 +132,17 @@ class EmotionTrack:
         return max(time - ahead, free) if time - free >= BLEND else None
 
     def _span(self, key: int) -> float:
-        """Seconds that the change to a key takes."""
+        """Seconds of the change to a key."""
         if key + 1 == len(self.keys):
             return self.blend
         return min(self.blend, self.keys[key + 1].time - self.keys[key].time)
 
     @classmethod
     def load(cls, path: str | Path, blend: float = BLEND) -> EmotionTrack:
-        """Read a csv file: time in seconds, emotion and, if wanted, intensity, with or without a line of names.
+        """Read a csv file of time in seconds, emotion and optionally intensity, with or without a header.
 
         Raises:
-            UserError: if it is missing or a line cannot be understood; the line is named.
+            UserError: naming the line, if the file is missing or cannot be understood.
         """
         path = Path(path)
         if not path.is_file():
@@ -175,12 +173,12 @@ class EmotionTrack:
 def _key(row: dict[str, str], surplus: bool) -> EmotionKey:
     time, intensity = _number(row.get("time", "")), row.get("intensity", "")
     if time is None:
-        raise UserError(f"{row.get('time', '')!r} is no time in seconds")
+        raise UserError(f"{row.get('time', '')!r} is not a time in seconds")
     if surplus:
         raise UserError("too many columns; put a mixture in quotes or join it with +, as in happy:0.7+surprised:0.3")
     strength = _number(intensity) if intensity else None
     if intensity and strength is None:
-        raise UserError(f"{intensity!r} is no intensity; give a number from 0 to 2")
+        raise UserError(f"{intensity!r} is not an intensity; give a number from 0 to 2")
     parse_emotion(row.get("emotion", ""))
     return EmotionKey(time, row["emotion"], strength)
 
@@ -194,7 +192,7 @@ def _number(text: str) -> float | None:
 
 
 def heaviest(weights: Sequence[float]) -> int:
-    """Number of the emotion with the largest weight, of equal ones the first."""
+    """Number of the emotion with the largest weight; the first of equal ones."""
     return max(range(len(weights)), key=lambda number: weights[number])
 
 
@@ -203,14 +201,14 @@ _NEUTRAL = EMOTIONS.index("neutral")
 
 @dataclass(frozen=True)
 class EmotionCondition:
-    """What an emotion is to the flow.
+    """An emotion as ExpFlow is conditioned on it.
 
     Attributes:
-        weights: (1, C) of the classes, which also set the multi-actnorms and the emotion token.
-        centre: (1, D) of the latents.
-        label: class that it mostly is; the draws are moved on to the training latents of this class.
-        intensity: how much of its difference to neutral is shown; 1 is all of it.
-        emotion_bias: (1, D) of :class:`~flowvqtalker.motion.flow.ExpFlow`, added to what is drawn.
+        weights: (1, C) class weights of the multi-actnorms and the emotion token.
+        centre: (1, D) centre of the latents.
+        label: heaviest class, whose training latents span the manifold.
+        intensity: factor on the difference to neutral.
+        emotion_bias: (1, D) added to each sample (:class:`~flowvqtalker.motion.flow.ExpFlow`).
     """
 
     weights: Tensor
@@ -220,7 +218,7 @@ class EmotionCondition:
     emotion_bias: Tensor
 
     def towards(self, other: EmotionCondition, part: float) -> EmotionCondition:
-        """A part of the way, 0 to 1, to another."""
+        """Interpolate: part 0 is this condition, 1 the other."""
         if part >= 1:
             return other
         weights = torch.lerp(self.weights, other.weights, part)
@@ -230,21 +228,20 @@ class EmotionCondition:
         return EmotionCondition(weights, centre, (self if part < 0.5 else other).label, intensity, bias)
 
     def faded(self) -> EmotionCondition:
-        """The same, but neutral counts as an emotion of which nothing is shown; then intensities on the way from
-        neutral to an emotion only rise."""
+        """The same, with intensity 0 for neutral, so that intensity rises monotonically from neutral to an emotion."""
         return replace(self, intensity=0.0) if float(self.weights[0, _NEUTRAL]) == 1 else self
 
 
 def encode_emotion(
     flow: ExpFlow, emotion: str | None, intensity: float, reference: Tensor | None = None
 ) -> EmotionCondition:
-    """The condition of a label, a mixture or a reference.
+    """The condition for a label, a mixture or a reference.
 
     Arguments:
         flow: a trained ExpFlow.
-        emotion: see :func:`flowvqtalker.motion.emotion.parse_emotion`; None: what the reference shows.
-        intensity: 0 is neutral, 1 the emotion, up to 2.
-        reference: (R, 64) expression of a clip or picture; it takes no mixture.
+        emotion: see :func:`parse_emotion`; None: that of the reference.
+        intensity: 0 is neutral, 1 the emotion, at most 2.
+        reference: (R, 64) expression of a clip or image; not with a mixture.
     """
     weights = None if emotion is None else parse_emotion(emotion)
     label = _NEUTRAL if weights is None else heaviest(weights)
@@ -263,7 +260,7 @@ def encode_emotion(
         label, latent = reference_latent(flow, reference.to(means.device, torch.float32), given)
         expressive, centre = torch.zeros_like(neutral), latent[None]
         expressive[0, label] = 1
-        bias = torch.zeros_like(latent[None])  # a reference says itself how it looks
+        bias = torch.zeros_like(latent[None])  # a reference is not biased
     return EmotionCondition(expressive, centre, label, intensity, bias)
 
 
@@ -271,17 +268,16 @@ def encode_emotion(
 def reference_latent(flow: ExpFlow, reference: Tensor, emotion: int | None = None) -> tuple[int, Tensor]:
     """Class and mean latent z_ref = f⁻¹(β_ref) of a reference (section 3.2).
 
-    The reference is encoded without sound and without a source, each frame given those before it. Its own latents also
-    hold its speech and blinks, which are not wanted, so their mean over the frames is taken; noise is added in
-    generation.
+    The reference is encoded without sound and source, each frame given those before it. The mean over the frames
+    removes its speech and blinks; noise is added in generation.
 
     Arguments:
         flow: a trained ExpFlow.
         reference: (R, 64) expression at 25 fps, R >= 1.
-        emotion: class, or None for the one under which the reference is most likely.
+        emotion: class; None takes the one under which the reference is most likely.
 
     Returns:
-        class number, and (64,) latent.
+        class number and (64,) latent.
     """
     if reference.ndim != 2 or reference.shape[1] != flow.config.dim or len(reference) == 0:
         raise UserError(f"the reference must hold (R, {flow.config.dim}) coefficients, got {tuple(reference.shape)}")

@@ -1,8 +1,8 @@
-"""The inverse of a flow for one frame at a time, with everything prepared that does not change between frames.
+"""The inverse of a flow for one frame at a time, with everything precomputed that does not change between frames.
 
-Generation runs frame by frame, so its cost is the number of operations, not of multiplications. For a given emotion the
-inverse linear map and the inverse multi-actnorm of a step are one matrix; the keys and values of all steps are one
-product. Another emotion takes four operations for all steps together, so it may change with every frame.
+Frame-by-frame sampling costs operations, not multiplications. For a fixed emotion, the inverse linear map and the
+inverse multi-actnorm of a step are one matrix, and the keys and values of all steps are one product. A change of
+emotion takes four operations for all steps together, so it may come with every frame.
 """
 
 from __future__ import annotations
@@ -17,10 +17,7 @@ __all__ = ["FusedInverse"]
 
 
 class FusedInverse:
-    """Same result as :meth:`Flow.inverse` for a batch of one, up to rounding.
-
-    Takes a snapshot of the weights. Always the same operations on the same shapes, so its result does not depend on
-    how a stream is cut into blocks.
+    """:meth:`Flow.inverse` for a batch of one, up to rounding, from a snapshot of the weights.
 
     Arguments:
         flow: the flow.
@@ -47,7 +44,7 @@ class FusedInverse:
 
     @torch.no_grad()
     def set_emotion(self, emotion: Tensor) -> None:
-        """Take another emotion, (1, C) weights."""
+        """Change the emotion, (1, C) weights."""
         spread = Context(emotion[:, None], emotion).spread
         offsets = emotion @ self._means  # K 1 D
         matrices = self._linear * torch.exp(spread @ self._log_scales)
@@ -78,7 +75,7 @@ class FusedInverse:
         """
         Arguments:
             z: (1, D) latent.
-            context: of one frame; its emotion is the one given before.
+            context: of one frame, with the emotion set before.
 
         Returns:
             (1, D) frame.

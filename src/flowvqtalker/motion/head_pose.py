@@ -1,4 +1,4 @@
-"""Head motion taken from elsewhere: a tracked clip's course of poses, as long as it is needed."""
+"""Head motion from a tracked clip, extended to any length."""
 
 from __future__ import annotations
 
@@ -10,20 +10,19 @@ from flowvqtalker.motion.emotion import smoothstep
 
 __all__ = ["CROSSFADE", "PoseTrack"]
 
-#: Frames at 25 fps over which the end of a course that is too short is led back into its beginning.
+#: Frames at 25 fps over which the end of a clip is cross-faded into its beginning.
 CROSSFADE = 25
 
 
 class PoseTrack:
-    """Head motion around a course's mean pose, frame by frame, without end.
+    """Head motion around a clip's mean pose, without end.
 
-    A course that is shorter than the speech is repeated: its last second is faded into its first, so neither place nor
-    speed jumps. (Played to and fro instead, the head would bounce off each end, and movements run backwards look odd.)
-    One pose alone, as from a picture, holds still.
+    A clip shorter than the speech repeats, its last second cross-faded into its first, so neither pose nor speed jumps.
+    (Played back and forth, the head would bounce off each end.) A single pose, as from an image, holds still.
 
     Arguments:
         poses: (T, 6) at 25 fps.
-        crossfade: frames of the fade, at most half the course.
+        crossfade: frames of the cross-fade, at most half the clip.
     """
 
     def __init__(self, poses: Tensor, crossfade: int = CROSSFADE) -> None:
@@ -36,11 +35,11 @@ class PoseTrack:
 
     @classmethod
     def still(cls) -> PoseTrack:
-        """A head that does not move."""
+        """A fixed head."""
         return cls(torch.zeros(1, 6))
 
     def at(self, frame: int) -> Tensor:
-        """Difference (1, 6) to the mean pose at a frame."""
+        """Difference (1, 6) to the mean pose at a frame number."""
         lap, place = divmod(frame, self.period)
         motion = self.motion[place : place + 1]
         if lap and place < self.fade:

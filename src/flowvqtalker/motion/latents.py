@@ -1,6 +1,6 @@
 r"""The latent distributions: Student-t mixture (eq. 7, 8), Gaussian mixture (ablation), Gaussian (PoseFlow).
 
-All have unit covariance shape :math:`\Sigma_i = I`; mixtures have one component for each emotion.
+All have :math:`\Sigma_i = I`; mixtures have one component per emotion.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ __all__ = ["Gaussian", "GaussianMixture", "Latent", "StudentTMixture", "build_la
 
 
 class Latent(nn.Module):
-    """A distribution of latent vectors (N, D), one component :math:`p(z | e)` for each emotion.
+    """A distribution of latent vectors (N, D) with one component :math:`p(z | e)` per emotion.
 
     Arguments:
         dim: D.
         classes: number of components C.
-        seed: of the components' means, drawn from N(0, I).
-        learn_means: train the means (the paper does not say; fixed is the default).
+        seed: of the means, sampled from N(0, I).
+        learn_means: train the means (the paper does not say; the default is fixed).
     """
 
     mean: Tensor
@@ -44,7 +44,7 @@ class Latent(nn.Module):
 
     @abstractmethod
     def noise(self, count: int, generator: torch.Generator | None = None) -> Tensor:
-        """(count, D) draws around a mean of zero, on the generator's device (without one: on the mean's)."""
+        """(count, D) samples around zero, on the generator's device (without one: on the mean's)."""
 
     def centre(self, emotion: Tensor) -> Tensor:
         """Means (N, D) of class numbers (N,) or class weights (N, C)."""
@@ -72,12 +72,12 @@ class Latent(nn.Module):
         return self.centre(emotion) + temperature * noise
 
     def sample(self, emotion: Tensor, generator: torch.Generator | None = None, temperature: float = 1.0) -> Tensor:
-        """Draw latents (N, D) for class numbers (N,) or class weights (N, C)."""
+        """Sample latents (N, D) for class numbers (N,) or class weights (N, C)."""
         return self.place(self.noise(len(emotion), generator).to(self.mean), emotion, temperature)
 
 
 class StudentTMixture(Latent):
-    r"""Student-t mixture: :math:`t_\nu(z | \mu_e, I)`, whose fat tails bound the pull of an outlier.
+    r"""Student-t mixture: :math:`t_\nu(z | \mu_e, I)`, whose heavy tails bound the pull of outliers.
 
     The norm of the gradient of the log-density is at most :math:`(\nu + D) / (2\sqrt\nu)`: 8.06 for ν = 50, D = 64.
 
@@ -105,12 +105,12 @@ class StudentTMixture(Latent):
         device = self.mean.device if generator is None else generator.device
         normal = torch.randn(count, self.dim, generator=generator, device=device)
         shape = torch.full((count, 1), self.nu / 2, device=device)
-        chi2 = 2 * torch._standard_gamma(shape, generator=generator)  # one for all D values of a frame
+        chi2 = 2 * torch._standard_gamma(shape, generator=generator)  # one per frame, for all D values
         return normal * torch.sqrt(self.nu / chi2)
 
 
 class GaussianMixture(Latent):
-    """Gaussian mixture with the same means: the paper's ablation "GMM" (Fig. 6)."""
+    """Gaussian mixture with the same means: the ablation "GMM" of the paper (Fig. 6)."""
 
     def log_radial(self, squared: Tensor) -> Tensor:
         return -0.5 * squared - self.dim / 2 * math.log(2 * math.pi)

@@ -1,4 +1,4 @@
-"""Manifold projection (end of section 3.2): pull a drawn latent towards the latents of the training data.
+"""Manifold projection (end of section 3.2): move a sampled latent towards the latents of the training data.
 
 References:
     Lu, Chai and Cao, Live Speech Portraits, arXiv 2109.10595 (section 3.1), after Roweis and Saul's LLE.
@@ -21,7 +21,7 @@ class LatentBank:
     Attributes:
         latents: (N, D).
         emotion: (N,) class of each.
-        minimum: a class with fewer latents than this borrows those of all classes.
+        minimum: a class with fewer latents uses those of all classes.
     """
 
     latents: Tensor
@@ -34,11 +34,11 @@ class LatentBank:
             raise ValueError(f"a bank needs latents (N, D) and emotion (N,), got {shapes}")
 
     def of(self, emotion: int | None) -> Tensor:
-        """Latents (n, D) of one class; of all classes for None or for a class with too few."""
+        """Latents (n, D) of a class; of all classes for None or a class with too few."""
         return self.latents[self._rows(emotion)]
 
     def offsets(self, emotion: int | None, means: Tensor) -> Tensor:
-        """As :meth:`of`, but (n, D) from the means (C, D) of the latents' own classes."""
+        """As :meth:`of`, relative to the means (C, D) of the latents' own classes."""
         rows = self._rows(emotion)
         return self.latents[rows] - means.to(self.latents)[self.emotion[rows]]
 
@@ -55,41 +55,24 @@ class LatentBank:
 
     @classmethod
     def load(cls, state: dict[str, Tensor]) -> LatentBank | None:
-        """The bank in a weights file, if it holds one."""
+        """The bank of a weights file, if it has one."""
         if "bank.latents" not in state:
             return None
         return cls(state["bank.latents"].to(torch.get_default_dtype()), state["bank.emotion"].long())
 
 
-def nearest(z: Tensor, bank: Tensor, count: int, chunk: int = 65536) -> tuple[Tensor, Tensor]:
-    """The nearest points of a bank, in memory bounded by the chunk.
-
-    Arguments:
-        z: (B, D).
-        bank: (N, D).
-        count: how many; fewer if the bank is smaller.
-        chunk: points of the bank that are compared at a time.
-
-    Returns:
-        squared distances and indices, both (B, min(count, N)), nearest first.
-    """
+def nearest(z: Tensor, bank: Tensor, count: int) -> Tensor:
+    """Indices (B, min(count, N)) of the points of a bank (N, D) nearest to z (B, D), nearest first."""
     if count < 1 or len(bank) == 0:
         raise ValueError(f"need at least one neighbour and a bank that is not empty, got {count} and {len(bank)}")
-    best, index = z.new_zeros(len(z), 0), torch.zeros(len(z), 0, dtype=torch.long, device=z.device)
-    for start in range(0, len(bank), chunk):
-        part = bank[start : start + chunk]
-        squared = (part.square().sum(-1) - 2 * z @ part.mT + z.square().sum(-1, keepdim=True)).clamp_min(0)
-        here = torch.arange(start, start + len(part), device=z.device).expand(len(z), -1)
-        best, index = torch.cat([best, squared], dim=1), torch.cat([index, here], dim=1)
-        best, order = torch.topk(best, min(count, best.shape[1]), dim=1, largest=False)
-        index = index.gather(1, order)
-    return best, index
+    squared = (bank.square().sum(-1) - 2 * z @ bank.mT + z.square().sum(-1, keepdim=True)).clamp_min(0)
+    return torch.topk(squared, min(count, len(bank)), dim=1, largest=False)[1]
 
 
 def reconstruction_weights(z: Tensor, neighbours: Tensor, ridge: float = 1e-3) -> Tensor:
     r"""Weights :math:`w` that minimise :math:`\|z - \sum_k w_k \bar z_k\|^2` subject to :math:`\sum_k w_k = 1`.
 
-    The constraint is eliminated with the nearest point: with the columns of A the differences of the others to it,
+    The nearest point eliminates the constraint: with the differences of the others to it as the columns of A,
     :math:`(A^\top A + \epsilon \operatorname{tr}(A^\top A)/K\, I) w_{2..K} = A^\top (z - \bar z_1)`. The ridge keeps
     the system regular where neighbours coincide.
 
@@ -108,7 +91,7 @@ def reconstruction_weights(z: Tensor, neighbours: Tensor, ridge: float = 1e-3) -
     gram = difference @ difference.mT
     trace = gram.diagonal(dim1=1, dim2=2).sum(-1)
     tiny = torch.finfo(z.dtype).tiny ** 0.5
-    load = (ridge * trace / count).clamp_min(tiny)  # all neighbours equal: any weights give the same point
+    load = (ridge * trace / count).clamp_min(tiny)  # for equal neighbours, where any weights do
     gram = gram + load[:, None, None] * torch.eye(count - 1, dtype=z.dtype, device=z.device)
     target = difference @ (z - neighbours[:, 0])[..., None]
     others = torch.linalg.solve(gram, target)[..., 0]
@@ -116,13 +99,13 @@ def reconstruction_weights(z: Tensor, neighbours: Tensor, ridge: float = 1e-3) -
 
 
 def project(z: Tensor, bank: Tensor, count: int = 10, blend: float = 1.0, ridge: float = 1e-3) -> Tensor:
-    """Project latents on the manifold spanned by their nearest neighbours.
+    """Project latents onto the manifold spanned by their nearest neighbours.
 
     Arguments:
         z: (B, D).
         bank: (N, D).
         count: neighbours 𝒦 (Live Speech Portraits uses 10).
-        blend: 1 takes the projection, 0 leaves z, between mixes.
+        blend: 1 is the projection, 0 is z.
         ridge: see :func:`reconstruction_weights`.
 
     Returns:
@@ -132,8 +115,7 @@ def project(z: Tensor, bank: Tensor, count: int = 10, blend: float = 1.0, ridge:
         raise ValueError(f"blend must be in [0, 1], got {blend}")
     if blend == 0:
         return z
-    _, index = nearest(z, bank, count)
-    neighbours = bank[index]
+    neighbours = bank[nearest(z, bank, count)]
     weights = reconstruction_weights(z, neighbours, ridge)
     projected = (weights[:, None] @ neighbours)[:, 0]
     return torch.lerp(z, projected, blend)

@@ -1,4 +1,4 @@
-"""From speech windows to motion, frame by frame with a carried state."""
+"""From speech windows to motion, frame by frame with carried state."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from flowvqtalker.constants import EMOTIONS
+from flowvqtalker.constants import EMOTIONS, FPS
 from flowvqtalker.errors import UserError
 from flowvqtalker.io.coefficients import Motion
 from flowvqtalker.motion.blink import Blinks
@@ -24,33 +24,30 @@ from flowvqtalker.speech.encoder import AudioStream
 
 __all__ = ["ARTICULATION", "TEMPERATURE", "MotionGenerator"]
 
-#: Default temperatures of expression and pose: below one, a draw keeps to what the model is sure of.
+#: Default temperatures of expression and pose; below one, samples stay close to the mode.
 TEMPERATURE, POSE_TEMPERATURE = 0.9, 1.0
-#: Share of the drawn lips' opening, around its mean over half a second, that is taken off (ours): what the speech does
-#: not foretell of it is noise to a viewer, who sees lips that open in silence. Smiles, brows and the mouth's slow
-#: posture stay as drawn.
+#: Fraction of the flow's fast lip motion to remove, around its mean over ``_SLOW`` frames (ours). Audio cannot explain
+#: it, so viewers see it as noise: lips that open in silence. Smiles, brows and the mouth's slow posture stay.
 LIP_DAMPING, _SLOW = 0.9, 12.5
-#: Gain on what the speech foretells: a regression halves a movement that it is not sure of, and such lips mumble.
+#: Gain on the lip prior. Regression halves a movement that it is unsure of, and the lips mumble.
 ARTICULATION = 1.4
-#: Share of the training clips' blinks that are laid over the motion by default: the flow draws the others itself.
+#: Default blink rate as a fraction of the training clips'; the flow samples the other blinks itself.
 BLINKS = 0.7
-#: How far a drawn latent is moved on to the manifold of the training latents.
+#: Default blend of the manifold projection.
 MANIFOLD = 0.15
-#: Seconds in which the head leaves the source's pose for its own motion around it (time constant).
+#: Seconds (time constant) in which the head leaves the source's pose for its own motion around it.
 SETTLE = 0.6
-#: Seconds before a change of emotion in which the next one is drawn out of sight. From rest the flow needs about half a
-#: second to reach an expression.
+#: Seconds by which the next emotion is sampled ahead, unseen. The flow takes half a second to build up an expression.
 PREPARE = 1.0
-#: Seconds (time constant) over which the difference between an emotion and neutral is averaged, to exaggerate it: the
-#: movements themselves stay as they are, so that twice the emotion is not twice the fidgeting.
+#: Seconds (time constant) over which the difference between an emotion and neutral is averaged before it is
+#: exaggerated. Fast movements keep their size: twice the emotion is not twice the fidgeting.
 EXCESS = 1.0
-_FPS = 25
 
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Compute on one thread: for products this small a second one costs more than it gives (ten times as much when its
-    core is busy), and sums do not depend on how many cores there are."""
+    """Compute on one thread: a second costs more than it gains on products this small, and sums must not depend on the
+    number of cores."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -60,13 +57,13 @@ def _one_thread() -> Iterator[None]:
 
 
 class _Rollout:
-    """One course of drawn expressions: each frame is drawn given those before it.
+    """One autoregressive sequence of expressions.
 
     Attributes:
-        condition: what it expresses.
-        history: (1, τ, D) of its own frames.
-        level: (1,) slow course of the lips' opening.
-        excess: (1, D) slow course of its difference to neutral.
+        condition: its emotion.
+        history: (1, τ, D) its previous frames.
+        level: (1,) slow average of the lip opening.
+        excess: (1, D) slow average of the difference to neutral.
     """
 
     def __init__(self, condition: EmotionCondition, history: Tensor) -> None:
@@ -76,27 +73,26 @@ class _Rollout:
 
 
 class MotionGenerator:
-    """Draw expression and head pose for speech (section 3.2, inference), in blocks of any size.
+    """Sample expression and head pose for speech (section 3.2, inference), in blocks of any size.
 
-    Every frame is drawn from its own noise by the same operations on the same shapes, so consecutive blocks give, bit
-    for bit, what one call gives. A frame needs the windows of :attr:`lookahead` frames after it and is returned that
-    much later; ``last=True`` says that no window follows, and returns the rest.
+    Every frame is computed from its own noise by the same operations on the same shapes, so consecutive blocks return
+    bit for bit what one call returns. A frame needs the windows of :attr:`lookahead` frames after it and is returned
+    that much later; ``last=True`` says that no window follows and returns the rest.
 
-    * Emotion label: z_t = μ_e + temperature · noise, then moved on to the manifold of training latents of that emotion.
-      What the drawn frames of an emotion lack of its mean difference to neutral is added (``ExpFlow.emotion_bias``).
-    * Mixture: latent centre, multi-actnorm and emotion token are the weighted means of those of its emotions; the
-      manifold is that of the heaviest.
-    * Emotion over time: the flow holds on to what it has drawn, for seconds at times, so the next emotion is drawn on
-      its own, out of sight, for a second before its time, from the same noise; then one fades into the other. Where
-      changes come too thick for that, as in a slow rise of intensity, all that an emotion sets moves along a smooth
-      step from one to the next.
-    * Reference: the class is the one under which the reference is most likely (or the given label), and its latents'
-      mean takes the place of μ_e (see :func:`flowvqtalker.motion.emotion.reference_latent`).
-    * Intensity s: neutral is drawn beside the emotion from the same noise, and what is shown is (1 - s) · neutral + s ·
-      emotion; above 1, the emotion and (s - 1) times the slow course of the difference. (Half-way between two latent
-      centres no training latent lies, and half a smile by latents came out as none.) Costs ExpFlow twice, unless s = 1.
-    * Pose: PoseFlow draws motion around a clip's mean pose; here around the source's pose. It starts exactly there and
-      settles within about a second. Motion from elsewhere takes the place of what PoseFlow draws.
+    * Emotion label: z_t = μ_e + temperature · noise, moved towards the manifold of the emotion's training latents. The
+      class's correction (``ExpFlow.emotion_bias``) is added to the sample.
+    * Mixture: latent centre, multi-actnorm and emotion token are weighted means; the manifold is that of the heaviest.
+    * Emotion over time: the flow clings to its history, at times for seconds. So the next emotion is sampled as a
+      rollout of its own from the same noise, starting a second early and unseen, and the two are cross-faded. Where
+      keys follow too closely for that, as in a slow rise of intensity, one rollout moves along the interpolated
+      condition.
+    * Reference: the class under which the reference is most likely (or the given label); the mean of its latents
+      replaces μ_e (:func:`flowvqtalker.motion.emotion.reference_latent`).
+    * Intensity s: neutral is sampled beside the emotion from the same noise, and the result is (1 - s) · neutral + s ·
+      emotion; above 1, the emotion plus (s - 1) times the averaged difference. (Interpolating latent centres fails: no
+      training latent lies between two of them.) Runs ExpFlow twice, unless s = 1.
+    * Pose: PoseFlow's motion around a clip's mean pose becomes motion around the source's pose. It starts exactly there
+      and settles within about a second. A :class:`PoseTrack` may replace PoseFlow.
 
     Arguments:
         expflow, poseflow: trained flows.
@@ -105,18 +101,18 @@ class MotionGenerator:
         pose0: (6,) pose of the source.
         emotion: one of :data:`flowvqtalker.EMOTIONS` or, without a reference, a mixture (see
             :func:`flowvqtalker.motion.emotion.parse_emotion`); may be None with a reference.
-        reference: (R, 64) expression of a clip (25 fps) or picture to take the emotion from.
+        reference: (R, 64) expression of a clip (25 fps) or image to take the emotion from.
         track: emotion over time, instead of both.
-        intensity: 0 to 2; of a track, where it says nothing itself.
-        temperature: of the expression, 0 (always the most likely) to 1 (as the data varies).
+        intensity: 0 to 2; for a track, of keys without their own.
+        temperature: of the expression, 0 (the mode) to 1 (the variance of the data).
+        articulation: gain on the lip prior (ours), 0 to 3.
+        blink_rate: blinks per minute added to the expression, 0 to 60; None is most of the training clips' rate.
         seed: of the noise.
+        device: where to compute. The noise is sampled on the CPU, so it is the same everywhere.
         pose_temperature: of the pose.
-        articulation: factor on what the speech foretells of the lips (ours), 0 to 3.
-        blink_rate: blinks a minute laid over the expression, 0 to 60; None is most of the training clips' rate.
         manifold: 0 (no projection) to 1.
         neighbours: 𝒦 of the projection.
         poses: head motion instead of PoseFlow's.
-        device: where to compute. The noise is drawn on the CPU, so it is the same everywhere.
 
     Raises:
         UserError: for an unknown emotion or numbers out of range.
@@ -156,10 +152,8 @@ class MotionGenerator:
         )
         self.device = torch.device(device)
         self.expflow, self.poseflow = expflow.to(self.device).eval(), poseflow.to(self.device).eval()
-        self.temperature, self.pose_temperature = temperature, pose_temperature
-        self.articulation = articulation
-        self.blink_rate = BLINKS * float(expflow.blink_rate) if blink_rate is None else blink_rate
-        self.manifold, self.neighbours, self.seed = manifold, neighbours, seed
+        self.temperature, self.pose_temperature, self.articulation = temperature, pose_temperature, articulation
+        self.manifold, self.neighbours = manifold, neighbours
         with torch.no_grad():
             self.source = self.expflow.neutral_face(beta0.to(self.device, torch.float32).reshape(1, -1))
         self.pose0 = pose0.to(self.device, torch.float32).reshape(1, -1)
@@ -167,72 +161,76 @@ class MotionGenerator:
         self._bank = bank if manifold > 0 else None
         self._banks: dict[int, Tensor] = {}
         with torch.inference_mode(), _one_thread():
-            if track is None:
-                self._conditions = [encode_emotion(self.expflow, emotion, intensity, reference)]
-            else:
-                pairs = [(key.emotion, intensity if key.intensity is None else key.intensity) for key in track.keys]
-                known = {pair: encode_emotion(self.expflow, *pair) for pair in dict.fromkeys(pairs)}
-                self._conditions = [known[pair] for pair in pairs]
-            neutral = encode_emotion(self.expflow, "neutral", 1.0)
-            if track is None and intensity == 0:
-                self._conditions = [neutral]
-            self._neutral = neutral if any(condition.intensity != 1 for condition in self._conditions) else None
-            if self._neutral is not None:
-                self._conditions = [condition.faded() for condition in self._conditions]
-            self._inverse = FusedInverse(self.expflow, self._conditions[0].weights)
-            self._set_to = self._conditions[0].weights
+            self._conditions, self._neutral = self._encode_emotions(emotion, intensity, reference)
+            self._fused_for = self._conditions[0].weights
+            self._inverse = FusedInverse(self.expflow, self._fused_for)
             single = torch.ones(1, self.poseflow.config.classes, device=self.device)
             self._pose_weights = single / self.poseflow.config.classes
             self._pose_inverse = FusedInverse(self.poseflow, self._pose_weights)
-        self._reset()
+        self._start(seed, BLINKS * float(expflow.blink_rate) if blink_rate is None else blink_rate)
 
     @property
     def frontend(self) -> str:
-        """The front end whose windows it takes (:data:`flowvqtalker.speech.features.FRONTENDS`)."""
+        """The frontend of its windows (:data:`flowvqtalker.speech.features.FRONTENDS`)."""
         return self.expflow.audio.config.frontend
 
     @property
     def lookahead(self) -> int:
-        """Frames by which the output comes later than the windows."""
+        """Frames by which the output lags behind the windows."""
         return max(stream.encoder.config.lookahead for stream in self._audio)
 
     @property
     def emotion(self) -> str:
-        """The emotion at present; of a mixture the heaviest."""
+        """The present emotion; of a mixture, the heaviest."""
         return EMOTIONS[self._rollout.condition.label]
 
-    def _reset(self) -> None:
+    def _encode_emotions(
+        self, emotion: str | None, intensity: float, reference: Tensor | None
+    ) -> tuple[list[EmotionCondition], EmotionCondition | None]:
+        """The conditions of the keys (one without a track), and neutral if an intensity needs it."""
+        neutral = encode_emotion(self.expflow, "neutral", 1.0)
+        if self._track is not None:
+            pairs = [(key.emotion, intensity if key.intensity is None else key.intensity) for key in self._track.keys]
+            known = {pair: encode_emotion(self.expflow, *pair) for pair in dict.fromkeys(pairs)}
+            conditions = [known[pair] for pair in pairs]
+        elif intensity == 0:
+            encode_emotion(self.expflow, emotion, intensity, reference)  # to refuse what cannot be used
+            conditions = [neutral]
+        else:
+            conditions = [encode_emotion(self.expflow, emotion, intensity, reference)]
+        if all(condition.intensity == 1 for condition in conditions):
+            return conditions, None
+        return [condition.faded() for condition in conditions], neutral
+
+    def _start(self, seed: int, blink_rate: float) -> None:
         self._finished, self._frame = False, 0
         flows = [self.expflow] if self.poses is not None else [self.expflow, self.poseflow]
-        encoders = list(dict.fromkeys(flow.audio for flow in flows))  # flows that share a speech encoder listen once
+        encoders = list(dict.fromkeys(flow.audio for flow in flows))  # a shared speech encoder runs once
         if len({encoder.config.frontend for encoder in encoders}) > 1:
-            raise ValueError(
-                "the flows hear with different front ends: train both with the speech encoder or both without"
-            )
+            raise ValueError("the flows use different frontends: train both with the speech encoder or both without")
         self._audio = [AudioStream(encoder) for encoder in encoders]
         self._waiting: list[deque[Tensor]] = [deque() for _ in encoders]
-        self._generators = tuple(torch.Generator().manual_seed(2 * self.seed + which) for which in (0, 1))
-        self._blinks = Blinks(self.expflow.blink, self.blink_rate, 2 * self.seed + 1)
-        self._rollout: _Rollout
-        self._next: _Rollout | None
+        self._generators = tuple(torch.Generator().manual_seed(2 * seed + which) for which in (0, 1))
+        self._blinks = Blinks(self.expflow.blink, blink_rate, 2 * seed + 1)
         exp, pose = self.expflow.config, self.poseflow.config
-        self._start = torch.zeros(1, exp.history, exp.dim, device=self.device)
-        self._rollout, self._next = _Rollout(self._conditions[0], self._start), None
-        self._neutral_rollout = None if self._neutral is None else _Rollout(self._neutral, self._start)
+        self._no_history = torch.zeros(1, exp.history, exp.dim, device=self.device)
+        self._rollout = _Rollout(self._conditions[0], self._no_history)
+        self._next: _Rollout | None = None
+        self._neutral_rollout = None if self._neutral is None else _Rollout(self._neutral, self._no_history)
         self._pose_history = torch.zeros(1, pose.history, pose.dim, device=self.device)
-        self._pose_start: Tensor | None = None
+        self._first_pose: Tensor | None = None
 
     @torch.inference_mode()
     def __call__(self, windows: Tensor, last: bool = False) -> Motion:
         """Motion for the next windows.
 
         Arguments:
-            windows: (T, 80, 16 or 7) log-mel windows of consecutive frames by the front end :attr:`frontend`, T >= 0.
+            windows: (T, 80, 16 or 7) log-mel windows of consecutive frames by the :attr:`frontend`, T >= 0.
             last: whether they are the last ones.
 
         Returns:
-            t frames, on the CPU. Without ``last``, t lags behind by
-            :attr:`lookahead` frames over all calls; with it, all frames that are left come.
+            the frames that are ready, on the CPU. Without ``last``, their total lags behind by :attr:`lookahead`
+            frames.
         """
         if self._finished:
             raise RuntimeError("the last windows were given already; make a new MotionGenerator")
@@ -240,27 +238,22 @@ class MotionGenerator:
         if windows.ndim != 3 or tuple(windows.shape[1:]) != expected:
             raise ValueError(f"windows must be (T, {expected[0]}, {expected[1]}), got {tuple(windows.shape)}")
         with _one_thread():
-            return self._run(windows, last)
-
-    def _run(self, windows: Tensor, last: bool) -> Motion:
-        frames: list[tuple[Tensor, Tensor]] = []
-        for window in windows.to(self.device, torch.float32):
-            window = window.clone()  # the same memory alignment for every cut of the stream
-            for stream, waiting in zip(self._audio, self._waiting, strict=True):
-                waiting.extend(stream.push(window))
-            frames += self._drain()
-        if last:
-            self._finished = True
-            for stream, waiting in zip(self._audio, self._waiting, strict=True):
-                waiting.extend(stream.finish())
-            frames += self._drain()
+            frames = []
+            for window in windows.to(self.device, torch.float32):
+                window = window.clone()  # the same memory alignment, and so the same sums, however the stream is cut
+                frames += self._sample([stream.push(window) for stream in self._audio])
+            if last:
+                self._finished = True
+                frames += self._sample([stream.finish() for stream in self._audio])
         if not frames:
             return Motion(torch.zeros(0, self.expflow.config.dim), torch.zeros(0, self.poseflow.config.dim))
-        beta, pose = (torch.cat(parts).cpu() for parts in zip(*frames, strict=True))
-        return Motion(beta.clone(), pose.clone())
+        expression, pose = (torch.cat(parts).cpu() for parts in zip(*frames, strict=True))
+        return Motion(expression.clone(), pose.clone())
 
-    def _drain(self) -> list[tuple[Tensor, Tensor]]:
-        """Draw every frame whose audio features of both flows are there."""
+    def _sample(self, features: list[list[Tensor]]) -> list[tuple[Tensor, Tensor]]:
+        """Sample every frame whose audio features of both flows are there, given each encoder's new features."""
+        for waiting, new in zip(self._waiting, features, strict=True):
+            waiting.extend(new)
         frames = []
         while all(self._waiting):
             audio = [waiting.popleft() for waiting in self._waiting]
@@ -271,16 +264,16 @@ class MotionGenerator:
     def _expression(self, audio: Tensor) -> Tensor:
         part = 0.0 if self._track is None else self._follow(self._track)
         noise = self.temperature * self.expflow.latent.noise(1, self._generators[0]).to(self.device)
-        neutral = None if self._neutral_rollout is None else self._draw(self._neutral_rollout, audio, noise)
-        drawn = self._show(self._rollout, self._draw(self._rollout, audio, noise), neutral)
+        neutral = None if self._neutral_rollout is None else self._advance(self._neutral_rollout, audio, noise)
+        frame = self._intensify(self._rollout, self._advance(self._rollout, audio, noise), neutral)
         if self._next is not None:
-            coming = self._show(self._next, self._draw(self._next, audio, noise), neutral)
-            drawn = torch.lerp(drawn, coming, part)
-        return drawn + self.articulation * self.expflow.predict_lips(audio) + self._blinks.next()
+            coming = self._intensify(self._next, self._advance(self._next, audio, noise), neutral)
+            frame = torch.lerp(frame, coming, part)
+        return frame + self.articulation * self.expflow.predict_lips(audio) + self._blinks.next()
 
     def _follow(self, track: EmotionTrack) -> float:
-        """Make the chains those of the next frame; returns how much of it is the coming rollout's."""
-        time = self._frame / _FPS
+        """Set the rollouts for the next frame; returns the weight of the coming one in the cross-fade."""
+        time = self._frame / FPS
         former, latest, part = track.at(time)
         if part == 1:
             if self._next is not None and self._next.condition is self._conditions[latest]:
@@ -288,53 +281,54 @@ class MotionGenerator:
             self._rollout.condition = self._conditions[latest]
             ahead = track.starts(latest + 1, PREPARE)
             if ahead is not None and time >= ahead and self._next is None:
-                self._next = _Rollout(self._conditions[latest + 1], self._start)
+                self._next = _Rollout(self._conditions[latest + 1], self._no_history)
             return 0.0
         if self._next is None:
             self._rollout.condition = self._conditions[former].towards(self._conditions[latest], part)
         return part
 
-    def _draw(self, rollout: _Rollout, audio: Tensor, noise: Tensor) -> Tensor:
-        """The next frame (1, D) of a rollout, with its lips quietened, and with what its emotion lacks."""
+    def _advance(self, rollout: _Rollout, audio: Tensor, noise: Tensor) -> Tensor:
+        """The next frame (1, D) of a rollout, with damped lips and its emotion's bias."""
         condition = rollout.condition
-        if condition.weights is not self._set_to:
+        if condition.weights is not self._fused_for:
             self._inverse.set_emotion(condition.weights)
-            self._set_to = condition.weights
+            self._fused_for = condition.weights
         context = self.expflow.encode(audio, rollout.history, condition.weights, source=self.source)
         if self._bank is not None:
             if condition.label not in self._banks:
                 offsets = self._bank.offsets(condition.label, self.expflow.latent.mean.cpu())  # around any centre
                 self._banks[condition.label] = offsets.to(self.device)
             noise = project(noise, self._banks[condition.label], self.neighbours, self.manifold)
-        drawn = self.expflow.soft_clamp(self._inverse(condition.centre + noise, context))
-        rollout.history = torch.cat([rollout.history[:, 1:], drawn[None]], dim=1)
-        return self._damp_lips(rollout, drawn) + condition.emotion_bias
+        frame = self.expflow.soft_clamp(self._inverse(condition.centre + noise, context))
+        rollout.history = torch.cat([rollout.history[:, 1:], frame[None]], dim=1)
+        return self._damp_lips(rollout, frame) + condition.emotion_bias
 
-    def _show(self, rollout: _Rollout, drawn: Tensor, neutral: Tensor | None) -> Tensor:
-        """As much of an emotion (1, D) beside neutral as its intensity says."""
+    def _intensify(self, rollout: _Rollout, frame: Tensor, neutral: Tensor | None) -> Tensor:
+        """Scale the difference of a frame (1, D) to neutral by the intensity."""
         if neutral is None:
-            return drawn
-        rollout.excess = torch.lerp(rollout.excess, drawn - neutral, 1 / (EXCESS * _FPS))
+            return frame
+        rollout.excess = torch.lerp(rollout.excess, frame - neutral, 1 / (EXCESS * FPS))
         if rollout.condition.intensity <= 1:
-            return torch.lerp(neutral, drawn, rollout.condition.intensity)
-        return self.expflow.soft_clamp(drawn + (rollout.condition.intensity - 1) * rollout.excess)
+            return torch.lerp(neutral, frame, rollout.condition.intensity)
+        return self.expflow.soft_clamp(frame + (rollout.condition.intensity - 1) * rollout.excess)
 
-    def _damp_lips(self, rollout: _Rollout, drawn: Tensor) -> Tensor:
-        """Damp the drawn opening of the lips (1, D) around its slow course."""
-        size = self.expflow.opening.square().sum()
+    def _damp_lips(self, rollout: _Rollout, frame: Tensor) -> Tensor:
+        """Damp the lip opening of a frame (1, D) around its slow average."""
+        opening = self.expflow.opening
+        size = opening.square().sum()
         if size == 0:
-            return drawn
-        level = drawn @ self.expflow.opening / size
+            return frame
+        level = frame @ opening / size
         rollout.level = level if rollout.level is None else rollout.level + (level - rollout.level) / _SLOW
-        return drawn - LIP_DAMPING * (level - rollout.level)[:, None] * self.expflow.opening
+        return frame - LIP_DAMPING * (level - rollout.level)[:, None] * opening
 
     def _pose(self, audio: Tensor) -> Tensor:
-        motion = self._draw_pose(audio) if self.poses is None else self.poses.at(self._frame).to(self.device)
-        if self._pose_start is None:
-            self._pose_start = motion
-        return self.pose0 + motion - math.exp(-self._frame / (SETTLE * _FPS)) * self._pose_start
+        motion = self._sample_pose(audio) if self.poses is None else self.poses.at(self._frame).to(self.device)
+        if self._first_pose is None:
+            self._first_pose = motion
+        return self.pose0 + motion - math.exp(-self._frame / (SETTLE * FPS)) * self._first_pose
 
-    def _draw_pose(self, audio: Tensor) -> Tensor:
+    def _sample_pose(self, audio: Tensor) -> Tensor:
         context = self.poseflow.encode(audio, self._pose_history, self._pose_weights)
         noise = self.poseflow.latent.noise(1, self._generators[1]).to(self.device)
         z = self.poseflow.latent.place(noise, self._pose_weights, self.pose_temperature)

@@ -1,4 +1,4 @@
-"""Motion for speech that is still being spoken: samples in, frames out, bit for bit what the whole recording gives."""
+"""Motion for live speech: samples in, frames out, bit-identical to motion for the whole recording."""
 
 from __future__ import annotations
 
@@ -22,22 +22,21 @@ from flowvqtalker.speech import features
 
 __all__ = ["MotionStream", "frontend_ms", "open_stream"]
 
-_FRAME = SAMPLE_RATE // 25
+_FRAME = SAMPLE_RATE // FPS
 
 
 @lru_cache(maxsize=4)
 def frontend_ms(frontend: str = "mel") -> float:
-    """Speech after the start of a frame, in milliseconds, that the features of the frame need; found by trying, so that
-    it holds for whatever :class:`flowvqtalker.speech.features.FeatureStream` does."""
+    """Milliseconds of speech after the start of a frame that its features need, measured from the frontend itself."""
     step, stream, needed, ready = 40, features.FeatureStream(frontend), 0, 0
-    for heard in range(step, 16 * _FRAME, step):
+    for samples in range(step, 16 * _FRAME, step):
         for _ in stream.push(np.zeros(step, np.float32)):
-            needed, ready = max(needed, heard - ready * _FRAME), ready + 1
+            needed, ready = max(needed, samples - ready * _FRAME), ready + 1
     return 1e3 * needed / SAMPLE_RATE
 
 
 class MotionStream:
-    """Expression and pose for speech in blocks of any size, from a microphone or a file.
+    """Motion for speech in blocks of any size, from a microphone or a file.
 
     ::
 
@@ -46,11 +45,11 @@ class MotionStream:
             motion = stream.push(samples)  # may hold no frame yet
         motion = stream.finish()
 
-    All state is carried from block to block and nothing is computed from a block as such, so the frames are the same to
-    the last bit however the speech is cut. Memory does not grow with its length.
+    Nothing is computed from a block as such, so the frames are bit-identical however the speech is cut. Memory does not
+    grow with its length.
 
     Arguments:
-        generator: fresh, for this speech alone.
+        generator: a fresh one, for this speech alone.
         pose0: (6,) pose that the head moves around.
         pose_scale: factor on that movement.
     """
@@ -58,27 +57,27 @@ class MotionStream:
     def __init__(self, generator: MotionGenerator, pose0: Tensor, pose_scale: float = 1.0) -> None:
         self._generator, self._features = generator, features.FeatureStream(generator.frontend)
         self._pose0, self._scale = pose0, pose_scale
-        #: Frames given out so far; the next one is ``frames / 25`` seconds into the speech.
+        #: Frames returned so far; the next one is ``frames / 25`` seconds into the speech.
         self.frames = 0
 
     @property
     def latency_ms(self) -> float:
-        """How much speech after the start of a frame must have come before the frame is given out, in milliseconds.
+        """Milliseconds of speech after the start of a frame that must arrive before the frame is returned.
 
-        The length of the blocks comes on top where they are longer than a frame, and computing takes its time.
+        Blocks longer than a frame and the time to compute come on top.
         """
         return frontend_ms(self._generator.frontend) + self._generator.lookahead * 1e3 * _FRAME / SAMPLE_RATE
 
     def push(self, samples: npt.NDArray[Any] | Tensor) -> Motion:
-        """Take the next samples, (n,) float in [-1, 1] or int16 at 16 kHz; returns the frames that they complete."""
-        return self._give(self._generator(self._features.push(_as_float(samples))))
+        """Take the next samples, (n,) float in [-1, 1] or int16 at 16 kHz; returns the frames they complete."""
+        return self._scaled(self._generator(self._features.push(_as_float(samples))))
 
     def finish(self) -> Motion:
-        """End the speech; returns the frames that are left."""
-        return self._give(self._generator(self._features.finish(), last=True))
+        """End the speech; returns the remaining frames."""
+        return self._scaled(self._generator(self._features.finish(), last=True))
 
     def run(self, blocks: Iterable[npt.NDArray[Any] | Tensor]) -> Iterator[Motion]:
-        """Motion for all blocks, as they come; blocks without a frame are left out."""
+        """Motion for all blocks as they arrive, without empty parts."""
         for samples in blocks:
             block = self.push(samples)
             if len(block):
@@ -87,7 +86,7 @@ class MotionStream:
         if len(block):
             yield block
 
-    def _give(self, block: Motion) -> Motion:
+    def _scaled(self, block: Motion) -> Motion:
         self.frames += len(block)
         if self._scale == 1:
             return block
@@ -97,7 +96,7 @@ class MotionStream:
 def _as_float(samples: npt.NDArray[Any] | Tensor) -> npt.NDArray[np.float32]:
     wave = samples.numpy(force=True) if isinstance(samples, torch.Tensor) else np.asarray(samples)
     if wave.ndim != 1:
-        raise ValueError(f"samples of one channel are needed, (n,), got {wave.shape}")
+        raise ValueError(f"samples must have one channel, (n,), got {wave.shape}")
     if wave.dtype == np.int16:
         return wave.astype(np.float32) / np.float32(32768)
     if not np.issubdtype(wave.dtype, np.floating):

@@ -29,23 +29,23 @@ __all__ = [
 
 Floats = npt.NDArray[np.float32]
 
-#: Name -> container, encoder of FFmpeg and its sampling rate, bit rates that are drawn.
+#: Name -> container, FFmpeg encoder and its sampling rate, bit rates to choose from.
 CODECS: dict[str, tuple[str, str, int, tuple[int, ...]]] = {
     "mp3": ("mp3", "libmp3lame", 16_000, (16_000, 24_000, 48_000)),
     "opus": ("ogg", "libopus", 48_000, (8_000, 12_000, 24_000)),
 }
-#: Largest shift of a codec's output that is looked for, in samples (a tenth of a second).
+#: Largest delay of a codec that is corrected, in samples (a tenth of a second).
 _SHIFT = 1600
 
 
 def room(wave: Floats, random: np.random.Generator, seconds: float, level: float) -> Floats:
-    """Reverberate: the direct sound and a tail of noise that decays exponentially from 5 ms after it.
+    """Reverberate: the direct sound, and noise that decays exponentially from 5 ms after it.
 
     Arguments:
         wave: (n,) samples.
         random: of the tail.
         seconds: reverberation time, in which the tail falls by 60 dB.
-        level: power of the whole tail as a share of the direct sound's.
+        level: power of the tail as a fraction of the direct sound's.
     """
     from scipy.signal import fftconvolve
 
@@ -57,8 +57,8 @@ def room(wave: Floats, random: np.random.Generator, seconds: float, level: float
 
 
 def noise(wave: Floats, random: np.random.Generator, decibels: float, slope: float) -> Floats:
-    """Add steady noise whose power falls as frequency to the power ``slope`` (0 white, 1 pink, 2 brown), ``decibels``
-    below the speech."""
+    """Add stationary noise ``decibels`` below the speech, with power falling as frequency ** ``slope`` (0 white, 1
+    pink, 2 brown)."""
     spectrum = np.fft.rfft(random.normal(size=len(wave)))
     spectrum *= np.maximum(np.fft.rfftfreq(len(wave), 1 / SAMPLE_RATE), 50.0) ** (-slope / 2)
     added = np.fft.irfft(spectrum, len(wave))
@@ -68,10 +68,10 @@ def noise(wave: Floats, random: np.random.Generator, decibels: float, slope: flo
 
 
 def telephone(wave: Floats, low: float = 300.0, high: float = 3400.0) -> Floats:
-    """Band limit without a delay, then 8 bits by the mu-law (ITU-T G.711)."""
+    """Limit the band without delay, then quantise to 8 bits by the mu-law (ITU-T G.711)."""
     from scipy.signal import butter, sosfiltfilt
 
-    if len(wave) < 64:  # shorter than the filter's start
+    if len(wave) < 64:  # shorter than the filter
         return wave
     limited = sosfiltfilt(butter(3, [low, high], "bandpass", fs=SAMPLE_RATE, output="sos"), wave)
     loudest = np.abs(limited).max() + 1e-9
@@ -82,11 +82,11 @@ def telephone(wave: Floats, low: float = 300.0, high: float = 3400.0) -> Floats:
 
 
 def codec(wave: Floats, name: str, bit_rate: int) -> Floats:
-    """Encode and decode by one of :data:`CODECS`, moved back by whatever delay the codec has.
+    """Encode and decode by one of :data:`CODECS`, corrected for the delay of the codec.
 
     Raises:
         MissingDependency: without PyAV.
-        UserError: if its FFmpeg has no such encoder.
+        UserError: if its FFmpeg lacks the encoder.
     """
     try:
         import av
@@ -104,7 +104,9 @@ def codec(wave: Floats, name: str, bit_rate: int) -> Floats:
             for part in (*resampler.resample(frame), *resampler.resample(None), None):
                 output.mux(track.encode(part))
     except (av.FFmpegError, ValueError) as error:
-        raise UserError(f"this PyAV cannot encode {name} ({error}); install one from PyPI or do without") from error
+        raise UserError(
+            f"this PyAV cannot encode {name} ({error}); install PyAV from PyPI, or leave codecs out"
+        ) from error
     file.seek(0)
     back = av.AudioResampler(format="fltp", layout="mono", rate=SAMPLE_RATE)
     with av.open(file) as given:
@@ -114,7 +116,7 @@ def codec(wave: Floats, name: str, bit_rate: int) -> Floats:
 
 
 def _aligned(decoded: Floats, wave: Floats) -> Floats:
-    """The stretch of ``decoded`` that is most like ``wave``, as long as it."""
+    """The segment of ``decoded`` that correlates best with ``wave``, of the same length."""
     from scipy.signal import fftconvolve
 
     padded = np.concatenate([np.zeros(_SHIFT, np.float32), decoded, np.zeros(len(wave), np.float32)])
@@ -125,12 +127,12 @@ def _aligned(decoded: Floats, wave: Floats) -> Floats:
 
 
 def degrade(wave: Floats, random: np.random.Generator, codecs: bool = False) -> Floats:
-    """Some of: a room, noise, a line.
+    """Degrade speech by a random choice of room, noise and line.
 
     Arguments:
         wave: (n,) samples at 16 kHz.
         random: of the changes.
-        codecs: whether the line may be one of :data:`CODECS` (needs PyAV, ten milliseconds a second of speech or so).
+        codecs: allow the :data:`CODECS` as a line (needs PyAV; about 10 ms per second of speech).
     """
     if len(wave) == 0 or not np.any(wave):
         return wave
