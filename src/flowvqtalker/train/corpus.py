@@ -66,7 +66,8 @@ class MotionClip:
             return None
         level = np.asarray(self.mel, np.float32).mean(1)
         place = np.linspace(0, len(level) - 1, len(self.frames))
-        return np.interp(place, np.arange(len(level)), level).astype(np.float32)
+        energy: Floats = np.interp(place, np.arange(len(level)), level).astype(np.float32)
+        return energy
 
     def windows(self, index: Ints, random: np.random.Generator | None = None) -> Floats:
         """Windows (n, 80, columns) of some frames, as :func:`flowvqtalker.speech.features.windows` gives them; with a
@@ -147,7 +148,7 @@ class Corpus:
         for number, clip in enumerate(self.clips):
             for copy_ in range(retarget.config.copies if clip.speech and self.labels[number] == NEUTRAL else 0):
                 random = np.random.default_rng([seed, number, copy_])
-                name = emotions[random.integers(len(emotions))]
+                name = emotions[int(random.integers(len(emotions)))]
                 frames = retarget(clip.frames, name, random, clip.energy)
                 made.append(replace(clip, frames=frames, emotion=EMOTIONS.index(name), retargeted=True))
         return Corpus([*self.clips, *made], self.lips, self.gap, *self._shares_of_people)
