@@ -1,14 +1,14 @@
-"""What becomes of portraits of every kind: a sheet with a row of rendered frames for each held-out portrait.
+"""Render portraits of every kind: sheets with a row of frames for each held-out portrait.
 
     python benchmarks/gallery.py FACES [--choice benchmarks/gallery.csv] [--output out/gallery] [--weights FOLDER]
 
-FACES is a folder of portraits; the choice names files in it, what each is an example of, and how to derive another
-picture from it (grey, painted, pencil, width N, turn DEGREES, whole, cut). Without FACES the portrait in the public
-domain that comes with scikit-image is taken in every derived form. Columns: the portrait's crop; happy and surprised;
-the widest open mouth of some speech; the head turned by 15 degrees; a blink; and the whole picture with the head
-turned. Each row is a file in the output folder, named by the weights, so that an interrupted run goes on; `sheet_1.png`
-and so on hold all of them, `gallery.csv` what was measured: CSIM of each frame to the portrait, and how far the lips of
-the frame, tracked again, are from where they were meant to be, in percent of the distance between the eyes' corners.
+FACES is a folder of portraits. The choice lists files in it, the kind that each is an example of, and how to derive
+another image from it (grey, painted, pencil, width N, turn DEGREES, whole, cut). Without FACES, the public domain
+portrait of scikit-image is used in every derived form. Columns: the crop of the portrait; happy and surprised; the
+widest open mouth of some speech; the head turned by 15 degrees; a blink; the whole image with the head turned. Each row
+is a file in the output folder, named by the weights, so that an interrupted run resumes; `sheet_1.png` ... join them.
+`gallery.csv` holds CSIM of each frame to the portrait, and the distance of the lips, tracked again in the frame, from
+the motion's, in percent of the distance between the outer eye corners.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ import torch
 from tqdm import tqdm
 
 from flowvqtalker import weights
+from flowvqtalker.constants import SAMPLE_RATE
 from flowvqtalker.data.splits import split_of
 from flowvqtalker.errors import UserError
 from flowvqtalker.face.portrait import Portrait
@@ -36,12 +37,10 @@ from flowvqtalker.face.topology import EYE_CORNERS, LIPS
 from flowvqtalker.face.tracker import FaceTracker
 from flowvqtalker.io import audio as decode
 from flowvqtalker.io.coefficients import Motion
-from flowvqtalker.io.image import read_image
+from flowvqtalker.io.image import ImageArray, read_image
 from flowvqtalker.motion.options import MotionOptions
 from flowvqtalker.pipeline import Talker
 from flowvqtalker_eval.metrics.identity import FaceIdentity, csim_to_portrait
-
-Picture = npt.NDArray[np.uint8]
 
 COLUMNS = ("portrait", "happy", "surprised", "open mouth", "turned", "blink", "whole picture")
 DERIVED = ("grey", "painted", "pencil", "width", "turn", "whole", "cut")
@@ -62,10 +61,10 @@ class Choice:
 
 @dataclass
 class Row:
-    """What became of one."""
+    """Result for one portrait."""
 
     choice: Choice
-    cells: list[Picture]
+    cells: list[ImageArray]
     said: str = ""
     csim: list[float] = field(default_factory=list)
     lips: list[float] = field(default_factory=list)
@@ -88,10 +87,10 @@ def read_choice(path: Path) -> list[Choice]:
 
 
 def check_held_out(faces: Path, choices: list[Choice]) -> None:
-    """Make sure that nobody shown was trained on, by the table of identities beside the folder, where there is one.
+    """Check by the table of identities beside the folder, if there is one, that nobody shown was trained on.
 
     Raises:
-        UserError: that names who was.
+        UserError: with the files of people in the training split.
     """
     table = faces.with_suffix(".csv")
     if not table.is_file():
@@ -103,13 +102,13 @@ def check_held_out(faces: Path, choices: list[Choice]) -> None:
         raise UserError(f"{', '.join(known)} may have been trained on; choose people of the validation split")
 
 
-def derive(picture: Picture, how: str, face_width: float = 0.0) -> Picture:
-    """Another picture (H, W, 3) from a portrait.
+def derive(picture: ImageArray, how: str, face_width: float = 0.0) -> ImageArray:
+    """Derive another image (H, W, 3) from a portrait.
 
     Arguments:
         how: empty, or grey, painted (OpenCV's stylization), pencil (its pencilSketch), width N (pixels of the face),
-            turn N (degrees), whole (small in a picture of 1600x1200), cut (without the left third of the face).
-        face_width: pixels, where the middle of the picture is the middle of the face.
+            turn N (degrees), whole (small in an image of 1600x1200), cut (without the left third of the face).
+        face_width: in pixels; the face is in the middle of the image.
     """
     name, _, value = how.partition(" ")
     height, width = picture.shape[:2]
@@ -151,7 +150,7 @@ class _Said(logging.Handler):
 
 
 class Gallery:
-    """Renders rows.
+    """Render rows.
 
     Arguments:
         talker: with all parts.
@@ -160,12 +159,12 @@ class Gallery:
     """
 
     def __init__(self, talker: Talker, speech: npt.NDArray[np.float32], *, scores: bool = True) -> None:
-        self.talker, self.speech, self.scores = talker, speech[: int(_SECONDS * decode.SAMPLE_RATE)], scores
+        self.talker, self.speech, self.scores = talker, speech[: int(_SECONDS * SAMPLE_RATE)], scores
         self._tracker: FaceTracker | None = None
         self._identity = FaceIdentity()
 
-    def row(self, choice: Choice, picture: Picture) -> Row:
-        """One portrait in all columns; empty cells and the reason where it cannot be animated."""
+    def row(self, choice: Choice, picture: ImageArray) -> Row:
+        """One portrait in all columns; if it cannot be animated, empty cells and the reason."""
         handler = _Said()
         log = logging.getLogger("flowvqtalker")
         log.addHandler(handler)
@@ -197,7 +196,7 @@ class Gallery:
         if self._tracker is not None:
             self._tracker.close()
 
-    def _cells(self, portrait: Portrait) -> list[tuple[Picture, tuple[torch.Tensor, torch.Tensor] | None]]:
+    def _cells(self, portrait: Portrait) -> list[tuple[ImageArray, tuple[torch.Tensor, torch.Tensor] | None]]:
         model = self.talker.face_model
 
         def motion(emotion: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -215,12 +214,12 @@ class Gallery:
         for at in (int(shapes[:, _JAW].argmax()), None, int(shapes[:, list(_BLINK)].sum(1).argmax())):
             if at is None:
                 away = portrait.pose.clone()
-                # To the side that the portrait shows less of already it would soon be a profile.
+                # Turn away from the side that the head already shows, or it would become a profile.
                 away[1] += math.radians(_YAW) * (-1 if float(portrait.pose[1]) > 0 else 1)
                 frames.append((beta[len(beta) // 2], away))
             else:
                 frames.append((beta[at], rho[at]))
-        shown: list[tuple[Picture, tuple[torch.Tensor, torch.Tensor] | None]] = [(portrait.image, None)]
+        shown: list[tuple[ImageArray, tuple[torch.Tensor, torch.Tensor] | None]] = [(portrait.image, None)]
         for one in frames:
             block = [Motion(one[0][None], one[1][None])]
             shown.append((next(iter(self.talker.render(portrait, block))), one))
@@ -228,7 +227,7 @@ class Gallery:
         return [*shown, (next(iter(self.talker.render(portrait, block, full=True))), frames[3])]
 
     def _measure(
-        self, row: Row, portrait: Portrait, cells: list[tuple[Picture, tuple[torch.Tensor, torch.Tensor] | None]]
+        self, row: Row, portrait: Portrait, cells: list[tuple[ImageArray, tuple[torch.Tensor, torch.Tensor] | None]]
     ) -> None:
         self._tracker = self._tracker or FaceTracker()
         whose = self._embedding(portrait.image)
@@ -245,15 +244,15 @@ class Gallery:
             off = np.linalg.norm((faces[0].landmarks[:, :2] - meant)[list(LIPS)], axis=1).mean()
             row.lips.append(float(100 * off / eyes))
 
-    def _embedding(self, picture: Picture) -> npt.NDArray[np.float32]:
+    def _embedding(self, picture: ImageArray) -> npt.NDArray[np.float32]:
         try:
             return self._identity.portrait(picture)
         except UserError:  # dlib finds fewer faces
             return np.full(128, np.nan, np.float32)
 
 
-def _fitted(picture: Picture) -> Picture:
-    """A picture in a square cell, with grey beside it."""
+def _fitted(picture: ImageArray) -> ImageArray:
+    """An image in a square cell, padded with grey."""
     height, width = picture.shape[:2]
     factor = _CELL / max(height, width)
     size = max(1, round(width * factor)), max(1, round(height * factor))
@@ -264,8 +263,8 @@ def _fitted(picture: Picture) -> Picture:
     return cell
 
 
-def strip(row: Row) -> Picture:
-    """A row as a picture, with its kind written above."""
+def strip(row: Row) -> ImageArray:
+    """A row as an image, with its kind written above."""
     band = np.zeros((26, _CELL * len(COLUMNS), 3), np.uint8)
     text = f"{row.choice.kind} ({row.choice.file})" + (f": {row.said}" if row.said else "")
     cv2.putText(band, text[:200], (6, 18), cv2.FONT_HERSHEY_SIMPLEX, 0.5, (255, 255, 255), 1, cv2.LINE_AA)
@@ -309,7 +308,7 @@ def main() -> None:
     print(f"{options.output}: {len(strips)} portraits, columns {', '.join(COLUMNS)}")
 
 
-def _pictures(options: argparse.Namespace) -> Iterator[tuple[Choice, Picture]]:
+def _pictures(options: argparse.Namespace) -> Iterator[tuple[Choice, ImageArray]]:
     if options.faces is None:
         import skimage.data
 

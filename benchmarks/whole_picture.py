@@ -1,22 +1,21 @@
-"""The seam of a face in its whole picture, and what pasting costs.
+"""Measure the seam of a face pasted into its whole image, and the cost of pasting.
 
     python benchmarks/whole_picture.py [FACES] [--limit 12] [--times] [--poses] [--picture docs/whole.jpg]
 
-FACES is a folder of portraits of which held-out ones are taken from benchmarks/gallery.csv; without it the portrait in
-the public domain that comes with scikit-image is taken. Two ways of pasting the same rendered frames (natural speech,
-and the same with the head's movement twice as large) are compared: `box`, the crop with soft edges laid over the
-picture that stands still, its colour shifted by the median difference at the edge; and `mesh`, which is what
-`--full` does. Over the frames, in levels of 255:
+FACES is a folder of portraits, of which the held-out ones in benchmarks/gallery.csv are used; without it, the public
+domain portrait of scikit-image. Compared are two ways to paste the same frames (natural speech, and the same with twice
+the head motion): `box`, the crop with soft edges over the static image, its colour shifted by the median difference at
+the edge; and `mesh`, which `--full` uses. Means over the frames, in levels of 255:
 
-- layers: mean absolute difference of what is laid over and what is under it where the two are mixed (0.1 < mask < 0.9);
-  this is what a seam or a double contour is made of.
-- border: mean absolute difference of the result and the untouched picture along the last 4 pixels that may change.
-- gradient: mean gradient of the result over that of the untouched picture along the border of what may change, 4 pixels
-  to either side; above 1 is an edge that was not there.
-- outside: pixels changed where none may be.
+- layers: absolute difference of the two layers where they are blended (0.1 < mask < 0.9), which shows as a seam or a
+  double contour.
+- border: absolute difference of the result and the untouched image along the last 4 pixels that may change.
+- gradient: gradient of the result relative to the untouched image within 4 pixels of the border of what may change;
+  above 1 means a new edge.
+- outside: number of pixels changed where none may change.
 
---times gives processor milliseconds a frame for pictures of 512 and 2,048 pixels, --poses how far each movement may go
-before the bent picture folds (least area of a pixel), --picture draws poses of the public portrait.
+--times prints processor milliseconds per frame for images of 512 and 2,048 pixels, --poses how far each movement may go
+before the bent image folds (smallest area of a pixel), --picture draws poses of the public portrait.
 """
 
 from __future__ import annotations
@@ -36,11 +35,10 @@ from tqdm import tqdm
 from flowvqtalker.constants import CROP
 from flowvqtalker.face.portrait import Portrait
 from flowvqtalker.io.coefficients import Motion
-from flowvqtalker.io.image import read_image
+from flowvqtalker.io.image import ImageArray, read_image
 from flowvqtalker.pipeline import Talker
 from flowvqtalker.render.paste import POSE_LIMITS, Paster, limit_pose
 
-Picture = npt.NDArray[np.uint8]
 NAMES = ("pitch", "yaw", "roll", "across", "down", "depth")
 
 
@@ -80,7 +78,7 @@ class Box:
         self.mask = cv2.warpAffine(depth * depth * (3 - 2 * depth), self._matrix, (width, height))
         self.edge = (self.mask > 0.1) & (self.mask < 0.9)
 
-    def over(self, frame: Picture) -> npt.NDArray[np.float32]:
+    def over(self, frame: ImageArray) -> npt.NDArray[np.float32]:
         """The face in the picture's pixels."""
         scale = float(np.hypot(*self._matrix[:, 0]))
         if scale < 1:
@@ -89,7 +87,7 @@ class Box:
         return placed + np.clip(np.median((self._picture - placed)[self.edge], axis=0), -12, 12)
 
 
-def scores(result: Picture, picture: Picture, touched: npt.NDArray[np.bool_], layers: float) -> dict[str, float]:
+def scores(result: ImageArray, picture: ImageArray, touched: npt.NDArray[np.bool_], layers: float) -> dict[str, float]:
     """What the module's text says, of one frame."""
     kernel = np.ones((9, 9), np.uint8)
     inner = touched & (cv2.erode(touched.astype(np.uint8), kernel) == 0)
@@ -107,13 +105,13 @@ def scores(result: Picture, picture: Picture, touched: npt.NDArray[np.bool_], la
     }
 
 
-def _gradient(picture: Picture) -> npt.NDArray[np.float32]:
+def _gradient(picture: ImageArray) -> npt.NDArray[np.float32]:
     grey = cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY).astype(np.float32)
     return np.hypot(cv2.Sobel(grey, cv2.CV_32F, 1, 0), cv2.Sobel(grey, cv2.CV_32F, 0, 1)).astype(np.float32)
 
 
 def frames(talker: Talker, portrait: Portrait, speech: Path, scale: float, count: int) -> Iterator[
-    tuple[Picture, torch.Tensor, torch.Tensor]
+    tuple[ImageArray, torch.Tensor, torch.Tensor]
 ]:  # fmt: skip
     """Rendered crops with their motion, ``count`` of the first four seconds."""
     motion = talker.motion(speech, portrait, emotion="natural", seed=1, pose_scale=scale)
@@ -128,7 +126,7 @@ def frames(talker: Talker, portrait: Portrait, speech: Path, scale: float, count
         yield next(iter(talker.render(portrait, [Motion(beta[at][None], rho[at][None])]))), beta[at], rho[at]
 
 
-def compare(talker: Talker, portraits: list[Picture], speech: Path, count: int) -> list[list[str]]:
+def compare(talker: Talker, portraits: list[ImageArray], speech: Path, count: int) -> list[list[str]]:
     """Rows of the table: method, movement and the means of the scores over portraits and frames."""
     kept: dict[tuple[str, str], list[dict[str, float]]] = {}
     for picture in tqdm(portraits, unit="portrait"):
@@ -157,7 +155,7 @@ def compare(talker: Talker, portraits: list[Picture], speech: Path, count: int) 
     ]
 
 
-def times(talker: Talker, picture: Picture) -> list[list[str]]:
+def times(talker: Talker, picture: ImageArray) -> list[list[str]]:
     """Processor milliseconds of pasting into pictures of two sizes: the median of 50."""
     rows = []
     for side in (512, 2048):
@@ -175,7 +173,7 @@ def times(talker: Talker, picture: Picture) -> list[list[str]]:
     return rows
 
 
-def poses(talker: Talker, portraits: list[Picture]) -> list[list[str]]:
+def poses(talker: Talker, portraits: list[ImageArray]) -> list[list[str]]:
     """Least area that a pixel of the bent picture keeps (1: all of it, 0: folded), the worst of both directions and of
     the portraits, at parts of each limit."""
     rows = []
@@ -195,7 +193,7 @@ def poses(talker: Talker, portraits: list[Picture]) -> list[list[str]]:
     return rows
 
 
-def draw(talker: Talker, picture: Picture, output: Path) -> None:
+def draw(talker: Talker, picture: ImageArray, output: Path) -> None:
     """Poses of one portrait at the limits, in a row."""
     portrait = talker.portrait(picture)
     cells = [picture]

@@ -214,7 +214,7 @@ class Shard:
         identity_shape: (C, 80) α.
         crop: (C, 2, 3); valid: (C, 4, 2); native, lag, correlation, shifted: (C,). See :class:`Clip`.
         start, length: (C,) int, rows of each clip in the per-frame arrays.
-        expression, pose, blendshapes, residual: per-frame arrays, see the module.
+        expression, pose, blendshapes, residual: (N, ...) per-frame arrays, see the module.
         image_clip, image_row: (M,) int, clip and row of each stored image.
 
     Raises:
@@ -274,25 +274,10 @@ class Shard:
             self._maps[name] = np.load(file, mmap_mode="r") if name.endswith(".npy") else np.memmap(file, np.uint8, "r")
         return self._maps[name]
 
-    @property
-    def expression(self) -> Floats:
-        """(N, 64)."""
-        return self._map("expression.npy")
-
-    @property
-    def pose(self) -> Floats:
-        """(N, 6)."""
-        return self._map("pose.npy")
-
-    @property
-    def blendshapes(self) -> npt.NDArray[np.float16]:
-        """(N, 52)."""
-        return self._map("blendshapes.npy")
-
-    @property
-    def residual(self) -> npt.NDArray[np.float16]:
-        """(N,)."""
-        return self._map("residual.npy")
+    expression: Floats = property(lambda self: self._map("expression.npy"))  # type: ignore[assignment]
+    pose: Floats = property(lambda self: self._map("pose.npy"))  # type: ignore[assignment]
+    blendshapes: npt.NDArray[np.float16] = property(lambda self: self._map("blendshapes.npy"))  # type: ignore[assignment]
+    residual: npt.NDArray[np.float16] = property(lambda self: self._map("residual.npy"))  # type: ignore[assignment]
 
     def rows(self, clip: int) -> slice:
         """Rows of a clip in the per-frame arrays."""

@@ -27,7 +27,7 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -206,14 +206,13 @@ def write(
         np.save(folder / "mel.npy", np.concatenate(mels))
         for key, values in rows.items():
             np.save(folder / f"{key}.npy", np.concatenate(values))
-        np.savez(
-            folder / "index.npz",
+        index = {
             **{"name": names, "speaker": speakers, "split": splits, "rate": rates},
             **{"length": lengths, "start": np.cumsum([0, *lengths[:-1]])},
             **{"mel_length": columns, "mel_start": np.cumsum([0, *columns[:-1]])},
-            mean=mean,
-            components=matrix,
-        )
+            **{"mean": mean, "components": matrix},
+        }
+        np.savez(folder / "index.npz", **cast(Any, index))
     logger.info("%s: %d recordings, %.1f minutes", output, len(about), lengths.sum() / FPS / 60)
 
 

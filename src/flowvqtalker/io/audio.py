@@ -20,6 +20,7 @@ __all__ = [
     "SILENCE_DBFS",
     "Speech",
     "audio_frames",
+    "decoded_frames",
     "error_text",
     "load",
     "open_media",
@@ -68,16 +69,38 @@ def video_frames(samples: int) -> int:
     return -(-samples // _SAMPLES_PER_FRAME)
 
 
+def _av() -> Any:
+    try:
+        import av
+    except ImportError as error:
+        raise MissingDependency("PyAV is not installed; run `pip install 'av>=13'`") from error
+    return av
+
+
 def open_media(path: str | Path) -> Any:
     """Open a file with PyAV; a context manager.
 
     As a ``file:`` URL, since FFmpeg takes what stands before the colon of ``12:30.wav`` for a protocol.
     """
-    try:
-        import av
-    except ImportError as error:
-        raise MissingDependency("PyAV is not installed; run `pip install 'av>=13'`") from error
-    return av.open(f"file:{path}", metadata_errors="ignore")
+    return _av().open(f"file:{path}", metadata_errors="ignore")
+
+
+def decoded_frames(container: Any, stream: Any, path: str | Path) -> Iterator[Any]:
+    """Decoded frames of a stream in order; damaged packets are skipped with one warning."""
+    av = _av()
+    damaged = False
+    packets = container.demux(stream)
+    while True:
+        try:
+            decoded = next(packets).decode()
+        except StopIteration:
+            return
+        except (av.FFmpegError, OSError) as error:  # an error of demuxing also ends the iterator
+            if not damaged:
+                logger.warning("%s: damaged %s was skipped (%s)", path, stream.type, error_text(error))
+            damaged = True
+            continue
+        yield from decoded
 
 
 def error_text(error: Exception) -> str:
@@ -101,9 +124,7 @@ def audio_frames(path: str | Path) -> Iterator[Any]:
     if not path.is_file():
         problem = "is a folder or a pipe" if path.exists() else "does not exist"
         raise UserError(f"speech file {path} {problem}; give an audio or video file, for instance speech.wav")
-    import av
-
-    damaged = False
+    av = _av()
     try:
         container = open_media(path)
     except (av.FFmpegError, OSError) as error:
@@ -111,20 +132,7 @@ def audio_frames(path: str | Path) -> Iterator[Any]:
     with container:
         if not container.streams.audio:
             raise UserError(f"{path} has no audio track; {_ALLOWED}")
-        track = container.streams.audio[0]
-        packets = container.demux(track)
-        while True:
-            try:
-                packet = next(packets)
-                decoded = packet.decode()
-            except StopIteration:
-                break
-            except (av.FFmpegError, OSError) as error:  # an error of demuxing also ends the iterator
-                if not damaged:
-                    logger.warning("%s: damaged audio was skipped (%s)", path, error_text(error))
-                damaged = True
-                continue
-            yield from decoded
+        yield from decoded_frames(container, container.streams.audio[0], path)
 
 
 def resampled(

@@ -16,7 +16,7 @@ import numpy as np
 from flowvqtalker.constants import FPS
 from flowvqtalker.errors import MissingDependency, UserError
 from flowvqtalker.io.atomic import VIDEO_SUFFIXES, atomic_path, check_output
-from flowvqtalker.io.audio import error_text, open_media, resampled
+from flowvqtalker.io.audio import decoded_frames, error_text, open_media, resampled
 from flowvqtalker.io.image import ImageArray, existing_file, image_size
 
 __all__ = ["MediaInfo", "Result", "VideoWriter", "probe", "read_video", "write_video"]
@@ -117,7 +117,7 @@ def read_video(path: str | Path, fps: float = FPS) -> Iterator[ImageArray]:
             written = 0  # output frames so far
             start: float | None = None
             end = shown = 0.0
-            for frame in _video_frames(container, stream, path):
+            for frame in decoded_frames(container, stream, path):
                 time = frame.time if frame.time is not None else end + (start or 0.0)
                 start = time if start is None else start
                 time -= start
@@ -141,25 +141,6 @@ def read_video(path: str | Path, fps: float = FPS) -> Iterator[ImageArray]:
     except (av.FFmpegError, OSError) as error:
         reason = error_text(error)
         raise UserError(f"{path} cannot be read as video ({reason}); give for instance an MP4 file") from error
-
-
-def _video_frames(container: Any, stream: Any, path: Path) -> Iterator[Any]:
-    """Decoded frames; damaged packets are skipped with one warning."""
-    import av
-
-    damaged = False
-    packets = container.demux(stream)
-    while True:
-        try:
-            decoded = next(packets).decode()
-        except StopIteration:
-            return
-        except (av.FFmpegError, OSError) as error:  # an error of demuxing also ends the iterator
-            if not damaged:
-                logger.warning("%s: damaged video was skipped (%s)", path, error_text(error))
-            damaged = True
-            continue
-        yield from decoded
 
 
 @dataclass(frozen=True)
