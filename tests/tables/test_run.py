@@ -14,8 +14,9 @@ from flowvqtalker.cli import main
 from flowvqtalker.errors import UserError
 from flowvqtalker.io.video import VideoWriter, probe, read_video
 from flowvqtalker_eval.tables.plan import METHODS, Output, Task, plan
-from flowvqtalker_eval.tables.run import Run, make_all
+from flowvqtalker_eval.tables.run import Run
 from flowvqtalker_eval.tables.splits import Item
+from flowvqtalker_eval.tables.workers import make_all
 from tests.conftest import babble, write_wav
 
 
