@@ -76,3 +76,12 @@ def test_a_folder_appears_whole(tmp_path: Path):
         (beside / "new").touch()
         assert (tmp_path / "set" / "older").exists()
     assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["set", "set/new"]
+
+
+def test_a_folder_moved_aside_comes_back(tmp_path):
+    """A process killed between the two renames must not cost the old folder."""
+    (tmp_path / "set.old").mkdir()
+    (tmp_path / "set.old" / "older").touch()
+    with pytest.raises(ZeroDivisionError), atomic_folder(tmp_path / "set"):
+        1 / 0  # noqa: B018
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["set", "set/older"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import numpy as np
 import pytest
 
@@ -121,3 +123,38 @@ def test_nothing_is_left_after_a_failure(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="No space left"):
         some().save(tmp_path / "a.npz")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_damaged_files_are_user_errors(tmp_path):
+    """Truncated and mutated files load, or fail with a message; one escaped as an IndexError once."""
+    some(2).save(tmp_path / "a.npz")
+    whole = (tmp_path / "a.npz").read_bytes()
+    random = np.random.default_rng(0)
+    for number in range(300):
+        content = bytearray(whole)
+        if number < 50:
+            del content[int(random.integers(len(whole))) :]
+        # Most bytes are compressed values; the headers at both ends are where a change does most.
+        for place in random.integers(0, [len(content) + 1, 200, 400][number % 3], 4):
+            if place < len(content):
+                content[int(place) if number % 3 < 2 else -int(place)] = int(random.integers(256))
+        (tmp_path / "b.npz").write_bytes(content)
+        with contextlib.suppress(UserError):
+            Coefficients.load(tmp_path / "b.npz")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"expression": np.float32(1)}, r"expression has shape \(\), \(T, 64\) is needed"),
+        ({"identity": np.zeros(3)}, r"identity has shape \(3,\), \(80,\) is needed"),
+        ({"fps": np.zeros(2)}, r"fps has shape \(2,\)"),
+        ({"fps": np.float32(0)}, "fps is 0"),
+        ({"landmarks": np.zeros((3, 478, 3))}, r"landmarks has shape \(3, 478, 3\), \(T, 478, 3\) is needed"),
+    ],
+)
+def test_arrays_that_do_not_match_are_named(tmp_path, changes, message):
+    arrays = {"expression": np.zeros((2, 64)), "pose": np.zeros((2, 6)), **changes}
+    np.savez(tmp_path / "a.npz", **arrays)
+    with pytest.raises(UserError, match=message):
+        Coefficients.load(tmp_path / "a.npz")

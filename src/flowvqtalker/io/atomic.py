@@ -97,10 +97,12 @@ def atomic_write(path: str | Path, write: Callable[[Path], object]) -> None:
 def atomic_folder(path: str | Path) -> Iterator[Path]:
     """A temporary folder ``NAME.writing`` that replaces ``path`` when the block ends without an error.
 
-    What a killed process left there is removed first.
+    What a killed process left there is removed first; a folder that it had moved aside comes back.
     """
     path = Path(path)
     beside, old = path.with_name(path.name + ".writing"), path.with_name(path.name + ".old")
+    if old.exists() and not path.exists():  # killed between the two renames below
+        old.rename(path)
     for folder in (beside, old):
         shutil.rmtree(folder, ignore_errors=True)
     beside.mkdir(parents=True)

@@ -122,14 +122,7 @@ class Coefficients:
         except _DAMAGED as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise UserError(f"{path} is not an .npz file of motion ({reason})") from error
-        problems = [f"it has no {name}" for name in ("expression", "pose") if name not in arrays]
-        if not problems:
-            frames = len(arrays["expression"])
-            for name, shape in (("expression", (frames, 64)), ("pose", (frames, 6))):
-                if arrays[name].shape != shape or frames == 0:
-                    problems.append(f"{name} has shape {arrays[name].shape}, (T, {shape[1]}) is needed")
-                elif not np.isfinite(arrays[name]).all():
-                    problems.append(f"{name} holds values that are not numbers")
+        problems = _problems(arrays)
         if problems:
             raise UserError(
                 f"{path} is not a file of motion: {'; '.join(problems)}; "
@@ -175,6 +168,26 @@ def _interpolate_rotations(angles: Array, times: npt.NDArray[np.float64]) -> Arr
     turns = Rotation.from_euler("ZYX", angles[:, ::-1].astype(np.float64))  # R = Rz(roll) Ry(yaw) Rx(pitch)
     found: Array = RotationSpline(np.arange(len(angles)), turns)(times).as_euler("ZYX")[:, ::-1].astype(np.float32)
     return found
+
+
+def _problems(arrays: dict[str, Array]) -> list[str]:
+    """What is wrong with the arrays of a motion file."""
+    problems = [f"it has no {name}" for name in ("expression", "pose") if name not in arrays]
+    if problems:
+        return problems
+    count = len(arrays["expression"]) if arrays["expression"].ndim else 0
+    per_frame = {"expression": (64,), "pose": (6,), "landmarks": (478, 3), "blendshapes": (52,)}
+    fixed: dict[str, tuple[int, ...]] = {"identity": (80,), "fps": (), "crop": (2, 3)}
+    for name in (name for name in (*per_frame, *fixed) if name in arrays):
+        shape = (count, *per_frame[name]) if name in per_frame else fixed[name]
+        if arrays[name].shape != shape or count == 0:
+            needed = f"(T, {', '.join(map(str, shape[1:]))})" if name in per_frame else str(shape)
+            problems.append(f"{name} has shape {arrays[name].shape}, {needed} is needed")
+        elif name not in ("landmarks", "blendshapes") and not np.isfinite(arrays[name]).all():
+            problems.append(f"{name} holds values that are not numbers")
+    if not problems and "fps" in arrays and not 1 <= float(arrays["fps"]) <= 1000:
+        problems.append(f"fps is {float(arrays['fps']):g}, 1 to 1000 are allowed")
+    return problems
 
 
 def _savez(path: Path, arrays: dict[str, Array]) -> None:
