@@ -39,6 +39,7 @@ def place(tmp_path, monkeypatch, portrait_file, astronaut, tiny_weights):
             writer.write(astronaut)
     monkeypatch.chdir(tmp_path)
     default = weights.folder
+    monkeypatch.setenv("FLOWVQTALKER_FACE_LANDMARKER", str(default() / weights.LANDMARKER))
     monkeypatch.setattr(weights, "folder", lambda path=None: default(tiny_weights if path is None else path))
     return tmp_path
 
