@@ -5,8 +5,8 @@ of `flowvqtalker render` repeats with every frame, from coefficients to a writte
     python benchmarks/render.py --video 250     end to end alone, over this many frames (0: modules alone)
 
 Modules: medians over ten runs after two of warm-up. Weights are random: they do not change the cost. End to end: the
-package's weights, scikit-image's astronaut and the bundled speech, from the 25th frame on, without and with two lanes
-(`Renderer(lanes=)`). Each runs in a process of its own, whose peak of memory the kernel reports (ru_maxrss).
+package's weights, scikit-image's astronaut and the bundled speech, from the 25th frame on, without and with two workers
+(`Renderer(workers=)`). Each runs in a process of its own, whose peak of memory the kernel reports (ru_maxrss).
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def milliseconds(run: Callable[[], object], frames: int) -> float:
     return statistics.median(times[2:]) / frames * 1000
 
 
-def video(frames: int, lanes: int, options: argparse.Namespace) -> None:
+def video(frames: int, workers: int, options: argparse.Namespace) -> None:
     """Print a row: milliseconds a frame and frames a second, end to end, and the peak of memory."""
     from skimage.data import astronaut
 
@@ -66,7 +66,7 @@ def video(frames: int, lanes: int, options: argparse.Namespace) -> None:
         face.pose,
         batch_size=options.batch,
         dtype=getattr(torch, options.dtype),
-        lanes=lanes,
+        workers=workers,
     )
     times: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -79,7 +79,7 @@ def video(frames: int, lanes: int, options: argparse.Namespace) -> None:
         )
     each = (times[-1] - times[WARM]) / (len(times) - 1 - WARM)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(f"| {lanes} | {each * 1000:.1f} | {1 / each:.1f} | {peak:.0f} |", flush=True)
+    print(f"| {workers} | {each * 1000:.1f} | {1 / each:.1f} | {peak:.0f} |", flush=True)
 
 
 def main() -> None:
@@ -94,10 +94,10 @@ def main() -> None:
     if not options.video:
         modules(options)
     if options.video != 0:
-        print("| lanes | ms a frame, end to end | frames a second | peak (MiB) |\n|---|---|---|---|", flush=True)
-        for lanes in (1, 2):
+        print("| workers | ms a frame, end to end | frames a second | peak (MiB) |\n|---|---|---|---|", flush=True)
+        for workers in (1, 2):
             process = multiprocessing.get_context("spawn").Process(
-                target=video, args=(options.video or 250, lanes, options)
+                target=video, args=(options.video or 250, workers, options)
             )
             process.start()
             process.join()

@@ -127,8 +127,6 @@ def tiny_weights(astronaut: np.ndarray, tmp_path_factory: pytest.TempPathFactory
         transformer_heads=2,
         transformer_mlp=16,
         adain_width=8,
-        tune_decoder=True,
-        residual=True,
     )
     vqig = VQIG(config)
     store("codebook", vqig.autoencoder.state_dict(), book.to_dict())

@@ -53,7 +53,7 @@ def generator() -> VQIG:
     )
 
 
-def _renderer(generator: VQIG, face: FaceModel, lanes: int | None) -> Renderer:
+def _renderer(generator: VQIG, face: FaceModel, workers: int | None) -> Renderer:
     portrait = np.random.default_rng(0).integers(0, 256, (512, 512, 3), dtype=np.uint8)
     return Renderer(
         generator,
@@ -64,7 +64,7 @@ def _renderer(generator: VQIG, face: FaceModel, lanes: int | None) -> Renderer:
         _POSE,
         batch_size=2,
         dtype=torch.float32,
-        lanes=lanes,
+        workers=workers,
     )
 
 
@@ -73,9 +73,9 @@ def _motion(frames: int) -> Motion:
     return Motion(beta, _POSE.expand(frames, 6))
 
 
-def test_lanes_give_the_same_frames_in_the_same_order(generator: VQIG, face: FaceModel) -> None:
-    def frames(lanes: int) -> npt.NDArray[np.uint8]:
-        return np.stack(list(_renderer(generator, face, lanes).render([_motion(7)])))
+def test_workers_give_the_same_frames_in_the_same_order(generator: VQIG, face: FaceModel) -> None:
+    def frames(workers: int) -> npt.NDArray[np.uint8]:
+        return np.stack(list(_renderer(generator, face, workers).render([_motion(7)])))
 
     one, two = frames(1), frames(2)
     assert one.shape == (7, 512, 512, 3)
@@ -101,7 +101,7 @@ def test_the_number_of_threads_stays(generator: VQIG, face: FaceModel) -> None:
     try:
         torch.set_num_threads(3)
         renderer = _renderer(generator, face, None)
-        assert renderer.lanes == 2
+        assert renderer.workers == 2
         seen = []
         renderer._batch = lambda motion: seen.append(torch.get_num_threads()) or np.zeros((len(motion), 3))  # type: ignore
         assert len(list(renderer.render([_motion(5)]))) == 5

@@ -31,9 +31,7 @@ def main() -> int:
     options = parser.parse_args()
     try:
         for name, stage in {**weights.NAMES, **weights.SPEECH_ENCODER, **weights.EVALUATORS}.items():
-            run = options.runs / weights.FINISHED.get(name, stage)
-            if not run.is_dir():
-                run = options.runs / stage
+            run = options.runs / stage
             if not run.is_dir():
                 continue
             source = run / "best.safetensors" if options.best and (run / "best.safetensors").is_file() else run

@@ -73,7 +73,6 @@ _STAGES = {
     "face-model": "The linear 3D morphable model, from tracked faces.",
     "codebook": "Encoder, codebook and decoder, by self-reconstruction of faces.",
     "vqig": "The vector-quantized image generator, on a trained codebook.",
-    "mouth": "The refiner of teeth and the inside of the mouth.",
     "speech": "The speech encoder.",
     "expflow": "The expression flow.",
     "poseflow": "The head pose flow.",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -12,12 +13,14 @@ from flowvqtalker.errors import UserError
 from flowvqtalker.face.model import FaceModel
 from flowvqtalker.motion.flow import ExpFlow, Flow, PoseFlow
 from flowvqtalker.motion.manifold import LatentBank
+from flowvqtalker.render.region import RegionConfig, RegionVQIG
+from flowvqtalker.render.renderer import ImageGenerator
 from flowvqtalker.render.vqig import VQIG, VQIGConfig
-from flowvqtalker.render.vqvae import CodebookConfig
 from flowvqtalker.speech.encoder import SpeechEncoder, SpeechEncoderConfig
 from flowvqtalker.speech.quantize import quantize
 
 __all__ = [
+    "build_generator",
     "choose_device",
     "choose_dtype",
     "fast_dtype",
@@ -144,13 +147,24 @@ def load_flows(path: str | Path | None = None, *, exact: bool = False) -> tuple[
     return expflow, poseflow, bank
 
 
-def load_generator(path: str | Path | None = None) -> VQIG:
-    """VQIG; its frozen E_h, C and D_h are in the file of the codebook."""
+def build_generator(config: Mapping[str, Any]) -> ImageGenerator:
+    """An untrained image generator: the one on a region of interest if the codebook has one, else the paper's.
+
+    Raises:
+        ValueError, TypeError, KeyError: if the configuration is not one of these.
+    """
+    if "roi" in config["codebook"]:
+        return RegionVQIG(RegionConfig.from_dict(dict(config)))
+    return VQIG(VQIGConfig.from_dict(dict(config)))
+
+
+def load_generator(path: str | Path | None = None) -> ImageGenerator:
+    """The image generator; its frozen E_h, C and D_h are in the file of the codebook."""
     codebook, codebook_config = weights.load("codebook", path)
     tensors, config = weights.load("vqig", path)
     try:
-        generator = VQIG(VQIGConfig.from_dict(config))
-        trained = CodebookConfig.from_dict(codebook_config)
+        generator = build_generator(config)
+        trained = type(generator.config.codebook).from_dict(codebook_config)
     except (ValueError, TypeError, KeyError) as error:
         raise weights.mismatch("vqig", str(error), path) from error
     if trained != generator.config.codebook:

@@ -28,8 +28,7 @@ from flowvqtalker.motion.manifold import LatentBank
 from flowvqtalker.motion.options import MotionOptions
 from flowvqtalker.motion.stream import MotionStream, open_stream
 from flowvqtalker.render.paste import Paster, limit_pose, paste_frames
-from flowvqtalker.render.renderer import Renderer
-from flowvqtalker.render.vqig import VQIG
+from flowvqtalker.render.renderer import ImageGenerator, Renderer
 
 __all__ = ["Result", "Talker"]
 
@@ -57,7 +56,7 @@ class Talker:
         expflow: ExpFlow | None = None,
         poseflow: PoseFlow | None = None,
         bank: LatentBank | None = None,
-        generator: VQIG | None = None,
+        generator: ImageGenerator | None = None,
         *,
         device: str | torch.device = "cpu",
         dtype: torch.dtype | None = None,

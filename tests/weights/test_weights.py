@@ -188,20 +188,6 @@ def test_large_matrices_of_the_speech_encoder_are_stored_in_a_byte_each(tmp_path
     assert torch.equal(read["audio.c"], given["audio.c"])
 
 
-def test_large_convolutions_of_the_generator_are_stored_in_a_byte_each(tmp_path):
-    torch.manual_seed(0)
-    given = {"a": torch.randn(96, 80, 3, 3) * torch.rand(96, 1, 1, 1), "b": torch.randn(16, 3, 3, 3)}
-    save_file(given, str(tmp_path / "vqig.safetensors"))
-    add_weights(tmp_path / "vqig.safetensors", "vqig", path=tmp_path / "w", config={}, data="x", steps=1)
-    stored = load_file(str(tmp_path / "w" / "vqig.safetensors"))
-    assert stored["a"].dtype == torch.int8 and stored["a"].shape == (96, 80, 3, 3)
-    assert stored["b"].dtype == torch.float16
-    read, _ = weights.load("vqig", tmp_path / "w")
-    assert read.keys() == given.keys()
-    largest = given["a"].abs().amax((1, 2, 3), keepdim=True)
-    assert ((read["a"] - given["a"]).abs() <= largest / 127 * 0.52).all()
-
-
 def test_the_speech_encoder_is_needed_by_flows_that_hear_with_it(tmp_path):
     add_weights(run_folder(tmp_path / "run"), "expflow", path=tmp_path / "w", config={"speech_encoder": False})
     assert "speech_encoder" not in weights.needed(tmp_path / "w")

@@ -11,12 +11,12 @@ from torch.nn import functional as F
 from flowvqtalker.face.model import FaceModel
 from flowvqtalker.face.topology import INNER_LIPS, IRISES, LEFT_EYE, RIGHT_EYE
 
-__all__ = ["OPENINGS", "PRIOR", "MeshFlow", "enlarge", "identity_grid", "openings", "warp"]
+__all__ = ["APERTURES", "PRIOR", "MeshFlow", "aperture_maps", "identity_grid", "upsample_flow", "warp"]
 
-#: Channels of :func:`openings`: mouth, eyes, irises.
-OPENINGS = 3
-#: Channels of a mesh flow with openings: the flow, the openings of the target and of the source, the seams.
-PRIOR = 2 + 2 * OPENINGS + 5
+#: Channels of :func:`aperture_maps`: mouth, eyes, irises.
+APERTURES = 3
+#: Channels of a mesh flow with apertures: the flow, the aperture maps of target and source, the contact lines.
+PRIOR = 2 + 2 * APERTURES + 5
 
 # How strongly the nearer of two surface points on the same cell wins: exp(-k * depth difference in eye distances).
 _DEPTH_SHARPNESS = 25.0
@@ -24,7 +24,7 @@ _DEPTH_SHARPNESS = 25.0
 _FALL_OFF = 0.55
 # Pixels from an opening's rim at which its map reaches 1 or -1.
 _RIM = 12.0
-# Rims of the openings that lips and lids shut. The first half of each runs along its upper side.
+# Rims of the apertures that lips and lids close. The first half of each runs along its upper side.
 _RIMS = (INNER_LIPS, RIGHT_EYE, LEFT_EYE)
 # How far above and below an opening its two sides reach, in widths of it: the eyes' less than to the brows.
 _REACH = 0.5
@@ -45,11 +45,11 @@ def warp(image: Tensor, flow: Tensor, prior: Tensor | None = None) -> Tensor:
     Arguments:
         image: (B, C, H, W).
         flow: (B, 2, h, w), x and y in units of half the image's side; resized to the image if smaller.
-        prior: that of :class:`MeshFlow`; if it has openings, shut lips and lids touch (:func:`enlarge`).
+        prior: that of :class:`MeshFlow`; if it has apertures, shut lips and lids touch (:func:`upsample_flow`).
     """
     size = image.shape[-2:]
     if prior is not None and prior.shape[1] == PRIOR:
-        flow = enlarge(flow, prior, size[1])
+        flow = upsample_flow(flow, prior, size[1])
     flow = flow.float().contiguous()  # two channels last are enlarged four times as slowly
     if flow.shape[-2:] != size:
         flow = F.interpolate(flow, size, mode="bilinear", align_corners=False)
@@ -85,24 +85,24 @@ class MeshFlow(nn.Module):
         image_size: int = 512,
         samples: int = 12_000,
         *,
-        openings: bool = False,
+        apertures: bool = False,
     ) -> None:
         super().__init__()
-        self.size, self.image_size, self.openings = size, image_size, openings
+        self.size, self.image_size, self.apertures = size, image_size, apertures
         index, weight, hole = _sample_surface(model, samples)
         self.register_buffer("index", index, persistent=False)
         self.register_buffer("weight", weight, persistent=False)
-        if openings:
+        if apertures:
             upper, lower = _sides(self._surface(model.mean[None])[0], model.mean, hole)
             self.register_buffer("upper", upper, persistent=False)
             self.register_buffer("lower", lower, persistent=False)
 
     def forward(self, source: Tensor, target: Tensor) -> Tensor:
-        """Flow (B, 2, size, size) in units of half the crop's side; with ``openings`` (B, 13, size, size).
+        """Flow (B, 2, size, size) in units of half the crop's side; with ``apertures`` (B, 13, size, size).
 
-        Those are the flow; the target's :func:`openings` and the source's, moved by the flow to where the target has
-        them; and what :func:`enlarge` needs to shut lips and lids: the motion of the upper sides and of the lower ones,
-        as differences from the flow, and how many rims (12 pixels) each place is above the seam.
+        Those are the flow; the target's :func:`aperture_maps` and the source's, moved by the flow to where the target
+        has them; and what :func:`upsample_flow` needs to shut lips and lids: the motion of the upper sides and of the
+        lower ones, as differences from the flow, and how many rims (12 pixels) each place is above the contact line.
 
         Arguments:
             source, target: (B, 478, 3) projected vertices, u and v in crop pixels and the depth
@@ -117,7 +117,7 @@ class MeshFlow(nn.Module):
         nearness = torch.exp((end[..., 2].amin(1, keepdim=True) - end[..., 2]) * _DEPTH_SHARPNESS)
         values = torch.cat([displacement, torch.ones_like(displacement[..., :1])], -1)
         sums = [self._splat(end[..., :2], values, nearness)]
-        for side in (self.upper, self.lower) if self.openings else ():
+        for side in (self.upper, self.lower) if self.apertures else ():
             sums.append(self._splat(end[:, side, :2], values[:, side], nearness[:, side]))
         whole = torch.cat(sums)
         filled = _fill(whole[:, :2], whole[:, 2:]).view(len(sums), batch, 2, size, size)
@@ -128,14 +128,14 @@ class MeshFlow(nn.Module):
         radius = ((grid - centre[:, None, None]) / half[:, None, None]).norm(dim=-1)
         fade = torch.exp(-0.5 * ((radius - 1).clamp(min=0) / _FALL_OFF) ** 2)
         flow: Tensor = filled[0] * fade[:, None]
-        if not self.openings:
+        if not self.apertures:
             return flow
         # Distances bear being enlarged, and cost much at full size.
         theirs, ours = (
-            F.interpolate(openings(v, size // 2, self.image_size), (size, size), mode="bilinear")
+            F.interpolate(aperture_maps(v, size // 2, self.image_size), (size, size), mode="bilinear")
             for v in (target, source)
         )
-        above, near = _seams(target, size, self.image_size)
+        above, near = _contact_lines(target, size, self.image_size)
         apart = [(side * fade[:, None] - flow) * near for side in filled[1:]]
         return torch.cat([flow, theirs, warp(ours.expand(batch, -1, -1, -1), flow), *apart, above], dim=1)
 
@@ -166,7 +166,7 @@ class MeshFlow(nn.Module):
         return out.movedim(1, 2).reshape(batch, channels, size, size)
 
 
-def openings(vertices: Tensor, size: int, image_size: int = 512) -> Tensor:
+def aperture_maps(vertices: Tensor, size: int, image_size: int = 512) -> Tensor:
     """Where the face is open: signed distances to the rims of the mouth, the eyes and the irises.
 
     Arguments:
@@ -189,26 +189,27 @@ def openings(vertices: Tensor, size: int, image_size: int = 512) -> Tensor:
         radius = (points[:, rim] - points[:, centre, None]).norm(dim=-1).mean(1, keepdim=True)
         discs.append(radius - torch.hypot(x[0] - middle[:, 0], y[0] - middle[:, 1]))
     maps = torch.stack([mouth, eyes, torch.maximum(*discs)], 1).div_(_RIM).clamp_(-1, 1)
-    return maps.view(len(points), OPENINGS, size, size)
+    return maps.view(len(points), APERTURES, size, size)
 
 
-def enlarge(flow: Tensor, prior: Tensor, side: int) -> Tensor:
+def upsample_flow(flow: Tensor, prior: Tensor, side: int) -> Tensor:
     """A flow (B, 2, h, w) at the size of the picture (B, 2, side, side), in which shut lips and lids touch.
 
     A flow of a few cells must pass, between the motions of two lids that meet, through all motions between them, and
-    so shows a slit of the open eye. Here every pixel outside of the openings moves with its own side of the seam.
+    so shows a slit of the open eye. Here every pixel outside of the apertures moves with its own side of the contact
+    line.
 
     Arguments:
         flow: in units of half the picture's side.
-        prior: (B, 13, h, w), that of :class:`MeshFlow` with openings.
+        prior: (B, 13, h, w), that of :class:`MeshFlow` with apertures.
         side: of the picture, a multiple of the flow's.
     """
-    theirs, seams = prior[:, 2 : 2 + OPENINGS], prior[:, 2 + 2 * OPENINGS :]
+    theirs, lines = prior[:, 2 : 2 + APERTURES], prior[:, 2 + 2 * APERTURES :]
     whole = F.interpolate(flow.float().contiguous(), (side, side), mode="bilinear", align_corners=False)
-    box = _box(seams[:, :4])
+    box = _box(lines[:, :4])
     if box is None:
         return whole
-    maps = torch.cat([seams, theirs[:, :2].amax(1, keepdim=True)], 1)[..., box[0], box[1]].float().contiguous()
+    maps = torch.cat([lines, theirs[:, :2].amax(1, keepdim=True)], 1)[..., box[0], box[1]].float().contiguous()
     scale = side // flow.shape[-1]
     maps = F.interpolate(maps, scale_factor=scale, mode="bilinear", align_corners=False)
     shut = (0.5 - maps[:, 5:] * (_RIM / 2)).clamp_(0, 1)  # from a pixel inside of an opening to one outside
@@ -227,17 +228,17 @@ def _box(maps: Tensor) -> tuple[slice, slice] | None:
     return (slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)) if rows else None
 
 
-def _seams(vertices: Tensor, size: int, image_size: int) -> tuple[Tensor, Tensor]:
-    """How many rims each place is above the nearest seam, where lips or lids meet, and whether it is above or below one
-    at all: two maps (B, 1, size, size), the second from 0 to 1."""
+def _contact_lines(vertices: Tensor, size: int, image_size: int) -> tuple[Tensor, Tensor]:
+    """How many rims each place is above the nearest contact line, where lips or lids meet, and whether it is above or
+    below one at all: two maps (B, 1, size, size), the second from 0 to 1."""
     points = vertices[..., :2].float()
     place = (torch.arange(size, device=points.device, dtype=torch.float32) + 0.5) * (image_size / size)
     heights, weights = [], []
     for rim in _RIMS:
         middle = _middle(points[:, list(rim)])
         x = middle[..., 0].cummax(1).values  # rising, whichever way the head is turned
-        seam = _interpolate(x, middle[..., 1], place.expand(len(x), -1))
-        above = seam[:, None] - place[:, None]
+        line = _interpolate(x, middle[..., 1], place.expand(len(x), -1))
+        above = line[:, None] - place[:, None]
         reach = _REACH * (x[:, -1:] - x[:, :1]).clamp(min=1e-3)[..., None]
         inside = torch.minimum(place - x[:, :1], x[:, -1:] - place)[:, None]
         heights.append(above / _RIM)
@@ -248,7 +249,7 @@ def _seams(vertices: Tensor, size: int, image_size: int) -> tuple[Tensor, Tensor
 
 
 def _sides(points: Tensor, mean: Tensor, hole: Tensor) -> tuple[Tensor, Tensor]:
-    """Numbers of the samples around the openings without those of holes and of the skin just below an opening; and the
+    """Numbers of the samples around the apertures without those of holes and of the skin just below an opening; and the
     same without the skin just above one.
 
     Arguments:

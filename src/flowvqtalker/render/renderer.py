@@ -14,32 +14,33 @@ from torch import Tensor
 from flowvqtalker.face.model import FaceModel
 from flowvqtalker.io.coefficients import Motion
 from flowvqtalker.render.mesh_flow import MeshFlow
-from flowvqtalker.render.vqig import VQIG
-from flowvqtalker.render.warp import WINDOW
+from flowvqtalker.render.region import RegionGenerated, RegionVQIG
+from flowvqtalker.render.vqig import VQIG, Generated
 
-__all__ = ["Renderer"]
+__all__ = ["ImageGenerator", "Renderer"]
 
-_REACH = WINDOW // 2
+#: The paper's image generator, or the one on a region of interest.
+ImageGenerator = VQIG | RegionVQIG
 
 
 class Renderer:
     """Renders one portrait.
 
     Arguments:
-        generator: VQIG with its codebook.
+        generator: an image generator with its codebook.
         face_model: the morphable model that the coefficients belong to.
         portrait: (512, 512, 3) uint8 RGB crop.
         alpha, beta0, rho0: (80,), (64,), (6,) coefficients of the portrait.
         batch_size: frames rendered at once.
         device: where to run.
         dtype: type of the convolutions; bfloat16 is 2-4 times as fast as float32 on recent CPUs and GPUs.
-        lanes: batches rendered at the same time, each with its share of torch's threads; None chooses two on a CPU of
-            two cores or more, which waste less on two batches than on sharing one, and one on other devices.
+        workers: batches rendered at the same time, each with its share of torch's threads; None chooses two on a CPU
+            of two cores or more, which waste less on two batches than on sharing one, and one on other devices.
     """
 
     def __init__(
         self,
-        generator: VQIG,
+        generator: ImageGenerator,
         face_model: FaceModel,
         portrait: npt.NDArray[np.uint8],
         alpha: Tensor,
@@ -49,7 +50,7 @@ class Renderer:
         batch_size: int = 4,
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.bfloat16,
-        lanes: int | None = None,
+        workers: int | None = None,
     ) -> None:
         if portrait.shape != (512, 512, 3) or portrait.dtype != np.uint8:
             raise ValueError(
@@ -57,13 +58,14 @@ class Renderer:
             )
         self.device, self.dtype, self.batch_size = torch.device(device), dtype, batch_size
         threads = torch.get_num_threads()
-        self.lanes = lanes or (min(2, threads) if self.device.type == "cpu" else 1)
-        self._lane_threads = max(1, threads // self.lanes)
+        self.workers = workers or (min(2, threads) if self.device.type == "cpu" else 1)
+        self._worker_threads = max(1, threads // self.workers)
         self.generator = generator.to(device=self.device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
         self.face = face_model.to(self.device)
-        self.mesh = MeshFlow(face_model, generator.config.warp.flow_size, openings=generator.config.openings).to(
-            self.device
-        )
+        config = generator.config
+        self.mesh = None
+        if config.mesh_size is not None:
+            self.mesh = MeshFlow(face_model, config.mesh_size, apertures=config.apertures).to(self.device)
         self.alpha = alpha.to(self.device, torch.float32)
         with torch.inference_mode():
             self._start = self.face.project(self.alpha, beta0.to(self.device).float(), rho0.to(self.device).float())[
@@ -82,16 +84,16 @@ class Renderer:
         Batches are rendered in the background while the caller does something with the frames before them.
 
         Arguments:
-            motion: consecutive blocks of any lengths. 13 frames are held back for
-                the window of the mapping network, and up to ``(lanes + 1) * batch_size`` for batching.
+            motion: consecutive blocks of any lengths. Up to ``(workers + 1) * batch_size`` frames are held back for
+                batching; the paper's generator holds back 13 more for its window of motion.
         """
         pending: deque[Future[npt.NDArray[np.uint8]]] = deque()
         threads = torch.get_num_threads()
         try:
-            with ThreadPoolExecutor(self.lanes, "render", torch.set_num_threads, (self._lane_threads,)) as pool:
-                for batch in _batches(motion, self.batch_size):
+            with ThreadPoolExecutor(self.workers, "render", torch.set_num_threads, (self._worker_threads,)) as pool:
+                for batch in _batches(motion, self.batch_size, self.generator.config.reach):
                     pending.append(pool.submit(self._batch, batch))
-                    if len(pending) > self.lanes:
+                    if len(pending) > self.workers:
                         yield from pending.popleft().result()
                 while pending:
                     yield from pending.popleft().result()
@@ -100,24 +102,32 @@ class Renderer:
 
     @torch.inference_mode()
     def _batch(self, motion: Tensor) -> npt.NDArray[np.uint8]:
-        """(B, 27, 70) windows to (B, 512, 512, 3) frames."""
+        """(B, 2 * reach + 1, 70) windows to (B, 512, 512, 3) frames."""
         motion = motion.to(self.device, torch.float32)
-        now = motion[:, _REACH]
+        now = motion[:, self.generator.config.reach]
         prior = None
-        if self.generator.config.warp.prior == "mesh" and self.generator.config.use_warp:
+        if self.mesh is not None:
             target = self.face.project(self.alpha.expand(len(motion), -1), now[:, :64], now[:, 64:])
             prior = self.mesh(self._start, target)
         with self._autocast():
-            image = self.generator(self.source.expand(len(motion)), motion, prior).image
+            image = self._image(motion, prior)
         levels = image.permute(0, 2, 3, 1).float().add(1).mul_(127.5).round_().clamp_(0, 255)
         pictures: npt.NDArray[np.uint8] = levels.to(torch.uint8).contiguous().cpu().numpy()
         return pictures
 
+    def _image(self, motion: Tensor, prior: Tensor | None) -> Tensor:
+        """The pictures (B, 3, 512, 512) that are shown."""
+        return self._generated(motion, prior).image
 
-def _batches(motion: Iterable[Motion], size: int) -> Iterator[Tensor]:
-    """(B, 27, 70) windows of up to ``size`` frames."""
+    def _generated(self, motion: Tensor, prior: Tensor | None) -> Generated | RegionGenerated:
+        found: Generated | RegionGenerated = self.generator(self.source.expand(len(motion)), motion, prior)
+        return found
+
+
+def _batches(motion: Iterable[Motion], size: int, reach: int) -> Iterator[Tensor]:
+    """(B, 2 * reach + 1, 70) windows of up to ``size`` frames."""
     windows: list[Tensor] = []
-    for window in _windows(motion):
+    for window in _windows(motion, reach):
         windows.append(window)
         if len(windows) == size:
             yield torch.stack(windows)
@@ -126,22 +136,23 @@ def _batches(motion: Iterable[Motion], size: int) -> Iterator[Tensor]:
         yield torch.stack(windows)
 
 
-def _windows(motion: Iterable[Motion]) -> Iterator[Tensor]:
-    """(27, 70) windows around each frame, the first and last frame repeated beyond the ends."""
-    held: deque[Tensor] = deque(maxlen=WINDOW)
+def _windows(motion: Iterable[Motion], reach: int) -> Iterator[Tensor]:
+    """(2 * reach + 1, 70) windows around each frame, the first and last frame repeated beyond the ends."""
+    length = 2 * reach + 1
+    held: deque[Tensor] = deque(maxlen=length)
     count = 0
     for block in motion:
         for frame in torch.cat([block.expression.float().cpu(), block.pose.float().cpu()], dim=1):
             if not held:
-                held.extend([frame] * _REACH)
+                held.extend([frame] * reach)
             held.append(frame)
             count += 1
-            if len(held) == WINDOW:
+            if len(held) == length:
                 yield torch.stack(list(held))
     if not count:
         return
     last = held[-1]
-    for _ in range(_REACH):
+    for _ in range(reach):
         held.append(last)
-        if len(held) == WINDOW:
+        if len(held) == length:
             yield torch.stack(list(held))

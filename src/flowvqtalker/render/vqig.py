@@ -8,14 +8,12 @@ from typing import Any, NamedTuple
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from flowvqtalker.errors import UserError
 from flowvqtalker.render.layers import Attention2d, ResBlock, adain, instance_norm, silu
-from flowvqtalker.render.mesh_flow import OPENINGS, PRIOR, warp
-from flowvqtalker.render.refiner import MouthPainter
-from flowvqtalker.render.vqvae import WINDOWED, CodebookConfig, Decoder, Encoder, VQAutoencoder, cut
-from flowvqtalker.render.warp import MOTION, MappingNetwork, WarpConfig, WarpingNetwork
+from flowvqtalker.render.mesh_flow import warp
+from flowvqtalker.render.vqvae import CodebookConfig, Encoder, VQAutoencoder
+from flowvqtalker.render.warp import MOTION, WINDOW, MappingNetwork, WarpConfig, WarpingNetwork
 
 __all__ = ["ABLATION", "VQIG", "Generated", "Source", "VQIGConfig"]
 
@@ -45,39 +43,6 @@ class VQIGConfig:
     """Code transformer T; the defaults are CodeFormer's."""
     adain_width: int = 64
     """Hidden channels of the image-level AdaIN."""
-    tune_decoder: bool = False
-    """Decode with a copy of D_h that the second stage trains (ours); off, D_h stays frozen as in the paper. Codes are
-    read and predicted with the frozen codebook either way."""
-    openings: bool = False
-    """Show E_w where the face mesh opens mouth and eyes and where the irises are, and shut lips and lids without a slit
-    (ours): the mesh flow carries it as further channels (:class:`flowvqtalker.render.mesh_flow.MeshFlow`). Needs
-    ``warp.prior = "mesh"``. I_w alone does not say whether stretched lips are lips or a mouth that opens."""
-    residual: bool = False
-    """D_h draws what is to be added to the warped picture, beginning with nothing (ours), instead of the picture
-    itself: what the warp already shows sharply is kept, the decoder corrects the rest. Needs ``tune_decoder``."""
-    window: tuple[int, int, int, int] | None = None
-    """Top, left, height and width of the part of the picture that D_h's finest levels decode (ours); the rest is I_w.
-    The crop puts every face at the same place, so one window does for all. None decodes everything. Needs
-    ``residual``, which fades out at the window's rim."""
-    painter_width: int = 0
-    """Channels of the painter of the mouth's inside (ours, :mod:`flowvqtalker.render.refiner`), which stage ``mouth``
-    trains and adds; 0 is none, as in the paper. Needs ``openings``."""
-
-    def __post_init__(self) -> None:
-        if self.painter_width and not self.openings:
-            raise ValueError("image generator: the mouth's painter needs openings, which tell it where the lips open")
-        if self.openings and self.warp.prior != "mesh":
-            raise ValueError('image generator: openings come from the face mesh; set warp.prior to "mesh"')
-        if self.residual and not self.tune_decoder:
-            raise ValueError("image generator: residual needs tune_decoder: the codebook's D_h draws whole pictures")
-        if self.window is not None:
-            top, left, height, width = self.window
-            if not self.residual:
-                raise ValueError("image generator: a window needs residual, which adds to the warped picture around it")
-            if min(top, left) < 0 or min(height, width) < 64 or max(top + height, left + width) > 512:
-                raise ValueError(f"image generator: window {self.window} does not lie in the picture of 512x512 pixels")
-            if any(value % 16 for value in self.window):
-                raise ValueError(f"image generator: window {self.window} must be in steps of 16 pixels")
 
     @classmethod
     def paper(cls) -> VQIGConfig:
@@ -86,7 +51,7 @@ class VQIGConfig:
 
     @classmethod
     def lite(cls) -> VQIGConfig:
-        """The embedded default, made for CPUs: at most 32 GFLOP a frame, with mesh prior and residual."""
+        """Small sizes and the mesh prior, to train the ablation of fig. 7 on CPUs."""
         return cls(
             codebook=CodebookConfig.lite(),
             warp=WarpConfig(input_size=128, width=16, max_width=128),
@@ -94,18 +59,12 @@ class VQIGConfig:
             transformer_layers=4,
             transformer_mlp=512,
             adain_width=32,
-            tune_decoder=True,
-            openings=True,
-            residual=True,
-            window=(128, 96, 384, 320),
         )
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> VQIGConfig:
         """Inverse of :meth:`to_dict`; a switch that is left out keeps its default."""
         values = dict(values)
-        if values.get("window") is not None:
-            values["window"] = tuple(values["window"])
         return cls(
             codebook=CodebookConfig.from_dict(values.pop("codebook")), warp=WarpConfig(**values.pop("warp")), **values
         )
@@ -115,9 +74,19 @@ class VQIGConfig:
         return asdict(self)
 
     @property
-    def prior_channels(self) -> int:
-        """Channels of what the generator wants of the mesh: the flow, and with it openings and seams."""
-        return PRIOR if self.openings else 2
+    def reach(self) -> int:
+        """Frames of motion before and after each frame that the generator needs."""
+        return WINDOW // 2
+
+    @property
+    def mesh_size(self) -> int | None:
+        """Side of the mesh flow that the generator needs; None if it needs none."""
+        return self.warp.flow_size if self.use_warp and self.warp.prior == "mesh" else None
+
+    @property
+    def apertures(self) -> bool:
+        """Whether it needs the aperture channels of the mesh flow."""
+        return False
 
     def ablated(self, variant: str) -> VQIGConfig:
         """This configuration with the parts of one variant of fig. 7, a key of :data:`ABLATION`; sizes stay.
@@ -134,8 +103,6 @@ class VQIGConfig:
             use_fuse=parts >= 2,
             use_attention=parts >= 3,
             use_codes=parts >= 4,
-            openings=self.openings and parts >= 1,
-            painter_width=self.painter_width if parts >= 1 else 0,
         )
 
 
@@ -228,23 +195,6 @@ class _Modulation(nn.Module):
         return out
 
 
-def _rim(window: tuple[int, int, int, int], width: int = 24) -> Tensor:
-    """(1, 1, h, w) weights of a window: 1 inside, falling to 0 at its sides, but not at those of the picture."""
-    top, left, h, w = window
-
-    def ramp(length: int, near: bool, far: bool) -> Tensor:
-        place = torch.arange(length) + 0.5
-        weight = torch.ones(length)
-        if near:
-            weight = torch.minimum(weight, place / width)
-        if far:
-            weight = torch.minimum(weight, (length - place) / width)
-        return weight * weight * (3 - 2 * weight)
-
-    rows, columns = ramp(h, top > 0, top + h < 512), ramp(w, left > 0, left + w < 512)
-    return (rows[:, None] * columns)[None, None]
-
-
 class VQIG(nn.Module):
     """I_0 and motion to a talking frame: warp, encode, fuse with the source's codes, predict codes, decode.
 
@@ -253,7 +203,6 @@ class VQIG(nn.Module):
 
     motion_mean: Tensor
     motion_std: Tensor
-    rim: Tensor | None
 
     def __init__(self, config: VQIGConfig) -> None:
         super().__init__()
@@ -265,13 +214,6 @@ class VQIG(nn.Module):
         self.mapping = MappingNetwork(config.warp.descriptor) if config.use_warp else None
         self.warping = WarpingNetwork(config.warp) if config.use_warp else None
         self.encoder = Encoder(book)
-        self.decoder = Decoder(book) if config.tune_decoder else None
-        self.openings = (
-            nn.Conv2d(2 * OPENINGS, self.encoder.stem.out_channels, 3, padding=1) if config.openings else None
-        )
-        if self.openings is not None:  # begin as if there were none
-            nn.init.zeros_(self.openings.weight)
-            nn.init.zeros_(self.openings.bias)  # type: ignore[arg-type]
         self.fuse = (
             nn.Sequential(nn.Conv2d(2 * dim, dim, 3, padding=1), ResBlock(dim), nn.Conv2d(dim, dim, 3, padding=1))
             if config.use_fuse
@@ -298,15 +240,6 @@ class VQIG(nn.Module):
                 for i in decoder.level_ids[1:]
             }
         )
-        self.residual = None
-        if config.residual and self.decoder is not None:
-            self.residual, self.decoder.out = self.decoder.out, nn.Identity()
-            for parameter in self.residual.parameters():  # begin with the warped picture
-                nn.init.zeros_(parameter)
-        self.painter = MouthPainter(config.painter_width) if config.painter_width else None
-        if self.painter is not None:
-            self.painter.requires_grad_(False)  # stage mouth trains it
-        self.register_buffer("rim", None if config.window is None else _rim(config.window), persistent=False)
 
     def train(self, mode: bool = True) -> VQIG:
         """Training mode; the frozen codebook stays in evaluation mode."""
@@ -315,12 +248,9 @@ class VQIG(nn.Module):
         return self
 
     def load_codebook(self, state: dict[str, Tensor]) -> None:
-        """Take over E_h, C and D_h, and start E_w from E_h (and the decoder that is tuned from D_h)."""
+        """Take over E_h, C and D_h, and start E_w from E_h."""
         self.autoencoder.load_state_dict(state)
         self.encoder.load_state_dict(self.autoencoder.encoder.state_dict())
-        if self.decoder is not None:
-            own = self.decoder.state_dict()
-            self.decoder.load_state_dict({k: v for k, v in self.autoencoder.decoder.state_dict().items() if k in own})
 
     @torch.no_grad()
     def prepare(self, image: Tensor) -> Source:
@@ -328,6 +258,11 @@ class VQIG(nn.Module):
         _, indices = self.autoencoder.encode(image)
         codes = self.autoencoder.codebook.lookup(indices).to(image.dtype)
         return Source(image, codes, image if self.warping is None else self.warping.reduce(image))
+
+    def reconstruct(self, image: Tensor) -> Tensor:
+        """Pictures (B, 3, 512, 512) through the frozen codebook."""
+        out: Tensor = self.autoencoder(image)[0]
+        return out
 
     def flow(self, source: Source, motion: Tensor, prior: Tensor | None = None) -> Tensor:
         """W's backward flow (B, 2, h, w); arguments as :meth:`predict`.
@@ -348,23 +283,15 @@ class VQIG(nn.Module):
         Arguments:
             source: from :meth:`prepare`.
             motion: (B, 27, 70) coefficients [beta, rho] around each frame.
-            prior: (B, 2, h, w) flow of the face mesh, for ``warp.prior = "mesh"``; with ``openings`` (B, 13, h, w), all
-                of :class:`~flowvqtalker.render.mesh_flow.MeshFlow` with openings.
+            prior: (B, 2, h, w) flow of the face mesh, for ``warp.prior = "mesh"``.
         """
-        extra = None
-        if self.openings is not None:
-            if prior is None or prior.shape[1] != self.config.prior_channels:
-                raise ValueError("a generator with openings needs a mesh flow with openings (MeshFlow(openings=True))")
-            places = prior[:, 2 : 2 + 2 * OPENINGS]
-            side = self.encoder.stem_size(source.image.shape[-1])
-            extra = F.interpolate(self.openings(places.to(source.image.dtype)), (side, side), mode="bilinear")
         if self.warping is not None:
             flow = self.flow(source, motion, prior)
-            warped = warp(source.image, flow, None if self.openings is None else prior)
+            warped = warp(source.image, flow)
         else:
             flow = source.image.new_zeros(len(motion), 2, self.config.warp.flow_size, self.config.warp.flow_size)
             warped = source.image
-        z_w, maps = self.encoder.features(warped, extra)
+        z_w, maps = self.encoder.features(warped)
         z = z_w if self.fuse is None else z_w + self.fuse(torch.cat([z_w, source.codes.to(z_w.dtype)], dim=1))
         if self.attention is not None:
             z = self.attention(z, source.codes.to(z.dtype))
@@ -373,10 +300,7 @@ class VQIG(nn.Module):
 
     def forward(self, source: Source, motion: Tensor, prior: Tensor | None = None) -> Generated:
         """Frames; arguments as :meth:`predict`."""
-        found = self._draw(*self.predict(source, motion, prior))
-        if self.painter is None or prior is None:
-            return found
-        return found._replace(image=self.painter(found.image, found.warped, prior[:, 2 : 2 + 2 * OPENINGS]))
+        return self._draw(*self.predict(source, motion, prior))
 
     def _draw(self, found: Generated, maps: list[Tensor]) -> Generated:
         """Decode what :meth:`predict` found."""
@@ -386,21 +310,8 @@ class VQIG(nn.Module):
             codes = self.autoencoder.codebook.lookup(found.logits.float().argmax(-1).view(len(z), side, side))
             # As in CodeFormer the looked-up codes carry no gradient; z_f reaches the picture through the AdaIN.
             z = adain(codes.to(z.dtype), z)
-        decoder = self.autoencoder.decoder if self.decoder is None else self.decoder
-        first, window = decoder.level_ids[-1], self.config.window
-        if window is not None:
-            for i, level in enumerate(range(first, min(first + len(maps), WINDOWED + 1))):
-                maps[i] = cut(maps[i], window, level)
+        decoder = self.autoencoder.decoder
+        first = decoder.level_ids[-1]
         guides = dict(zip(range(first, first + len(maps)), maps, strict=True))
-        features = decoder.features(z, _Modulation(self.modulation, guides), window)
-        if self.residual is None:
-            return found._replace(image=decoder.out(features))
-        change = self.residual(features)
-        if self.rim is None or window is None:
-            return found._replace(image=found.warped + change)
-        top, left, height, width = window
-        image = found.warped.clone()
-        part = image[:, :, top : top + height, left : left + width]
-        change = change.to(part.dtype, memory_format=torch.contiguous_format)
-        part.addcmul_(change, self.rim.to(part.dtype))
+        image: Tensor = decoder(z, _Modulation(self.modulation, guides))
         return found._replace(image=image)

@@ -13,9 +13,6 @@ from flowvqtalker.render.layers import Attention2d, Downsample, ResBlock, Upsamp
 
 __all__ = ["Codebook", "CodebookConfig", "Decoder", "Encoder", "Quantized", "VQAutoencoder"]
 
-#: The coarsest of the levels (0 is the finest) that decode no more than a window, where one is given.
-WINDOWED = 2
-
 
 @dataclass(frozen=True)
 class CodebookConfig:
@@ -60,7 +57,7 @@ class CodebookConfig:
 
     @classmethod
     def lite(cls) -> CodebookConfig:
-        """The embedded default: E_h 6 GFLOP and D_h 12 GFLOP a 512x512 picture, made of convolutions alone."""
+        """Small sizes, to train the ablation of fig. 7 on CPUs: E_h 6 GFLOP and D_h 12 GFLOP a 512x512 picture."""
         return cls(
             channels=(16, 16, 48, 96, 160, 256),
             decoder_channels=(16, 32, 64, 128, 192, 256),
@@ -87,12 +84,6 @@ class CodebookConfig:
         return int(2 ** (len(self.channels) - 1))
 
 
-def cut(x: Tensor, window: tuple[int, int, int, int], level: int = 0) -> Tensor:
-    """The part of a level's map (B, C, H / 2^level, W / 2^level) that lies in a window given in pixels."""
-    top, left, height, width = (value >> level for value in window)
-    return x[:, :, top : top + height, left : left + width]
-
-
 class Encoder(nn.Module):
     """E_h (and, fine-tuned, E_w): image to latent map.
 
@@ -103,7 +94,6 @@ class Encoder(nn.Module):
     def __init__(self, config: CodebookConfig) -> None:
         super().__init__()
         ch = config.channels
-        self.full_resolution = config.full_resolution
         self.stem = nn.Conv2d(
             3, ch[0] if config.full_resolution else ch[1], 3, stride=1 if config.full_resolution else 2, padding=1
         )
@@ -121,20 +111,9 @@ class Encoder(nn.Module):
         self.norm = group_norm(ch[-1])
         self.out = nn.Conv2d(ch[-1], config.dim, 3, padding=1)
 
-    def stem_size(self, side: int) -> int:
-        """Side of the first feature map of a picture of ``side`` pixels."""
-        return side if self.full_resolution else side // 2
-
-    def features(self, image: Tensor, extra: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
-        """Latent map and the levels' feature maps, finest first, without the last level's.
-
-        Arguments:
-            image: (B, 3, H, W).
-            extra: added to the first feature map, of its shape.
-        """
+    def features(self, image: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Latent map and the levels' feature maps, finest first, without the last level's, of (B, 3, H, W)."""
         x = self.stem(image)
-        if extra is not None:
-            x = x + extra
         maps = []
         for i, level in enumerate(self.levels):
             x = level(x)
@@ -183,24 +162,15 @@ class Decoder(nn.Module):
         weight: Tensor = conv.weight  # type: ignore[assignment]
         return weight
 
-    def features(
-        self, z: Tensor, modulate: nn.Module | None = None, window: tuple[int, int, int, int] | None = None
-    ) -> Tensor:
-        """Feature map before the output convolution, normalised and activated; of a window of the picture (top, left,
-        height, width in pixels) where one is given, to which the levels from :data:`WINDOWED` down are cut."""
+    def forward(self, z: Tensor, modulate: nn.Module | None = None) -> Tensor:
         x = self.stem(z)
         for n, (i, level) in enumerate(zip(self.level_ids, self.levels, strict=True)):
-            if window is not None and i == WINDOWED:
-                x = cut(x, window, i)
             if modulate is not None and n > 0:
                 x = modulate(i, x)
             x = level(x)
             if n < len(self.ups):
                 x = self.ups[n](x)
-        return silu(self.norm(x))
-
-    def forward(self, z: Tensor, modulate: nn.Module | None = None) -> Tensor:
-        image: Tensor = self.out(self.features(z, modulate))
+        image: Tensor = self.out(silu(self.norm(x)))
         return image
 
 

@@ -21,7 +21,6 @@ STAGES = {
     "face-model": "flowvqtalker.train.face_model",
     "codebook": "flowvqtalker.train.codebook",
     "vqig": "flowvqtalker.train.vqig",
-    "mouth": "flowvqtalker.train.mouth",
     "speech": "flowvqtalker.train.speech",
     "expflow": "flowvqtalker.train.expflow",
     "poseflow": "flowvqtalker.train.poseflow",

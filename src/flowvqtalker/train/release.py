@@ -17,14 +17,14 @@ from torch import Tensor
 from flowvqtalker import weights
 from flowvqtalker.errors import UserError
 from flowvqtalker.io.atomic import atomic_write
-from flowvqtalker.weights import FINISHED, STAGES, TERMS, Entry
+from flowvqtalker.weights import STAGES, TERMS, Entry
 
 __all__ = ["WeightsAdd", "WeightsList", "add_weights"]
 
 logger = logging.getLogger(__name__)
 
 # Stored as int8, since float16 would exceed the package's size limit; smaller matrices are not worth it.
-_QUANTISED, _SMALLEST_QUANTISED = ("speech_encoder", "vqig"), 2**16
+_QUANTISED, _SMALLEST_QUANTISED = ("speech_encoder",), 2**16
 
 
 def add_weights(
@@ -39,8 +39,8 @@ def add_weights(
 ) -> Entry:
     """Put the weights of a training run into a folder of weights, as float16, with their manifest entry.
 
-    Large matrices and convolutions of the speech encoder and the image generator are stored as int8 with one scale per
-    row (output channel). A tensor that float16 cannot hold stays float32.
+    Large matrices and convolutions of the speech encoder are stored as int8 with one scale per row (output channel). A
+    tensor that float16 cannot hold stays float32.
 
     Arguments:
         source: a run's folder (``weights.safetensors`` and ``config.json``), or a safetensors file.
@@ -64,7 +64,7 @@ def add_weights(
     beside = next((f for f in (file.with_suffix(".json"), file.with_name("config.json")) if f.is_file()), None)
     about: dict[str, Any] = json.loads(beside.read_text(encoding="utf-8")) if beside is not None else {}
     stage = str(about.get("stage", STAGES[name]))
-    if stage not in (STAGES[name], FINISHED.get(name)):
+    if stage != STAGES[name]:
         raise UserError(f"{file} is of stage {stage!r}, but {name} needs {STAGES[name]!r}")
 
     tensors = weights.read_tensors(file)

@@ -22,7 +22,6 @@ from flowvqtalker.face.topology import EYES, LIPS
 from flowvqtalker.render.mesh_flow import MeshFlow, warp
 from flowvqtalker.render.perceptual import PerceptualLoss
 from flowvqtalker.render.vqig import VQIG, Generated, VQIGConfig
-from flowvqtalker.render.vqvae import cut
 from flowvqtalker.train.config import LoopConfig, check
 from flowvqtalker.train.gan import PatchDiscriminator, adversarial_loss, discriminator_loss
 from flowvqtalker.train.loop import Stage
@@ -152,7 +151,7 @@ class VQIGStage(Stage):
         self.module = nn.ModuleDict({"generator": self.generator, "discriminator": self.discriminator})
         self.shard = Shard(config.data.shard)
         self.face = FaceModel.load(config.data.face_model)
-        self.mesh = MeshFlow(self.face, config.model.warp.flow_size, openings=config.model.openings)
+        self.mesh = MeshFlow(self.face, config.model.warp.flow_size, apertures=config.model.apertures)
         self.perceptual = (
             None if config.perceptual == "none" else PerceptualLoss(config.perceptual, config.perceptual_weights)
         )
@@ -197,7 +196,6 @@ class VQIGStage(Stage):
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         frozen = {id(p) for p in self.generator.autoencoder.parameters()}
-        frozen |= {id(p) for p in self.generator.painter.parameters()} if self.generator.painter else set()
         learned = [p for p in self.generator.parameters() if id(p) not in frozen]
         return {"generator": learned, "discriminator": list(self.discriminator.parameters())}
 
@@ -257,7 +255,6 @@ class VQIGStage(Stage):
             return discriminator_loss(real.float(), fake.float(), config.adversarial), logs
 
         found, _, vertices = self.generate(batch, decode)
-        window = config.model.window or (0, 0, *target.shape[-2:])
         valid = F.interpolate(batch["valid"][:, None], target.shape[-2:])
         region = self._region(vertices, target.shape[-1])
         with torch.no_grad():
@@ -273,12 +270,12 @@ class VQIGStage(Stage):
             logs |= {"code": entropy.detach(), "hits": hits}
         if self.generator.warping is not None:
             # At half the size: W moves what is there, so its perceptual loss needs no fine texture.
-            halves = [F.avg_pool2d(cut(x, window), 2) for x in (found.warped, target, valid, region)]
+            halves = [F.avg_pool2d(x, 2) for x in (found.warped, target, valid, region)]
             near, far = self._picture_losses(*halves)
             loss = loss + config.warp_weight * (near + config.perceptual_weight * far)
             logs |= {"warp_l1": near.detach(), "warp_perceptual": far.detach()}
         if decode:
-            near, far = self._picture_losses(*(cut(x, window) for x in (found.image, target, valid, region)))
+            near, far = self._picture_losses(found.image, target, valid, region)
             loss = loss + config.l1_weight * near + config.perceptual_weight * far
             logs |= {"l1": near.detach(), "perceptual": far.detach()}
             if self.perceptual is not None and config.mouth_weight > 0:

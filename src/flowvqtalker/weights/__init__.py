@@ -19,7 +19,6 @@ from flowvqtalker.errors import UserError
 
 __all__ = [
     "EVALUATORS",
-    "FINISHED",
     "LANDMARKER",
     "MANIFEST",
     "NAMES",
@@ -59,8 +58,6 @@ EVALUATORS = {
 
 #: All names, and the training stage of each.
 STAGES = {**NAMES, **SPEECH_ENCODER, **EVALUATORS}
-#: Stages that continue the weights of another one; their files hold both.
-FINISHED = {"vqig": "mouth"}
 
 #: MediaPipe's Face Landmarker, which ships with the weights (NOTICE.md).
 LANDMARKER = "face_landmarker.task"

@@ -17,8 +17,9 @@ from tqdm import tqdm
 
 from flowvqtalker import weights
 from flowvqtalker.errors import UserError
-from flowvqtalker.loading import choose_device, fast_dtype, load_face_model, load_generator
-from flowvqtalker.render.vqig import ABLATION, VQIG, VQIGConfig
+from flowvqtalker.loading import build_generator, choose_device, fast_dtype, load_face_model, load_generator
+from flowvqtalker.render.renderer import ImageGenerator
+from flowvqtalker.render.vqig import ABLATION
 from flowvqtalker.train import train
 from flowvqtalker.train.config import load_yaml, to_dict
 from flowvqtalker.train.vqig import Config, Data
@@ -33,7 +34,7 @@ logger = logging.getLogger(__name__)
 _CONFIG = Path("configs/vqig-ablation.yaml")
 
 #: Variants of ours beside the paper's: the whole generator with one thing changed, and their labels.
-EXTRA = {"no-mesh": "+C, no mesh", "frozen": "+C, frozen D_h", "vgg19": "+C, VGG19", "mobilenet": "+C, MobileNet"}
+EXTRA = {"no-mesh": "+C, no mesh", "vgg19": "+C, VGG19", "mobilenet": "+C, MobileNet"}
 
 
 def make(pairs: Sequence[Pair], methods: Mapping[str, str], *, zoom: bool = True, cell: float = 1.3) -> Figure:
@@ -62,27 +63,22 @@ def make(pairs: Sequence[Pair], methods: Mapping[str, str], *, zoom: bool = True
 # ------------------------------------------------------------------------------------------------------------ variants
 
 
-def configuration(base: Config, variant: str, *, residual: bool = False) -> Config:
+def configuration(base: Config, variant: str) -> Config:
     """The training configuration (:class:`flowvqtalker.train.vqig.Config`) of a variant.
 
     Arguments:
         base: the configuration that all variants share.
         variant: a key of :data:`flowvqtalker.render.vqig.ABLATION` or of :data:`EXTRA`.
-        residual: D_h draws a residual on I_w, as in the default weights. The paper's D_h draws the whole image, and
-            only then do the parts show what they add.
     """
     model = base.model.ablated("C" if variant in EXTRA else variant)
-    model = replace(model, residual=residual, window=model.window if residual else None)
     if variant == "no-mesh":
-        model = replace(model, warp=replace(model.warp, prior="none"), openings=False)
-    elif variant == "frozen":
-        model = replace(model, tune_decoder=False)
+        model = replace(model, warp=replace(model.warp, prior="none"))
     elif variant in EXTRA:
         base = replace(base, perceptual="vgg19" if variant == "vgg19" else "mobilenet")
     return replace(base, model=model)
 
 
-def train_missing(base: Config, variants: Sequence[str], folder: Path, *, residual: bool = False) -> None:
+def train_missing(base: Config, variants: Sequence[str], folder: Path) -> None:
     """Train the variants that are not fully trained yet, one after the other, into ``folder/VARIANT``.
 
     An interrupted run resumes; a complete one is left alone.
@@ -90,7 +86,7 @@ def train_missing(base: Config, variants: Sequence[str], folder: Path, *, residu
     Raises:
         UserError: if a run used another configuration, or stopped before its last step.
     """
-    configs = {variant: configuration(base, variant, residual=residual) for variant in variants}
+    configs = {variant: configuration(base, variant) for variant in variants}
     for variant, config in configs.items():
         kept = folder / variant / "config.yaml"
         if kept.is_file():
@@ -131,7 +127,7 @@ def _about(weights: Path) -> dict[str, Any]:
     return {}
 
 
-def load_variant(path: str | Path, weights_folder: str | Path | None = None) -> VQIG:
+def load_variant(path: str | Path, weights_folder: str | Path | None = None) -> ImageGenerator:
     """An image generator from a run's folder, an exported safetensors file with its JSON, or a folder of weights.
 
     A run does not hold E_h, C and D_h. They are those it was trained on (``data.codebook`` in its ``config.yaml``), or
@@ -156,7 +152,7 @@ def load_variant(path: str | Path, weights_folder: str | Path | None = None) -> 
     own = None if data is None or not data.codebook.is_file() else _tensors(data.codebook)
     codebook = own or weights.load("codebook", weights_folder)[0]
     try:
-        model = VQIG(VQIGConfig.from_dict(about["config"]))
+        model = build_generator(about["config"])
         model.load_state_dict({**{f"autoencoder.{key}": value for key, value in codebook.items()}, **_tensors(file)})
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
         problem = str(error).splitlines()[-1].strip()
@@ -193,9 +189,9 @@ class Ablation:
     variant: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="NAME=WEIGHTS")] = ()
     """Label and weights (a run's folder or a safetensors file) of a generator; repeat it. Default: the five variants
     in --runs."""
-    extra: tuple[Literal["no-mesh", "frozen", "vgg19", "mobilenet"], ...] = ()
-    """Variants beyond the paper's five: W without the flow of the face mesh, D_h frozen, and the perceptual loss on
-    VGG19 or MobileNet."""
+    extra: tuple[Literal["no-mesh", "vgg19", "mobilenet"], ...] = ()
+    """Variants beyond the paper's five: W without the flow of the face mesh, and the perceptual loss on VGG19 or
+    MobileNet."""
     runs: Path = Path("runs/ablation")
     """Where the variants are, or are trained: B, W, phi, M, C, and those of --extra."""
     train: bool = False
@@ -204,9 +200,6 @@ class Ablation:
     """Training configuration of stage vqig that the variants share. Default: configs/vqig-ablation.yaml."""
     steps: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
     """Training steps of each variant instead of the configuration's."""
-    residual: bool = False
-    """Train variants whose D_h draws a residual on the warped image, as in the default weights, instead of the whole
-    image."""
     limit: int = 60
     """Pairs to measure, spread evenly; 0 takes all."""
     rows: int = 4
@@ -257,7 +250,7 @@ class Ablation:
         wanted = dict(ABLATION)
         wanted.update((name, EXTRA[name]) for name in self.extra)
         if self.train:
-            train_missing(self._training(), list(wanted), self.runs, residual=self.residual)
+            train_missing(self._training(), list(wanted), self.runs)
         steps = {variant: _steps(self.runs / variant) for variant in wanted}
         missing = [variant for variant, count in steps.items() if not count]
         if missing:

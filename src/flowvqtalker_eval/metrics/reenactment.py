@@ -22,7 +22,7 @@ from flowvqtalker.face.model import FaceModel
 from flowvqtalker.io.image import ImageArray
 from flowvqtalker.render.mesh_flow import MeshFlow
 from flowvqtalker.render.perceptual import PerceptualLoss
-from flowvqtalker.render.vqig import VQIG
+from flowvqtalker.render.renderer import ImageGenerator
 from flowvqtalker_eval.metrics.frechet import FRECHET_MOBILENET, GaussianFit, MobileNetFeatures, frechet_distance, note
 from flowvqtalker_eval.metrics.regions import SIZES, Box, crop, perceptual_distances, regions
 from flowvqtalker_eval.metrics.ssim import psnr, ssim
@@ -81,7 +81,7 @@ class Reenactment:
         self,
         shard: str | Path,
         face: FaceModel,
-        generators: Mapping[str, VQIG],
+        generators: Mapping[str, ImageGenerator],
         *,
         limit: int = 60,
         warped: tuple[str, ...] = (),
@@ -96,8 +96,8 @@ class Reenactment:
             name: model.to(device=self.device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
             for name, model in generators.items()
         }
-        kinds = {_mesh_kind(model) for model in generators.values()}
-        self.meshes = {kind: MeshFlow(face, kind[0], openings=kind[1]).to(self.device) for kind in kinds}
+        kinds = {kind for model in generators.values() if (kind := _mesh_kind(model)) is not None}
+        self.meshes = {kind: MeshFlow(face, kind[0], apertures=kind[1]).to(self.device) for kind in kinds}
         self.data = PairDataset(Shard(shard), "val", limit=limit)
         if not len(self.data):
             raise UserError(f"shard {shard} has no clip with two images in its validation split; prepare another")
@@ -124,10 +124,11 @@ class Reenactment:
         priors = {kind: mesh(start, end) for kind, mesh in self.meshes.items()}
         images = {BASELINES[0]: item["source"]}
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            book = next(iter(self.generators.values())).autoencoder
-            images[BASELINES[1]] = book(item["target"])[0]
+            images[BASELINES[1]] = next(iter(self.generators.values())).reconstruct(item["target"])
             for name, model in self.generators.items():
-                found = model(model.prepare(item["source"]), item["motion"], priors[_mesh_kind(model)])
+                kind = _mesh_kind(model)
+                prior = None if kind is None else priors[kind]
+                found = model(model.prepare(item["source"]), item["motion"], prior)
                 images[name] = found.image
                 if name in self.warped:
                     images[f"I_w of {name}"] = found.warped
@@ -141,9 +142,10 @@ class Reenactment:
         )
 
 
-def _mesh_kind(model: VQIG) -> tuple[int, bool]:
+def _mesh_kind(model: ImageGenerator) -> tuple[int, bool] | None:
     """What a generator takes from the mesh: the size of the flow, and whether it needs the apertures."""
-    return model.config.warp.flow_size, model.config.openings
+    size = model.config.mesh_size
+    return None if size is None else (size, model.config.apertures)
 
 
 class Scores:

@@ -26,8 +26,7 @@ from flowvqtalker.io.image import ImageArray, read_image
 from flowvqtalker.io.video import VideoWriter, read_video, write_video
 from flowvqtalker.loading import choose_device, choose_dtype, fast_dtype, load_face_model, load_flows, load_generator
 from flowvqtalker.pipeline import Talker
-from flowvqtalker.render.renderer import Renderer
-from flowvqtalker.render.vqig import VQIG
+from flowvqtalker.render.renderer import ImageGenerator, Renderer
 from flowvqtalker_eval.metrics.analysis import read_wave
 from flowvqtalker_eval.tables.plan import METHODS, Output
 from flowvqtalker_eval.tables.splits import Item
@@ -42,17 +41,8 @@ _BATCH = 4
 class _WarpRenderer(Renderer):
     """Renders I_w in place of the generated frame."""
 
-    @torch.inference_mode()
-    def _batch(self, motion: Tensor) -> npt.NDArray[np.uint8]:
-        motion = motion.to(self.device, torch.float32)
-        now = motion[:, motion.shape[1] // 2]
-        prior = None
-        if self.generator.config.warp.prior == "mesh" and self.generator.config.use_warp:
-            target = self.face.project(self.alpha.expand(len(motion), -1), now[:, :64], now[:, 64:])
-            prior = self.mesh(self._start, target)
-        with self._autocast():
-            warped = self.generator.predict(self.source.expand(len(motion)), motion, prior)[0].warped
-        return _pixels(warped)
+    def _image(self, motion: Tensor, prior: Tensor | None) -> Tensor:
+        return self._generated(motion, prior).warped
 
 
 def _pixels(images: Tensor) -> npt.NDArray[np.uint8]:
@@ -87,7 +77,7 @@ class Animator:
         self._talker = cache(self._load_talker)
 
     @cached_property
-    def generator(self) -> VQIG:
+    def generator(self) -> ImageGenerator:
         """VQIG with its codebook."""
         return load_generator(self.weights)
 
@@ -150,13 +140,13 @@ class Animator:
         return renderer.render([clip.motion()])
 
     def _reconstructed(self, clip: _Clip) -> Iterator[ImageArray]:
-        autoencoder = self.generator.to(self.device).eval().autoencoder
+        generator = self.generator.to(self.device).eval()
         crops = clip.crops()
         while batch := list(islice(crops, _BATCH)):
             images = torch.from_numpy(np.stack(batch)).to(self.device).permute(0, 3, 1, 2).float().div(127.5).sub(1)
             autocast = torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
             with torch.inference_mode(), autocast:
-                reconstructed, _ = autoencoder(images.contiguous(memory_format=torch.channels_last))
+                reconstructed = generator.reconstruct(images.contiguous(memory_format=torch.channels_last))
             yield from _pixels(reconstructed)
 
 
