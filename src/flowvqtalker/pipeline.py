@@ -235,8 +235,9 @@ class Talker:
         Yields:
             (512, 512, 3), or the size of the picture, uint8 RGB.
         """
+        generator: ImageGenerator = _part(self._generator, "render")
         renderer = Renderer(
-            _part(self._generator, "render"),
+            generator,
             self.face_model,
             portrait.image,
             portrait.identity,

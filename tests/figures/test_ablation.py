@@ -68,8 +68,7 @@ def _pair(name: str, target: int, **images: int) -> Pair:
 
 def test_a_variant_begins_with_what_it_shares_with_the_given_weights(base: Config, tmp_path: Path) -> None:
     config = configuration(base, "phi")
-    assert config.model == replace(SMALL, use_attention=False, use_codes=False, residual=False)
-    assert configuration(base, "phi", residual=True).model.residual
+    assert config.model == replace(SMALL, use_attention=False, use_codes=False)
     model = build(config).generator
     given = load_file(base.data.start)
     own = {k: v for k, v in model.state_dict().items() if not k.startswith("autoencoder.")}

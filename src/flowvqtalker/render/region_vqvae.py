@@ -54,7 +54,8 @@ class RegionCodebookConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> RegionCodebookConfig:
         """Inverse of ``dataclasses.asdict`` (lists become tuples)."""
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return cls(**fields)
 
 
 class ChannelNorm(nn.Module):
@@ -211,7 +212,7 @@ class EMACodes(nn.Module):
     def expect(self, logits: Tensor, grid: tuple[int, int]) -> Tensor:
         """Expected codes (B, d, h, w) under the softmax of logits (B, h w, N)."""
         codes = logits.float().softmax(-1).to(logits.dtype) @ self.weight.to(logits.dtype)
-        return codes.movedim(-1, 1).unflatten(2, grid)
+        return codes.movedim(-1, 1).reshape(len(logits), -1, *grid)
 
     @torch.no_grad()
     def learn(self, z: Tensor, indices: Tensor, decay: float, threshold: float = 0.3) -> Tensor:
