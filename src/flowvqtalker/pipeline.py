@@ -235,7 +235,7 @@ class Talker:
         Yields:
             (512, 512, 3), or the size of the picture, uint8 RGB.
         """
-        generator: ImageGenerator = _part(self._generator, "render")
+        generator: ImageGenerator = _part(self._generator, "render")  # type: ignore[assignment]  # mypy joins the union
         renderer = Renderer(
             generator,
             self.face_model,
