@@ -1,11 +1,11 @@
-"""The model questions of the expression flow, answered one by one: each variant trained alike, and measured alike.
+"""Model questions of the expression flow: variants that differ in one setting, trained and measured alike.
 
     python benchmarks/flow_questions.py SHARD --speech-encoder runs/speech -o runs/questions [--steps 1000] [--only K=8]
 
 Every variant differs from the first, the default, in one setting. It is trained for the same number of steps on the
-shard's training people and measured on its held-out people: negative log-likelihood in nats a frame, the measures of
-``motion_quality.py`` on fewer clips and seeds, and the classifier's verdict on every emotion. A finished variant is not
-trained again; the table is printed and written to OUT/questions.md and .json after each.
+shard's training people and measured on its held-out people: negative log-likelihood in nats per frame, the measures of
+``motion_quality.py`` on fewer clips and seeds, and the evaluator's accuracy on every emotion. A finished variant is not
+trained again. The table is printed and written to OUT/questions.md and .json after each.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from flowvqtalker.train.flow_stage import load_speech_encoder
 from flowvqtalker.train.loop import fit
 from flowvqtalker.train.sequences import load_corpus
 
-#: Name -> what it changes: settings by their path, and options of the sampling.
+#: Name -> changed settings by their path, and options of the sampling.
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
     "K = 8": {"flow.steps": 8},
@@ -59,7 +59,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "tau = 20": {"flow.history": 20},
     "estimated neutral faces": {"sequences.estimate": True},
 }
-#: How the emotional clips were drawn when the questions were asked; the default has learnt from the answers.
+#: How emotional clips were sampled when the questions were asked; the defaults have changed since.
 _ASKED = {
     "sequences.estimate": False,
     "sequences.known_neutral": 0.7,
@@ -80,7 +80,7 @@ _COLUMNS = {
 
 
 def changed(config: expflow.Config, settings: dict[str, Any]) -> expflow.Config:
-    """The configuration with some settings, given by their path, replaced."""
+    """The configuration with settings replaced by path."""
     values = to_dict(config)
     for path, value in settings.items():
         *parents, name = path.split(".")
@@ -94,23 +94,23 @@ def changed(config: expflow.Config, settings: dict[str, Any]) -> expflow.Config:
 
 
 def bank_of(state: dict[str, torch.Tensor], shared: bool) -> LatentBank | None:
-    """The bank of a run; shared, every emotion draws on the latents of all, taken from their own emotion's mean."""
+    """The bank of a run; if shared, every emotion uses the latents of all, relative to their own emotion's mean."""
     bank = LatentBank.load(state)
     return replace(bank, minimum=len(bank.latents) + 1) if bank is not None and shared else bank
 
 
 def measure(bench: Bench, chosen: list[int], options: argparse.Namespace) -> dict[str, float]:
-    """The measures of one variant, whose flow and bank ``bench`` holds."""
+    """Measures of the variant whose flow and bank ``bench`` holds."""
     scores = []
     for number in chosen:
-        takes = [bench.generate(number, bench.label(number), seed) for seed in range(options.seeds)]
-        scores.append(motion_scores(bench.face, bench.clip(number), takes, None))
+        samples = [bench.generate(number, bench.label(number), seed) for seed in range(options.seeds)]
+        scores.append(motion_scores(bench.face, bench.clip(number), samples, None))
     longest = max(chosen, key=lambda n: len(bench.clip(n)))
     emotions = score_emotions(bench, longest)
-    told = [row["recognised"] for row in emotions.values() if "recognised" in row]
+    recognised = [row["recognised"] for row in emotions.values() if "recognised" in row]
     return {
         **mean(scores),
-        "emotion accuracy": float(np.mean(told)) if told else float("nan"),
+        "emotion accuracy": float(np.mean(recognised)) if recognised else float("nan"),
         "diversity ratio": float(np.mean([row["ratio"] for row in emotions.values()])),
     }
 
@@ -124,7 +124,7 @@ def table(results: dict[str, dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    """Train what is missing, measure, print."""
+    """Train the missing variants, measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shard", type=Path)
     parser.add_argument("--speech-encoder", type=Path, required=True, help="run of the stage speech")
@@ -148,8 +148,8 @@ def main() -> None:
     lids = face.arkit[[arkit_index("eyeBlinkLeft"), arkit_index("eyeBlinkRight")]].mean(0)
     basis = torch.linalg.qr(flow_stage.lip_directions(face.expression))[0]
     lips, gap = (basis @ basis.mT).numpy(), flow_stage.lip_gap(face.expression).numpy()
-    heard = load_speech_encoder(options.speech_encoder)
-    given = {"lips": lips, "gap": gap, "frontend": heard[0].config.frontend}
+    encoder, lip_prior = load_speech_encoder(options.speech_encoder)
+    given = {"lips": lips, "gap": gap, "frontend": encoder.config.frontend}
     train, val = (load_corpus(base.shards, split, base.sequences, **given) for split in ("train", "val"))
     bench = Bench(options)
     chosen = bench.chosen()
@@ -164,16 +164,16 @@ def main() -> None:
         config = changed(base, settings)
         if not (run / "weights.safetensors").is_file():
             if train.clips[0].features is None:
-                encode_corpus(train, heard[0], config.features.copies, base.loop.seed)
+                encode_corpus(train, encoder, config.features.copies, base.loop.seed)
             drawn = config.sequences
             corpus = Corpus(train.clips, lips, gap, drawn.known_neutral, drawn.estimate)  # the same clips
-            stage = expflow.ExpFlowStage(config, corpus, val, face.expression, lids, heard)
+            stage = expflow.ExpFlowStage(config, corpus, val, face.expression, lids, (encoder, lip_prior))
             fit(stage, config.loop, run, resume=(run / "checkpoint.pt").is_file())
         about = json.loads((run / "config.json").read_text())
         stored = load_file(str(run / "weights.safetensors"))
         state = {key: value.float() if value.is_floating_point() else value for key, value in stored.items()}
-        bench.expflow = ExpFlow.load(state, about["config"], heard[0])
-        bench.expflow.emotion_bias.zero_()  # the flow's own emotions, not what train.emotion_bias adds
+        bench.expflow = ExpFlow.load(state, about["config"], encoder)
+        bench.expflow.emotion_bias.zero_()  # measure the flow itself
         bench.bank = bank_of(state, shared=sampling.get("sampling.bank") == "shared")
         bench.sampling = {"manifold": sampling.get("sampling.manifold", MANIFOLD)}
         results[name] = {"nll": float(about["scores"]["nll"]), **measure(bench, chosen, options)}

@@ -1,4 +1,4 @@
-"""Peak memory for one and for ten minutes of speech: it must not grow with the length.
+"""Peak memory for one and for ten minutes of speech; it must not grow with the length.
 
     python benchmarks/memory.py             speech to motion (decoding, features, both flows)
     python benchmarks/memory.py --video     speech to video, end to end (slow: every frame is rendered)
@@ -21,11 +21,11 @@ from pathlib import Path
 
 import numpy as np
 
-_RATE = 16_000
+from flowvqtalker.constants import SAMPLE_RATE
 
 
 def long_speech(path: Path, minutes: float) -> None:
-    """The bundled speech again and again, as WAV, written block by block."""
+    """Write the bundled speech repeatedly as WAV, block by block."""
     from flowvqtalker.io import audio as decode
 
     sample = decode.load(Path(str(files("flowvqtalker") / "assets" / "sample_speech.ogg")))
@@ -33,8 +33,8 @@ def long_speech(path: Path, minutes: float) -> None:
     with wave.open(str(path), "wb") as file:
         file.setnchannels(1)
         file.setsampwidth(2)
-        file.setframerate(_RATE)
-        left = round(minutes * 60 * _RATE) * 2
+        file.setframerate(SAMPLE_RATE)
+        left = round(minutes * 60 * SAMPLE_RATE) * 2
         while left > 0:
             file.writeframes(block[:left])
             left -= len(block)

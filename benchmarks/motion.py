@@ -1,4 +1,4 @@
-"""Cost of motion: milliseconds per frame of ExpFlow and PoseFlow together, parameters, first-frame time.
+"""Cost of motion: milliseconds per frame of ExpFlow and PoseFlow together, parameters, time to the first frame.
 
     python benchmarks/motion.py [--threads 1 2] [--frames 200] [--weights FOLDER | --untrained]
     python benchmarks/motion.py --track           with an emotion that changes every two seconds
@@ -6,7 +6,7 @@
     python benchmarks/motion.py --intensity       mean blendshapes over intensity
 
 Streams windows one at a time through :class:`flowvqtalker.motion.sampler.MotionGenerator`, as a live stream does, with
-the manifold projection on. Medians of processor time, so that other load on the machine counts less.
+manifold projection. Prints medians of processor time, which other load on the machine affects least.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from flowvqtalker import EMOTIONS
+from flowvqtalker.constants import EMOTIONS, SAMPLE_RATE
 from flowvqtalker.face.arkit import ARKIT_NAMES
 from flowvqtalker.io import audio as decode
 from flowvqtalker.io.coefficients import Motion
@@ -34,7 +34,7 @@ from flowvqtalker.pipeline import Talker
 
 
 def load(folder: Path | None, untrained: bool) -> tuple[ExpFlow, PoseFlow, LatentBank]:
-    """The flows and a bank; random ones of the default size without weights."""
+    """The flows and a bank; untrained ones of the default size if asked for."""
     if untrained:
         torch.manual_seed(0)
         expflow = ExpFlow().eval()
@@ -59,9 +59,9 @@ def sample() -> np.ndarray:
 
 
 def drift(minutes: float, emotions: list[str], folder: Path | None) -> None:
-    """Stream the bundled speech again and again in blocks of 40 ms and compare minutes."""
+    """Stream the bundled speech repeatedly in blocks of 40 ms and compare the first and the last minute."""
     talker = Talker.from_pretrained(folder, device="cpu", components=("face", "motion"))
-    speech = np.tile(sample(), round(6 * minutes) + 1)[: round(minutes * 60 * decode.SAMPLE_RATE)]
+    speech = np.tile(sample(), round(6 * minutes) + 1)[: round(minutes * 60 * SAMPLE_RATE)]
     for emotion in emotions:
         stream = talker.stream(options=MotionOptions(emotion=emotion))
         started = time.process_time()

@@ -1,14 +1,14 @@
-"""What the flows generate, measured on held-out people of a shard, beside the real clips and two baselines.
+"""Generated motion on held-out people of a shard, beside the real clips and baselines.
 
     python benchmarks/motion_quality.py SHARD [--clips 24] [--seeds 10] [--json FILE] [--temperature X] [...]
     python benchmarks/motion_quality.py SHARD --intensity [0 0.25 ...]   the classifier's score over intensity
 
-Prints: means over held-out clips of motion_scores.py (landmark and lip distances on the true pose and
-identity, beats, jitter, speed, head, correlation of mouth opening with loudness and with the real clip), generated with
-several seeds, beside the real clips; the distances of the mean face, of the source's expression held still, and of the
-training clips that sound most alike; whether one seed gives one motion to the last bit; and, for every emotion, how far
-ten seeds lie apart beside real clips of the emotion, how often a classifier that never saw a flow's output recognises
-it, and means of the ARKit blendshapes that it should move, over held-out portraits.
+Prints means over held-out clips of motion_scores.py (landmark and lip distances with the true pose and identity, beats,
+jitter, speed, head, correlation of mouth opening with loudness and with the real clip), generated with several seeds,
+beside the real clips; the same distances for the mean face, the source's static expression and the training clips that
+sound most alike; and whether one seed gives bit-identical motion. For every emotion: the distance between ten seeds
+beside that between real clips, how often an evaluator that never saw generated motion recognises the emotion, and means
+of the ARKit blendshapes that it should move, over held-out portraits.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _SHAPES = ("jawOpen", "mouthSmile", "mouthFrown", "browDown", "browInnerUp")
 
 
 class Bench:
-    """The parts that every measurement needs."""
+    """Weights and data that every measurement needs."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
@@ -56,11 +56,11 @@ class Bench:
         return Coefficients(beta, rho, np.array(self.shard.identity_shape[number], np.float32))
 
     def wave(self, number: int) -> np.ndarray:
-        """Their speech."""
+        """Speech of the first frames of a clip."""
         return self.shard.wave(number)[: self.options.frames * SAMPLES]
 
     def chosen(self) -> list[int]:
-        """The longest clips with speech of each held-out person, round and round, so that nobody fills the list."""
+        """The longest clips with speech, the held-out people in turn."""
         places: dict[str, int] = {}
         order = []
         speech = self.shard.select("val", speech=True, is_image=False, min_length=25)
@@ -79,7 +79,7 @@ class Bench:
         frames: int | None = None,
         intensity: float = 1.0,
     ) -> Coefficients:
-        """Motion for a clip's speech, from its first frame's expression or another, by the default path."""
+        """Motion for a clip's speech, from the expression of its first frame or another."""
         real = self.clip(number)
         beta = real.expression[0] if beta0 is None else beta0
         motion = MotionGenerator(

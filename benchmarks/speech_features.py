@@ -1,11 +1,11 @@
-"""How well lips can be told from speech features, on held-out people: the same small regressor on each kind.
+"""How well lips can be predicted from speech features, on held-out people: the same small regressor on each kind.
 
     python benchmarks/speech_features.py SHARD [--kinds mel encoder whisper] [--whisper FOLDER] [--speech-encoder RUN]
 
 ``mel`` trains the small audio encoder on log-mel windows, ``encoder`` reads the features of the frozen speech encoder,
 and ``whisper`` those of the whole pretrained encoder (it sees the whole recording and cannot follow a stream). The
-regressor is trained on the shard's training clips with speech to foretell the lips' shape around the clip's mean.
-Printed: correlation of the lip opening with the real clip's, mean over each held-out person's clips and over people.
+regressor learns from the shard's training clips with speech to predict the lips' shape around the clip's mean.
+Prints: correlation of the lip opening with the real clip's, mean over each held-out person's clips and over people.
 """
 
 from __future__ import annotations
