@@ -180,7 +180,7 @@ def make(panels: Sequence[Panel]) -> Figure:
                 extent = (-reach - 0.5, reach + 0.5, 2.5, -0.5)
                 image = below.imshow(values, cmap="RdBu_r", vmin=-0.5, vmax=0.5, aspect="auto", extent=extent)
                 below.set_yticks(range(3), _AXES if column == 0 else [""] * 3)
-                below.set_xlabel(f"lag to {feature} (frames)")
+                below.set_xlabel(f"lag to {feature} (frames)", fontsize=7)
                 below.axvline(0, color="black", linewidth=0.4)
             for below in axes[1 + len(one.correlations) :, column]:
                 below.set_axis_off()
