@@ -316,8 +316,8 @@ def cut_images(source: Source, part: dict[str, Any], config: PrepareConfig) -> d
     frames = _own_frames(source, {int(n) for n in own})
     jpegs: list[bytes] = []
     for number in own:
-        picture = crop.apply(frames[int(number)])
-        done, data = cv2.imencode(".jpg", picture[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, config.quality])
+        image = crop.apply(frames[int(number)])
+        done, data = cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, config.quality])
         if not done:
             raise UserError("an image could not be encoded")
         jpegs.append(data.tobytes())

@@ -283,11 +283,10 @@ def track(
 
 
 def front_pose(model: FaceModel) -> Tensor:
-    """Pose (6,) of a face seen from the front, as large as the crop makes every face."""
-    """Pose (6,) of a face seen from the front, as large as the crop makes every face."""
+    """Pose (6,) of a frontal face at the size that every crop has."""
     zeros = model.mean.new_zeros(IDENTITY), model.mean.new_zeros(EXPRESSION)
     seen = model.project(*zeros, model.mean.new_tensor([0.0, 0.0, 0.0, 0.0, 0.0, _FRONT_DEPTH]))[:, :2].cpu().numpy()
     crop = crop_box(seen)
-    depth = _FRONT_DEPTH / crop.scale  # to scale the picture by s is to come s times nearer
+    depth = _FRONT_DEPTH / crop.scale  # an image s times as large is seen from 1 / s of the distance
     across, down = (crop.points(np.full(2, CENTRE, seen.dtype)) - CENTRE) * depth / FOCAL
     return torch.tensor([0.0, 0.0, 0.0, float(across), float(down), depth])
