@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 from flowvqtalker import weights
-from flowvqtalker.data.pictures import find_pictures, read_picture
+from flowvqtalker.data.images import find_images, read_rgb
 from flowvqtalker.data.shards import Shard
 from flowvqtalker.data.splits import split_of
 from flowvqtalker.errors import UserError
@@ -74,12 +74,12 @@ def stored(shard: Shard, stills: bool, limit: int) -> Iterator[Portrait]:
 
 def found(folder: Path, table: Path | None, limit: int) -> Iterator[Portrait]:
     """Images of the held-out people of a folder."""
-    held = [(path, who) for path, who in find_pictures(folder, table) if split_of(who) == "val"]
+    held = [(path, who) for path, who in find_images(folder, table) if split_of(who) == "val"]
     if not held:
         raise UserError(f"no image in {folder} shows a person of the validation split; give more images")
     with FaceTracker() as tracker:
         for i in in_turn([who for _, who in held], limit):
-            image = read_picture(held[i][0])
+            image = read_rgb(held[i][0])
             if image.shape[:2] != (SIDE, SIDE):
                 how = cv2.INTER_AREA if image.shape[0] > SIDE else cv2.INTER_CUBIC
                 image = np.asarray(cv2.resize(image, (SIDE, SIDE), interpolation=how), np.uint8)

@@ -165,7 +165,7 @@ def pictures(tmp_path: Path) -> Path:
 
 
 def test_codebook_stage_learns(pictures: Path, tmp_path: Path) -> None:
-    from flowvqtalker.data.pictures import Augmentation
+    from flowvqtalker.data.images import Augmentation
     from flowvqtalker.train.codebook import Config, Data, build
     from flowvqtalker.train.config import LoopConfig
     from flowvqtalker.train.loop import fit
@@ -190,15 +190,15 @@ def test_codebook_stage_learns(pictures: Path, tmp_path: Path) -> None:
 
 
 def test_training_items_depend_on_seed_and_number_alone(pictures: Path) -> None:
-    from flowvqtalker.data.pictures import Augmentation, PictureDataset, find_pictures
+    from flowvqtalker.data.images import Augmentation, ImageDataset, find_images
 
-    found = find_pictures(pictures)
+    found = find_images(pictures)
     first, second = (
-        PictureDataset(found, "train", Augmentation(crop=64, blur_jpeg=0.5), seed=1, size=128) for _ in range(2)
+        ImageDataset(found, "train", Augmentation(crop=64, blur_jpeg=0.5), seed=1, size=128) for _ in range(2)
     )
     assert torch.equal(first[12345], second[12345]) and not torch.equal(first[1], first[2])
     assert first[0].shape == (3, 64, 64) and first[0].abs().max() <= 1
-    people = {split: set(PictureDataset(found, split, Augmentation()).paths) for split in ("train", "val")}
+    people = {split: set(ImageDataset(found, split, Augmentation()).paths) for split in ("train", "val")}
     assert not people["train"] & people["val"]
-    with pytest.raises(UserError, match="no pictures"):
-        find_pictures(pictures / "nothing")
+    with pytest.raises(UserError, match="no images"):
+        find_images(pictures / "nothing")

@@ -23,7 +23,7 @@ from flowvqtalker_eval.metrics.reenactment import BASELINES, Pair, Reenactment, 
 from flowvqtalker_eval.metrics.ssim import ssim
 from tests.test_render_codebook import TINY
 from tests.test_render_generator import SMALL, face
-from tests.test_train_vqig import shard
+from tests.train.test_vqig import shard
 
 pytest.importorskip("matplotlib")
 __all__ = ["face", "shard"]

@@ -18,7 +18,7 @@ from flowvqtalker_eval.metrics import reenactment
 from flowvqtalker_eval.metrics.reenactment import Pair, Reenactment, Scores
 from flowvqtalker_eval.metrics.regions import SIZES, crop, perceptual_distances, regions
 from tests.test_render_generator import SMALL, face
-from tests.test_train_vqig import shard
+from tests.train.test_vqig import shard
 
 __all__ = ["face", "shard"]
 

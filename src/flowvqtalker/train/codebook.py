@@ -1,43 +1,47 @@
-"""Stage ``codebook``: E_h, C and D_h by self-reconstruction with L1, perceptual and adversarial losses (eq. 13-17)."""
+"""Stage ``codebook``: E_h, C and D_h by self-reconstruction with L1, perceptual and adversarial losses (eq. 13-17).
+
+With ``region`` set, the lite codebook of a region of interest is trained (:mod:`flowvqtalker.train.region_codebook`);
+without, the paper's, on whole images.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+import tyro
 from lightning_fabric import Fabric
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from flowvqtalker.data.pictures import Augmentation, PictureDataset, find_pictures
+from flowvqtalker.data.images import Augmentation, ImageDataset, find_images
 from flowvqtalker.errors import UserError
 from flowvqtalker.render.perceptual import PerceptualLoss
 from flowvqtalker.render.vqvae import CodebookConfig, VQAutoencoder
 from flowvqtalker.train.config import LoopConfig, check
 from flowvqtalker.train.gan import PatchDiscriminator, adversarial_loss, discriminator_loss
-from flowvqtalker.train.loop import Stage
+from flowvqtalker.train.image_stage import image_scores, load_codebook
+from flowvqtalker.train.region_codebook import RegionCodebookStage, RegionCodebookTraining
+from flowvqtalker.train.stage import Stage
 
 __all__ = ["CodebookStage", "Config", "build"]
 
 
 @dataclass(frozen=True)
 class Data:
-    """Where the pictures are."""
+    """Where the paper's codebook finds its images, and what both begin with and are measured on."""
 
-    pictures: Path = Path("data/faces")
+    images: Path = Path("data/faces")
     """Folder of face crops (512x512)."""
     table: Path | None = None
     """csv with the columns file and identity, for a split by person."""
     start: Path | None = None
-    """Weights of a codebook of the same size to begin with (fine-tuning); its codes are kept as they are."""
+    """Weights of a codebook of the same size to begin with (fine-tuning), with its codes."""
     augmentation: Augmentation = field(default_factory=lambda: Augmentation(crop=256, min_scale=0.5))
-    """Random views of the training pictures."""
+    """Random views of the training images."""
     validation: int = 48
-    """Held-out pictures that are measured."""
+    """Held-out images that are measured."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,10 @@ class Config:
     """Configuration of the codebook stage."""
 
     data: Data = field(default_factory=Data)
+    region: Annotated[RegionCodebookTraining | None, tyro.conf.AvoidSubcommands] = None
+    """Train the codebook of a region of interest; the settings of losses below are the paper codebook's alone."""
     model: CodebookConfig = field(default_factory=CodebookConfig.lite)
+    """Sizes of the paper's codebook."""
     loop: LoopConfig = field(default_factory=lambda: LoopConfig(lr=2e-4, batch_size=8, ema=0.995))
     perceptual: Literal["vgg19", "mobilenet", "none"] = "mobilenet"
     """Network of the perceptual loss; vgg19 is the paper's."""
@@ -80,7 +87,7 @@ class Config:
                 (getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}")
                 for name in weights
             ),
-            (self.loop.accumulate == 1, "loop.accumulate must be 1: the discriminator sees the last batch's pictures"),
+            (self.loop.accumulate == 1, "loop.accumulate must be 1: the discriminator sees the last batch's images"),
             (self.revive_every > 0, f"revive_every must be positive, got {self.revive_every}"),
             (
                 self.data.augmentation.crop % self.model.stride == 0,
@@ -107,17 +114,15 @@ class CodebookStage(Stage):
         )
         if self.perceptual is None:
             self.monitor = "l1"
-        self.pictures = find_pictures(config.data.pictures, config.data.table)
+        self.images = find_images(config.data.images, config.data.table)
         self._fake: Tensor | None = None
         self._latents: Tensor | None = None
 
     def _begin_with(self, file: Path) -> None:
         """Take over the weights of a codebook."""
-        if not file.is_file():
-            raise UserError(f"{file} not found; set data.start to the weights of a codebook, or leave it out")
         try:
-            self.autoencoder.load_state_dict({key: value.float() for key, value in load_file(file).items()})
-        except (RuntimeError, SafetensorError) as error:
+            self.autoencoder.load_state_dict(load_codebook(file, "data.start"))
+        except RuntimeError as error:
             raise UserError(f"{file} (data.start) does not hold a codebook of this size; leave it out") from error
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
@@ -126,15 +131,15 @@ class CodebookStage(Stage):
             "discriminator": list(self.discriminator.parameters()),
         }
 
-    def dataset(self, split: str) -> PictureDataset:
-        return PictureDataset(self.pictures, split, self.config.data.augmentation, self.config.loop.seed)
+    def dataset(self, split: str) -> ImageDataset:
+        return ImageDataset(self.images, split, self.config.data.augmentation, self.config.loop.seed)
 
     def lr_scale(self, group: str) -> float:
         """The spectrally normalised discriminator learns slowly: at the generator's rate it stayed undecided."""
         return self.config.discriminator_lr if group == "discriminator" else 1.0
 
     def on_start(self, batch: Tensor) -> None:
-        """Begin with codes that are latents of real pictures, unless they come from ``data.start``."""
+        """Begin with codes that are latents of real images, unless they come from ``data.start``."""
         if self.config.data.start is not None:
             return
         with torch.no_grad():
@@ -195,30 +200,35 @@ class CodebookStage(Stage):
             self._latents = None
 
     def validate(self, fabric: Fabric) -> dict[str, float]:
-        """PSNR (dB), SSIM (skimage, 7x7), L1, perceptual distance and the share of codes used on held-out pictures."""
-        from skimage.metrics import structural_similarity
-
+        """Scores of :func:`~flowvqtalker.train.image_stage.image_scores` and the share of codes used on held-out
+        images."""
         data = self.dataset("val")
         used: set[int] = set()
-        sums = {"psnr": 0.0, "ssim": 0.0, "l1": 0.0, "perceptual": 0.0}
+        sums: dict[str, float] = {}
         count = min(len(data), self.config.data.validation)
         for i in range(count):
             real = data[i * len(data) // count][None].to(fabric.device)
             fake, quantized = self.autoencoder(real)
-            fake = fake.float().clamp(-1, 1)
             used.update(quantized.indices.flatten().tolist())
-            sums["l1"] += F.l1_loss(fake, real).item()
-            sums["psnr"] += float(10 * torch.log10(4 / F.mse_loss(fake, real)))
-            a, b = (((x[0].cpu().numpy() + 1) * 127.5).round().astype("uint8") for x in (fake, real))
-            sums["ssim"] += float(structural_similarity(a, b, channel_axis=0))
-            if self.perceptual is not None:
-                sums["perceptual"] += self._perceptual(fake, real).item()
-        return {key: value / count for key, value in sums.items()} | {"codes_used": len(used) / self.config.model.codes}
+            for key, value in image_scores(fake, real, self.perceptual).items():
+                sums[key] = sums.get(key, 0.0) + value / count
+        return sums | {"codes_used": len(used) / self.config.model.codes}
 
     def export(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return self.autoencoder.state_dict(), self.config.model.to_dict()
 
 
-def build(config: Config) -> CodebookStage:
+def build(config: Config) -> CodebookStage | RegionCodebookStage:
     """The stage for a configuration."""
-    return CodebookStage(config)
+    if config.region is None:
+        return CodebookStage(config)
+    return RegionCodebookStage(
+        config.region,
+        config.loop,
+        config,
+        None if config.perceptual == "none" else PerceptualLoss(config.perceptual, config.perceptual_weights),
+        PatchDiscriminator(config.discriminator_width, config.discriminator_layers),
+        discriminator_lr=config.discriminator_lr,
+        start=config.data.start,
+        validation=config.data.validation,
+    )

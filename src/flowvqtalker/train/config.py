@@ -136,7 +136,8 @@ def _problems(cls: type, detail: ErrorDetails) -> list[str]:
     if detail["type"] == "unexpected_keyword_argument":
         owner: Any = cls
         for name in place[:-1]:
-            owner = typing.get_type_hints(owner)[name]
+            hint = typing.get_type_hints(owner)[name]
+            owner = next((part for part in typing.get_args(hint) if dataclasses.is_dataclass(part)), hint)
         return [f"{path}: unknown; allowed: {', '.join(sorted(f.name for f in dataclasses.fields(owner)))}"]
     if detail["type"] == "missing":
         return [f"{path}: missing"]

@@ -1,36 +1,41 @@
 """Stage ``vqig``: the image generator on a frozen codebook, code-level supervision first, then image-level (paper
-section 3.3)."""
+section 3.3).
+
+With ``region`` set, the lite generator of a region of interest is trained (:mod:`flowvqtalker.train.region_vqig`);
+without, the paper's, or a variant of it.
+"""
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+import tyro
 from lightning_fabric import Fabric
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flowvqtalker.data.pairs import PairDataset
+from flowvqtalker.data.pairs import PairDataset, PairMix
 from flowvqtalker.data.shards import Shard
 from flowvqtalker.errors import UserError
 from flowvqtalker.face.model import FaceModel
 from flowvqtalker.face.topology import EYES, LIPS
-from flowvqtalker.render.mesh_flow import MeshFlow, warp
+from flowvqtalker.render.mesh_flow import MeshFlow
 from flowvqtalker.render.perceptual import PerceptualLoss
+from flowvqtalker.render.region import RegionVQIG
 from flowvqtalker.render.vqig import VQIG, Generated, VQIGConfig
 from flowvqtalker.train.config import LoopConfig, check
 from flowvqtalker.train.gan import PatchDiscriminator, adversarial_loss, discriminator_loss
-from flowvqtalker.train.loop import Stage
+from flowvqtalker.train.image_stage import image_scores, load_codebook, load_matching, make_views, motion_statistics
+from flowvqtalker.train.region_losses import RegionDiscriminator
+from flowvqtalker.train.region_vqig import RegionVQIGStage, RegionVQIGTraining
+from flowvqtalker.train.stage import Stage
 
 __all__ = ["Config", "VQIGStage", "build"]
 
 Batch = dict[str, Tensor]
-
-logger = logging.getLogger(__name__)
 
 #: Side of the mouth's crop in pixels of the picture.
 _MOUTH = 128
@@ -38,25 +43,18 @@ _MOUTH = 128
 
 @dataclass(frozen=True)
 class Data:
-    """Where the pictures and the frozen models are."""
+    """Where the images and the frozen models are."""
 
     shard: Path = Path("data/shards/frames")
-    """Shard with pictures (`flowvqtalker prepare`)."""
+    """Shard with images (`flowvqtalker prepare`)."""
     codebook: Path = Path("runs/codebook/weights.safetensors")
     """Trained codebook."""
     face_model: Path = Path("runs/face_model/face_model.safetensors")
     """Face model with which the shard was made."""
     start: Path | None = None
     """Weights of an image generator to begin with, as far as this one has the same parts (ablation, fine-tuning)."""
-    stills: float = 0.5
-    """Share of pairs made from a still picture moved by the face mesh."""
-    colour: float = 0.1
-    """Largest relative change of brightness, contrast and colour of a pair."""
-    min_native: float = 0.0
-    """Use only pictures whose crop had at least this many pixels of side in the original."""
-    hardest_of: int = 1
-    """Of so many pairs drawn, the one whose expressions differ most is learnt from (ours): most frames of a clip are
-    much alike, and what warping cannot do is seen where they are not."""
+    pairs: PairMix = field(default_factory=PairMix)
+    """Which pairs are drawn."""
     validation: int = 32
     """Held-out pairs that are measured."""
 
@@ -66,7 +64,11 @@ class Config:
     """Configuration of the image generator's stage."""
 
     data: Data = field(default_factory=Data)
+    region: Annotated[RegionVQIGTraining | None, tyro.conf.AvoidSubcommands] = None
+    """Train the generator of a region of interest; the settings of losses below are the paper generator's
+    alone."""
     model: VQIGConfig = field(default_factory=VQIGConfig.lite)
+    """Sizes of the paper's generator."""
     loop: LoopConfig = field(default_factory=lambda: LoopConfig(lr=2e-4, batch_size=4, ema=0.995))
     code_steps: int = 2000
     """Steps with code-level supervision only (eq. 18); image-level losses join after them."""
@@ -118,10 +120,8 @@ class Config:
                 (getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}")
                 for name in weights
             ),
-            (self.loop.accumulate == 1, "loop.accumulate must be 1: the discriminator sees the last batch's pictures"),
+            (self.loop.accumulate == 1, "loop.accumulate must be 1: the discriminator sees the last batch's images"),
             (0 < self.patch <= 512, f"patch must be in (0, 512], got {self.patch}"),
-            (0 <= self.data.stills <= 1, f"data.stills must be in [0, 1], got {self.data.stills}"),
-            (self.data.hardest_of >= 1, f"data.hardest_of must be at least 1, got {self.data.hardest_of}"),
         )
 
 
@@ -134,65 +134,17 @@ class VQIGStage(Stage):
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        for file in (config.data.codebook, config.data.face_model):
-            if not file.is_file():
-                raise UserError(
-                    f"{file} not found; train face-model and codebook first, or set data.codebook, data.face_model"
-                )
         self.generator = VQIG(config.model)
-        codebook = load_file(config.data.codebook)
-        try:
-            self.generator.load_codebook({key: value.float() for key, value in codebook.items()})
-        except RuntimeError as error:
-            raise UserError(
-                f"{config.data.codebook} does not fit model.codebook; give the configuration it was trained with"
-            ) from error
+        self.shard, self.face = _prepare(self.generator, config)
         self.discriminator = PatchDiscriminator(config.discriminator_width, config.discriminator_layers)
         self.module = nn.ModuleDict({"generator": self.generator, "discriminator": self.discriminator})
-        self.shard = Shard(config.data.shard)
-        self.face = FaceModel.load(config.data.face_model)
         self.mesh = MeshFlow(self.face, config.model.warp.flow_size, apertures=config.model.apertures)
         self.perceptual = (
             None if config.perceptual == "none" else PerceptualLoss(config.perceptual, config.perceptual_weights)
         )
         if self.perceptual is None:
             self.monitor = "l1"
-        self._standardise()
-        if config.data.start is not None:
-            self._begin_with(config.data.start)
         self._patches: tuple[Tensor, Tensor] | None = None
-
-    def _standardise(self) -> None:
-        """Means and deviations of the motion coefficients in the training split, for psi."""
-        clips = self.shard.select("train")
-        rows = torch.cat(
-            [
-                torch.arange(int(s), int(s + n))
-                for s, n in zip(self.shard.start[clips], self.shard.length[clips], strict=True)
-            ]
-        )
-        picked = rows[:: max(1, len(rows) // 20_000)].numpy()
-        values = torch.cat(
-            [torch.from_numpy(self.shard.expression[picked]), torch.from_numpy(self.shard.pose[picked])], dim=1
-        )
-        self.generator.motion_mean.copy_(values.mean(0))
-        self.generator.motion_std.copy_(values.std(0).clamp(min=1e-3))
-
-    def _begin_with(self, file: Path) -> None:
-        """Take over what fits of another image generator's weights: its parts, and the means and deviations that its
-        psi knows."""
-        if not file.is_file():
-            raise UserError(f"{file} not found; set data.start to the weights of an image generator, or leave it out")
-        own = self.generator.state_dict()
-        given = load_file(file)
-        taken = {key: value.float() for key, value in given.items() if key in own and own[key].shape == value.shape}
-        new = sorted({key.split(".")[0] for key in own if key not in taken} - {"autoencoder"})
-        if not any(key.startswith("encoder.") for key in taken):
-            raise UserError(f"{file} (data.start) holds no image generator of this size; give one, or leave it out")
-        self.generator.load_state_dict(taken, strict=False)
-        logger.info(
-            "%d of %d tensors come from %s; new parts: %s", len(taken), len(given), file, ", ".join(new) or "none"
-        )
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         frozen = {id(p) for p in self.generator.autoencoder.parameters()}
@@ -204,38 +156,12 @@ class VQIGStage(Stage):
         return self.config.discriminator_lr if group == "discriminator" else 1.0
 
     def dataset(self, split: str) -> PairDataset:
-        data = self.config.data
-        limit = data.validation if split != "train" else 0
-        return PairDataset(
-            self.shard,
-            split,
-            stills=data.stills,
-            colour=data.colour,
-            min_native=data.min_native,
-            hardest_of=data.hardest_of,
-            seed=self.config.loop.seed,
-            limit=limit,
-        )
-
-    @torch.no_grad()
-    def views(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Source picture (stills moved by the mesh), mesh flow from target back to source, target's vertices."""
-        device = batch["target"].device
-        face, mesh = self.face.to(device), self.mesh.to(device)
-        with torch.autocast(device.type, enabled=False):
-            start = face.project(batch["identity"], batch["source_expression"], batch["source_pose"])
-            end = face.project(batch["identity"], batch["target_expression"], batch["target_pose"])
-            source = batch["source"]
-            still = batch["still"].bool()
-            if still.any():
-                source = source.clone()
-                back = mesh(end[still], start[still])
-                source[still] = warp(batch["target"][still], back[:, :2], back)
-            return source, mesh(start, end), end
+        return _pairs(self.shard, split, self.config)
 
     def generate(self, batch: Batch, decode: bool) -> tuple[Generated, Tensor, Tensor]:
         """The generator on a batch: result, source picture, target's vertices."""
-        source, prior, vertices = self.views(batch)
+        device = batch["target"].device
+        source, prior, vertices = make_views(self.face.to(device), self.mesh.to(device), batch)
         generator = self.generator
         prepared = generator.prepare(source)
         if decode:
@@ -328,27 +254,15 @@ class VQIGStage(Stage):
         return torch.stack(cut[0]), torch.stack(cut[1])
 
     def validate(self, fabric: Fabric) -> dict[str, float]:
-        """L1, PSNR (dB), SSIM (skimage, 7x7) and perceptual distance of held-out pairs, beside the copied source
-        (``copy_``) and the warped source alone (``warp_``)."""
-        from skimage.metrics import structural_similarity
-
+        """Scores of :func:`~flowvqtalker.train.image_stage.image_scores` of held-out pairs, beside the copied source's
+        (``copy_``) and the warped source's (``warp_``)."""
         data = self.dataset("val")
         sums: dict[str, float] = {}
         for i in range(len(data)):
             batch = {key: value[None].to(fabric.device) for key, value in data[i].items()}
             found, source, _ = self.generate(batch, True)
-            target = batch["target"]
             for prefix, image in (("", found.image), ("warp_", found.warped), ("copy_", source)):
-                image = image.float().clamp(-1, 1)
-                a, b = (((x[0].cpu().numpy() + 1) * 127.5).round().astype("uint8") for x in (image, target))
-                values = {
-                    "l1": F.l1_loss(image, target).item(),
-                    "psnr": float(10 * torch.log10(4 / F.mse_loss(image, target).clamp(min=1e-6))),
-                    "ssim": float(structural_similarity(a, b, channel_axis=0)),
-                }
-                if self.perceptual is not None:
-                    values["perceptual"] = self.perceptual.to(fabric.device)(image, target).item()
-                for key, value in values.items():
+                for key, value in image_scores(image, batch["target"], self.perceptual).items():
                     sums[prefix + key] = sums.get(prefix + key, 0.0) + value / len(data)
         return sums
 
@@ -358,6 +272,48 @@ class VQIGStage(Stage):
         return state, self.config.model.to_dict()
 
 
-def build(config: Config) -> VQIGStage:
+def _prepare(generator: VQIG | RegionVQIG, config: Config) -> tuple[Shard, FaceModel]:
+    """Give a generator its codebook, the statistics of the motion and the weights it starts from.
+
+    Returns:
+        the shard and its face model.
+    """
+    data = config.data
+    codebook, face = load_codebook(data.codebook, "data.codebook"), FaceModel.load(data.face_model)
+    try:
+        generator.load_codebook(codebook)
+    except RuntimeError as error:
+        raise UserError(
+            f"{data.codebook} does not fit the model's codebook; give the configuration it was trained with"
+        ) from error
+    shard = Shard(data.shard)
+    mean, deviation = motion_statistics(shard)
+    generator.motion_mean.copy_(mean)
+    generator.motion_std.copy_(deviation)
+    if data.start is not None:
+        load_matching(generator, data.start)
+    return shard, face
+
+
+def _pairs(shard: Shard, split: str, config: Config) -> PairDataset:
+    limit = config.data.validation if split != "train" else 0
+    return PairDataset(shard, split, config.data.pairs, seed=config.loop.seed, limit=limit)
+
+
+def build(config: Config) -> VQIGStage | RegionVQIGStage:
     """The stage for a configuration."""
-    return VQIGStage(config)
+    if config.region is None:
+        return VQIGStage(config)
+    generator = RegionVQIG(config.region.model)
+    shard, face = _prepare(generator, config)
+    return RegionVQIGStage(
+        config.region,
+        config.loop,
+        config,
+        generator,
+        {split: _pairs(shard, split, config) for split in ("train", "val")},
+        face,
+        None if config.perceptual == "none" else PerceptualLoss(config.perceptual, config.perceptual_weights),
+        RegionDiscriminator(config.discriminator_width, config.discriminator_layers),
+        config.discriminator_lr,
+    )

@@ -1,5 +1,4 @@
-"""Still pictures as training data: a folder of face crops, split by identity, with augmentation (numpy and OpenCV
-only)."""
+"""Images as training data: a folder of face crops, split by identity, with augmentation (numpy and OpenCV only)."""
 
 from __future__ import annotations
 
@@ -17,36 +16,36 @@ from torch.utils.data import Dataset
 from flowvqtalker.data.splits import split_of
 from flowvqtalker.errors import UserError
 
-__all__ = ["Augmentation", "PictureDataset", "find_pictures", "read_picture", "to_tensor"]
+__all__ = ["Augmentation", "ImageDataset", "find_images", "read_rgb", "to_tensor"]
 
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What is done to a training picture."""
+    """What is done to a training image."""
 
     crop: int = 256
-    """Side in pixels of the square that is cut out; 0 keeps the whole picture."""
+    """Side in pixels of the square that is cut out; 0 keeps the whole image."""
     min_scale: float = 0.5
-    """The square covers between ``crop / side`` (no scaling) and ``crop / side / min_scale`` of the picture's side."""
+    """The square covers between ``crop / side`` (no scaling) and ``crop / side / min_scale`` of the image's side."""
     flip: bool = True
-    """Mirror half of the pictures."""
+    """Mirror half of the images."""
     colour: float = 0.1
     """Largest relative change of brightness, contrast and each colour channel."""
     blur_jpeg: float = 0.0
-    """Share of pictures re-encoded as JPEG of quality 60-95."""
+    """Share of images re-encoded as JPEG of quality 60-95."""
 
 
-def find_pictures(folder: str | Path, table: str | Path | None = None) -> list[tuple[Path, str]]:
-    """Pictures of a folder (recursively) with their identity.
+def find_images(folder: str | Path, table: str | Path | None = None) -> list[tuple[Path, str]]:
+    """Images of a folder (recursively) with their identity.
 
     Arguments:
         folder: holds .jpg, .png or .webp files.
         table: csv with the columns ``file`` and ``identity``; without it every file is a person of its own.
 
     Raises:
-        UserError: if there is no picture.
+        UserError: if there is no image.
     """
     folder = Path(folder)
     identities: dict[str, str] = {}
@@ -55,15 +54,15 @@ def find_pictures(folder: str | Path, table: str | Path | None = None) -> list[t
             identities = {row["file"]: row["identity"] for row in csv.DictReader(stream)}
     found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in _SUFFIXES) if folder.is_dir() else []
     if not found:
-        raise UserError(f"no pictures (.jpg, .png, .webp) in {folder}; give a folder of face crops")
+        raise UserError(f"no images (.jpg, .png, .webp) in {folder}; give a folder of face crops")
     return [(p, identities.get(str(p.relative_to(folder)), p.stem)) for p in found]
 
 
-def read_picture(path: Path) -> npt.NDArray[np.uint8]:
+def read_rgb(path: Path) -> npt.NDArray[np.uint8]:
     """(H, W, 3) uint8 RGB."""
     image = cv2.imread(str(path), cv2.IMREAD_COLOR)
     if image is None:
-        raise UserError(f"{path} cannot be read as a picture; remove it or convert it to PNG, JPEG or WebP")
+        raise UserError(f"{path} cannot be read as a image; remove it or convert it to PNG, JPEG or WebP")
     return np.asarray(cv2.cvtColor(image, cv2.COLOR_BGR2RGB), dtype=np.uint8)
 
 
@@ -73,7 +72,7 @@ def to_tensor(image: npt.NDArray[np.uint8]) -> Tensor:
 
 
 def augment(image: npt.NDArray[np.uint8], how: Augmentation, rng: np.random.Generator) -> npt.NDArray[np.uint8]:
-    """One random view of a picture."""
+    """One random view of a image."""
     side = min(image.shape[:2])
     if how.crop:
         span = int(min(side, round(how.crop / rng.uniform(how.min_scale, 1.0))))
@@ -97,19 +96,19 @@ def augment(image: npt.NDArray[np.uint8], how: Augmentation, rng: np.random.Gene
     return image
 
 
-class PictureDataset(Dataset[Tensor]):
-    """Pictures of one split as (3, H, W) tensors in [-1, 1].
+class ImageDataset(Dataset[Tensor]):
+    """Images of one split as (3, H, W) tensors in [-1, 1].
 
-    In training, item ``i`` is a random view of a random picture and depends on the seed and ``i`` alone; in validation
-    it is the i-th picture, unchanged.
+    In training, item ``i`` is a random view of a random image and depends on the seed and ``i`` alone; in validation
+    it is the i-th image, unchanged.
     """
 
     def __init__(
-        self, pictures: list[tuple[Path, str]], split: str, augmentation: Augmentation, seed: int = 0, size: int = 512
+        self, images: list[tuple[Path, str]], split: str, augmentation: Augmentation, seed: int = 0, size: int = 512
     ) -> None:
-        self.paths = [path for path, identity in pictures if split_of(identity) == split]
+        self.paths = [path for path, identity in images if split_of(identity) == split]
         if not self.paths:
-            raise UserError(f"none of {len(pictures)} pictures belongs to the split {split!r}; give more identities")
+            raise UserError(f"none of {len(images)} images belongs to the split {split!r}; give more identities")
         self.split, self.augmentation, self.seed, self.size = split, augmentation, seed, size
 
     def __len__(self) -> int:
@@ -117,9 +116,9 @@ class PictureDataset(Dataset[Tensor]):
 
     def __getitem__(self, index: int) -> Tensor:
         if self.split != "train":
-            return to_tensor(self._sized(read_picture(self.paths[index])))
+            return to_tensor(self._sized(read_rgb(self.paths[index])))
         rng = np.random.default_rng((self.seed, index))
-        image = self._sized(read_picture(self.paths[int(rng.integers(len(self.paths)))]))
+        image = self._sized(read_rgb(self.paths[int(rng.integers(len(self.paths)))]))
         return to_tensor(augment(image, self.augmentation, rng))
 
     def _sized(self, image: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:

@@ -26,19 +26,19 @@ def test_the_stage_can_begin_with_a_codebook(tmp_path: Path) -> None:
     torch.manual_seed(2)
     given = VQAutoencoder(TINY)
     save_file(given.state_dict(), tmp_path / "start.safetensors")
-    pictures = tmp_path / "faces"
-    pictures.mkdir()
+    images = tmp_path / "faces"
+    images.mkdir()
     for i in range(3):
-        cv2.imwrite(str(pictures / f"p{i}.png"), _noise(i, 64))
-    config = Config(data=Data(pictures, start=tmp_path / "start.safetensors"), model=TINY, perceptual="none")
+        cv2.imwrite(str(images / f"p{i}.png"), _noise(i, 64))
+    config = Config(data=Data(images, start=tmp_path / "start.safetensors"), model=TINY, perceptual="none")
     stage = build(config)
     stage.on_start(torch.rand(1, 3, 64, 64))
     assert all(torch.equal(v, given.state_dict()[k]) for k, v in stage.autoencoder.state_dict().items())
-    fresh = build(replace(config, data=Data(pictures)))
+    fresh = build(replace(config, data=Data(images)))
     before = fresh.autoencoder.codebook.weight.clone()
     fresh.on_start(torch.rand(1, 3, 64, 64))
     assert not torch.equal(fresh.autoencoder.codebook.weight, before)
     with pytest.raises(UserError, match=r"no\.safetensors not found"):
-        build(replace(config, data=Data(pictures, start=tmp_path / "no.safetensors")))
+        build(replace(config, data=Data(images, start=tmp_path / "no.safetensors")))
     with pytest.raises(UserError, match="does not hold a codebook of this size"):
         build(replace(config, model=replace(TINY, codes=16)))

@@ -11,13 +11,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from flowvqtalker.data.pairs import PairDataset, window
+from flowvqtalker.data.pairs import PairDataset, PairMix, window
 from flowvqtalker.data.shards import Clip, Shard, ShardWriter
 from flowvqtalker.data.splits import split_of
 from flowvqtalker.errors import UserError
 from flowvqtalker.face.model import FaceModel
 from flowvqtalker.render.vqvae import VQAutoencoder
-from flowvqtalker.train.config import LoopConfig
+from flowvqtalker.train.config import LoopConfig, from_dict
 from flowvqtalker.train.loop import fit
 from flowvqtalker.train.vqig import Config, Data, build
 from tests.test_render_codebook import TINY
@@ -62,18 +62,18 @@ def test_windows_repeat_the_ends_of_a_clip() -> None:
 
 
 def test_pairs_are_reproducible_and_of_their_split(shard: Path) -> None:
-    first, second = (PairDataset(Shard(shard), "train", stills=0.5, seed=3) for _ in range(2))
+    first, second = (PairDataset(Shard(shard), "train", seed=3) for _ in range(2))
     for i in (0, 7, 12345):
         a, b = first[i], second[i]
         assert a.keys() == b.keys()
         assert all(torch.equal(a[key], b[key]) for key in a)
-    stills = [float(first[i]["still"]) for i in range(24)]
-    assert 0 < sum(stills) < 24
-    still = first[stills.index(1.0)]
-    assert torch.equal(still["source"], still["target"])
-    assert not torch.equal(still["source_expression"], still["target_expression"])
-    hard = PairDataset(Shard(shard), "train", stills=0.0, seed=3, hardest_of=6)
-    easy = PairDataset(Shard(shard), "train", stills=0.0, seed=3)
+    made = [float(first[i]["synthetic"]) for i in range(24)]
+    assert 0 < sum(made) < 24
+    item = first[made.index(1.0)]
+    assert torch.equal(item["source"], item["target"])
+    assert not torch.equal(item["source_expression"], item["target_expression"])
+    hard = PairDataset(Shard(shard), "train", PairMix(synthetic=0.0, hard_candidates=6), seed=3)
+    easy = PairDataset(Shard(shard), "train", PairMix(synthetic=0.0), seed=3)
 
     def change(data: PairDataset) -> float:
         items = (data[i] for i in range(12))
@@ -84,9 +84,9 @@ def test_pairs_are_reproducible_and_of_their_split(shard: Path) -> None:
     assert len(val) == 2
     assert torch.equal(val[0]["source"], val[1]["source"])
     with pytest.raises(UserError, match="too few"):
-        PairDataset(Shard(shard), "train", min_native=1000)
-    with pytest.raises(ValueError, match="hardest_of must be at least 1"):
-        Config(data=Data(hardest_of=0))
+        PairDataset(Shard(shard), "train", PairMix(min_native=1000))
+    with pytest.raises(ValueError, match="hard_candidates must be at least 1"):
+        from_dict(Config, {"data": {"pairs": {"hard_candidates": 0}}})
 
 
 def test_both_stages_of_training_run_and_leave_the_codebook_alone(shard: Path, face: FaceModel, tmp_path: Path) -> None:

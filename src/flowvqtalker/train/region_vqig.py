@@ -1,0 +1,258 @@
+"""The image generator on a region of interest (ours): code level first, then image level (paper section 3.3).
+
+At the image level a part of the items is drawn without E_w's maps or with the target's own codes, so that D_h learns to
+draw from codes alone and to trust them. When each level begins is a fraction of the run's steps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from flowvqtalker.data.pairs import PairDataset
+from flowvqtalker.face.model import FaceModel
+from flowvqtalker.render.mesh_flow import MeshFlow
+from flowvqtalker.render.perceptual import PerceptualLoss
+from flowvqtalker.render.region import RegionConfig, RegionPrediction, RegionVQIG
+from flowvqtalker.train.config import LoopConfig, check
+from flowvqtalker.train.gan import adversarial_loss, discriminator_loss
+from flowvqtalker.train.image_stage import image_scores, make_views
+from flowvqtalker.train.region_losses import (
+    RegionDiscriminator,
+    backward_through,
+    balanced_gradient,
+    band_loss,
+    eye_crop,
+    feature_points,
+    feature_weights,
+    mouth_crop,
+)
+from flowvqtalker.train.stage import Stage
+
+__all__ = ["RegionVQIGStage", "RegionVQIGTraining"]
+
+Batch = dict[str, Tensor]
+
+#: Enlargement of the mouth's and the eyes' crops for the perceptual loss: teeth and lashes are few pixels.
+_MOUTH_ZOOM, _EYE_ZOOM = 2.0, 1.4
+#: Names of the perceptual distances on the region, the mouth and the eyes.
+_DISTANCES = ("perceptual", "mouth", "eyes")
+#: Weights of the adversarial losses of region, mouth and eyes.
+_ADVERSARIAL = (1.0, 1.2, 1.0)
+
+
+@dataclass(frozen=True)
+class RegionVQIGTraining:
+    """What the region's generator is, and how it is trained. Of two weights, the second is the image level's."""
+
+    model: RegionConfig = field(default_factory=RegionConfig)
+    image_from: float = 0.35
+    """Fraction of the steps after which image-level losses join."""
+    adversarial_from: float = 0.42
+    """Fraction of the steps after which the discriminators and their loss set in."""
+    ramp: float = 0.07
+    """Fraction of the steps over which the adversarial gradient grows to its full size."""
+    code_weight: tuple[float, float] = (0.5, 0.25)
+    """Weight of the cross entropy of the codes (CodeFormer)."""
+    feature_weight: tuple[float, float] = (1.0, 0.25)
+    """Weight of the distance between z_f and the target's codes (eq. 18)."""
+    warp_weight: tuple[float, float] = (1.0, 0.5)
+    """Weight of I_w's own loss, which is what trains psi and W."""
+    band_weight: float = 0.5
+    """Weight of the coarse and the fine band of the L1 loss."""
+    perceptual_weight: float = 1.0
+    """Weight of L_per on the region."""
+    mouth_weight: float = 0.8
+    """Weight of L_per on the enlarged mouth."""
+    eye_weight: float = 0.6
+    """Weight of L_per on the enlarged eyes."""
+    no_maps: float = 0.22
+    """Share of items drawn with strength 0, from codes alone."""
+    some_maps: float = 0.16
+    """Share of items drawn with a random strength."""
+    true_codes: float = 0.18
+    """Share of items drawn from the target's own codes."""
+    adversarial_ratio: float = 0.3
+    """Norm of the adversarial gradient on the image, as a fraction of the reconstruction's."""
+    adversarial_most: float = 0.3
+    """Largest factor that this scaling gives the adversarial loss."""
+
+    def __post_init__(self) -> None:
+        fractions = ("image_from", "adversarial_from", "ramp", "no_maps", "some_maps", "true_codes")
+        weights = ("band_weight", "perceptual_weight", "mouth_weight", "eye_weight", "adversarial_ratio")
+        check(
+            *((0 <= getattr(self, n) <= 1, f"{n} must be in [0, 1], got {getattr(self, n)}") for n in fractions),
+            *((getattr(self, n) >= 0, f"{n} must not be negative, got {getattr(self, n)}") for n in weights),
+            (self.no_maps + self.some_maps <= 1, "no_maps and some_maps must not exceed 1 together"),
+            (self.adversarial_from >= self.image_from, "adversarial_from must not come before image_from"),
+        )
+
+
+class RegionVQIGStage(Stage):
+    """Trains all of :class:`~flowvqtalker.render.region.RegionVQIG` but the frozen codebook.
+
+    Arguments:
+        training: model and losses.
+        loop: how long is trained.
+        config: the stage's whole configuration, for the checkpoint.
+        generator: with the codebook's weights and the motion's statistics.
+        data: pairs for a split.
+        face: the shard's face model.
+        perceptual: L_per, or None.
+        discriminator: of region, mouth and eyes.
+        discriminator_lr: factor on the learning rate of the discriminator.
+    """
+
+    name = "vqig"
+    monitor = "l1"
+
+    def __init__(
+        self,
+        training: RegionVQIGTraining,
+        loop: LoopConfig,
+        config: Any,
+        generator: RegionVQIG,
+        data: dict[str, PairDataset],
+        face: FaceModel,
+        perceptual: PerceptualLoss | None,
+        discriminator: RegionDiscriminator,
+        discriminator_lr: float,
+    ) -> None:
+        self.training, self.loop, self.config = training, loop, config
+        self.generator, self.discriminator = generator, discriminator
+        self.data, self.face, self.perceptual, self.discriminator_lr = data, face, perceptual, discriminator_lr
+        self.mesh = MeshFlow(face, training.model.mesh_size, apertures=True)
+        self.module = nn.ModuleDict({"generator": generator, "discriminator": discriminator})
+        if perceptual is not None:
+            self.monitor = "perceptual"
+        self._patches: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        learned = [p for n, p in self.generator.named_parameters() if not n.startswith("autoencoder.")]
+        return {"generator": learned, "discriminator": list(self.discriminator.parameters())}
+
+    def lr_scale(self, group: str) -> float:
+        return self.discriminator_lr if group == "discriminator" else 1.0
+
+    def dataset(self, split: str) -> PairDataset:
+        return self.data[split]
+
+    def _views(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Source images, mesh flow, and the target's points in the region."""
+        device = batch["target"].device
+        source, prior, vertices = make_views(self.face.to(device), self.mesh.to(device), batch)
+        return source, prior, feature_points(vertices, self.training.model.codebook.roi)
+
+    def _predict(self, batch: Batch, source: Tensor, prior: Tensor) -> RegionPrediction:
+        motion = torch.cat([batch["target_expression"], batch["target_pose"]], 1)
+        return self.generator.predict(self.generator.prepare(source), motion, prior)
+
+    def loss(self, group: str, batch: Batch, step: int) -> tuple[Tensor | None, dict[str, float | Tensor]]:
+        progress = step / self.loop.steps
+        image_level = progress >= self.training.image_from
+        adversarial = progress >= self.training.adversarial_from
+        if group == "discriminator":
+            return self._discriminator_loss() if adversarial and self._patches is not None else (None, {})
+        source, prior, points = self._views(batch)
+        target = self.generator.cut(batch["target"])
+        found = self._predict(batch, source, prior)
+        with torch.no_grad():
+            _, indices = self.generator.autoencoder.encode(target)
+            codes = self.generator.autoencoder.codes.lookup(indices)
+        entropy = F.cross_entropy(found.logits.float().flatten(0, 1), indices.flatten())
+        feature = F.mse_loss(found.latent.float(), codes)
+        # At half the size: W moves what is there, so its loss needs no fine texture.
+        warped, wanted = (F.avg_pool2d(x.float(), 2) for x in (self.generator.cut(found.warped), target))
+        near, band = band_loss(warped, wanted)
+        warp = near + self.training.band_weight * band
+        hits = (found.logits.argmax(-1) == indices.flatten(1)).float().mean()
+        logs = {"code": entropy.detach(), "feature": feature.detach(), "warp": warp.detach(), "hits": hits}
+        terms = ((self.training.code_weight, entropy), (self.training.feature_weight, feature))
+        loss = sum(
+            (weights[image_level] * term for weights, term in (*terms, (self.training.warp_weight, warp))),
+            start=entropy.new_zeros(()),
+        )
+        if image_level:
+            image, more = self._image_loss(found, codes, target, points, progress if adversarial else None)
+            loss, logs = loss + image, logs | more
+        return loss, logs
+
+    def _image_loss(
+        self, found: RegionPrediction, true: Tensor, target: Tensor, points: Tensor, progress: float | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Image-level losses; ``progress`` is that of the run once the discriminators take part."""
+        training, size = self.training, len(target)
+        draw = torch.rand(2, size, 1, 1, 1, device=target.device)
+        partial = ((draw[0] - training.no_maps) / max(training.some_maps, 1e-6)).clamp(0, 1)
+        strength = torch.where(draw[0] < training.no_maps + training.some_maps, partial, 1.0)
+        expected = self.generator.codes(found.logits)
+        codes = torch.where(draw[1] < training.true_codes, true.to(expected.dtype), expected)
+        drawn = self.generator.draw(codes, found, strength)
+        seen = drawn.detach().float().requires_grad_()
+        l1, band = band_loss(seen, target, feature_weights(points, *target.shape[-2:]))
+        reconstruction, logs = l1 + training.band_weight * band, {"l1": l1.detach()}
+        weights = (training.perceptual_weight, training.mouth_weight, training.eye_weight)
+        far_weights = dict(zip(_DISTANCES, weights, strict=True))
+        for name, far in self._perceptual(seen, target, points).items():
+            reconstruction = reconstruction + far_weights[name] * far
+            logs[name] = far.detach()
+        adv, ratio = None, 0.0
+        if progress is not None:
+            scores = [adversarial_loss(logits.float()) for logits in self.discriminator(seen, points)]
+            adv = torch.stack([weight * score for weight, score in zip(_ADVERSARIAL, scores, strict=True)]).sum()
+            ramp = (progress - training.adversarial_from) / max(training.ramp, 1e-6)
+            ratio = training.adversarial_ratio * min(1.0, ramp)
+            self._patches = target, drawn.detach(), points
+            logs["adversarial"] = adv.detach()
+        gradient, logs["balance"] = balanced_gradient(seen, reconstruction, adv, ratio, training.adversarial_most)
+        return backward_through(drawn, gradient, reconstruction), logs
+
+    def _perceptual(self, image: Tensor, target: Tensor, points: Tensor) -> dict[str, Tensor]:
+        """L_per on the region, the enlarged mouth and the enlarged eyes; nothing without a network."""
+        if self.perceptual is None:
+            return {}
+        distance = self.perceptual.to(target.device)
+        mouths = (mouth_crop(x, points, _MOUTH_ZOOM) for x in (image, target))
+        eyes = (eye_crop(x, points, _EYE_ZOOM) for x in (image, target))
+        return dict(zip(_DISTANCES, (distance(image, target), distance(*mouths), distance(*eyes)), strict=True))
+
+    def _discriminator_loss(self) -> tuple[Tensor, dict[str, float | Tensor]]:
+        assert self._patches is not None
+        real, fake, points = self._patches
+        parts = zip(self.discriminator(real.float(), points), self.discriminator(fake.float(), points), strict=True)
+        losses = [discriminator_loss(a.float(), b.float()) for a, b in parts]
+        names = ("region", "mouth", "eyes")
+        return torch.stack(losses).sum(), {n: x.detach() for n, x in zip(names, losses, strict=True)}
+
+    def validate(self, fabric: Fabric) -> dict[str, float]:
+        """Scores of held-out regions, with the perceptual distances of the enlarged mouth and eyes; beside them those
+        of the copied source (``copy_``), the warped source (``warp_``) and what the codes draw alone (``codes_``)."""
+        data = self.dataset("val")
+        sums: dict[str, float] = {}
+        for i in range(len(data)):
+            batch = {key: value[None].to(fabric.device) for key, value in data[i].items()}
+            source, prior, points = self._views(batch)
+            found = self._predict(batch, source, prior)
+            target, codes = self.generator.cut(batch["target"]), self.generator.codes(found.logits)
+            images = {
+                "": self.generator.draw(codes, found),
+                "codes_": self.generator.draw(codes, found, 0.0),
+                "warp_": self.generator.cut(found.warped),
+                "copy_": self.generator.cut(source),
+            }
+            for prefix, image in images.items():
+                image = image.float().clamp(-1, 1)
+                far = {key: value.item() for key, value in self._perceptual(image, target, points).items()}
+                for key, value in (image_scores(image, target, None) | far).items():
+                    sums[prefix + key] = sums.get(prefix + key, 0.0) + value / len(data)
+        return sums
+
+    def export(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The generator without E_h, C and D_h, which the codebook's file holds."""
+        state = {k: v for k, v in self.generator.state_dict().items() if not k.startswith("autoencoder.")}
+        return state, self.training.model.to_dict()
