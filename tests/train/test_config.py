@@ -105,7 +105,7 @@ def test_train_runs_a_stage_and_keeps_its_configuration(tmp_path: Path) -> None:
     training.train(module, Config(name="other"), tmp_path, resume=True)
     assert calls == [(Config(name="n"), tmp_path, False), (Config(name="other"), tmp_path, True)]
     assert load_yaml(Config, tmp_path / "config.yaml").name == "n"
-    with pytest.raises(UserError, match="face-model, codebook, vqig, mouth, speech, expflow, poseflow"):
+    with pytest.raises(UserError, match="face-model, codebook, vqig, speech, expflow, poseflow"):
         training.train("sing", Config(), tmp_path)
 
 

@@ -62,7 +62,7 @@ def read_rgb(path: Path) -> npt.NDArray[np.uint8]:
     """(H, W, 3) uint8 RGB."""
     image = cv2.imread(str(path), cv2.IMREAD_COLOR)
     if image is None:
-        raise UserError(f"{path} cannot be read as a image; remove it or convert it to PNG, JPEG or WebP")
+        raise UserError(f"{path} cannot be read as an image; remove it or convert it to PNG, JPEG or WebP")
     return np.asarray(cv2.cvtColor(image, cv2.COLOR_BGR2RGB), dtype=np.uint8)
 
 
@@ -72,7 +72,7 @@ def to_tensor(image: npt.NDArray[np.uint8]) -> Tensor:
 
 
 def augment(image: npt.NDArray[np.uint8], how: Augmentation, rng: np.random.Generator) -> npt.NDArray[np.uint8]:
-    """One random view of a image."""
+    """One random view of an image."""
     side = min(image.shape[:2])
     if how.crop:
         span = int(min(side, round(how.crop / rng.uniform(how.min_scale, 1.0))))

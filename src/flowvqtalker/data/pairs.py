@@ -123,7 +123,7 @@ class PairDataset(Dataset[dict[str, Tensor]]):
         for number in self.numbers:
             clip = int(shard.image_clip[number])
             person, source = str(shard.identity[clip]), str(shard.source[clip])
-            key = (person, source) if source in sessions else (person, source, str(clip))
+            key = (person, source, "" if source in sessions else str(clip))
             found.setdefault(key, []).append(int(number))
         found = {key: numbers for key, numbers in found.items() if len(numbers) > 1}
         people: dict[str, list[int]] = {}

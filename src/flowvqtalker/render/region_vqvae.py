@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from flowvqtalker.constants import CROP
 from flowvqtalker.render.layers import silu
 
-__all__ = ["Block", "ChannelNorm", "EMACodes", "RegionAttention", "RegionCodebookConfig", "RegionVQVAE"]
+__all__ = ["Block", "ChannelNorm", "Codes", "RegionAttention", "RegionCodebookConfig", "RegionVQVAE"]
 
 #: Pixels that one code covers along a side.
 STRIDE = 16
@@ -181,22 +181,18 @@ class RegionDecoder(nn.Module):
         return F.pixel_shuffle(self.out(silu(x)), 2)
 
 
-class EMACodes(nn.Module):
+class Codes(nn.Module):
     """C: N codes of length d, looked up by the nearest Euclidean distance (eq. 13).
 
-    The codes are moving averages of the latents that chose them (VQ-VAE-2), which replaces the first term of eq. 16.
+    A buffer, not a parameter: training moves the codes to averages of the latents that chose them
+    (:class:`flowvqtalker.train.region_codebook.CodeAverages`).
     """
 
     weight: Tensor
-    counts: Tensor
-    sums: Tensor
 
     def __init__(self, codes: int, dim: int) -> None:
         super().__init__()
-        start = F.layer_norm(torch.randn(codes, dim), (dim,))
-        self.register_buffer("weight", start)
-        self.register_buffer("counts", torch.ones(codes), persistent=False)
-        self.register_buffer("sums", start.clone(), persistent=False)
+        self.register_buffer("weight", F.layer_norm(torch.randn(codes, dim), (dim,)))
 
     def nearest(self, z: Tensor) -> Tensor:
         """(B, d, h, w) latents to (B, h, w) indices."""
@@ -214,32 +210,6 @@ class EMACodes(nn.Module):
         codes = logits.float().softmax(-1).to(logits.dtype) @ self.weight.to(logits.dtype)
         return codes.movedim(-1, 1).reshape(len(logits), -1, *grid)
 
-    @torch.no_grad()
-    def learn(self, z: Tensor, indices: Tensor, decay: float, threshold: float = 0.3) -> Tensor:
-        """Move the codes towards the means of the latents that chose them.
-
-        Arguments:
-            z: (B, d, h, w) latents.
-            indices: (B, h, w), the code of each.
-            decay: of the moving averages.
-            threshold: a code that fewer latents choose (moving average) restarts at a random latent.
-
-        Returns:
-            how many codes restarted, a scalar tensor.
-        """
-        flat = z.detach().movedim(1, -1).reshape(-1, z.shape[1]).float()
-        chosen = indices.flatten()
-        counts = torch.zeros_like(self.counts).index_add_(0, chosen, torch.ones_like(chosen, dtype=torch.float32))
-        sums = torch.zeros_like(self.sums).index_add_(0, chosen, flat)
-        self.counts.lerp_(counts, 1 - decay)
-        self.sums.lerp_(sums, 1 - decay)
-        dead = self.counts < threshold
-        pick = flat[torch.randint(len(flat), (len(dead),), device=flat.device)]
-        self.sums.copy_(torch.where(dead[:, None], pick, self.sums))
-        self.counts.copy_(torch.where(dead, torch.ones_like(self.counts), self.counts))
-        self.weight.copy_(self.sums / self.counts[:, None])
-        return dead.sum()
-
 
 class RegionVQVAE(nn.Module):
     """E_h, C and D_h together: self-reconstruction of the region through the codebook (fig. 3a)."""
@@ -248,7 +218,7 @@ class RegionVQVAE(nn.Module):
         super().__init__()
         self.config = config
         self.encoder = RegionEncoder(config)
-        self.codes = EMACodes(config.codes, config.dim)
+        self.codes = Codes(config.codes, config.dim)
         self.decoder = RegionDecoder(config)
 
     def cut(self, image: Tensor) -> Tensor:

@@ -94,7 +94,7 @@ def kmeans(points: Tensor, count: int, generator: torch.Generator) -> Tensor:
         centres = points[:count].clone()
     for _ in range(_KMEANS_ROUNDS):
         nearest = torch.cat([
-            (centres.square().sum(1) - 2 * part @ centres.T).argmin(1) for part in points.split(_KMEANS_CHUNK)
+            (centres.square().sum(1) - 2 * part @ centres.T).argmin(1) for part in torch.split(points, _KMEANS_CHUNK)
         ])  # fmt: skip
         sizes = points.new_zeros(count).index_add_(0, nearest, points.new_ones(len(points)))
         sums = torch.zeros_like(centres).index_add_(0, nearest, points)

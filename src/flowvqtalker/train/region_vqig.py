@@ -171,7 +171,12 @@ class RegionVQIGStage(Stage):
         near, band = band_loss(warped, wanted)
         warp = near + self.training.band_weight * band
         hits = (found.logits.argmax(-1) == indices.flatten(1)).float().mean()
-        logs = {"code": entropy.detach(), "feature": feature.detach(), "warp": warp.detach(), "hits": hits}
+        logs: dict[str, float | Tensor] = {
+            "code": entropy.detach(),
+            "feature": feature.detach(),
+            "warp": warp.detach(),
+            "hits": hits,
+        }
         terms = ((self.training.code_weight, entropy), (self.training.feature_weight, feature))
         loss = sum(
             (weights[image_level] * term for weights, term in (*terms, (self.training.warp_weight, warp))),

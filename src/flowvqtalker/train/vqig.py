@@ -37,7 +37,7 @@ __all__ = ["Config", "VQIGStage", "build"]
 
 Batch = dict[str, Tensor]
 
-#: Side of the mouth's crop in pixels of the picture.
+#: Side of the mouth's crop in pixels of the image.
 _MOUTH = 128
 
 
@@ -77,7 +77,7 @@ class Config:
     feature_weight: float = 1.0
     """Weight of the distance between z_f and the target's z_c (eq. 18)."""
     warp_weight: float = 1.0
-    """Weight of the warped picture's own L1 and perceptual loss, which is what trains psi and W."""
+    """Weight of the warped image's own L1 and perceptual loss, which is what trains psi and W."""
     l1_weight: float = 1.0
     """Weight of L_rec."""
     region_weight: float = 4.0
@@ -89,7 +89,7 @@ class Config:
     perceptual_weight: float = 1.0
     """Weight of L_per."""
     mouth_weight: float = 1.0
-    """Weight of a perceptual loss on the mouth alone, twice enlarged (ours): teeth are few pixels of the picture."""
+    """Weight of a perceptual loss on the mouth alone, twice enlarged (ours): teeth are few pixels of the image."""
     adversarial: Literal["hinge", "log"] = "hinge"
     """hinge as in CodeFormer's code, log as eq. 15 is written."""
     adversarial_weight: float = 0.05
@@ -159,7 +159,7 @@ class VQIGStage(Stage):
         return _pairs(self.shard, split, self.config)
 
     def generate(self, batch: Batch, decode: bool) -> tuple[Generated, Tensor, Tensor]:
-        """The generator on a batch: result, source picture, target's vertices."""
+        """The generator on a batch: its result, the source images, the target's vertices."""
         device = batch["target"].device
         source, prior, vertices = make_views(self.face.to(device), self.mesh.to(device), batch)
         generator = self.generator
@@ -197,11 +197,11 @@ class VQIGStage(Stage):
         if self.generator.warping is not None:
             # At half the size: W moves what is there, so its perceptual loss needs no fine texture.
             halves = [F.avg_pool2d(x, 2) for x in (found.warped, target, valid, region)]
-            near, far = self._picture_losses(*halves)
+            near, far = self._image_losses(*halves)
             loss = loss + config.warp_weight * (near + config.perceptual_weight * far)
             logs |= {"warp_l1": near.detach(), "warp_perceptual": far.detach()}
         if decode:
-            near, far = self._picture_losses(found.image, target, valid, region)
+            near, far = self._image_losses(found.image, target, valid, region)
             loss = loss + config.l1_weight * near + config.perceptual_weight * far
             logs |= {"l1": near.detach(), "perceptual": far.detach()}
             if self.perceptual is not None and config.mouth_weight > 0:
@@ -217,7 +217,7 @@ class VQIGStage(Stage):
             logs["adversarial"] = adv.detach()
         return loss, logs
 
-    def _picture_losses(self, image: Tensor, target: Tensor, valid: Tensor, region: Tensor) -> tuple[Tensor, Tensor]:
+    def _image_losses(self, image: Tensor, target: Tensor, valid: Tensor, region: Tensor) -> tuple[Tensor, Tensor]:
         """L1 with the regions' weight, and the perceptual distance, where the target shows something real."""
         image = torch.where(valid > 0.5, image.to(target.dtype), target)
         l1 = ((image - target).abs() * region).mean() / region.mean()
@@ -242,7 +242,7 @@ class VQIGStage(Stage):
     def _cut(
         self, image: Tensor, target: Tensor, vertices: Tensor, patch: int, step: int | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The same patch of both pictures, around the mouth; with a step, moved at random."""
+        """The same patch of both images, around the mouth; with a step, moved at random."""
         side = target.shape[-1]
         corner = vertices[:, list(LIPS), :2].mean(1).cpu() - patch / 2
         if step is not None:
