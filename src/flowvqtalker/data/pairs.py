@@ -119,7 +119,7 @@ class PairDataset(Dataset[dict[str, Tensor]]):
     def _grouped(self, sessions: Sequence[str]) -> tuple[list[list[int]], list[list[int]]]:
         """Images that may be paired, by clip or sitting; and the places of each person's groups."""
         shard = self.shard
-        found: dict[tuple[str, ...], list[int]] = {}
+        found: dict[tuple[str, str, str], list[int]] = {}
         for number in self.numbers:
             clip = int(shard.image_clip[number])
             person, source = str(shard.identity[clip]), str(shard.source[clip])

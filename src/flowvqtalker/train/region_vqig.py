@@ -189,7 +189,7 @@ class RegionVQIGStage(Stage):
 
     def _image_loss(
         self, found: RegionPrediction, true: Tensor, target: Tensor, points: Tensor, progress: float | None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    ) -> tuple[Tensor, dict[str, float | Tensor]]:
         """Image-level losses; ``progress`` is that of the run once the discriminators take part."""
         training, size = self.training, len(target)
         draw = torch.rand(2, size, 1, 1, 1, device=target.device)
@@ -200,7 +200,8 @@ class RegionVQIGStage(Stage):
         drawn = self.generator.draw(codes, found, strength)
         seen = drawn.detach().float().requires_grad_()
         l1, band = band_loss(seen, target, feature_weights(points, *target.shape[-2:]))
-        reconstruction, logs = l1 + training.band_weight * band, {"l1": l1.detach()}
+        reconstruction = l1 + training.band_weight * band
+        logs: dict[str, float | Tensor] = {"l1": l1.detach()}
         weights = (training.perceptual_weight, training.mouth_weight, training.eye_weight)
         far_weights = dict(zip(_DISTANCES, weights, strict=True))
         for name, far in self._perceptual(seen, target, points).items():
