@@ -190,7 +190,7 @@ def test_a_change_of_emotion_is_no_jump(trained, sample_speech):
     assert left < 0.6 * gone
 
 
-def test_changes_that_come_too_thick_move_one_course(tiny):
+def test_close_keys_move_one_rollout(tiny):
     """A slow rise of intensity: no second course is drawn, and each frame's emotion lies a little further."""
     ramp = track(*((0.2 * k, "happy", 0.1 * k) for k in range(11)))
     generator, weights = make(tiny, emotion=None, track=ramp), []

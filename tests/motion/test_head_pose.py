@@ -22,7 +22,7 @@ def test_head_motion_is_taken_as_it_is_around_its_mean():
     torch.testing.assert_close(got, (poses - poses.mean(0))[:35])
 
 
-def test_a_short_course_is_repeated_without_a_jump():
+def test_a_short_clip_repeats_without_a_jump():
     time = torch.arange(100)[:, None] / 25
     poses = torch.cat([torch.sin(time * (1 + k)) * 0.1 + 0.02 * time for k in range(6)], dim=1)
     course = PoseTrack(poses)
@@ -43,7 +43,7 @@ def test_wrong_head_motion_is_refused():
             PoseTrack(poses)
 
 
-def test_borrowed_motion_starts_at_the_portrait_and_moves_around_it(tiny):
+def test_clip_motion_starts_at_the_portrait_and_moves_around_it(tiny):
     poses = torch.randn(200, 6, generator=torch.Generator().manual_seed(0)).cumsum(0) * 0.01 + 3
     here = torch.linspace(-1, 1, 6)
     drawn = make(tiny, emotion="happy", pose0=here)

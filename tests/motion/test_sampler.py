@@ -160,13 +160,13 @@ def test_temperature_zero_is_the_same_for_every_seed(flows, windows, bank):
     assert torch.equal(a[1], b[1])
 
 
-def test_articulation_scales_what_the_speech_foretells_and_nothing_else(flows, windows):
+def test_articulation_scales_the_lip_prior_only(flows, windows):
     still, once, twice = (run(flows, windows, articulation=a)[0] for a in (0.0, 1.0, 2.0))
     assert (once - still).abs().max() > 1e-3
     assert torch.allclose(twice - still, 2 * (once - still), atol=1e-5)
 
 
-def test_drawn_lips_are_quietened_and_the_rest_is_left(flows, windows):
+def test_lip_damping_touches_the_lips_only(flows, windows):
     exp = flows[0]
     loud = run(flows, windows, articulation=0.0)[0]
     with torch.no_grad():
@@ -179,7 +179,7 @@ def test_drawn_lips_are_quietened_and_the_rest_is_left(flows, windows):
     assert torch.equal(quiet[0], loud[0])
 
 
-def test_manifold_projection_changes_the_draw_towards_the_bank(flows, windows, bank):
+def test_manifold_projection_moves_samples_towards_the_bank(flows, windows, bank):
     free, pulled = run(flows, windows, bank, manifold=0.0), run(flows, windows, bank, manifold=1.0)
     assert not torch.equal(free[0], pulled[0])
     assert torch.equal(free[0], run(flows, windows)[0])
@@ -231,7 +231,7 @@ def test_reference_drives_the_motion(flows, windows):
     assert not torch.allclose(a, b)
     neutral = run(flows, windows, emotion="neutral")[0]
     assert torch.equal(run(flows, windows, emotion=None, reference=references[0], intensity=0.0)[0], neutral)
-    assert run(flows, windows, emotion=None, reference=references[0][:1])[0].shape == (21, 8)  # one picture
+    assert run(flows, windows, emotion=None, reference=references[0][:1])[0].shape == (21, 8)  # one image
     assert make(flows, emotion="sad", reference=references[0]).emotion == "sad"
 
 

@@ -77,7 +77,7 @@ def test_a_codec_keeps_length_and_time(name):
     assert short.shape == (700,)
 
 
-def test_wear_is_a_pure_function_of_wave_and_generator():
+def test_degrading_is_a_pure_function_of_wave_and_generator():
     wave = speech()
     for seed in range(6):
         first, second = (degrade(wave, np.random.default_rng(seed), codecs=True) for _ in range(2))
