@@ -53,11 +53,6 @@ COMMANDS: dict[str, _Command | dict[str, _Command]] = {
     "prepare-mouths": _Command(
         "flowvqtalker_eval.evaluators.mouths:PrepareMouths", "Add mouth crops to a shard, for the sync expert.", "eval"
     ),
-    "prepare-emotion-faces": _Command(
-        "flowvqtalker_eval.evaluators.emotion_faces:PrepareEmotionFaces",
-        "Add aligned faces to a shard, for the emotion classifier.",
-        "eval",
-    ),
     "sync-clips": _Command(
         "flowvqtalker_eval.evaluators.sync_clips:SyncClips", "Find the lag between sound and lips of each clip.", "eval"
     ),
@@ -77,7 +72,6 @@ _STAGES = {
     "expflow": "The expression flow.",
     "poseflow": "The head pose flow.",
     "sync": "Evaluator: which sound belongs to which lips.",
-    "emotion": "Evaluator: the emotion of a talking face.",
     "motion-emotion": "Evaluator: the emotion of expression coefficients.",
 }
 

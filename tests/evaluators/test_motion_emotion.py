@@ -15,7 +15,7 @@ from flowvqtalker.face.arkit import ARKIT_NAMES
 from flowvqtalker.face.model import FaceModel
 from flowvqtalker.train.release import add_weights
 from flowvqtalker_eval.evaluators import motion_emotion as stage
-from flowvqtalker_eval.evaluators.motion_emotion import MIRRORED, Config, load_motion_emotion, statistics
+from flowvqtalker_eval.evaluators.motion_emotion import MIRRORED, Config, Labelled, load_motion_emotion, statistics
 from flowvqtalker_eval.metrics.accuracy import CLASSES
 
 from ..data.test_shards import make_clip
@@ -73,6 +73,32 @@ def emotional_shard(folder: Path, people: int = 20) -> Path:
     return folder
 
 
+def test_folds_never_share_a_person_and_spread_the_classes():
+    random = np.random.default_rng(0)
+    people, labels = random.integers(30, size=200), random.integers(8, size=200)
+    folds = Labelled(labels, people, np.ones(200, bool)).folds(5)
+    assert sorted(np.concatenate([held for _, held in folds])) == list(range(200))
+    for train, held in folds:
+        assert not set(people[train]) & set(people[held])
+        assert sorted([*train, *held]) == list(range(200))
+        for label in range(8):
+            assert (labels[held] == label).sum() < 0.5 * (labels == label).sum()
+
+
+@pytest.mark.parametrize("folds", [0, 1, 4])
+def test_folds_that_cannot_be(folds):
+    with pytest.raises(UserError, match="folds must be at least 2 and at most the number of people"):
+        Labelled(np.arange(3), np.array(list("abc")), np.ones(3, bool)).folds(folds)
+
+
+def test_clips_of_a_person_are_limited(tmp_path):
+    with ShardWriter(tmp_path / "shard") as writer:
+        for number in range(5):
+            emotion = 4 if number == 3 else 5
+            writer.add(replace(make_clip(f"{number}.mp4", 20, number), identity="a", emotion=emotion))
+    assert stage.load_clips((tmp_path / "shard",))[1].labels.tolist() == [5, 5, 4]
+
+
 def test_stage_learns_and_its_weights_load(face, tmp_path):
     shard = emotional_shard(tmp_path / "shard")
     face.save(tmp_path / "face.safetensors")
@@ -83,7 +109,8 @@ def test_stage_learns_and_its_weights_load(face, tmp_path):
     add_weights(tmp_path / "run", "motion_emotion", path=tmp_path / "weights")
     classifier = load_motion_emotion(tmp_path / "weights")
     clips, data = stage.load_clips((shard,))
-    assert len(clips) == 100 and data.natural.sum() == 20 and not data.measured[data.natural].any()
+    assert len(clips) == 100 and (~data.measured).sum() == 20
+    assert set(data.labels[~data.measured]) == {CLASSES.index("neutral")}
     chances = np.stack([classifier.classify(clip) for clip in clips])
     assert np.allclose(chances.sum(1), 1)
     assert (chances.argmax(1) == data.labels).mean() > 0.8

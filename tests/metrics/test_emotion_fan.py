@@ -14,10 +14,8 @@ from flowvqtalker_eval.metrics.emotion_fan import (
     EmotionFan,
     EmotionFanExtractor,
     EmotionFanScores,
-    clip_vector,
     face_chips,
     load_emotion_fan,
-    related,
     to_project_order,
 )
 
@@ -30,27 +28,17 @@ def test_classes_are_the_projects_without_natural():
 
 
 def test_attention_equals_loops():
-    generator = torch.Generator().manual_seed(0)
-    f = torch.randn(2, 5, 6, generator=generator)
-    alpha, beta = (torch.rand(2, 5, generator=generator) for _ in range(2))
-    clip = clip_vector(f, alpha)
+    """v = Σ α f / Σ α, then Σ α [f; v] / Σ α β, as EAT's repository has it."""
+    torch.manual_seed(0)
+    model = EmotionFan().eval()
+    f, alpha = torch.randn(2, 5, 512), torch.rand(2, 5)
+    logits = model.classify(f, alpha)
     for b in range(2):
-        v = sum(alpha[b, t] * f[b, t] for t in range(5)) / sum(alpha[b, t] for t in range(5))
-        assert torch.allclose(clip[b], v, atol=1e-6)
+        v = sum(alpha[b, t] * f[b, t] for t in range(5)) / alpha[b].sum()
         pairs = [torch.cat([f[b, t], v]) for t in range(5)]
-        below = sum(alpha[b, t] * beta[b, t] for t in range(5))
-        paper = sum(alpha[b, t] * beta[b, t] * pairs[t] for t in range(5)) / below
-        eat = sum(alpha[b, t] * pairs[t] for t in range(5)) / below
-        assert torch.allclose(related(f, clip, alpha, beta)[b], paper, atol=1e-5)
-        assert torch.allclose(related(f, clip, alpha, beta, protocol="eat")[b], eat, atol=1e-5)
-
-
-def test_equal_frames_need_no_attention():
-    frame = torch.randn(1, 1, 6)
-    f = frame.expand(1, 4, 6)
-    clip = clip_vector(f, torch.rand(1, 4))
-    assert torch.allclose(clip, frame[:, 0], atol=1e-6)
-    assert torch.allclose(related(f, clip, torch.rand(1, 4), torch.rand(1, 4))[0, :6], frame[0, 0], atol=1e-5)
+        below = sum(alpha[b, t] * model.beta(pairs[t])[0] for t in range(5))
+        related = sum(alpha[b, t] * pairs[t] for t in range(5)) / below
+        assert torch.allclose(logits[b], model.pred_fc2(related), atol=1e-5)
 
 
 def test_published_order_becomes_the_projects():

@@ -1,59 +1,17 @@
-"""Aligned face crops: a similarity transform brings rigid landmarks onto a template."""
+"""Aligned face crops: a similarity transform brings landmarks onto a template."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, cast
 
 import cv2
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
-from flowvqtalker.errors import UserError
-from flowvqtalker.face.model import FaceModel
-from flowvqtalker.face.topology import EYE_CORNERS, RIGID, VERTICES
-
-__all__ = ["SIZE", "align_faces", "face_template", "similarity", "warp"]
-
-#: Side in pixels of an aligned face.
-SIZE = 112
-
-# Distance between the outer eye corners and their height, as fractions of the crop.
-_EYES, _DOWN = 0.5, 0.40
+__all__ = ["similarity", "warp"]
 
 Floats = npt.NDArray[np.floating[Any]]
 Pixels = npt.NDArray[np.uint8]
-
-
-def face_template(face: FaceModel, size: int = SIZE) -> Tensor:
-    """Positions (46, 2) of a mean face's rigid vertices (:data:`flowvqtalker.face.topology.RIGID`) in a crop."""
-    mean = face.mean[:, :2]
-    left, right = mean[EYE_CORNERS[0]], mean[EYE_CORNERS[1]]
-    scale = _EYES * size / float((right - left).norm())
-    return (mean[list(RIGID)] - (left + right) / 2) * scale + torch.tensor([0.5 * size, _DOWN * size])
-
-
-def align_faces(frames: Sequence[Pixels] | Pixels, mesh: Floats, template: Floats, size: int = SIZE) -> Pixels:
-    """Aligned faces (T, size, size, 3) of frames (T, H, W, 3); zeros where there is no face.
-
-    Arguments:
-        frames: uint8 RGB.
-        mesh: (T, 478, 2 or 3) in pixels of the frames, NaN where there is no face.
-        template: (46, 2) of :func:`face_template` for a crop of :data:`SIZE`; a larger ``size`` adds a border.
-
-    Raises:
-        UserError: if the shapes do not fit.
-    """
-    if len(frames) != len(mesh) or mesh.ndim != 3 or mesh.shape[1] != VERTICES:
-        raise UserError(
-            f"a mesh of shape ({len(frames)}, {VERTICES}, 3) is needed for as many frames, got {mesh.shape}"
-        )
-    if not len(frames):
-        return np.zeros((0, size, size, 3), np.uint8)
-    matrices = similarity(mesh[:, list(RIGID), :2], np.asarray(template) + (size - SIZE) / 2)
-    return np.stack([warp(frame, matrix, size) for frame, matrix in zip(frames, matrices, strict=True)])
 
 
 def similarity(points: Floats, places: Floats) -> npt.NDArray[np.float64]:

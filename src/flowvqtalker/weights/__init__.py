@@ -22,6 +22,7 @@ __all__ = [
     "LANDMARKER",
     "MANIFEST",
     "NAMES",
+    "PUBLISHED",
     "SCALE",
     "SPEECH_ENCODER",
     "STAGES",
@@ -52,11 +53,13 @@ SPEECH_ENCODER = {"speech_encoder": "speech"}
 #: Networks that only `evaluate` needs, and the training stage of each.
 EVALUATORS = {
     "sync": "sync",
-    "emotion": "emotion",
     "motion_emotion": "motion-emotion",
 }
 
-#: All names, and the training stage of each.
+#: Published networks that only `evaluate` needs (NOTICE.md); no stage trains them.
+PUBLISHED = ("expression_face_api", "expression_fer")
+
+#: All names but the published ones, and the training stage of each.
 STAGES = {**NAMES, **SPEECH_ENCODER, **EVALUATORS}
 
 #: MediaPipe's Face Landmarker, which ships with the weights (NOTICE.md).
@@ -129,7 +132,7 @@ def load(name: str, path: str | Path | None = None) -> tuple[dict[str, Tensor], 
     """Read one file of weights.
 
     Arguments:
-        name: one of :data:`NAMES` or :data:`EVALUATORS`.
+        name: a key of :data:`STAGES` or one of :data:`PUBLISHED`.
         path: folder; None is the package's own.
 
     Returns:
@@ -138,14 +141,17 @@ def load(name: str, path: str | Path | None = None) -> tuple[dict[str, Tensor], 
     Raises:
         UserError: if the file is missing, not in the manifest, of another stage, or its sha256 is not the manifest's.
     """
-    if name not in STAGES:
-        raise UserError(f"unknown weights {name!r}; choose one of {', '.join(STAGES)}")
+    if name not in (*STAGES, *PUBLISHED):
+        raise UserError(f"unknown weights {name!r}; choose one of {', '.join((*STAGES, *PUBLISHED))}")
+    stage = STAGES.get(name, "")
     place = folder(path)
     entries = manifest(place)
     file = place / f"{name}.safetensors"
-    how = f"train them with `flowvqtalker train {STAGES[name]}` and add them with `flowvqtalker weights-add`"
+    how = "install the package again"
+    if stage:
+        how += f", or train them with `flowvqtalker train {stage}` and add them with `flowvqtalker weights-add`"
     if not file.is_file():
-        raise UserError(f"weights {file} are missing; install the package again, or {how}")
+        raise UserError(f"weights {file} are missing; {how}")
     entry = entries.get(file.name)
     if entry is None:
         raise UserError(f"weights {file} are not in {MANIFEST}; {how}")
@@ -154,9 +160,9 @@ def load(name: str, path: str | Path | None = None) -> tuple[dict[str, Tensor], 
         raise UserError(
             f"weights {file} are damaged: sha256 {digest}, expected {entry.sha256}; install the package again"
         )
-    if entry.stage != STAGES[name]:
+    if entry.stage != stage:
         raise UserError(
-            f"weights {file} (sha256 {digest}) are of stage {entry.stage!r}, not {STAGES[name]!r}; check the manifest"
+            f"weights {file} (sha256 {digest}) are of stage {entry.stage!r}, not {stage!r}; check the manifest"
         )
     return read_tensors(file), entry.config
 

@@ -3,6 +3,5 @@
 #: Stage of ``flowvqtalker train`` -> its module.
 STAGES = {
     "sync": "flowvqtalker_eval.evaluators.sync_training",
-    "emotion": "flowvqtalker_eval.evaluators.emotion_training",
     "motion-emotion": "flowvqtalker_eval.evaluators.motion_emotion",
 }

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,18 +25,19 @@ from flowvqtalker.data.splits import split_of
 from flowvqtalker.errors import UserError
 from flowvqtalker.face.arkit import ARKIT_NAMES
 from flowvqtalker.face.model import EXPRESSION, FaceModel
-from flowvqtalker_eval.evaluators.folds import (
-    NEUTRAL,
-    PER_PERSON,
-    Labelled,
-    grouped_folds,
-    limit_per_person,
-    write_report,
-)
-from flowvqtalker_eval.metrics.accuracy import CLASSES
+from flowvqtalker_eval.metrics.accuracy import CLASSES, score
 from flowvqtalker_eval.metrics.analysis import Array, ClipExtractor, Settings, Wave
 
-__all__ = ["MIRRORED", "Config", "MotionEmotion", "MotionEmotionExtractor", "load_clips", "load_motion_emotion", "run"]
+__all__ = [
+    "MIRRORED",
+    "Config",
+    "Labelled",
+    "MotionEmotion",
+    "MotionEmotionExtractor",
+    "load_clips",
+    "load_motion_emotion",
+    "run",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +46,13 @@ Ints = npt.NDArray[np.int64]
 
 _QUANTILES = (0.1, 0.5, 0.9)
 _SHORTEST = 12  # frames of a clip
+_PER_PERSON = 2  # largest number of clips of one person and class, so that nobody dominates an accuracy
 _SWAP = {name: name.replace("Left", "?").replace("Right", "Left").replace("?", "Right") for name in ARKIT_NAMES}
+_REPORT = """# Emotion from expression coefficients
+
+Pooled over the folds; nobody is in the training data of the model that classifies them.
+
+"""
 #: Number of the blendshape that each is in the mirror (``mouthSmileLeft`` is ``mouthSmileRight`` there).
 MIRRORED = [ARKIT_NAMES.index(_SWAP[name]) if _SWAP[name] in ARKIT_NAMES else i for i, name in enumerate(ARKIT_NAMES)]
 
@@ -108,8 +116,37 @@ def load_motion_emotion(path: str | Path | None = None) -> MotionEmotion:
         raise weights.mismatch("motion_emotion", str(error), path) from error
 
 
+@dataclass(frozen=True)
+class Labelled:
+    """Clips with a label.
+
+    Attributes:
+        labels: (n,) class numbers.
+        identities: (n,) who each clip shows.
+        measured: (n,) the clips that accuracies count: natural speech is learnt as neutral, but never measured.
+    """
+
+    labels: Ints
+    identities: Array
+    measured: npt.NDArray[np.bool_]
+
+    def folds(self, count: int) -> list[tuple[Ints, Ints]]:
+        """Numbers of the clips to train on and to test on; classes are spread evenly, people never split.
+
+        Raises:
+            UserError: if there are fewer people than folds, or fewer than two folds.
+        """
+        from sklearn.model_selection import StratifiedGroupKFold
+
+        people = len(set(self.identities))
+        if not 2 <= count <= people:
+            raise UserError(f"folds must be at least 2 and at most the number of people ({people}), got {count}")
+        splitter = StratifiedGroupKFold(count, shuffle=True, random_state=0)
+        return list(splitter.split(self.labels, self.labels, self.identities))
+
+
 def load_clips(shards: tuple[Path, ...]) -> tuple[list[Floats], Labelled]:
-    """β (T, 64) of labelled clips, and their labels; few of one person and emotion, so that nobody dominates.
+    """β (T, 64) of labelled clips, and their labels; at most two of one person and emotion.
 
     Raises:
         UserError: if the clips show fewer than two emotions.
@@ -120,17 +157,20 @@ def load_clips(shards: tuple[Path, ...]) -> tuple[list[Floats], Labelled]:
         for number in shard.select(is_image=False, min_length=_SHORTEST)
         if shard.emotion[number] >= 0
     ]
-    emotions = np.array([shard.emotion[number] for shard, number in found], np.int64)
-    people = [str(shard.identity[number]) for shard, number in found]
-    kept = np.flatnonzero(limit_per_person(emotions, people, PER_PERSON))
-    natural = emotions[kept] == EMOTIONS.index("natural")
-    labels = np.where(natural, NEUTRAL, emotions[kept])
+    seen: Counter[tuple[str, int]] = Counter()
+    kept = []
+    for shard, number in found:
+        key = str(shard.identity[number]), int(shard.emotion[number])
+        seen[key] += 1
+        if seen[key] <= _PER_PERSON:
+            kept.append((shard, number, *key))
+    emotions = np.array([emotion for *_, emotion in kept], np.int64)
+    natural = emotions == EMOTIONS.index("natural")
+    labels = np.where(natural, CLASSES.index("neutral"), emotions)
     if len(set(labels.tolist())) < 2:
         raise UserError("the shards hold clips of fewer than two emotions; label them in clips.csv and prepare again")
-    clips = [found[i][0].expression[found[i][0].rows(found[i][1])] for i in kept]
-    return [np.array(clip, np.float64) for clip in clips], Labelled(
-        labels, tuple(people[i] for i in kept), natural, ~natural
-    )
+    clips: list[Floats] = [np.array(shard.expression[shard.rows(number)], np.float64) for shard, number, *_ in kept]
+    return clips, Labelled(labels, np.array([who for _, _, who, _ in kept]), ~natural)
 
 
 def fit(features: Floats, labels: Ints, l2: float) -> Any:
@@ -159,11 +199,13 @@ def run(config: Config, out: Path, resume: bool = False) -> dict[str, float]:
     out.mkdir(parents=True, exist_ok=True)
     if config.folds:
         chances = np.zeros((len(features), len(CLASSES)))
-        for train, held in grouped_folds(data, config.folds):
+        for train, held in data.folds(config.folds):
             model = fit(features[train], data.labels[train], config.l2)
             chances[np.ix_(held, model.classes_)] = model.predict_proba(features[held])
-        accuracy = data.score(chances, np.arange(len(features)))
-        write_report(out, "Emotion from expression coefficients", accuracy)
+        counted = data.measured
+        accuracy = score(data.labels[counted], chances[counted].argmax(1), data.identities[counted].tolist())
+        (out / "report.md").write_text(f"{_REPORT}{accuracy.text()}", encoding="utf-8")
+        (out / "report.json").write_text(json.dumps(accuracy.to_dict(), indent=1) + "\n", encoding="utf-8")
         logger.info("%s", accuracy.text())
         results = {"pooled": accuracy.accuracy, "pooled_balanced": accuracy.balanced}
     train = np.flatnonzero([split_of(who) == "train" for who in data.identities])

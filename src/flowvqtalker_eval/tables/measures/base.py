@@ -170,11 +170,13 @@ def landmark_extractors(options: Options) -> list[Extractor]:
     return [Dlib68()]
 
 
-def need_weights(name: str, stage: str, folder: Path | None) -> None:
+def need_weights(name: str, folder: Path | None) -> None:
     """Check that a folder of weights holds a network.
 
     Raises:
         MissingDependency: if it does not.
     """
     if f"{name}.safetensors" not in weights.manifest(folder):
-        raise MissingDependency(f"the weights {name} are missing; train them with `flowvqtalker train {stage}`")
+        stage = weights.STAGES.get(name)
+        how = f"train them with `flowvqtalker train {stage}`" if stage else "copy them from the package's folder"
+        raise MissingDependency(f"the weights {name} are missing; {how}")

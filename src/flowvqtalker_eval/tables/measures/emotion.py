@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from flowvqtalker_eval.evaluators.emotion import EmotionExtractor, EmotionScores
+import numpy as np
+
 from flowvqtalker_eval.evaluators.motion_emotion import MotionEmotionExtractor
-from flowvqtalker_eval.metrics.accuracy import accuracy_of
+from flowvqtalker_eval.metrics import expression_networks as published
+from flowvqtalker_eval.metrics.accuracy import CLASSES, accuracy_of
 from flowvqtalker_eval.metrics.analysis import Array, Extractor
 from flowvqtalker_eval.metrics.emotion_fan import EmotionFanExtractor, EmotionFanScores
 from flowvqtalker_eval.metrics.mesh import FitExtractor, MeshExtractor
 from flowvqtalker_eval.report import Column
-from flowvqtalker_eval.tables.measures.base import (
-    Measure,
-    SetScore,
-    landmark_extractors,
-    need_weights,
-)
+from flowvqtalker_eval.tables.measures.base import ClipPair, Measure, SetScore, landmark_extractors, need_weights
 
 __all__ = ["MEASURES"]
 
@@ -27,33 +24,57 @@ def _columns(key: str, title: str, about: str) -> tuple[Column, ...]:
 
 
 class _Accuracy(Measure):
-    """Accuracy in percent, of labelled clips; a clip without a face counts as wrong.
+    """Accuracy in percent, of clips with a label that the classifier knows; a clip without a face counts as wrong.
 
     Attributes:
-        array: the class probabilities (8,) of a clip.
+        array: the class probabilities (C,) of a clip, or (T, C) of its frames, NaN where there are none.
+        classes: the C classes.
     """
 
     array = ""
+    classes: tuple[str, ...] = CLASSES
 
     def start(self) -> SetScore:
+        def keep(clips: ClipPair) -> tuple[Array, str | None]:
+            frames = np.atleast_2d(clips.generated.arrays[self.array])
+            seen = frames[np.isfinite(frames).all(1)]
+            return (seen.mean(0) if len(seen) else frames[0] * np.nan), clips.pair.emotion
+
         def reduce(kept: list[tuple[Array, str | None]]) -> dict[str, float]:
-            share, count = accuracy_of([scores for scores, _ in kept], [label for _, label in kept])
+            share, count = accuracy_of([scores for scores, _ in kept], [label for _, label in kept], self.classes)
             key, clips = (column.key for column in self.columns)
             return {key: 100 * share, clips: float(count)} if count else {}
 
-        return SetScore(lambda clips: (clips.generated.arrays[self.array], clips.pair.emotion), reduce)
+        return SetScore(keep, reduce)
 
 
-class Emotion(_Accuracy):
-    """Accuracy by our own classifier of faces."""
+class _Published(_Accuracy):
+    """Accuracy by a published expression network: the mean of its probabilities over a clip's frames.
 
-    name = array = "emotion"
-    columns = _columns("acc_emo", "Acc_emo", "this project's own classifier of faces")
+    Attributes:
+        network: one of :data:`flowvqtalker_eval.metrics.expression_networks.NETWORKS`.
+    """
+
+    network = ""
+    classes = published.CLASSES
 
     def extractors(self) -> list[Extractor]:
-        folder, device = self.options.weights, self.options.chosen_device()
-        need_weights("emotion", "emotion", folder)
-        return [MeshExtractor(), EmotionExtractor(folder, device), EmotionScores(folder, device)]
+        need_weights(self.array, self.options.weights)
+        return [MeshExtractor(), published.ExpressionExtractor(self.network, self.options.weights)]
+
+
+class FaceApi(_Published):
+    """Accuracy by face-api's network."""
+
+    name, network, array = "emotion-face-api", "face-api", "expression_face_api"
+    columns = _columns("acc_face_api", "Acc emo (face-api)", "the expression network of face-api")
+
+
+class Fer(_Published):
+    """Accuracy by fer's network."""
+
+    name, network, array = "emotion-fer", "fer", "expression_fer"
+    columns = _columns("acc_fer", "Acc emo (fer)", "the expression network of fer")
 
 
 class EmotionFan(_Accuracy):
@@ -75,8 +96,8 @@ class MotionEmotion(_Accuracy):
 
     def extractors(self) -> list[Extractor]:
         folder = self.options.weights
-        need_weights("motion_emotion", "motion-emotion", folder)
+        need_weights("motion_emotion", folder)
         return [MeshExtractor(), FitExtractor(folder), MotionEmotionExtractor(folder)]
 
 
-MEASURES: tuple[type[Measure], ...] = (Emotion, EmotionFan, MotionEmotion)
+MEASURES: tuple[type[Measure], ...] = (FaceApi, Fer, EmotionFan, MotionEmotion)

@@ -37,7 +37,7 @@ class SyncExpert(_Sync):
     )
 
     def extractors(self) -> list[Extractor]:
-        need_weights("sync", "sync", self.options.weights)
+        need_weights("sync", self.options.weights)
         return [MeshExtractor(), MouthExtractor(), SyncExpertExtractor(self.options.weights)]
 
     def pair(self, clips: ClipPair) -> dict[str, float]:
