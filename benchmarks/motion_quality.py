@@ -105,7 +105,7 @@ class Bench:
         return [np.array(self.shard.expression[self.shard.start[n]]) for n in pictures]
 
     def label(self, number: int) -> str:
-        """The emotion to generate a clip with: its own."""
+        """Emotion to generate a clip with: its own."""
         label = int(self.shard.emotion[number])
         return EMOTIONS[label] if label >= 0 else "neutral"
 
@@ -116,7 +116,7 @@ class Bench:
 
 
 def mean(found: list[dict[str, float]]) -> dict[str, float]:
-    """Means over clips, of those for which a number applies."""
+    """Mean of each score over the clips that have it."""
     result = {}
     for name in found[0]:
         values = [scores[name] for scores in found if np.isfinite(scores.get(name, np.nan))]
@@ -198,19 +198,19 @@ def score_intensity(bench: Bench, number: int, levels: list[float]) -> dict[str,
     if classify is None:
         raise SystemExit("the classifier's weights are missing")
     results: dict[str, list[float]] = {}
-    calm: list[Tensor] | None = None
+    neutral: list[Tensor] | None = None
     for emotion in (name for name in classes if name != "neutral"):
         row = []
         for level in levels:
-            if level == 0 and calm is not None:  # neutral, whichever emotion it is the start of
-                found = calm
+            if level == 0 and neutral is not None:  # intensity 0 is neutral for every emotion
+                found = neutral
             else:
                 motion = (
                     bench.generate(number, emotion, seed, beta0, frames=75, intensity=level).expression
                     for seed, beta0 in enumerate(bench.portraits())
                 )
                 found = [classify(beta) for beta in motion]
-                calm = found if level == 0 else calm
+                neutral = found if level == 0 else neutral
             row.append(float(np.stack(found)[:, classes.index(emotion)].mean()))
         results[emotion] = row
     return results

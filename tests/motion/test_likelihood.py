@@ -18,7 +18,7 @@ def test_flow_all_parameters_get_gradients(config):
     flow = make(config, torch.float32).train()
     batch = sequences(config)
     loss = negative_log_likelihood(flow, batch).mean()
-    (loss + (flow.predict_lips(flow.audio(batch.windows)) - 1).square().mean()).backward()  # the prior learns by regression
+    (loss + (flow.predict_lips(flow.audio(batch.windows)) - 1).square().mean()).backward()  # regression
     for name, p in flow.named_parameters():
         assert p.grad is not None, f"{name} got no gradient"
         assert float(p.grad.abs().sum()) > 0, f"the gradient of {name} is zero"
@@ -38,11 +38,11 @@ def test_lip_prior_is_a_shift_of_the_frames_given_the_speech():
     flow = make(EXP, torch.float32)
     batch = sequences(EXP)
     audio = flow.audio(batch.windows)
-    foretold = flow.predict_lips(audio, batch.speech[:, None].expand(-1, audio.shape[1]))
-    assert foretold[batch.speech].abs().sum() > 0 and foretold[~batch.speech].abs().sum() == 0
+    lips = flow.predict_lips(audio, batch.speech[:, None].expand(-1, audio.shape[1]))
+    assert lips[batch.speech].abs().sum() > 0 and lips[~batch.speech].abs().sum() == 0
     left = residual(flow, batch)
     size = EXP.history
-    assert torch.allclose(left.frames[:, size:] + foretold, batch.frames[:, size:], atol=1e-6)
+    assert torch.allclose(left.frames[:, size:] + lips, batch.frames[:, size:], atol=1e-6)
     assert left.frames[:, :size].abs().sum() == 0
     expected = -flow.log_prob(left.frames[:, size:][left.mask], contexts(flow, left))
     assert torch.allclose(negative_log_likelihood(flow, batch), expected, atol=1e-4)

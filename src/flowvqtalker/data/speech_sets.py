@@ -7,7 +7,7 @@ A speech set is a folder. Rows are video frames (25 fps) of all recordings, conc
 =================  ==================================================================================================
 ``index.npz``      per recording: name, speaker, split, first row, rows, first mel column, mel columns, rate; and the
                    principal components of the teacher's features
-``mel.npy``        (M, 80) float16 log-mel of the front end ``whisper``, 100 columns a second (``audio.features``)
+``mel.npy``        (M, 80) float16 log-mel of the frontend ``whisper``, 100 columns per second (``speech.features``)
 ``teacher.npy``    (N, 256) float16: the teacher's features, standardised and reduced
 ``lips.npy``       (N, 64) float16: β around the recording's mean, of clips with a tracked face; NaN elsewhere
 ``units.npy``      (N, 17) float16: facial action units, standardised; NaN where there are none

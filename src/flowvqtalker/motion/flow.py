@@ -57,7 +57,7 @@ class FlowConfig:
     nu: float = 50.0
     """Degrees of freedom of the Student-t mixture (Studentising flows use 50)."""
     learn_means: bool = False
-    """Train the means of the mixture; the paper draws them and says no more."""
+    """Train the means of the mixture; the paper samples them and says no more."""
     source: bool = True
     """Condition on the coefficients of the source image."""
     ar_prior: bool = True

@@ -91,14 +91,14 @@ def consistency(flow: Flow, batch: Sequences, pairs: int, audio: Tensor | None =
     frames = batch.frames[rows[:, None], span]  # N, τ + 2: τ of history, the pair
     emotion = class_weights(batch.emotion[rows], flow.config.classes).to(frames)
     source = None if batch.source is None else batch.source[rows]
-    drawn: list[Tensor] = []
+    sampled: list[Tensor] = []
     for second in (0, 1):
-        history = torch.cat([frames[:, second : size + second - len(drawn)], *(x[:, None] for x in drawn)], dim=1)
+        history = torch.cat([frames[:, second : size + second - len(sampled)], *(x[:, None] for x in sampled)], dim=1)
         speech = batch.speech[rows]
         context = flow.encode(audio[rows, columns + second], history, emotion, speech=speech, source=source)
-        drawn.append(flow.inverse(flow.latent.sample(emotion), context))
+        sampled.append(flow.inverse(flow.latent.sample(emotion), context))
     true = (frames[:, size + 1] - frames[:, size]) / flow.data_std
-    return (true - (drawn[1] - drawn[0]) / flow.data_std).abs().sum(-1).mean()
+    return (true - (sampled[1] - sampled[0]) / flow.data_std).abs().sum(-1).mean()
 
 
 @torch.no_grad()
@@ -131,7 +131,7 @@ def rollout(
     frames = []
     for t in range(audio.shape[1]):
         context = flow.encode(audio[:, t], history, emotion, speech=speech, source=source)
-        drawn = flow.sample(context, generator, temperature)
-        frames.append(drawn + flow.predict_lips(audio[:, t], speech))
-        history = torch.cat([history[:, 1:], drawn[:, None]], dim=1)
+        sampled = flow.sample(context, generator, temperature)
+        frames.append(sampled + flow.predict_lips(audio[:, t], speech))
+        history = torch.cat([history[:, 1:], sampled[:, None]], dim=1)
     return torch.stack(frames, dim=1)

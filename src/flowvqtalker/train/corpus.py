@@ -42,7 +42,7 @@ class MotionClip:
         identity: name of the person.
         features: (copies, L, width) features of a frozen audio encoder, first of the original speech, then of varied
             voices; None: the encoder is trained and needs windows.
-        frontend: name of the front end (:data:`flowvqtalker.speech.features.FRONTENDS`).
+        frontend: name of the frontend (:data:`flowvqtalker.speech.features.FRONTENDS`).
         degraded: ``mel`` of the same speech through a room, noise and a line; None: not needed.
         share: share of the varied windows that come from ``degraded``.
         retargeted: whether it was made from a neutral clip (:mod:`flowvqtalker.data.retarget`).

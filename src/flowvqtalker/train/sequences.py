@@ -95,7 +95,7 @@ def load_corpus(
         pose: read the head pose relative to the clip's mean, also of clips without a known emotion, instead of the
             expression.
         lips, gap: see :class:`Corpus`.
-        frontend: front end of the speech.
+        frontend: frontend of the speech.
     """
     clips = []
     for folder in shards:
