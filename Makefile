@@ -70,7 +70,7 @@ demo: setup out/astronaut.png
 	$(BIN)/flowvqtalker animate out/astronaut.png src/flowvqtalker/assets/sample_speech.ogg -o out/demo.mp4 --emotion happy
 
 test: setup
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" -n auto --dist loadfile
 
 gallery: setup
 	$(BIN)/python benchmarks/gallery.py $(FACES)
