@@ -21,8 +21,8 @@ from flowvqtalker_eval.figures import ablation
 from flowvqtalker_eval.figures.ablation import Ablation, configuration, load_variant, make, train_missing
 from flowvqtalker_eval.metrics.reenactment import BASELINES, Pair, Reenactment, Scores
 from flowvqtalker_eval.metrics.ssim import ssim
-from tests.test_render_codebook import TINY
-from tests.test_render_generator import SMALL, face
+from tests.render.test_codebook import TINY
+from tests.render.test_generator import SMALL, face
 from tests.train.test_vqig import shard
 
 pytest.importorskip("matplotlib")

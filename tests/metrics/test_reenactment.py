@@ -17,7 +17,7 @@ from flowvqtalker.render.vqig import VQIG
 from flowvqtalker_eval.metrics import reenactment
 from flowvqtalker_eval.metrics.reenactment import Pair, Reenactment, Scores
 from flowvqtalker_eval.metrics.regions import SIZES, crop, perceptual_distances, regions
-from tests.test_render_generator import SMALL, face
+from tests.render.test_generator import SMALL, face
 from tests.train.test_vqig import shard
 
 __all__ = ["face", "shard"]

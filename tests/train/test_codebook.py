@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from flowvqtalker.errors import UserError
 from flowvqtalker.render.vqvae import VQAutoencoder
 from flowvqtalker.train.codebook import Config, Data, build
-from tests.test_render_codebook import TINY
+from tests.render.test_codebook import TINY
 
 
 def _noise(seed: int, side: int = 512) -> np.ndarray:

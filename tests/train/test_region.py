@@ -36,7 +36,7 @@ from flowvqtalker.train.region_losses import (
     mouth_crop,
 )
 from flowvqtalker.train.region_vqig import RegionVQIGTraining
-from tests.test_render_generator import face
+from tests.render.test_generator import face
 
 __all__ = ["face"]
 

@@ -20,8 +20,8 @@ from flowvqtalker.render.vqvae import VQAutoencoder
 from flowvqtalker.train.config import LoopConfig, from_dict
 from flowvqtalker.train.loop import fit
 from flowvqtalker.train.vqig import Config, Data, build
-from tests.test_render_codebook import TINY
-from tests.test_render_generator import SMALL, face
+from tests.render.test_codebook import TINY
+from tests.render.test_generator import SMALL, face
 
 __all__ = ["face"]
 

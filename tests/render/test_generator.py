@@ -19,7 +19,7 @@ from flowvqtalker.render.mesh_flow import APERTURES, PRIOR, MeshFlow, aperture_m
 from flowvqtalker.render.renderer import Renderer, _windows
 from flowvqtalker.render.vqig import ABLATION, VQIG, SpatialAdaIN, VQIGConfig
 from flowvqtalker.render.warp import MappingNetwork, WarpConfig, WarpingNetwork
-from tests.test_render_codebook import TINY
+from tests.render.test_codebook import TINY
 
 SMALL = VQIGConfig(
     codebook=TINY,

@@ -1,0 +1,272 @@
+"""The generator on a region of interest: its codebook, its parts, and what the bundled weights draw with them."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from flowvqtalker import weights
+from flowvqtalker.face.topology import INNER_LIPS
+from flowvqtalker.loading import build_generator, load_generator
+from flowvqtalker.pipeline import Talker
+from flowvqtalker.render.mesh_flow import PRIOR, MeshFlow, aperture_maps, warp
+from flowvqtalker.render.region import RegionConfig, RegionVQIG, feather
+from flowvqtalker.render.region_vqvae import ChannelNorm, EMACodes, RegionCodebookConfig, RegionVQVAE
+from flowvqtalker.render.warp import WarpConfig
+
+TINY = RegionConfig(
+    RegionCodebookConfig((192, 128, 256, 256), channels=(8, 8, 8, 16), bottleneck=8, codes=32, dim=16),
+    WarpConfig(input_size=64, flow_size=64, width=8, max_width=8, descriptor=16),
+    transformer_layers=1, transformer_heads=2, transformer_mlp=16,
+)  # fmt: skip
+
+
+def _inputs(batch: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    chance = torch.Generator().manual_seed(0)
+    image = torch.rand(1, 3, 512, 512, generator=chance) * 2 - 1
+    prior = torch.randn(batch, PRIOR, 128, 128, generator=chance) * 0.01
+    return image, torch.randn(batch, 70, generator=chance), prior
+
+
+@pytest.fixture
+def tiny() -> RegionVQIG:
+    torch.manual_seed(0)
+    return RegionVQIG(TINY).eval()
+
+
+def test_nearest_and_expected_codes() -> None:
+    torch.manual_seed(0)
+    book = EMACodes(20, 6)
+    z = torch.randn(2, 6, 3, 4)
+    found = book.nearest(z)
+    brute = torch.cdist(z.movedim(1, -1).reshape(-1, 6), book.weight).argmin(1).view(2, 3, 4)
+    assert torch.equal(found, brute)
+    logits = torch.nn.functional.one_hot(found.flatten(1), 20).float() * 100
+    assert torch.allclose(book.expect(logits, (3, 4)), book.lookup(found), atol=1e-5)
+    assert torch.allclose(book.expect(torch.zeros(1, 12, 20), (3, 4))[0, :, 0, 0], book.weight.mean(0), atol=1e-6)
+
+
+def test_codes_move_to_the_means_of_their_latents_and_dead_ones_restart() -> None:
+    torch.manual_seed(0)
+    book = EMACodes(8, 4)
+    centres = torch.tensor([[5.0, 0, 0, 0], [0, 5, 0, 0]])
+    book.weight[:2] = centres * 0.5
+    z = (centres[:, :, None, None] + torch.randn(2, 4, 8, 8) * 0.1).contiguous()
+    restarted = torch.zeros(())
+    for _ in range(60):
+        restarted = restarted + book.learn(z, book.nearest(z), decay=0.8)
+    assert restarted > 0  # six codes had no latent
+    rebuilt = book.lookup(book.nearest(z))
+    assert (rebuilt - z).square().mean() < 0.02
+    assert torch.cdist(book.weight, centres).amin(1).max() < 1
+
+
+def test_channel_norm_is_local() -> None:
+    norm, x = ChannelNorm(8), torch.randn(1, 8, 4, 4)
+    y = norm(x)
+    assert torch.allclose(y.mean(1), torch.zeros(1, 4, 4), atol=1e-5)
+    assert torch.allclose(y.var(1, unbiased=False), torch.ones(1, 4, 4), atol=1e-3)
+    x[..., 0, 0] += 100
+    assert torch.equal(norm(x)[..., 1:, 1:], y[..., 1:, 1:])
+
+
+@pytest.mark.parametrize("roi", [(8, 112, 320, 288), (160, 112, 368, 288), (-16, 0, 64, 64), (0, 0, 0, 64)])
+def test_bad_regions_are_refused(roi: tuple[int, int, int, int]) -> None:
+    with pytest.raises(ValueError, match="must lie in 512x512 pixels, in steps of 16"):
+        RegionCodebookConfig(roi)
+
+
+def test_bad_strengths_and_temperatures_are_refused() -> None:
+    for wrong in ({"strength": 1.5}, {"strength": -0.1}, {"temperature": 0.0}):
+        with pytest.raises(ValueError, match="strength must be from 0 to 1"):
+            replace(TINY, **wrong)
+
+
+def test_configurations_round_trip_and_name_their_generator() -> None:
+    values = json.loads(json.dumps(TINY.to_dict()))
+    assert RegionConfig.from_dict(values) == TINY
+    assert isinstance(build_generator(values), RegionVQIG)
+
+
+def test_codebook_rebuilds_the_region_s_shape() -> None:
+    book = RegionVQVAE(TINY.codebook).eval()
+    region = book.cut(_inputs()[0])
+    z, indices = book.encode(region)
+    assert region.shape == (1, 3, 256, 256) and z.shape == (1, 16, 16, 16) and indices.shape == (1, 16, 16)
+    assert book(region).shape == region.shape
+    assert torch.equal(book(region), book.decode(indices))
+    maps = torch.arange(128.0).view(1, 1, 1, 128).expand(1, 1, 128, 128)
+    assert torch.equal(book.cut(maps)[0, 0, 0], torch.arange(32.0, 96.0))
+
+
+def test_only_the_region_is_drawn_and_its_border_fades(tiny: RegionVQIG) -> None:
+    image, motion, prior = _inputs(2)
+    with torch.no_grad():
+        found = tiny(tiny.prepare(image).expand(2), motion, prior)
+    change = (found.image - found.warped).abs().amax(1)
+    assert found.image.shape == (2, 3, 512, 512) and found.region.shape == (2, 3, 256, 256)
+    outside = torch.ones(512, 512, dtype=torch.bool)
+    outside[192:448, 128:384] = False
+    assert change[:, outside].max() == 0 and change[:, 220:420, 160:350].max() > 0
+    weight = feather(256, 256)[0, 0]
+    assert weight[24:-24, 24:-24].min() == 1 and weight[0].max() < 0.01 and (weight[:24, 128].diff() > 0).all()
+    assert torch.allclose(tiny.cut(found.image), torch.lerp(tiny.cut(found.warped), found.region, weight), atol=1e-5)
+
+
+def test_windows_count_by_their_middle_frame(tiny: RegionVQIG) -> None:
+    image, motion, prior = _inputs()
+    window = torch.randn(1, 27, 70)
+    window[:, 13] = motion
+    with torch.no_grad():
+        source = tiny.prepare(image)
+        assert torch.equal(tiny(source, motion, prior).image, tiny(source, window, prior).image)
+    with pytest.raises(ValueError, match="needs a mesh flow with apertures"):
+        tiny(source, motion, prior[:, :2])
+
+
+def test_strength_scales_the_modulation_alone(tiny: RegionVQIG) -> None:
+    image, motion, prior = _inputs()
+    with torch.no_grad():
+        source = tiny.prepare(image)
+        assert torch.equal(tiny(source, motion, prior, 0.0).region, tiny(source, motion, prior, 1.0).region)
+        for block in tiny.modulation.values():
+            block.out.weight.normal_(std=0.3)
+        none, half, full = (tiny(source, motion, prior, w).region for w in (0.0, 0.5, 1.0))
+        assert torch.equal(half, tiny(source, motion, prior).region)  # the configuration's
+    assert 0 < (half - none).abs().mean() < (full - none).abs().mean()
+
+
+def test_a_low_temperature_picks_the_likeliest_code(tiny: RegionVQIG) -> None:
+    logits = torch.randn(1, 256, 32)
+    sharp = RegionVQIG(replace(TINY, temperature=1e-4)).eval()
+    expected = sharp.autoencoder.codes.lookup(logits.argmax(-1).view(1, 16, 16))
+    assert torch.allclose(sharp.codes(logits), expected, atol=1e-4)
+    assert not torch.allclose(tiny.codes(logits), expected, atol=1e-2)
+
+
+def test_everything_learns_but_the_codebook() -> None:
+    torch.manual_seed(0)
+    model = RegionVQIG(TINY)
+    model.load_codebook({**RegionVQVAE(TINY.codebook).state_dict()})
+    for mine, theirs in ((model.encoder, model.autoencoder.encoder), (model.decoder, model.autoencoder.decoder)):
+        assert all(torch.equal(a, b) for a, b in zip(mine.parameters(), theirs.parameters(), strict=True))
+    for parameter in model.parameters():  # layers that start at zero hide the gradients of those before them
+        if parameter.requires_grad and not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.1)
+    image, motion, prior = _inputs(2)
+    found = model(model.prepare(image).expand(2), motion, prior)
+    ((found.image - 1).square().mean() + found.logits.square().mean()).backward()
+    for name, parameter in model.named_parameters():
+        frozen = name.startswith("autoencoder.")
+        assert (parameter.grad is None) == frozen, name
+        assert frozen or parameter.grad.abs().sum() > 0 or name.endswith("key_value.bias"), name
+
+
+def test_the_default_stays_within_its_budget() -> None:
+    model = RegionVQIG(RegionConfig()).train()  # torch's fused attention of eval() is not counted
+    image, motion, prior = _inputs()
+    with torch.no_grad():
+        source = model.prepare(image)
+        with FlopCounterMode(display=False) as counter:
+            model(source, motion, prior)
+    assert counter.get_total_flops() <= 12e9
+
+
+# ------------------------------------------------------------------------------------------------ the bundled weights
+
+bundled = pytest.mark.skipif(
+    "roi" not in weights.manifest().get("codebook.safetensors", weights.Entry("", "")).config,
+    reason="the package was built without its default weights",
+)
+
+
+@pytest.fixture(scope="module")
+def influence() -> ModuleType:
+    """The benchmark that replaces codes."""
+    file = Path(__file__).parents[2] / "benchmarks" / "code_influence.py"
+    spec = importlib.util.spec_from_file_location("code_influence", file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["code_influence"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+class _Pair:
+    """The astronaut, and a mesh-made view of her with shut lips and a turned head, from which she is drawn again."""
+
+    def __init__(self, astronaut: np.ndarray) -> None:
+        talker = Talker.from_pretrained(components=("face",))
+        portrait, face = talker.portrait(astronaut), talker.face_model
+        self.generator = load_generator()
+        self.target = torch.from_numpy(portrait.image).permute(2, 0, 1)[None].float().div(127.5).sub(1)
+        self.motion = torch.cat([portrait.expression, portrait.pose])[None]
+        shut = portrait.expression + _shutting(
+            face.project(portrait.identity, portrait.expression, portrait.pose), face
+        )
+        turned = portrait.pose + torch.tensor([0.0, 0.12, 0.0, 0.0, 0.0, 0.0])
+        here = face.project(portrait.identity, portrait.expression, portrait.pose)[None]
+        there = face.project(portrait.identity, shut, turned)[None]
+        mesh = MeshFlow(face, 128, apertures=True)
+        back = mesh(here, there)
+        self.image = warp(self.target, back[:, :2], back)
+        self.prior = mesh(there, here)
+        self.opening = aperture_maps(here, 512)[:, :1] > 0
+        self.shut_opening = aperture_maps(there, 512)[:, :1] > 0
+        with torch.inference_mode():
+            self.source = self.generator.prepare(self.image)
+
+
+def _shutting(vertices: Tensor, face: object) -> Tensor:
+    """Change of the expression (64,) that brings the inner lips together."""
+    half = len(INNER_LIPS) // 2
+    upper, lower = list(INNER_LIPS[1:half]), list(INNER_LIPS[half + 1 :])[::-1]
+    gap = face.expression[:, lower, 1] - face.expression[:, upper, 1]  # type: ignore[attr-defined]
+    flat = vertices[lower, 1] - vertices[upper, 1]
+    scale = (vertices[33, :2] - vertices[263, :2]).norm() / (face.mean[33, :2] - face.mean[263, :2]).norm()  # type: ignore[attr-defined]
+    basis = gap.T * scale
+    ridge = torch.eye(basis.shape[1]) * 1e-2 * basis.square().sum() / basis.shape[1]
+    return torch.linalg.solve(basis.T @ basis + ridge, -basis.T @ flat)
+
+
+@pytest.fixture(scope="module")
+def pair(astronaut: np.ndarray) -> _Pair:
+    return _Pair(astronaut)
+
+
+@bundled
+def test_the_codes_draw_the_face(pair: _Pair, influence: ModuleType) -> None:
+    found = influence.regions(pair.generator, pair.source, pair.motion, pair.prior)
+    changes = {name: influence.change(found[name], found["normal"])[0] for name in influence.VARIANTS}
+    assert changes["random_codes"] >= 5 and changes["no_codes"] >= 2
+    target = pair.generator.cut(pair.target)
+    distances = {name: float((image - target).abs().mean()) for name, image in found.items()}
+    assert distances["normal"] < 0.9 * distances["source_codes"]
+    assert distances["normal"] < 0.5 * distances["random_codes"]
+
+
+@bundled
+def test_a_generator_that_copies_the_warped_portrait_would_fail(pair: _Pair, influence: ModuleType) -> None:
+    found = influence.regions(pair.generator, pair.source, pair.motion, pair.prior)
+    assert influence.change(found["warp_only"], found["warp_only"]) == (0, 0)
+    assert influence.change(found["warp_only"], found["normal"])[0] > 1
+
+
+@bundled
+def test_shut_lips_open(pair: _Pair) -> None:
+    assert pair.shut_opening.sum() < 0.2 * pair.opening.sum()
+    with torch.inference_mode():
+        found = pair.generator(pair.source, pair.motion, pair.prior)
+    where = pair.opening.expand(1, 3, -1, -1)
+    drawn, warped = ((image - pair.target).abs()[where].mean() for image in (found.image, found.warped))
+    assert drawn < 0.9 * warped
