@@ -49,7 +49,7 @@ def regions(generator: RegionVQIG, source: Source, motion: Tensor, prior: Tensor
 
 def change(image: Tensor, normal: Tensor) -> tuple[float, float]:
     """Mean absolute difference in levels of 255, and the share of pixels beyond 10 levels."""
-    levels = (image.clamp(-1, 1) - normal.clamp(-1, 1)).abs().mean(1) * 127.5
+    levels = (image.clamp(-1, 1) - normal.clamp(-1, 1)).abs().mean(-3) * 127.5
     return float(levels.mean()), float((levels > 10).float().mean())
 
 
@@ -66,9 +66,7 @@ class Probe(Renderer):
             raise UserError("the weights hold the paper's generator, which has no region; give those of the package")
         found = regions(generator, self.source.expand(len(motion)), motion, prior, seed=len(self.seen["warp_only"]))
         for name in VARIANTS:
-            self.seen[name] += [
-                change(*pair) for pair in zip(found[name].split(1), found["normal"].split(1), strict=True)
-            ]
+            self.seen[name] += [change(*pair) for pair in zip(found[name], found["normal"], strict=True)]
         return super()._image(motion, prior)
 
 
