@@ -378,5 +378,5 @@ def test_a_face_model_of_another_kind_is_refused(tiny_weights, tmp_path):
         Talker.load(folder, "cpu", parts=("face",))
 
 
-def test_find_portrait_takes_a_picture_in_memory(talker, astronaut, portrait):
+def test_load_portrait_takes_an_image_in_memory(talker, astronaut, portrait):
     assert torch.equal(load_portrait(talker.face_model, astronaut).pose, portrait.pose)

@@ -314,7 +314,7 @@ class Shard:
             offset, confidence = found["offset"], found["confidence"]
         if len(offset) != len(self):
             raise UserError(
-                f"{self.path / LAGS} is of another shard; run python -m flowvqtalker_eval.evaluators.resync again"
+                f"{self.path / LAGS} is of another shard; run `flowvqtalker sync-clips` again"
             )
         sure = (np.abs(offset) <= _MAX_LAG) & (confidence >= _MIN_CONFIDENCE)
         return np.where(sure, offset, 0)
