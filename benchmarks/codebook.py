@@ -1,4 +1,4 @@
-"""The codebook on held-out people: what 16x16 codes keep of a face, of its mouth and of its eyes.
+"""The codebook on held-out people: what its codes keep of a face, of its mouth and of its eyes.
 
     python benchmarks/codebook.py SHARD [--weights FOLDER | --run NAME=runs/codebook ...] [--limit 100]
     python benchmarks/codebook.py DATA/faces --table DATA/faces.csv
@@ -7,7 +7,7 @@ SHARD is a shard of ``flowvqtalker prepare``: its stills and the frames of its c
 images is measured as it is, with faces found by the tracker. The split is by identity; people are taken in turn.
 Rows: each codebook, the same without codes, and the image reduced to as many bits by other means; columns as
 :class:`flowvqtalker_eval.metrics.reenactment.Scores` describes them. Writes OUT-stills and OUT-frames (.md, .csv,
-.json) and a grid of images (.png, .pdf).
+.json) and a grid of images (.png, .pdf). A codebook on a region of interest is measured on that region alone.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -34,6 +35,7 @@ from flowvqtalker.errors import UserError
 from flowvqtalker.face.tracker import FaceTracker
 from flowvqtalker.io.image import ImageArray
 from flowvqtalker.loading import choose_device, fast_dtype
+from flowvqtalker.render.region_vqvae import STRIDE, RegionCodebookConfig, RegionVQVAE
 from flowvqtalker.render.vqvae import CodebookConfig, VQAutoencoder
 from flowvqtalker_eval.figures import grid, style
 from flowvqtalker_eval.metrics.reenactment import Pair, Scores, to_image
@@ -42,14 +44,22 @@ from flowvqtalker_eval.metrics.ssim import psnr
 from flowvqtalker_eval.report import Column, Table, markdown, write
 
 Portrait = tuple[str, ImageArray, dict[str, Box]]
+Autoencoder = VQAutoencoder | RegionVQVAE
 SIDE = 512
 
 
-def load_codebook(folder: Path | None) -> VQAutoencoder:
+def build(values: dict[str, Any]) -> Autoencoder:
+    """The untrained codebook of a configuration."""
+    if "roi" in values:
+        return RegionVQVAE(RegionCodebookConfig.from_dict(values))
+    return VQAutoencoder(CodebookConfig.from_dict(values))
+
+
+def load_codebook(folder: Path | None) -> Autoencoder:
     """E_h, C and D_h of a folder of weights (None: the package's own), or of a run of stage ``codebook``."""
     if folder is None or (folder / "manifest.json").is_file():
         tensors, values = weights.load("codebook", folder)
-        model = VQAutoencoder(CodebookConfig.from_dict(values))
+        model = build(values)
         weights.restore(model, tensors, "codebook", folder)
         return model.eval()
     about = folder / "config.json"
@@ -58,7 +68,7 @@ def load_codebook(folder: Path | None) -> VQAutoencoder:
     content = json.loads(about.read_text(encoding="utf-8"))
     if content.get("stage") != "codebook":
         raise UserError(f"{folder} is a run of stage {content.get('stage', 'unknown')}; give one of stage codebook")
-    model = VQAutoencoder(CodebookConfig.from_dict(content["config"]))
+    model = build(content["config"])
     model.load_state_dict({key: value.float() for key, value in load_file(folder / "weights.safetensors").items()})
     return model.eval()
 
@@ -115,14 +125,28 @@ def webp_within(image: ImageArray, size: int) -> tuple[ImageArray, int]:
 class Bench:
     """Measures codebooks on one set of images."""
 
-    def __init__(self, models: Mapping[str, VQAutoencoder], device: torch.device, frechet: bool) -> None:
+    def __init__(self, models: Mapping[str, Autoencoder], device: torch.device, frechet: bool) -> None:
         self.models, self.device, self.dtype = models, device, fast_dtype(device)
         self.scores = Scores(fid=frechet, device=device)
+        rois = {(0, 0, SIDE, SIDE) if isinstance(m, VQAutoencoder) else m.config.roi for m in models.values()}
+        if len(rois) > 1:
+            raise UserError("the codebooks cover different regions; measure them one by one")
+        (self.roi,) = rois
         config = next(iter(models.values())).config
-        self.bits = (SIDE // config.stride) ** 2 * math.ceil(math.log2(config.codes))
+        stride = STRIDE if isinstance(config, RegionCodebookConfig) else config.stride
+        self.bits = self.roi[2] // stride * (self.roi[3] // stride) * math.ceil(math.log2(config.codes))
         self.counts = {name: np.zeros(model.config.codes, np.int64) for name, model in models.items()}
         for model in models.values():
             model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def cut(self, image: ImageArray, boxes: dict[str, Box]) -> tuple[ImageArray, dict[str, Box]]:
+        """The region that the codes cover, and the boxes in it."""
+        top, left, height, width = self.roi
+        moved = {
+            key: (min(max(x - left, 0), width - w), min(max(y - top, 0), height - h), w, h)
+            for key, (x, y, w, h) in boxes.items()
+        }
+        return np.ascontiguousarray(image[top : top + height, left : left + width]), moved
 
     @torch.inference_mode()
     def add(self, name: str, image: ImageArray, boxes: dict[str, Box]) -> Mapping[str, ImageArray]:
@@ -169,7 +193,8 @@ def measure(name: str, portraits: Iterable[Portrait], bench: Bench, options: arg
     shown: dict[str, list] = {}
     zoom: dict[str, list] = {}
     columns: list[str] = []
-    for i, (label, image, boxes) in enumerate(tqdm(portraits, desc=name)):
+    for i, (label, whole, places) in enumerate(tqdm(portraits, desc=name)):
+        image, boxes = bench.cut(whole, places)
         made = bench.add(label, image, boxes)
         if i % every == 0 and len(shown) < options.rows and boxes:
             columns = ["Held out", *made]

@@ -10,12 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from flowvqtalker.constants import CROP
 from flowvqtalker.data.shards import Shard
 from flowvqtalker.face.model import FaceModel
 from flowvqtalker.io.coefficients import Motion
 from flowvqtalker.io.image import ImageArray
-from flowvqtalker.render.renderer import Renderer
-from flowvqtalker.render.vqig import VQIG
+from flowvqtalker.render.region import RegionVQIG
+from flowvqtalker.render.region_vqvae import STRIDE
+from flowvqtalker.render.renderer import ImageGenerator, Renderer
 
 
 def in_turn(people: Sequence[str], limit: int) -> list[int]:
@@ -57,15 +59,25 @@ class Portrait:
 
 @dataclass(frozen=True)
 class Driven:
-    """A generated frame (512, 512, 3), the warped portrait I_w, and the codes (16, 16) if there are any."""
+    """A generated frame (512, 512, 3), the warped portrait I_w, and the codes if there are any (:func:`on_crop`)."""
 
     image: ImageArray
     warped: ImageArray
     codes: np.ndarray | None
 
 
+def on_crop(generator: ImageGenerator, codes: np.ndarray) -> np.ndarray:
+    """Codes on a square grid over the whole crop; -1 around the region that the codes cover."""
+    if not isinstance(generator, RegionVQIG):
+        return codes
+    top, left, height, width = (value // STRIDE for value in generator.config.codebook.roi)
+    whole = np.full((CROP // STRIDE, CROP // STRIDE), -1)
+    whole[top : top + height, left : left + width] = codes
+    return whole
+
+
 def drive(
-    generator: VQIG,
+    generator: ImageGenerator,
     face: FaceModel,
     portrait: Portrait,
     motion: np.ndarray,
@@ -83,7 +95,9 @@ def drive(
     def keep(module: object, arguments: object, found: Any) -> None:
         warped = found.warped.float().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
         for i, image in enumerate(warped.permute(0, 2, 3, 1).contiguous().cpu().numpy()):
-            codes = None if found.logits is None else found.logits[i].argmax(-1).view(16, 16).cpu().numpy()
+            codes = None
+            if found.logits is not None:
+                codes = on_crop(generator, found.logits[i].argmax(-1).view(found.latent.shape[-2:]).cpu().numpy())
             seen.append((image, codes))
 
     hook = renderer.generator.register_forward_hook(keep)

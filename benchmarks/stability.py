@@ -9,7 +9,7 @@ hair and moving backgrounds of their own. Writes OUT-tracked and OUT-frozen (.md
 
 The face mesh alone says what moves: from frame t - 1 to t it moves pixel p of frame t by the backward flow f_t(p), in
 pixels of the 512x512 crop. A place is *still* at t where |f_t| < τ. With I_t(p) the frame (levels of 255, mean over
-colours) and c_t(i, j) the code of a 32x32 block, which is still if all of it is:
+colours) and c_t(i, j) the code of a block of pixels, which is still if all of it is:
 
 - ``codes``: share of the still blocks with c_t ≠ c_{t-1};
 - ``flicker``: mean of |I_{t-1} - 2 I_t + I_{t+1}| over pixels that are still at t and at t + 1;
@@ -26,7 +26,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
-from held_out import Portrait, drive, in_turn
+from held_out import Portrait, drive, in_turn, on_crop
 from tqdm import tqdm
 
 from flowvqtalker.data.shards import Shard
@@ -36,19 +36,19 @@ from flowvqtalker.io.image import ImageArray
 from flowvqtalker.io.video import read_video
 from flowvqtalker.loading import choose_device, fast_dtype, load_face_model, load_generator
 from flowvqtalker.render.mesh_flow import MeshFlow
+from flowvqtalker.render.region import RegionVQIG
 from flowvqtalker_eval.metrics.reenactment import to_image
 from flowvqtalker_eval.metrics.regions import as_tensor
 from flowvqtalker_eval.report import Column, Row, Table, markdown, write
 
 SCENARIOS = {"tracked": "the clip's own tracked motion", "frozen": "one frame's coefficients: nothing may change"}
 COLUMNS = (
-    Column("codes", "codes", "lower", 1, "% of the still 32x32 blocks whose code changes in a frame"),
+    Column("codes", "codes", "lower", 1, "% of the still blocks whose code changes in a frame"),
     Column("flicker", "flicker", "lower", 3, "mean second difference in time of still pixels, levels of 255"),
     Column("change", "change", "lower", 3, "mean difference of still pixels in consecutive frames, levels"),
     Column("warping", "warping error", "lower", 3, "mean difference of moving pixels after undoing the motion, levels"),
     Column("still", "still", None, 1, "% of the pixels that are still"),
 )
-BLOCKS = 16
 
 
 class Stability:
@@ -66,9 +66,9 @@ class Stability:
         now = frame.astype(np.float32)
         if flow is not None:
             if codes is not None and self.codes is not None:
-                side = flow.shape[1] // BLOCKS
-                length = np.hypot(*flow).reshape(BLOCKS, side, BLOCKS, side).max((1, 3))
-                self._count("codes", 100.0 * (codes != self.codes)[length < self.tau])
+                blocks, side = len(codes), flow.shape[1] // len(codes)
+                length = np.hypot(*flow).reshape(blocks, side, blocks, side).max((1, 3))
+                self._count("codes", 100.0 * (codes != self.codes)[(length < self.tau) & (codes >= 0)])
             full = np.stack([cv2.resize(part, now.shape[1::-1], interpolation=cv2.INTER_LINEAR) for part in flow])
             still = np.hypot(*full) < self.tau
             here, moves, last = still & self.valid, ~still & self.valid, self.frames[-1]
@@ -169,8 +169,10 @@ class Bench:
         crop = Crop(self.shard.crop[clip])
         for _, frame in zip(range(count), read_video(path), strict=False):
             real = crop.apply(frame)
-            codes = self.generator.autoencoder.encode(as_tensor(real, self.device))[1]
-            yield real, to_image(self.generator.autoencoder.decode(codes)[0]), codes[0].cpu().numpy()
+            image, generator = as_tensor(real, self.device), self.generator
+            region = generator.cut(image) if isinstance(generator, RegionVQIG) else image
+            codes = generator.autoencoder.encode(region)[1][0].cpu().numpy()
+            yield real, to_image(generator.reconstruct(image)[0]), on_crop(generator, codes)
 
     def table(self, scenario: str) -> Table:
         """Means over the clips."""

@@ -27,7 +27,7 @@ from flowvqtalker.render.region_vqvae import (
 from flowvqtalker.render.vqig import Source
 from flowvqtalker.render.warp import MOTION, WarpConfig, WarpingNetwork
 
-__all__ = ["RegionConfig", "RegionGenerated", "RegionVQIG", "feather"]
+__all__ = ["RegionConfig", "RegionGenerated", "RegionPrediction", "RegionVQIG", "feather"]
 
 
 @dataclass(frozen=True)
@@ -240,14 +240,28 @@ class RegionVQIG(nn.Module):
         motion = motion if motion.ndim == 2 else motion[:, motion.shape[1] // 2]
         sigma = self.mapping((motion - self.motion_mean) / self.motion_std)
         warped = warp(source.image, self.flow(source, sigma, prior), prior)
-        extra = self.aperture(self.cut(prior[:, 2 : 2 + 2 * APERTURES]).to(sigma.dtype))
-        coarse, middle, fine = self.encoder.features(self.cut(warped), extra)
+        apertures = self.cut(prior[:, 2 : 2 + 2 * APERTURES])
+        return RegionPrediction(warped, *self.encode(self.cut(warped), apertures, sigma, source.codes))
+
+    def encode(
+        self, region: Tensor, apertures: Tensor, sigma: Tensor, codes: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """E_w, phi, MHCA and T: logits, z_f, and E_w's maps at 1/8 and 1/4.
+
+        Arguments:
+            region: (B, 3, H, W) of I_w.
+            apertures: (B, 6, H / 4, W / 4) of the mesh flow.
+            sigma: (B, 256) motion descriptor.
+            codes: (B, d, h, w) of the source.
+        """
+        extra = self.aperture(apertures.to(sigma.dtype))
+        coarse, middle, fine = self.encoder.features(region, extra)
         gamma, beta = self.motion(sigma)[..., None, None].chunk(2, dim=1)
         z = self.encoder.out(torch.addcmul(beta, coarse.to(gamma.dtype), 1 + gamma))
-        codes = source.codes.to(z.dtype)
+        codes = codes.to(z.dtype)
         z = z + self.fuse(torch.cat([z, codes], 1))
         z = self.attention(z, codes)
-        return RegionPrediction(warped, self.transformer(z, sigma), z, middle, fine)
+        return self.transformer(z, sigma), z, middle, fine
 
     def codes(self, logits: Tensor) -> Tensor:
         """Logits (B, h w, N) to the codes (B, d, h, w) that D_h draws: their expectation, which does not flicker."""
