@@ -35,7 +35,7 @@ from flowvqtalker.io.image import ImageArray
 from flowvqtalker.loading import fast_dtype, load_face_model, load_generator
 from flowvqtalker_eval.figures import grid, style
 from flowvqtalker_eval.metrics import motion
-from flowvqtalker_eval.metrics.identity import COLUMN, FaceIdentity, csim_to_portrait, same_person
+from flowvqtalker_eval.metrics.identity import COLUMN, FaceIdentity, csim, same_person
 from flowvqtalker_eval.metrics.landmarks68 import Dlib68
 from flowvqtalker_eval.metrics.mesh import MeshExtractor
 from flowvqtalker_eval.report import Column, Row, Table, markdown, write
@@ -141,7 +141,7 @@ class Bench:
         first, *meshes = self.mesh(np.stack([begin[0], *images]), {})["mesh"]
         seen = np.isfinite(meshes).all((1, 2))
         row: dict[str, float | None] = {
-            "csim": csim_to_portrait(self._embed([portrait])[0], embedded),
+            "csim": csim(self._embed([portrait])[0], embedded),
             "same": same_person(self._embed([portrait])[0], embedded),
             "found": float(seen.mean()),
         }

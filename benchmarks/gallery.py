@@ -40,7 +40,7 @@ from flowvqtalker.io.coefficients import Motion
 from flowvqtalker.io.image import ImageArray, read_image
 from flowvqtalker.motion.options import MotionOptions
 from flowvqtalker.pipeline import Talker
-from flowvqtalker_eval.metrics.identity import FaceIdentity, csim_to_portrait
+from flowvqtalker_eval.metrics.identity import FaceIdentity, csim
 
 COLUMNS = ("portrait", "happy", "surprised", "open mouth", "turned", "blink", "whole picture")
 DERIVED = ("grey", "painted", "pencil", "width", "turn", "whole", "cut")
@@ -233,7 +233,7 @@ class Gallery:
         whose = self._embedding(portrait.image)
         for cell, motion in cells:
             assert motion is not None
-            row.csim.append(csim_to_portrait(whose, self._embedding(cell)[None]))
+            row.csim.append(csim(whose, self._embedding(cell)[None]))
             faces = self._tracker.detect(cell)
             if not faces:
                 row.lips.append(math.nan)

@@ -1,6 +1,6 @@
 """Scores of generated motion beside the real clip, before any image is made; and a baseline.
 
-Landmark distances are those of the ``eat`` protocol (:mod:`flowvqtalker_eval.metrics.lmd`), computed from coefficients:
+Landmark distances are those of the ``eat`` protocol (``flowvqtalker_eval.metrics.motion``), from coefficients:
 the face model has the real clip's pose and identity (true ρ and α), once with the true β and once with the generated
 one. 68 of its projected vertices stand for dlib's points and are aligned as the protocol does. The unit is the
 protocol's, pixels of the 128-pixel crop. It is what expression alone contributes: head motion and identity cost
@@ -23,7 +23,7 @@ from flowvqtalker_eval.metrics import beats, motion
 from flowvqtalker_eval.metrics.align import align68
 from flowvqtalker_eval.metrics.analysis import Array
 from flowvqtalker_eval.metrics.landmarks68 import mesh68
-from flowvqtalker_eval.metrics.lmd import landmark_distance
+from flowvqtalker_eval.metrics.motion import landmark_distance
 
 __all__ = ["NearestSpeech", "coefficient_lmd", "motion_scores"]
 

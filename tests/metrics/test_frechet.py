@@ -211,8 +211,8 @@ def test_inception_sizes_and_pools() -> None:
         "Mixed_7c": (2048, 8, 8),
     }
     seen: dict[str, torch.Tensor] = {}
-    blocks = {"a": (inception._A(4, 2), 4), "c": (inception._C(4, 2), 4), "mean": (inception._E(4, False), 4)}
-    for name, (block, channels) in {**blocks, "max": (inception._E(4, True), 4)}.items():
+    blocks = {"a": (inception._a(4, 2), 4), "c": (inception._c(4, 2), 4), "mean": (inception._e(4, False), 4)}
+    for name, (block, channels) in {**blocks, "max": (inception._e(4, True), 4)}.items():
         block.branch_pool.register_forward_pre_hook(lambda _m, args, name=name: seen.__setitem__(name, args[0]))
         x = torch.zeros(1, channels, 3, 3)
         x[..., 0, 0] = 9

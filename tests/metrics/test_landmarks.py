@@ -14,7 +14,7 @@ from flowvqtalker.errors import MissingDependency, UserError
 from flowvqtalker_eval.metrics import landmarks68
 from flowvqtalker_eval.metrics.align import SIZE, TEMPLATE, AlignedFaces, align68, similarity, warp
 from flowvqtalker_eval.metrics.landmarks68 import MESH68, Dlib68, Mesh68, find_dlib_model, mesh68
-from flowvqtalker_eval.metrics.lmd import landmark_distance
+from flowvqtalker_eval.metrics.motion import landmark_distance
 
 pytest.importorskip("dlib")
 
@@ -193,7 +193,7 @@ def test_frames_without_a_face_do_not_count_but_show() -> None:
 
 def test_bad_distances_are_named() -> None:
     points = TEMPLATE[None].repeat(4, 0)
-    with pytest.raises(UserError, match="4 and 3 frames; pair"):
+    with pytest.raises(UserError, match="pair the frames first"):
         landmark_distance(points, points[:3])
     with pytest.raises(UserError, match=r"\(4, 20, 2\)"):
         landmark_distance(points[:, 48:], points[:, 48:])

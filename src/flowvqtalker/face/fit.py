@@ -12,7 +12,7 @@ import torch
 from scipy.signal import savgol_filter
 
 from flowvqtalker.errors import UserError
-from flowvqtalker.face.geometry import Floats, align, angles_of, rodrigues, tangents, unproject
+from flowvqtalker.face.geometry import Floats, align, angles_of, fill_gaps, rodrigues, tangents, unproject
 from flowvqtalker.face.model import CENTRE, EXPRESSION, FOCAL, IDENTITY, FaceModel
 from flowvqtalker.face.topology import EYE_CORNERS, LIDS, LIPS, RIGID, VERTICES
 
@@ -200,7 +200,7 @@ def fit(model: FaceModel, landmarks: Floats, *, identity: Floats | None = None, 
         beta, pose = state.beta, fitter.pose(state)
     residual = np.full(len(clip), np.nan, dtype=np.float32)
     residual[seen] = reprojection_error(model, clean, alpha, beta, pose)
-    result = Fit(alpha, _filled(beta, seen), _filled(pose, seen), residual)
+    result = Fit(alpha, fill_gaps(beta, seen), fill_gaps(pose, seen), residual)
     if smooth and len(clip) > 2:
         result = smooth_clip(model, result)
     return result
@@ -213,15 +213,6 @@ def _checked(landmarks: Floats) -> Array:
     if clip.ndim != 3 or clip.shape[1:] != (VERTICES, 3):
         raise UserError(f"landmarks of shape (T, {VERTICES}, 3) are needed, got {np.shape(landmarks)}")
     return clip
-
-
-def _filled(values: Floats, seen: npt.NDArray[np.bool_]) -> Array:
-    """Values (N, D) of the detected frames -> (T, D); gaps are interpolated linearly, ends held."""
-    filled = np.empty((len(seen), values.shape[1]), dtype=np.float32)
-    times, known = np.arange(len(seen)), np.flatnonzero(seen)
-    for i in range(values.shape[1]):
-        filled[:, i] = np.interp(times, known, values[:, i])
-    return filled
 
 
 def reprojection_error(

@@ -7,7 +7,7 @@ import numpy.typing as npt
 
 from flowvqtalker.face.model import CENTRE, FOCAL
 
-__all__ = ["Floats", "align", "angles_of", "rodrigues", "rotation_vectors", "tangents", "unproject"]
+__all__ = ["Floats", "align", "angles_of", "fill_gaps", "rodrigues", "rotation_vectors", "tangents", "unproject"]
 
 Floats = npt.NDArray[np.floating]
 
@@ -28,6 +28,19 @@ def unproject(landmarks: Floats) -> Floats:
     depth = landmarks[..., 2:] + landmarks.dtype.type(FOCAL)
     rays = (landmarks[..., :2] - landmarks.dtype.type(CENTRE)) / landmarks.dtype.type(FOCAL)
     return np.concatenate([rays * depth, depth], axis=-1)
+
+
+def fill_gaps(values: Floats, seen: npt.NDArray[np.bool_]) -> Floats:
+    """Values (N, ...) of the N frames that were seen -> (T, ...) of all: gaps interpolated linearly, ends held.
+
+    NaN if no frame was seen.
+    """
+    if not len(values):
+        return np.full((len(seen), *values.shape[1:]), np.nan, values.dtype)
+    times, known = np.arange(len(seen)), np.flatnonzero(seen)
+    columns = values.reshape(len(values), -1).T
+    filled = np.stack([np.interp(times, known, column) for column in columns], axis=1)
+    return filled.reshape(len(seen), *values.shape[1:]).astype(values.dtype)
 
 
 def align(points: Floats, target: Floats, weights: Floats) -> tuple[Floats, Floats, Floats]:

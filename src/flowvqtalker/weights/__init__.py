@@ -31,6 +31,7 @@ __all__ = [
     "folder",
     "load",
     "manifest",
+    "misfit",
     "mismatch",
     "needed",
     "read_tensors",
@@ -173,7 +174,13 @@ def restore(module: nn.Module, tensors: Mapping[str, Tensor], name: str, path: s
     Raises:
         UserError: if names or shapes do not fit; names the file's sha256 and the first differences.
     """
-    own = module.state_dict()
+    if problem := misfit(module.state_dict(), tensors):
+        raise mismatch(name, problem, path)
+    module.load_state_dict(dict(tensors))
+
+
+def misfit(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> str:
+    """The first differences in names and shapes between a network's tensors and those of a file; empty if they fit."""
     problems = [f"{key} is missing" for key in own if key not in tensors]
     problems += [f"{key} is unknown" for key in tensors if key not in own]
     problems += [
@@ -181,9 +188,7 @@ def restore(module: nn.Module, tensors: Mapping[str, Tensor], name: str, path: s
         for key in own
         if key in tensors and tensors[key].shape != own[key].shape
     ]
-    if problems:
-        raise mismatch(name, "; ".join(problems[:3]) + (f" and {len(problems) - 3} more" if problems[3:] else ""), path)
-    module.load_state_dict(dict(tensors))
+    return "; ".join(problems[:3]) + (f" and {len(problems) - 3} more" if problems[3:] else "")
 
 
 def mismatch(name: str, problem: str, path: str | Path | None = None) -> UserError:

@@ -28,6 +28,7 @@ from tqdm import tqdm
 from flowvqtalker.constants import FPS
 from flowvqtalker.data.shards import Shard
 from flowvqtalker.errors import UserError
+from flowvqtalker.face.geometry import fill_gaps
 from flowvqtalker.face.topology import EYE_CORNERS, MOUTH_CORNERS, VERTICES
 
 __all__ = ["HEIGHT", "WIDTH", "PrepareMouths", "cut_mouths", "mouth_matrices", "mouths_of"]
@@ -183,7 +184,8 @@ def _clip_mouths(path: Path, landmarks: Floats) -> Pixels:
 
     ticks = len(landmarks)
     nearest = np.abs(read_timing(path).times[None] - np.arange(ticks)[:, None] / FPS).argmin(1)
-    matrices = mouth_matrices(_interpolate_missing(landmarks))
+    seen = np.asarray(np.isfinite(landmarks).all((1, 2)))
+    matrices = mouth_matrices(fill_gaps(landmarks[seen], seen))
     crops = np.zeros((ticks, HEIGHT, WIDTH), np.uint8)
     done = 0
     for number, frame in read_frames(path, set(nearest.tolist())):
@@ -194,17 +196,3 @@ def _clip_mouths(path: Path, landmarks: Floats) -> Pixels:
         raise UserError(f"{path} has no frames that can be decoded")
     crops[done:] = crops[done - 1]  # a container may announce frames that it does not hold
     return crops
-
-
-def _interpolate_missing(landmarks: Floats) -> Floats:
-    """Landmarks (T, 478, 3) with frames without a face interpolated between their neighbours."""
-    from scipy.interpolate import interp1d
-
-    known = np.flatnonzero(np.isfinite(landmarks).all((1, 2)))
-    if len(known) in (0, len(landmarks)):
-        return landmarks
-    if len(known) == 1:
-        return np.broadcast_to(landmarks[known], landmarks.shape)
-    ends = (landmarks[known[0]], landmarks[known[-1]])
-    filled = interp1d(known, landmarks[known], axis=0, bounds_error=False, fill_value=ends)
-    return np.asarray(filled(np.arange(len(landmarks))))

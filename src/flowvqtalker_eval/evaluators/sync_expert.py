@@ -23,7 +23,7 @@ from flowvqtalker import weights
 from flowvqtalker.constants import SAMPLE_RATE
 from flowvqtalker.errors import UserError
 from flowvqtalker_eval.evaluators.mouths import HEIGHT, WIDTH, cut_mouths
-from flowvqtalker_eval.metrics.analysis import ClipExtractor, FrameExtractor
+from flowvqtalker_eval.metrics.analysis import Array, ClipExtractor, FrameExtractor, Frames, Settings, Wave
 from flowvqtalker_eval.metrics.sync import REACH, SyncScore, sync_score
 
 __all__ = [
@@ -218,11 +218,10 @@ class MouthExtractor(FrameExtractor):
     needs: tuple[str, ...] = ("mesh",)
     gives = ("mouth",)
 
-    def settings(self) -> dict[str, str | float | int]:
-        """What the crops depend on."""
+    def settings(self) -> Settings:
         return {"height": HEIGHT, "width": WIDTH, "landmarks": "mediapipe"}
 
-    def __call__(self, frames: Pixels, known: dict[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
+    def __call__(self, frames: Frames, known: dict[str, Array]) -> dict[str, Array]:
         """Crops of frames (n, H, W, 3)."""
         return {"mouth": cut_mouths(frames, known["mesh"])}
 
@@ -241,12 +240,11 @@ class SyncExpertExtractor(ClipExtractor):
         self._folder = folder
         self._model: SyncExpert | None = None
 
-    def settings(self) -> dict[str, str | float | int]:
-        """What the embeddings depend on."""
+    def settings(self) -> Settings:
         entry = weights.manifest(self._folder).get("sync.safetensors")
         return {"weights": entry.sha256 if entry is not None else "missing", "reach": REACH, "window": SPAN}
 
-    def __call__(self, known: dict[str, npt.NDArray[Any]], wave: Floats | None) -> dict[str, npt.NDArray[Any]]:
+    def __call__(self, known: dict[str, Array], wave: Wave | None) -> dict[str, Array]:
         """Embeddings of one clip."""
         if self._model is None:
             self._model = load_sync_expert(self._folder)

@@ -117,7 +117,6 @@ class AlignedFaces(FrameExtractor):
         self._predictor = Dlib68() if landmarks == "crop" else None
 
     def settings(self) -> Settings:
-        """Crop and landmarks."""
         points = "dlib 68 on the crop" if self._predictor is not None else "transformed from the frame"
         return {"crop": "eat 128", "template": "mean of 927 portraits, box 100/128", "landmarks": points}
 

@@ -20,6 +20,7 @@ from scipy.ndimage import gaussian_filter1d
 
 from flowvqtalker.constants import FPS, SAMPLE_RATE
 from flowvqtalker.errors import MissingDependency, UserError
+from flowvqtalker.face.geometry import fill_gaps
 from flowvqtalker.face.model import FaceModel, rotation_matrix
 from flowvqtalker.loading import load_face_model
 from flowvqtalker_eval.metrics.analysis import Array, ClipExtractor, Settings, Wave
@@ -125,8 +126,7 @@ def motion_beats(speed: Array, smoothing: float = SMOOTHING) -> Array:
     found = np.isfinite(speed)
     if speed.ndim != 1 or not found.any():
         raise UserError(f"the speed (T - 1,) of a motion of at least two frames is needed, got shape {speed.shape}")
-    speed = np.interp(np.arange(len(speed)), np.flatnonzero(found), speed[found])
-    smooth = gaussian_filter1d(speed, smoothing, mode="nearest")
+    smooth = gaussian_filter1d(fill_gaps(speed[found], found), smoothing, mode="nearest")
     inner = smooth[1:-1]
     low = (inner < smooth[:-2]) & (inner <= smooth[2:])
     return np.flatnonzero(low) + 1.5  # the speed of an interval belongs to its middle

@@ -164,7 +164,6 @@ class Sharpness(FrameExtractor):
     gives = ("cpbd", "cpbd256")
 
     def settings(self) -> Settings:
-        """The definition; the size of the frames is part of the analysis."""
         return {"definition": "cpbd 1.0.7", "common size": 256}
 
     def __call__(self, frames: Frames, known: dict[str, Array]) -> dict[str, Array]:

@@ -172,7 +172,6 @@ class EmotionFanExtractor(FrameExtractor):
         (self._path, self._sha256), self._device = WEIGHTS.find(checkpoint), device
 
     def settings(self) -> Settings:
-        """The weights and the crop."""
         return {"weights": self._sha256, "crop": f"dlib chip {SIZE}, padding {_PADDING}"}
 
     def __call__(self, frames: Frames, known: dict[str, Array]) -> dict[str, Array]:
@@ -206,7 +205,6 @@ class EmotionFanScores(ClipExtractor):
         self._path, self._sha256 = WEIGHTS.find(checkpoint)
 
     def settings(self) -> Settings:
-        """The weights and the protocol."""
         return {"weights": self._sha256, "protocol": "eat"}
 
     def __call__(self, known: dict[str, Array], wave: Wave | None) -> dict[str, Array]:

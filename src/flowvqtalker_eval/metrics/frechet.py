@@ -148,7 +148,6 @@ class InceptionFeatures(FrameExtractor):
         (self._path, self._sha256), self._device = WEIGHTS.find(weights), device
 
     def settings(self) -> Settings:
-        """Weights and resizing."""
         return {"features": "FID Inception pool3", "sha256": self._sha256[:16], "input": "eat 128, bilinear to 299"}
 
     def __call__(self, frames: Frames, known: dict[str, Array]) -> dict[str, Array]:
@@ -184,7 +183,6 @@ class MobileNetFeatures(FrameExtractor):
         self._path, self._device = find_weights("mobilenet", weights), device
 
     def settings(self) -> Settings:
-        """Weights and size."""
         size = "eat 128" if self.needs else "frame, area-averaged to 224x224"
         return {"features": self._path.name.rsplit(".", 1)[0], "input": size}
 

@@ -17,8 +17,9 @@ import numpy.typing as npt
 from flowvqtalker.errors import UserError
 from flowvqtalker_eval.metrics.analysis import Array, FrameExtractor, Frames, Settings
 from flowvqtalker_eval.metrics.landmarks68 import DLIB_SHA256, Dlib68, DlibModel, dlib_module, find_dlib_model
+from flowvqtalker_eval.metrics.motion import finite_mean
 
-__all__ = ["COLUMN", "FaceIdentity", "cosine", "csim_to_clip", "csim_to_portrait", "same_person"]
+__all__ = ["COLUMN", "FaceIdentity", "cosine", "csim", "same_person"]
 
 COLUMN = "CSIM (dlib)"
 
@@ -34,29 +35,20 @@ def cosine(a: Array, b: Array) -> npt.NDArray[np.float64]:
     return np.asarray((a * b).sum(-1) / (np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)))
 
 
-def csim_to_portrait(portrait: Array, generated: Array) -> float:
-    """Mean cosine between the animated portrait (D,) and the frames (T, D); NaN if no face was found."""
-    if portrait.ndim != 1:
-        raise UserError(f"the portrait's embedding has shape (D,), got {portrait.shape}")
-    return _mean(cosine(portrait, generated))
-
-
-def csim_to_clip(real: Array, generated: Array) -> float:
-    """Mean cosine, frame by frame, between a real clip (T, D) and a generated one, where both faces were found."""
-    if len(real) != len(generated):
-        raise UserError(f"clips must be equally long, got {len(real)} and {len(generated)} frames; pair them first")
-    return _mean(cosine(real, generated))
+def csim(reference: Array, generated: Array) -> float:
+    """Mean cosine of frames (T, D) and a portrait (D,) or, frame by frame, a real clip (T, D), where both faces were
+    found; NaN if none was."""
+    if reference.ndim > 1 and len(reference) != len(generated):
+        raise UserError(
+            f"clips must be equally long, got {len(reference)} and {len(generated)} frames; pair them first"
+        )
+    return finite_mean(cosine(reference, generated))
 
 
 def same_person(reference: Array, generated: Array) -> float:
     """Share of the frames (T, D) with a face that lie within 0.6 of a reference, (D,) or (T, D)."""
     apart = np.linalg.norm(np.asarray(generated, np.float64) - np.asarray(reference, np.float64), axis=-1)
-    return _mean(np.where(np.isfinite(apart), apart < 0.6, np.nan))
-
-
-def _mean(values: Array) -> float:
-    found = values[np.isfinite(values)]
-    return float(found.mean()) if found.size else float("nan")
+    return finite_mean(np.where(np.isfinite(apart), apart < 0.6, np.nan))
 
 
 class FaceIdentity(FrameExtractor):
@@ -82,7 +74,6 @@ class FaceIdentity(FrameExtractor):
         self.every, self._folder = every, folder
 
     def settings(self) -> Settings:
-        """Network and sampling."""
         return {"embedding": "dlib ResNet 128", "sha256": DLIB_SHA256[_RESNET][:16], "every": self.every}
 
     def _embed(self, frames: Frames, landmarks: Array) -> npt.NDArray[np.float32]:

@@ -12,6 +12,7 @@ the same form, and the blocks against plain computations.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,96 +48,76 @@ class _Conv(nn.Module):
         return F.relu(self.bn(self.conv(x)))
 
 
-def _average(x: Tensor) -> Tensor:
-    return F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
+class _Mixed(nn.Module):
+    """Branches of convolutions side by side, and a 3x3 pool.
 
+    Arguments:
+        inp: channels of the input.
+        branches: (channels, kernel, stride) of each convolution, by the branch's published name; a list forks the end.
+        pool: channels of the convolution after a pool that keeps the size; 0: a maximum that halves it.
+        largest: the pool that keeps the size takes the maximum, not the average.
+    """
 
-class _A(nn.Module):
-    """35x35: 1x1, 5x5, twice 3x3, pool."""
-
-    def __init__(self, inp: int, pool: int) -> None:
+    def __init__(self, inp: int, branches: dict[str, list[Any]], pool: int = 0, largest: bool = False) -> None:
         super().__init__()
-        self.branch1x1 = _Conv(inp, 64)
-        self.branch5x5_1, self.branch5x5_2 = _Conv(inp, 48), _Conv(48, 64, 5)
-        self.branch3x3dbl_1, self.branch3x3dbl_2 = _Conv(inp, 64), _Conv(64, 96, 3)
-        self.branch3x3dbl_3 = _Conv(96, 96, 3)
-        self.branch_pool = _Conv(inp, pool)
+        self.largest, self.paths = largest, list[list[list[str]]]()
+        for branch, layers in branches.items():
+            width, path = inp, []
+            for number, layer in enumerate(layers, 1):
+                ends = layer if isinstance(layer, list) else [layer]
+                name = f"{branch}_{number}" if len(layers) > 1 else branch
+                path.append([name + letter for letter in ("ab" if len(ends) > 1 else [""])])
+                for own, end in zip(path[-1], ends, strict=True):
+                    self.add_module(own, _Conv(width, *end))
+                width = ends[0][0]
+            self.paths.append(path)
+        self.branch_pool = _Conv(inp, pool) if pool else None
 
     def forward(self, x: Tensor) -> Tensor:
-        five = self.branch5x5_2(self.branch5x5_1(x))
-        three = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
-        return torch.cat([self.branch1x1(x), five, three, self.branch_pool(_average(x))], 1)
+        found: list[Tensor] = []
+        for path in self.paths:
+            ends = [x]
+            for names in path:
+                ends = [self.get_submodule(name)(ends[0]) for name in names]
+            found += ends
+        if self.branch_pool is None:
+            pooled = F.max_pool2d(x, 3, 2)
+        elif self.largest:
+            pooled = self.branch_pool(F.max_pool2d(x, 3, 1, 1))
+        else:
+            pooled = self.branch_pool(F.avg_pool2d(x, 3, 1, 1, count_include_pad=False))
+        return torch.cat([*found, pooled], 1)
 
 
-class _B(nn.Module):
+def _a(inp: int, pool: int) -> _Mixed:
+    """35x35."""
+    twice = [(64,), (96, 3), (96, 3)]
+    return _Mixed(inp, {"branch1x1": [(64,)], "branch5x5": [(48,), (64, 5)], "branch3x3dbl": twice}, pool)
+
+
+def _b(inp: int) -> _Mixed:
     """From 35x35 to 17x17."""
-
-    def __init__(self, inp: int) -> None:
-        super().__init__()
-        self.branch3x3 = _Conv(inp, 384, 3, 2)
-        self.branch3x3dbl_1, self.branch3x3dbl_2 = _Conv(inp, 64), _Conv(64, 96, 3)
-        self.branch3x3dbl_3 = _Conv(96, 96, 3, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        three = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
-        return torch.cat([self.branch3x3(x), three, F.max_pool2d(x, 3, 2)], 1)
+    return _Mixed(inp, {"branch3x3": [(384, 3, 2)], "branch3x3dbl": [(64,), (96, 3), (96, 3, 2)]})
 
 
-class _C(nn.Module):
-    """17x17: 1x1, 7x7 split in two, twice that, pool."""
-
-    def __init__(self, inp: int, mid: int) -> None:
-        super().__init__()
-        self.branch1x1 = _Conv(inp, 192)
-        self.branch7x7_1, self.branch7x7_2 = _Conv(inp, mid), _Conv(mid, mid, (1, 7))
-        self.branch7x7_3 = _Conv(mid, 192, (7, 1))
-        self.branch7x7dbl_1, self.branch7x7dbl_2 = _Conv(inp, mid), _Conv(mid, mid, (7, 1))
-        self.branch7x7dbl_3, self.branch7x7dbl_4 = _Conv(mid, mid, (1, 7)), _Conv(mid, mid, (7, 1))
-        self.branch7x7dbl_5 = _Conv(mid, 192, (1, 7))
-        self.branch_pool = _Conv(inp, 192)
-
-    def forward(self, x: Tensor) -> Tensor:
-        seven = self.branch7x7_3(self.branch7x7_2(self.branch7x7_1(x)))
-        twice = self.branch7x7dbl_3(self.branch7x7dbl_2(self.branch7x7dbl_1(x)))
-        twice = self.branch7x7dbl_5(self.branch7x7dbl_4(twice))
-        return torch.cat([self.branch1x1(x), seven, twice, self.branch_pool(_average(x))], 1)
+def _c(inp: int, mid: int) -> _Mixed:
+    """17x17, with 7x7 split in two."""
+    once = [(mid,), (mid, (1, 7)), (192, (7, 1))]
+    twice = [(mid,), (mid, (7, 1)), (mid, (1, 7)), (mid, (7, 1)), (192, (1, 7))]
+    return _Mixed(inp, {"branch1x1": [(192,)], "branch7x7": once, "branch7x7dbl": twice}, 192)
 
 
-class _D(nn.Module):
+def _d(inp: int) -> _Mixed:
     """From 17x17 to 8x8."""
-
-    def __init__(self, inp: int) -> None:
-        super().__init__()
-        self.branch3x3_1, self.branch3x3_2 = _Conv(inp, 192), _Conv(192, 320, 3, 2)
-        self.branch7x7x3_1, self.branch7x7x3_2 = _Conv(inp, 192), _Conv(192, 192, (1, 7))
-        self.branch7x7x3_3, self.branch7x7x3_4 = _Conv(192, 192, (7, 1)), _Conv(192, 192, 3, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        three = self.branch3x3_2(self.branch3x3_1(x))
-        seven = self.branch7x7x3_4(self.branch7x7x3_3(self.branch7x7x3_2(self.branch7x7x3_1(x))))
-        return torch.cat([three, seven, F.max_pool2d(x, 3, 2)], 1)
+    seven = [(192,), (192, (1, 7)), (192, (7, 1)), (192, 3, 2)]
+    return _Mixed(inp, {"branch3x3": [(192,), (320, 3, 2)], "branch7x7x3": seven})
 
 
-class _E(nn.Module):
-    """8x8: 1x1, 3x3 forked, twice that, pool (``largest``: the maximum, as in the last block)."""
-
-    def __init__(self, inp: int, largest: bool) -> None:
-        super().__init__()
-        self.largest = largest
-        self.branch1x1 = _Conv(inp, 320)
-        self.branch3x3_1 = _Conv(inp, 384)
-        self.branch3x3_2a, self.branch3x3_2b = _Conv(384, 384, (1, 3)), _Conv(384, 384, (3, 1))
-        self.branch3x3dbl_1, self.branch3x3dbl_2 = _Conv(inp, 448), _Conv(448, 384, 3)
-        self.branch3x3dbl_3a, self.branch3x3dbl_3b = _Conv(384, 384, (1, 3)), _Conv(384, 384, (3, 1))
-        self.branch_pool = _Conv(inp, 192)
-
-    def forward(self, x: Tensor) -> Tensor:
-        three = self.branch3x3_1(x)
-        twice = self.branch3x3dbl_2(self.branch3x3dbl_1(x))
-        pooled = F.max_pool2d(x, 3, 1, 1) if self.largest else _average(x)
-        forked = [self.branch3x3_2a(three), self.branch3x3_2b(three)]
-        forked += [self.branch3x3dbl_3a(twice), self.branch3x3dbl_3b(twice)]
-        return torch.cat([self.branch1x1(x), *forked, self.branch_pool(pooled)], 1)
+def _e(inp: int, largest: bool) -> _Mixed:
+    """8x8, with forked ends."""
+    ends = [(384, (1, 3)), (384, (3, 1))]
+    twice = [(448,), (384, 3), ends]
+    return _Mixed(inp, {"branch1x1": [(320,)], "branch3x3": [(384,), ends], "branch3x3dbl": twice}, 192, largest)
 
 
 class InceptionV3(nn.Module):
@@ -149,12 +130,12 @@ class InceptionV3(nn.Module):
         self.Conv2d_2b_3x3 = _Conv(32, 64, 3)
         self.Conv2d_3b_1x1 = _Conv(64, 80)
         self.Conv2d_4a_3x3 = _Conv(80, 192, 3, padding=0)
-        self.Mixed_5b, self.Mixed_5c, self.Mixed_5d = _A(192, 32), _A(256, 64), _A(288, 64)
-        self.Mixed_6a = _B(288)
-        self.Mixed_6b, self.Mixed_6c = _C(768, 128), _C(768, 160)
-        self.Mixed_6d, self.Mixed_6e = _C(768, 160), _C(768, 192)
-        self.Mixed_7a = _D(768)
-        self.Mixed_7b, self.Mixed_7c = _E(1280, largest=False), _E(2048, largest=True)
+        self.Mixed_5b, self.Mixed_5c, self.Mixed_5d = _a(192, 32), _a(256, 64), _a(288, 64)
+        self.Mixed_6a = _b(288)
+        self.Mixed_6b, self.Mixed_6c = _c(768, 128), _c(768, 160)
+        self.Mixed_6d, self.Mixed_6e = _c(768, 160), _c(768, 192)
+        self.Mixed_7a = _d(768)
+        self.Mixed_7b, self.Mixed_7c = _e(1280, largest=False), _e(2048, largest=True)
 
     def forward(self, x: Tensor) -> Tensor:
         x = 2 * F.interpolate(x, (299, 299), mode="bilinear", align_corners=False) - 1

@@ -115,7 +115,6 @@ class Dlib68(FrameExtractor):
         self._folder = folder
 
     def settings(self) -> Settings:
-        """Detector and predictor."""
         digest = DLIB_SHA256["shape_predictor_68_face_landmarks.dat"][:16]
         return {"landmarks": "dlib 68", "sha256": digest, "detector": "dlib HOG, shorter side 256/512/1024"}
 
@@ -174,7 +173,6 @@ class Mesh68(FrameExtractor):
     gives = ("landmarks68",)
 
     def settings(self) -> Settings:
-        """The map, by its hash."""
         return {"landmarks": "MediaPipe mesh, 68 of 478", "map": hashlib.sha256(MESH68.tobytes()).hexdigest()[:16]}
 
     def __call__(self, frames: Frames, known: dict[str, Array]) -> dict[str, Array]:

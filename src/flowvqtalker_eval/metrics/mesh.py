@@ -21,7 +21,6 @@ class MeshExtractor(FrameExtractor):
     gives = ("mesh",)
 
     def settings(self) -> Settings:
-        """The tracker's model file."""
         from flowvqtalker.face.tracker import LANDMARKER_SHA256
 
         return {"landmarks": "MediaPipe Face Landmarker", "sha256": LANDMARKER_SHA256[:16]}
@@ -65,7 +64,6 @@ class FitExtractor(ClipExtractor):
         self._weights = weights
 
     def settings(self) -> Settings:
-        """The face model's file."""
         from flowvqtalker import weights
 
         entry = weights.manifest(self._weights).get("face_model.safetensors")

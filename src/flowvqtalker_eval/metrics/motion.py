@@ -17,6 +17,7 @@ import torch
 from flowvqtalker.constants import FPS
 from flowvqtalker.errors import UserError
 from flowvqtalker.face.arkit import arkit_index
+from flowvqtalker.face.geometry import fill_gaps
 from flowvqtalker.face.model import IDENTITY, FaceModel
 from flowvqtalker.face.topology import EYE_CORNERS, EYES, LIPS, RIGID
 from flowvqtalker.motion.blink import BLINK_FRAMES, measure_blinks
@@ -32,8 +33,10 @@ __all__ = [
     "eye_closure",
     "eye_closure_of_landmarks",
     "face_frame",
+    "finite_mean",
     "head_deviation",
     "jitter",
+    "landmark_distance",
     "landmark_jitter",
     "lip_opening",
     "lip_vertex_error",
@@ -59,7 +62,7 @@ def _pair(real: Array, generated: Array, width: int | None = None) -> tuple[Arra
     return real[both[0] & both[1]], generated[both[0] & both[1]]
 
 
-def _mean(values: Array) -> float:
+def finite_mean(values: Array) -> float:
     """Mean of what is finite; NaN if nothing is."""
     values = values[np.isfinite(values)]
     return float(values.mean()) if values.size else float("nan")
@@ -91,7 +94,7 @@ def expression_distance(real: Array, generated: Array, norm: int = 1) -> float:
     """
     real, generated = _pair(real, generated, 64)
     difference = generated - real
-    return _mean(np.abs(difference) if norm == 1 else np.linalg.norm(difference, axis=1))
+    return finite_mean(np.abs(difference) if norm == 1 else np.linalg.norm(difference, axis=1))
 
 
 def pose_distance(real: Array, generated: Array) -> PoseDistance:
@@ -99,7 +102,7 @@ def pose_distance(real: Array, generated: Array) -> PoseDistance:
     real, generated = _pair(real, generated, 6)
     difference = generated - real
     angles = np.abs((difference[:, :3] + np.pi) % (2 * np.pi) - np.pi)  # the short way round
-    return PoseDistance(_mean(np.degrees(angles)), _mean(np.abs(difference[:, 3:])))
+    return PoseDistance(finite_mean(np.degrees(angles)), finite_mean(np.abs(difference[:, 3:])))
 
 
 def head_deviation(rho: Array) -> Array:
@@ -111,7 +114,7 @@ def head_deviation(rho: Array) -> Array:
 
 def speed(values: Array, fps: float = FPS) -> float:
     """Mean Euclidean distance that (T, D) moves per second; NaN for a single frame."""
-    return _mean(np.linalg.norm(np.diff(np.asarray(values, np.float64), axis=0), axis=1)) * fps
+    return finite_mean(np.linalg.norm(np.diff(np.asarray(values, np.float64), axis=0), axis=1)) * fps
 
 
 def diversity(samples: Sequence[Array]) -> float:
@@ -123,7 +126,7 @@ def diversity(samples: Sequence[Array]) -> float:
     """
     rows = [np.asarray(sample, np.float64).reshape(len(sample), -1) for sample in samples]
     common = [(a, b, min(len(a), len(b))) for a, b in combinations(rows, 2)]
-    return _mean(np.array([_mean(np.linalg.norm(a[:n] - b[:n], axis=1)) for a, b, n in common]))
+    return finite_mean(np.array([finite_mean(np.linalg.norm(a[:n] - b[:n], axis=1)) for a, b, n in common]))
 
 
 def correlation(a: Array, b: Array) -> float:
@@ -161,7 +164,7 @@ def lip_vertex_error(real: Array, generated: Array) -> float:
     if real.ndim != 3 or real.shape[1] <= max(_LIPS):
         raise UserError(f"vertices (T, 478, 3) are compared, got {real.shape}")
     worst = np.linalg.norm(generated[:, _LIPS] - real[:, _LIPS], axis=-1).max(axis=1)
-    return 100 * _mean(worst) / _mean(_eye_distance(real))
+    return 100 * finite_mean(worst) / finite_mean(_eye_distance(real))
 
 
 def _eye_distance(points: Array) -> Array:
@@ -174,7 +177,7 @@ def jitter(points: Array, order: int = 2, fps: float = FPS) -> float:
 
     NaN if the clip is too short or has no run of frames with a face.
     """
-    return _mean(np.linalg.norm(np.diff(np.asarray(points, np.float64), n=order, axis=0), axis=-1)) * fps**order
+    return finite_mean(np.linalg.norm(np.diff(np.asarray(points, np.float64), n=order, axis=0), axis=-1)) * fps**order
 
 
 # --------------------------------------------------------------------------------------------------------- landmarks
@@ -205,7 +208,7 @@ def face_frame(mesh: Array) -> Array:
         target = aligned[:, _RIGID].mean(0)
     flat = np.full(plane.shape, np.nan)
     flat[found] = np.stack([aligned.real, aligned.imag], axis=-1)
-    return np.asarray(flat / _mean(_eye_distance(flat)))
+    return np.asarray(flat / finite_mean(_eye_distance(flat)))
 
 
 def landmark_jitter(mesh: Array) -> dict[str, float]:
@@ -230,6 +233,28 @@ def eye_aspect_ratio(mesh: Array) -> Array:
     return np.asarray(np.mean(ratios, axis=0))
 
 
+def landmark_distance(real: Array, generated: Array) -> tuple[float, float]:
+    """Landmark distances of the mouth and the whole face (M-LMD, F-LMD) of one clip, as ``yuangan/evaluation_eat``
+    computes them, in pixels.
+
+    From the 20 points of the mouth (48..67), or from all 68, their mean is subtracted; nothing is scaled. Distances are
+    averaged over points, then over the frames in which both faces were found. ATVGnet (Chen et al. 2019) sums over the
+    mouth's points: numbers 20 times as large.
+
+    Arguments:
+        real, generated: (T, 68, 2) landmarks on the aligned crop of 128 pixels, frame by frame.
+    """
+    real, generated = _pair(real, generated)
+    if real.shape[1:] != (68, 2):
+        raise UserError(f"landmarks must have shape (T, 68, 2), got {real.shape}")
+
+    def distance(first: int) -> float:
+        a, b = (points[:, first:] - points[:, first:].mean(1, keepdims=True) for points in (real, generated))
+        return finite_mean(np.linalg.norm(a - b, axis=-1))
+
+    return distance(48), distance(0)
+
+
 # ------------------------------------------------------------------------------------------------------------ blinks
 
 
@@ -239,7 +264,7 @@ def eye_closure_of_landmarks(mesh: Array) -> Array:
     found = np.isfinite(ratio)
     if not found.any():
         raise UserError("no frame has a face; landmarks of a face are needed")
-    ratio = np.interp(np.arange(len(ratio)), np.flatnonzero(found), ratio[found])
+    ratio = fill_gaps(ratio[found], found)
     return np.asarray(1 - ratio / np.percentile(ratio, 90))
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from flowvqtalker.errors import MissingDependency, UserError
-from flowvqtalker.weights import sha256
+from flowvqtalker.weights import misfit, sha256
 
 __all__ = ["PublishedWeights"]
 
@@ -80,15 +80,8 @@ class PublishedWeights:
         state = {key.removeprefix("module."): value for key, value in state.items()}
         state = {key: value for key, value in state.items() if not key.startswith(tuple(unused))}
         own = model.state_dict()
-        problems = [f"{key} is missing" for key in own if key not in state and not key.endswith("num_batches_tracked")]
-        problems += [f"{key} is unknown" for key in state if key not in own]
-        problems += [
-            f"{key} has shape {tuple(value.shape)}, not {tuple(own[key].shape)}"
-            for key, value in state.items()
-            if key in own and value.shape != own[key].shape
-        ]
-        if problems:
-            more = f" and {len(problems) - 3} more" if problems[3:] else ""
-            raise UserError(f"{self.title} {path} do not fit: {'; '.join(problems[:3])}{more}; download {self.source}")
-        model.load_state_dict({**own, **state})
+        state = {**{key: value for key, value in own.items() if key.endswith("num_batches_tracked")}, **state}
+        if problem := misfit(own, state):
+            raise UserError(f"{self.title} {path} do not fit: {problem}; download {self.source}")
+        model.load_state_dict(state)
         model.eval().requires_grad_(False)

@@ -183,7 +183,6 @@ class SyncNetExtractor(StreamExtractor):
         self._device = device
 
     def settings(self) -> Settings:
-        """Weights, crop and shifts."""
         return {"weights": self._sha256[:16], "crop": self._crop, "reach": REACH}
 
     def __call__(self, frames: Iterable[Frames], known: dict[str, Array], wave: Wave | None) -> dict[str, Array]:

@@ -21,6 +21,7 @@ from scipy.signal import medfilt
 
 from flowvqtalker.errors import UserError
 from flowvqtalker.face.alignment import similarity
+from flowvqtalker.face.geometry import fill_gaps
 from flowvqtalker_eval.metrics.analysis import Array, Frames
 
 __all__ = ["Crop", "face_crops", "mfcc"]
@@ -77,12 +78,10 @@ def _filled(landmarks: Array) -> Floats:
     points = np.array(landmarks, np.float64)
     if points.ndim != 3 or points.shape[1:] != (68, 2):
         raise UserError(f"landmarks of shape (T, 68, 2) are needed, got {points.shape}")
-    seen = np.isfinite(points).all((1, 2))
+    seen = np.asarray(np.isfinite(points).all((1, 2)))
     if not seen.any():
         raise UserError(f"none of {len(points)} frames has a face, so lips and sound cannot be compared")
-    times, known = np.arange(len(points)), np.flatnonzero(seen)
-    flat = points.reshape(len(points), -1)
-    return np.stack([np.interp(times, known, column[known]) for column in flat.T], 1).reshape(points.shape)
+    return fill_gaps(points[seen], seen).astype(np.float64)
 
 
 def _eat_matrices(points: Floats) -> Floats:

@@ -17,16 +17,10 @@ from flowvqtalker_eval.metrics.align import AlignedFaces
 from flowvqtalker_eval.metrics.analysis import Extractor, Frames, Settings
 from flowvqtalker_eval.metrics.cpbd import Sharpness as SharpnessExtractor
 from flowvqtalker_eval.metrics.frechet import GaussianFit, InceptionFeatures, MobileNetFeatures, frechet_distance
-from flowvqtalker_eval.metrics.identity import (
-    COLUMN,
-    FaceIdentity,
-    csim_to_clip,
-    csim_to_portrait,
-    same_person,
-)
+from flowvqtalker_eval.metrics.identity import COLUMN, FaceIdentity, csim, same_person
 from flowvqtalker_eval.metrics.landmarks68 import dlib_module, find_dlib_model
-from flowvqtalker_eval.metrics.lmd import landmark_distance
 from flowvqtalker_eval.metrics.mesh import MeshExtractor
+from flowvqtalker_eval.metrics.motion import landmark_distance
 from flowvqtalker_eval.metrics.ssim import psnr, ssim
 from flowvqtalker_eval.report import Column
 from flowvqtalker_eval.tables.measures.base import ClipPair, Measure, Options, SetScore, landmark_extractors
@@ -211,9 +205,9 @@ class Identity(Measure):
 
     def pair(self, clips: ClipPair) -> dict[str, float]:
         real, generated = clips.paired("identity_embedding")
-        found = {"csim": csim_to_clip(real, generated), "same_person": 100 * same_person(real, generated)}
+        found = {"csim": csim(real, generated), "same_person": 100 * same_person(real, generated)}
         if clips.pair.source is not None:
-            found["csim_portrait"] = csim_to_portrait(_portrait(clips.pair.source), generated)
+            found["csim_portrait"] = csim(_portrait(clips.pair.source), generated)
         return found
 
 
