@@ -7,23 +7,21 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from flowvqtalker.errors import UserError
-from flowvqtalker.motion.options import MotionOptions
+from flowvqtalker.options import AnimateArguments, FaceNumber, File, Folder, MotionArguments
 
 if TYPE_CHECKING:
+    from flowvqtalker.motion.options import MotionOptions
     from flowvqtalker.pipeline import Talker
 
 __all__ = ["Animate", "Doctor", "Motion", "Render", "Track"]
 
-_File = Annotated[Path | None, tyro.conf.arg(metavar="FILE")]
-_Folder = Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")]
-_Number = Annotated[float | None, tyro.conf.arg(metavar="X")]
 _Output = Annotated[Path, tyro.conf.arg(aliases=["-o"], metavar="FILE")]
 _Input = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="INPUT")]
 _Portrait = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="PORTRAIT")]
@@ -31,42 +29,7 @@ _Speech = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="SPEECH")]
 
 
 @dataclass(frozen=True, kw_only=True)
-class _MotionCommand(MotionOptions):
-    """Options of the motion that animate and motion share; the base class describes them."""
-
-    emotion: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
-    emotion_reference: _File = None
-    emotion_track: _File = None
-    pose_from: _File = None
-    temperature: _Number = None
-    articulation: _Number = None
-    blink_rate: _Number = None
-    fixed_pose: Annotated[bool, tyro.conf.arg(aliases=["--still"])] = False
-    num_samples: Annotated[int, tyro.conf.arg(aliases=["--takes"], metavar="N")] = 1
-    """Number of videos to sample, with the seeds SEED to SEED+N-1; they go to OUT_1 to OUT_N."""
-    exact: bool = False
-    """Compute in float32 throughout: slower, but the same seed gives the same motion to 1e-4 on every x86 machine."""
-    weights: _Folder = None
-    """Folder of weights with a manifest. Default: those of the package."""
-
-    def __post_init__(self) -> None:
-        """Checks nothing: tyro would report the error as its own. :meth:`motion_options` checks."""
-
-    def motion_options(self) -> MotionOptions:
-        """The options that :meth:`flowvqtalker.pipeline.Talker.motion` takes."""
-        _check_inputs(self.emotion_reference, self.emotion_track, self.pose_from)
-        return MotionOptions(**{f.name: getattr(self, f.name) for f in fields(MotionOptions)})
-
-    def resolve(self, talker: Talker, options: MotionOptions) -> MotionOptions:
-        """The options with clips tracked, behind a progress bar because that takes a while."""
-        if self.pose_from is None or self.pose_from.suffix.lower() == ".npz":
-            return talker.resolve(options)
-        with _progress("pose") as progress:
-            return talker.resolve(replace(options, pose_from=talker.track(self.pose_from, progress=progress)))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Animate(_MotionCommand):
+class Animate(AnimateArguments):
     """Animate a portrait with speech: 512x512, 25 fps, H.264 and AAC, exactly as long as the speech."""
 
     portrait: _Portrait
@@ -75,14 +38,6 @@ class Animate(_MotionCommand):
     """Recording of speech: any audio or video file with sound."""
     output: _Output
     """Video to write (.mp4, .mov or .mkv)."""
-    face: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
-    """Which face of the image; 0 is the largest. Default: the largest."""
-    full: bool = False
-    """Write the whole image, which bends with the head, instead of the 512x512 crop."""
-    device: str = "auto"
-    """Where the image generator runs: auto (a GPU if there is one), cpu, cuda or mps."""
-    dtype: str = "auto"
-    """Type of the image generator's arithmetic: auto (the fastest on the device), float32 or bfloat16."""
 
     def run(self) -> None:
         """Write the videos and print one line for each."""
@@ -91,10 +46,10 @@ class Animate(_MotionCommand):
 
         for path in sample_paths(self.output, self.num_samples):
             check_output(path)
-        options = self.motion_options()
+        options = _motion_options(self)
         _check_inputs(self.portrait, self.speech)
         talker = Talker.from_pretrained(self.weights, device=self.device, dtype=self.dtype, exact=self.exact)
-        options = self.resolve(talker, options)
+        options = _resolve(talker, options)
         with _progress("animate") as progress:
             results = talker.animate_samples(
                 self.portrait,
@@ -123,7 +78,7 @@ class Track:
     """Leave the coefficients at zero; needs no weights."""
     smooth: bool = True
     """Smooth the coefficients of a clip over time, except those of lips and lids."""
-    weights: _Folder = None
+    weights: Folder = None
     """Folder of weights with a manifest. Default: those of the package."""
 
     def run(self) -> None:
@@ -148,7 +103,7 @@ class Track:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Motion(_MotionCommand):
+class Motion(MotionArguments):
     """Make motion from speech, without images: .npz of coefficients, .csv of 52 ARKit blendshapes and head rotation
     (as Live Link Face records them), or .glb, an animated face."""
 
@@ -170,11 +125,11 @@ class Motion(_MotionCommand):
 
         paths = [check_output(path, SUFFIXES) for path in sample_paths(self.output, self.num_samples)]
         check_fps(self.fps)
-        options = self.motion_options()
+        options = _motion_options(self)
         _check_inputs(self.speech)
         found = scan(self.speech)
         talker = Talker.from_pretrained(self.weights, device="cpu", components=("face", "motion"), exact=self.exact)
-        options = self.resolve(talker, options)
+        options = _resolve(talker, options)
         for number, path in enumerate(paths):
             blocks = []
             done = 0
@@ -197,15 +152,15 @@ class Render:
     """Motion file (.npz)."""
     output: _Output
     """Video to write (.mp4, .mov or .mkv)."""
-    speech: _File = None
+    speech: File = None
     """Sound for the video. Default: silent."""
     absolute_pose: bool = False
     """Take the poses as they are stored; by default they move the portrait's own pose."""
-    face: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    face: FaceNumber = None
     """Which face of the image; 0 is the largest. Default: the largest."""
     full: bool = False
     """Write the whole image, which bends with the head, instead of the 512x512 crop."""
-    weights: _Folder = None
+    weights: Folder = None
     """Folder of weights with a manifest. Default: those of the package."""
     device: str = "auto"
     """Where the image generator runs: auto (a GPU if there is one), cpu, cuda or mps."""
@@ -242,7 +197,7 @@ class Render:
 class Doctor:
     """List what is installed, what is missing and how to get it; exit code 1 if something needed is missing."""
 
-    weights: _Folder = None
+    weights: Folder = None
     """Folder of weights with a manifest. Default: those of the package."""
 
     def run(self) -> None:
@@ -253,6 +208,21 @@ class Doctor:
         print(report(findings))
         if any(finding.needed and not finding.good for finding in findings):
             raise SystemExit(1)
+
+
+def _motion_options(given: MotionArguments) -> MotionOptions:
+    """The checked options of a command."""
+    _check_inputs(given.emotion_reference, given.emotion_track, given.pose_from)
+    return given.motion_options()
+
+
+def _resolve(talker: Talker, options: MotionOptions) -> MotionOptions:
+    """The options with clips tracked, behind a progress bar because that takes a while."""
+    clip = options.pose_from
+    if not isinstance(clip, Path) or clip.suffix.lower() == ".npz":
+        return talker.resolve(options)
+    with _progress("pose") as progress:
+        return talker.resolve(replace(options, pose_from=talker.track(clip, progress=progress)))
 
 
 def _check_inputs(*paths: Path | None) -> None:

@@ -1,0 +1,66 @@
+"""Options of the command line, declared once for the commands that animate and for the columns of a job table.
+
+Nothing heavy is imported, so that ``--help`` stays quick.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from flowvqtalker.motion.options import MotionOptions
+
+__all__ = ["AnimateArguments", "FaceNumber", "File", "Folder", "MotionArguments"]
+
+File = Annotated[Path | None, tyro.conf.arg(metavar="FILE")]
+Folder = Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")]
+FaceNumber = Annotated[int | None, tyro.conf.arg(metavar="N")]
+_Number = Annotated[float | None, tyro.conf.arg(metavar="X")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MotionArguments(MotionOptions):
+    """Options of the motion as the user writes them; the base class describes them."""
+
+    emotion: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
+    emotion_reference: File = None
+    emotion_track: File = None
+    pose_from: File = None
+    temperature: _Number = None
+    articulation: _Number = None
+    blink_rate: _Number = None
+    fixed_pose: Annotated[bool, tyro.conf.arg(aliases=["--still"])] = False
+    num_samples: Annotated[int, tyro.conf.arg(aliases=["--takes"], metavar="N")] = 1
+    """Number of videos to sample, with the seeds SEED to SEED+N-1; they go to OUT_1 to OUT_N."""
+    exact: bool = False
+    """Compute in float32 throughout: slower, but the same seed gives the same motion to 1e-4 on every x86 machine."""
+    weights: Folder = None
+    """Folder of weights with a manifest. Default: those of the package."""
+
+    def __post_init__(self) -> None:
+        """Checks nothing: tyro would report the error as its own. :meth:`motion_options` checks."""
+
+    def motion_options(self) -> MotionOptions:
+        """The options that :meth:`flowvqtalker.pipeline.Talker.motion` takes.
+
+        Raises:
+            UserError: as the constructor of :class:`~flowvqtalker.motion.options.MotionOptions`.
+        """
+        return MotionOptions(**{f.name: getattr(self, f.name) for f in fields(MotionOptions)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnimateArguments(MotionArguments):
+    """Options of ``animate`` beside the portrait, the speech and the output."""
+
+    face: FaceNumber = None
+    """Which face of the image; 0 is the largest. Default: the largest."""
+    full: bool = False
+    """Write the whole image, which bends with the head, instead of the 512x512 crop."""
+    device: str = "auto"
+    """Where the image generator runs: auto (a GPU if there is one), cpu, cuda or mps."""
+    dtype: str = "auto"
+    """Type of the image generator's arithmetic: auto (the fastest on the device), float32 or bfloat16."""
