@@ -80,7 +80,7 @@ class RegionDataset(Dataset[dict[str, Tensor]]):
         clip = shard.image_clip
         numbers = np.flatnonzero((shard.split[clip] == split) & (shard.native[clip] >= min_native))
         landmarks = shard.landmarks(shard.image_row[numbers])
-        tracked = np.isfinite(landmarks[:, :, :2]).all(axis=(1, 2))
+        tracked = np.isfinite(feature_centres(landmarks)).all(axis=(1, 2))
         numbers, landmarks = numbers[tracked], landmarks[tracked]
         if not len(numbers):
             raise UserError(f"shard {shard.path} has no tracked image of split {split}; prepare one with more people")

@@ -1,0 +1,276 @@
+"""Train the codebook and the image generator on a borrowed GPU: pack the data here, train there, bring weights back.
+
+    python tools/gpu_session.py pack data/shards data/shards-mouths -o session.tar.gz --limit-mib 60
+    python tools/gpu_session.py train session.tar.gz --minutes 9 -o results    # there
+
+The archive holds a shard of few images, blurred outside the region of interest, the face model, and the weights of the
+perceptual loss. Training needs neither PyAV nor MediaPipe. The number of steps is chosen so that both stages end in
+time: a few steps of each are measured first. The same command goes on with an interrupted session.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import cv2
+import numpy as np
+import tyro
+
+from flowvqtalker.data.shards import Clip, Shard, ShardWriter
+from flowvqtalker.errors import MissingDependency, UserError
+from flowvqtalker.face.topology import LEFT_EYE, LIPS, RIGHT_EYE
+from flowvqtalker.render.perceptual import find_weights
+from flowvqtalker.render.region_vqvae import RegionCodebookConfig
+from flowvqtalker.train import codebook as codebook_stage
+from flowvqtalker.train import train
+from flowvqtalker.train import vqig as vqig_stage
+from flowvqtalker.train.config import load_yaml
+
+logger = logging.getLogger("gpu_session")
+
+ROOT = Path(__file__).resolve().parents[1]
+#: Names inside the archive.
+SHARD, FACE, PERCEPTUAL = "shard", "face_model.safetensors", "mobilenet_v2-b0353104.pth"
+#: Share of the time that the codebook gets; the image generator gets the rest.
+CODEBOOK_SHARE = 0.37
+#: Share of the time for which steps are planned.
+_RESERVE = 0.95
+#: Pixels around the region of interest that stay sharp, and over how many more the blur sets in.
+MARGIN, RAMP = 40, 24
+
+
+@dataclass(frozen=True)
+class Pack:
+    """Write an archive of at most a given size."""
+
+    shards: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="SHARD")]
+    """Shards of `flowvqtalker prepare`; a folder of mouths is prepared as any folder of images."""
+    output: Annotated[Path, tyro.conf.arg(aliases=["-o"], metavar="FILE")] = Path("session.tar.gz")
+    """Archive to write."""
+    limit_mib: float = 60.0
+    """Largest size of the archive."""
+    per_clip: int = 16
+    """Images taken of a clip at most; fewer where the archive would grow too large."""
+    min_native: float = 195.0
+    """Leave out images whose crop had fewer pixels a side in the original."""
+    max_residual: float = 0.06
+    """Leave out frames that the face model fits worse, in eye distances."""
+    quality: int = 84
+    """Quality of the WebPs."""
+    hold_out: tuple[str, ...] = ()
+    """Identities to validate on, beside those of the validation split."""
+    face_model: Path = ROOT / "src" / "flowvqtalker" / "weights" / FACE
+    """Face model with which the shards were made."""
+
+    def run(self) -> None:
+        """Write the archive."""
+        if not self.face_model.is_file():
+            raise UserError(f"{self.face_model} not found; name the shards' face model with --face-model")
+        shards = [Shard(path) for path in self.shards]
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary)
+            shutil.copyfile(self.face_model, folder / FACE)
+            shutil.copyfile(find_weights("mobilenet"), folder / PERCEPTUAL)
+            room = self.limit_mib * 2**20 - sum(file.stat().st_size for file in folder.iterdir())
+            clips = [item for shard in shards for item in self._clips(shard)]
+            clips = thin(clips, room)
+            with ShardWriter(folder / SHARD) as writer:
+                for shard, clip, numbers, images in clips:
+                    writer.add(self._clip(shard, clip, numbers, images))
+            (folder / SHARD / "audio.npy").unlink()
+            with tarfile.open(self.output, "w:gz") as archive:
+                for file in sorted(folder.iterdir()):
+                    archive.add(file, file.name)
+        size = self.output.stat().st_size / 2**20
+        count = sum(len(images) for *_, images in clips)
+        logger.info("%s: %d images of %d clips, %.1f MiB", self.output, count, len(clips), size)
+        if size > self.limit_mib:
+            raise UserError(f"{self.output} has {size:.1f} MiB; lower --per-clip or --quality, or allow more")
+
+    def _clips(self, shard: Shard) -> Iterator[tuple[Shard, int, np.ndarray[Any, Any], list[bytes]]]:
+        """Clips of a shard with the numbers and the WebPs of the images chosen."""
+        for clip in np.flatnonzero(shard.native >= self.min_native):
+            numbers = shard.images_of(np.array([clip]))
+            residual = np.asarray(shard.residual[shard.image_row[numbers]], np.float32)
+            numbers = spread(numbers[~(residual > self.max_residual)], self.per_clip)
+            if len(numbers):
+                yield shard, int(clip), numbers, [self._encoded(shard.image(int(n))) for n in numbers]
+
+    def _encoded(self, image: np.ndarray[Any, Any]) -> bytes:
+        """An image as WebP, blurred where no code will draw: a third of the bytes."""
+        small = cv2.GaussianBlur(cv2.resize(image, (32, 32), interpolation=cv2.INTER_AREA), (0, 0), 0.7)
+        low = cv2.resize(small, image.shape[1::-1], interpolation=cv2.INTER_CUBIC)
+        mask = sharp_mask(RegionCodebookConfig().roi, image.shape[0])
+        mixed = np.clip(image * mask + low * (1 - mask) + 0.5, 0, 255).astype(np.uint8)
+        done, data = cv2.imencode(".webp", mixed[..., ::-1], [cv2.IMWRITE_WEBP_QUALITY, self.quality])
+        if not done:
+            raise UserError("this OpenCV cannot write WebP; install opencv-contrib-python")
+        return bytes(data.tobytes())
+
+    def _clip(self, shard: Shard, clip: int, numbers: np.ndarray[Any, Any], images: list[bytes]) -> Clip:
+        """The chosen frames as a clip of their own. Of the landmarks only lips and eyes are kept."""
+        rows = shard.image_row[numbers]
+        landmarks = np.full((len(rows), 478, 3), np.nan, np.float32)
+        kept = [*LIPS, *RIGHT_EYE, *LEFT_EYE]
+        landmarks[:, kept, :2] = shard.landmarks(rows)[:, kept, :2]
+        identity = str(shard.identity[clip])
+        return Clip(
+            name=str(shard.name[clip]), source=str(shard.source[clip]), identity=identity,
+            split="val" if identity in self.hold_out else str(shard.split[clip]),
+            emotion=int(shard.emotion[clip]), speech=False, is_image=bool(shard.is_image[clip]),
+            identity_shape=shard.identity_shape[clip], expression=shard.expression[rows], pose=shard.pose[rows],
+            blendshapes=np.zeros((len(rows), 52), np.float32), landmarks=landmarks,
+            residual=np.asarray(shard.residual[rows], np.float32), audio=None, crop=shard.crop[clip],
+            valid=shard.valid[clip], native=float(shard.native[clip]), images=list(enumerate(images)),
+        )  # fmt: skip
+
+
+def spread(numbers: np.ndarray[Any, Any], most: int) -> np.ndarray[Any, Any]:
+    """At most so many of the numbers, evenly spread."""
+    return numbers[np.linspace(0, len(numbers) - 1, min(most, len(numbers))).round().astype(int)]
+
+
+def sharp_mask(roi: tuple[int, int, int, int], side: int) -> np.ndarray[Any, Any]:
+    """(side, side, 1): 1 on the region and its margin, falling to 0 beyond."""
+    place = np.arange(side, dtype=np.float32) + 0.5
+    top, left, height, width = roi
+    rows, columns = (
+        np.clip(np.minimum(place - (low - MARGIN), low + size + MARGIN - place) / RAMP + 1, 0, 1)
+        for low, size in ((top, height), (left, width))
+    )
+    return (rows[:, None] * columns)[..., None]
+
+
+def thin(clips: list[tuple[Shard, int, np.ndarray[Any, Any], list[bytes]]], room: float) -> list[Any]:
+    """Take fewer images of each clip until all fit into so many bytes, with 4 % and 1 kB each for everything else."""
+    most = max((len(images) for *_, images in clips), default=0)
+    while most > 0:
+        chosen = [(shard, clip, *_keep(numbers, images, most)) for shard, clip, numbers, images in clips]
+        if sum(1.04 * len(image) + 1024 for *_, images in chosen for image in images) <= room:
+            return chosen
+        most -= 1
+    raise UserError("not even one image of each clip fits; raise --limit-mib or --min-native, or lower --quality")
+
+
+def _keep(numbers: np.ndarray[Any, Any], images: list[bytes], most: int) -> tuple[np.ndarray[Any, Any], list[bytes]]:
+    places = spread(np.arange(len(numbers)), most)
+    return numbers[places], [images[i] for i in places]
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train both stages on an archive's data within a time limit; weights (float16 safetensors), configurations and
+    logs go into OUTPUT/codebook and OUTPUT/vqig."""
+
+    archive: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="ARCHIVE")]
+    """Archive of `pack`."""
+    minutes: float = 9.0
+    """Wall-clock limit of everything, validation and saving included."""
+    output: Annotated[Path, tyro.conf.arg(aliases=["-o"], metavar="FOLDER")] = Path("results")
+    """Folder of the results."""
+    work: Path = Path("session")
+    """Folder of the data and the runs. If it holds an interrupted session, that goes on."""
+    codebook: Path = ROOT / "configs" / "gpu" / "codebook.yaml"
+    """Configuration of stage codebook, with a region."""
+    vqig: Path = ROOT / "configs" / "gpu" / "vqig.yaml"
+    """Configuration of stage vqig, with a region."""
+    measured_steps: int = 40
+    """Steps of each kind that are measured to choose the number of steps."""
+    started: tyro.conf.Suppress[float] = field(default_factory=time.monotonic)
+
+    def run(self) -> None:
+        """Train the codebook, then the image generator."""
+        if not self.archive.is_file():
+            raise UserError(f"archive {self.archive} does not exist; make it with `gpu_session.py pack`")
+        data = self.work / "data"
+        if not (data / SHARD / "index.npz").is_file():
+            with tarfile.open(self.archive) as archive:
+                archive.extractall(data, filter="data")
+        book = load_yaml(codebook_stage.Config, self.codebook)
+        generator = load_yaml(vqig_stage.Config, self.vqig)
+        if book.region is None or generator.region is None:
+            raise UserError("both configurations need a region; take those in configs/gpu")
+        weights = data / PERCEPTUAL if book.perceptual == "mobilenet" else None
+        region = replace(book.region, shard=data / SHARD)
+        self._stage("codebook", replace(book, region=region, perceptual_weights=weights), CODEBOOK_SHARE)
+        model = replace(generator.region.model, codebook=region.model)
+        paths = replace(
+            generator.data, shard=data / SHARD, face_model=data / FACE,
+            codebook=self.work / "codebook" / "weights.safetensors",
+        )  # fmt: skip
+        weights = data / PERCEPTUAL if generator.perceptual == "mobilenet" else None
+        region_training = replace(generator.region, model=model)
+        self._stage("vqig", replace(generator, data=paths, region=region_training, perceptual_weights=weights), 1.0)
+
+    def _left(self) -> float:
+        """Seconds until the limit."""
+        return self.minutes * 60 - (time.monotonic() - self.started)
+
+    def _stage(self, name: str, config: Any, share: float) -> None:
+        """Train one stage, in a share of the seconds that are left."""
+        run, end = self.work / name, self._left() * (1 - share)
+        module = codebook_stage if name == "codebook" else vqig_stage
+        around = 0.0
+        if (run / "checkpoint.pt").is_file():  # its number of steps is settled
+            config = load_yaml(module.Config, run / "config.yaml")
+        else:
+            per_step, around = self._measure(name, config)
+            steps = max(1, int(_RESERVE * (self._left() - end - around) / per_step))
+            logger.info("%s: %d steps of %.3f s, %.0f s around them", name, steps, per_step, around)
+            loop = config.loop
+            config = replace(config, loop=replace(loop, steps=steps, warmup=min(loop.warmup, steps // 10)))
+        loop = replace(config.loop, minutes=max(1.0, self._left() - end - around) / 60)
+        result = train(name, replace(config, loop=loop), run, resume=True)
+        (self.output / name).mkdir(parents=True, exist_ok=True)
+        for file in (*run.glob("*.safetensors"), *run.glob("*.json"), *run.glob("*.csv"), run / "config.yaml"):
+            shutil.copyfile(file, self.output / name / file.name)
+        logger.info("%s: %s", name, ", ".join(f"{key} {value:.4g}" for key, value in result.items()))
+        if result["step"] < loop.steps:
+            logger.warning("%s stopped at step %.0f of %d: out of time", name, result["step"], loop.steps)
+
+    def _measure(self, name: str, config: Any) -> tuple[float, float]:
+        """Mean seconds of a step over the run, and the seconds that starting, validating and saving take."""
+        region, count = config.region, self.measured_steps
+        if name == "codebook":
+            late = 1 - region.adversarial_from
+            kinds = [(1 - late, {"adversarial_from": 1.0, "quantise_from": 0.0}), (late, {"adversarial_from": 0.0})]
+        else:
+            late = 1 - region.image_from
+            kinds = [(1 - late, {"image_from": 1.0, "adversarial_from": 1.0}),
+                     (late, {"image_from": 0.0, "adversarial_from": 0.0})]  # fmt: skip
+        loop = replace(config.loop, steps=2 * count, log_every=count, warmup=0, validate_every=0, minutes=0.0)
+        mean = around = 0.0
+        for part, changes in kinds:
+            with tempfile.TemporaryDirectory() as folder:
+                begun = time.monotonic()
+                train(name, replace(config, region=replace(region, **changes), loop=loop), folder)
+                rows = (Path(folder) / "log.csv").read_text(encoding="utf-8").splitlines()
+                rates = [float(row.split(",")[rows[0].split(",").index("steps_per_s")]) for row in rows[1:]]
+                around = time.monotonic() - begun - count / rates[0] - count / rates[1]
+                mean += part / rates[1]
+        return mean, around
+
+
+def main() -> int:
+    """Pack or train; returns the exit code."""
+    logging.basicConfig(level=logging.INFO, format="%(relativeCreated)8d ms %(message)s")
+    command = tyro.extras.subcommand_cli_from_dict({"pack": Pack, "train": Train}, description=__doc__)
+    try:
+        command.run()
+    except (UserError, MissingDependency) as error:
+        print(f"gpu_session: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
