@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from flowvqtalker.data.shards import Shard
 from flowvqtalker.errors import UserError
 from flowvqtalker.face.model import FaceModel
-from tests.test_render_generator import face
+from tests.render.test_generator import face
 from tests.train.test_region import shard
 
 __all__ = ["face", "shard"]
@@ -92,10 +92,14 @@ def test_images_are_sharp_in_the_region_alone(tool: ModuleType, shard: Path) -> 
 
 
 def test_images_are_thinned_to_the_limit(tool: ModuleType, shard: Path, archive: Path) -> None:
-    stored = Shard(shard)
-    clips = [(stored, 0, np.arange(4), [b"x" * 10_000] * 4), (stored, 2, np.arange(3), [b"x" * 10_000] * 3)]
-    assert [len(images) for *_, images in tool.thin(clips, 60_000)] == [2, 2]
-    assert [numbers.tolist() for _, _, numbers, _ in tool.thin(clips, 60_000)] == [[0, 3], [0, 2]]
-    with pytest.raises(UserError, match="not even one image"):
+    def images(count: int, plain: bool) -> object:
+        return tool.Images(Shard(shard), 0, np.arange(count), [b"x" * 10_000] * count, plain)
+
+    clips = [images(4, False), images(1, True), images(1, True), images(1, False)]
+    assert [len(clip.data) for clip in tool.thin(clips, 100_000)] == [4, 1, 1, 1]
+    fewer = tool.thin(clips, 35_000)
+    assert [len(clip.data) for clip in fewer if not clip.plain] == [2, 1]
+    assert sum(clip.plain for clip in fewer) < 2
+    with pytest.raises(UserError, match="too many images"):
         tool.thin(clips, 1000)
     assert archive.stat().st_size < 2**20

@@ -25,6 +25,7 @@ import cv2
 import numpy as np
 import tyro
 
+from flowvqtalker.data.gaps import EYES_SHUT, LIPS_OPEN, eye_gap, lip_gap
 from flowvqtalker.data.shards import Clip, Shard, ShardWriter
 from flowvqtalker.errors import MissingDependency, UserError
 from flowvqtalker.face.topology import LEFT_EYE, LIPS, RIGHT_EYE
@@ -46,6 +47,29 @@ CODEBOOK_SHARE = 0.37
 _RESERVE = 0.95
 #: Pixels around the region of interest that stay sharp, and over how many more the blur sets in.
 MARGIN, RAMP = 40, 24
+
+
+@dataclass(frozen=True)
+class Images:
+    """The images of one clip that could be packed.
+
+    Attributes:
+        shard, clip: where they are.
+        numbers: (n,) numbers of the images in the shard.
+        data: their WebPs.
+        plain: a lone image with shut lips and open eyes, of which there are always enough.
+    """
+
+    shard: Shard
+    clip: int
+    numbers: np.ndarray[Any, Any]
+    data: list[bytes]
+    plain: bool
+
+    def at_most(self, most: int) -> Images:
+        """At most so many of the images, evenly spread."""
+        places = spread(np.arange(len(self.numbers)), most)
+        return replace(self, numbers=self.numbers[places], data=[self.data[i] for i in places])
 
 
 @dataclass(frozen=True)
@@ -81,29 +105,32 @@ class Pack:
             shutil.copyfile(self.face_model, folder / FACE)
             shutil.copyfile(find_weights("mobilenet"), folder / PERCEPTUAL)
             room = self.limit_mib * 2**20 - sum(file.stat().st_size for file in folder.iterdir())
-            clips = [item for shard in shards for item in self._clips(shard)]
-            clips = thin(clips, room)
+            clips = thin([item for shard in shards for item in self._images(shard)], room)
             with ShardWriter(folder / SHARD) as writer:
-                for shard, clip, numbers, images in clips:
-                    writer.add(self._clip(shard, clip, numbers, images))
+                for images in clips:
+                    writer.add(self._clip(images))
             (folder / SHARD / "audio.npy").unlink()
             with tarfile.open(self.output, "w:gz") as archive:
                 for file in sorted(folder.iterdir()):
                     archive.add(file, file.name)
         size = self.output.stat().st_size / 2**20
-        count = sum(len(images) for *_, images in clips)
+        count = sum(len(images.data) for images in clips)
         logger.info("%s: %d images of %d clips, %.1f MiB", self.output, count, len(clips), size)
         if size > self.limit_mib:
             raise UserError(f"{self.output} has {size:.1f} MiB; lower --per-clip or --quality, or allow more")
 
-    def _clips(self, shard: Shard) -> Iterator[tuple[Shard, int, np.ndarray[Any, Any], list[bytes]]]:
-        """Clips of a shard with the numbers and the WebPs of the images chosen."""
+    def _images(self, shard: Shard) -> Iterator[Images]:
+        """The images of each clip of a shard."""
         for clip in np.flatnonzero(shard.native >= self.min_native):
             numbers = shard.images_of(np.array([clip]))
             residual = np.asarray(shard.residual[shard.image_row[numbers]], np.float32)
             numbers = spread(numbers[~(residual > self.max_residual)], self.per_clip)
-            if len(numbers):
-                yield shard, int(clip), numbers, [self._encoded(shard.image(int(n))) for n in numbers]
+            if not len(numbers):
+                continue
+            landmarks = shard.landmarks(shard.image_row[numbers])
+            telling = (lip_gap(landmarks) > LIPS_OPEN) | (eye_gap(landmarks) < EYES_SHUT)
+            plain = len(numbers) == 1 and not telling.any() and shard.split[clip] == "train"
+            yield Images(shard, int(clip), numbers, [self._encoded(shard.image(int(n))) for n in numbers], plain)
 
     def _encoded(self, image: np.ndarray[Any, Any]) -> bytes:
         """An image as WebP, blurred where no code will draw: a third of the bytes."""
@@ -116,8 +143,9 @@ class Pack:
             raise UserError("this OpenCV cannot write WebP; install opencv-contrib-python")
         return bytes(data.tobytes())
 
-    def _clip(self, shard: Shard, clip: int, numbers: np.ndarray[Any, Any], images: list[bytes]) -> Clip:
+    def _clip(self, images: Images) -> Clip:
         """The chosen frames as a clip of their own. Of the landmarks only lips and eyes are kept."""
+        shard, clip, numbers = images.shard, images.clip, images.numbers
         rows = shard.image_row[numbers]
         landmarks = np.full((len(rows), 478, 3), np.nan, np.float32)
         kept = [*LIPS, *RIGHT_EYE, *LEFT_EYE]
@@ -130,7 +158,7 @@ class Pack:
             identity_shape=shard.identity_shape[clip], expression=shard.expression[rows], pose=shard.pose[rows],
             blendshapes=np.zeros((len(rows), 52), np.float32), landmarks=landmarks,
             residual=np.asarray(shard.residual[rows], np.float32), audio=None, crop=shard.crop[clip],
-            valid=shard.valid[clip], native=float(shard.native[clip]), images=list(enumerate(images)),
+            valid=shard.valid[clip], native=float(shard.native[clip]), images=list(enumerate(images.data)),
         )  # fmt: skip
 
 
@@ -150,20 +178,22 @@ def sharp_mask(roi: tuple[int, int, int, int], side: int) -> np.ndarray[Any, Any
     return (rows[:, None] * columns)[..., None]
 
 
-def thin(clips: list[tuple[Shard, int, np.ndarray[Any, Any], list[bytes]]], room: float) -> list[Any]:
-    """Take fewer images of each clip until all fit into so many bytes, with 4 % and 1 kB each for everything else."""
-    most = max((len(images) for *_, images in clips), default=0)
-    while most > 0:
-        chosen = [(shard, clip, *_keep(numbers, images, most)) for shard, clip, numbers, images in clips]
-        if sum(1.04 * len(image) + 1024 for *_, images in chosen for image in images) <= room:
+def thin(clips: list[Images], room: float) -> list[Images]:
+    """Take fewer images of each clip, and fewer of the lone images with shut lips and open eyes, until all fit.
+
+    Arguments:
+        clips: what could be packed.
+        room: bytes for it, of which 4 % and 1 kB an image are for all but the images themselves.
+    """
+    most = max((len(clip.data) for clip in clips), default=0)
+    plain = [place for place, clip in enumerate(clips) if clip.plain]
+    for level in range(11):
+        kept = set(spread(np.array(plain, int), round(len(plain) * (1 - level / 10))).tolist())
+        per_clip = max(2, round(most * (1 - level / 12)))
+        chosen = [clip.at_most(per_clip) for place, clip in enumerate(clips) if not clip.plain or place in kept]
+        if chosen and sum(1.04 * len(image) + 1024 for clip in chosen for image in clip.data) <= room:
             return chosen
-        most -= 1
-    raise UserError("not even one image of each clip fits; raise --limit-mib or --min-native, or lower --quality")
-
-
-def _keep(numbers: np.ndarray[Any, Any], images: list[bytes], most: int) -> tuple[np.ndarray[Any, Any], list[bytes]]:
-    places = spread(np.arange(len(numbers)), most)
-    return numbers[places], [images[i] for i in places]
+    raise UserError("too many images even without plain ones; raise --limit-mib or --min-native, or lower --quality")
 
 
 @dataclass(frozen=True)

@@ -106,7 +106,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     prog="flowvqtalker",
                     description=_DESCRIPTION,
                     args=given or ["--help"],
-                    config=(tyro.conf.OmitSubcommandPrefixes,),
                 ).run()
             sys.stdout.flush()
         return 0

@@ -265,6 +265,15 @@ def test_the_generator_learns_and_resumes_to_the_last_bit(shard: Path, face: Fac
         vqig.build(replace(config, region=RegionVQIGTraining(replace(MODEL, codebook=replace(BOOK, codes=8)))))
 
 
+@pytest.mark.parametrize("stage", ["codebook", "vqig"])
+def test_the_region_can_be_set_on_the_command_line(stage: str, capsys: pytest.CaptureFixture[str]) -> None:
+    from flowvqtalker.cli import main
+
+    configs = Path(__file__).parents[2] / "configs"
+    assert main(["train", stage, "--config", str(configs / f"{stage}.yaml"), "--help"]) == 0
+    assert "--region.adversarial-from" in capsys.readouterr().out
+
+
 def test_bad_fractions_are_named() -> None:
     with pytest.raises(ConfigError, match=r"quantise_from must be in \[0, 1\]"):
         RegionCodebookTraining(quantise_from=2)
