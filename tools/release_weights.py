@@ -3,7 +3,8 @@
     python tools/release_weights.py RUNS --data "what they were trained on"
 
 RUNS holds one folder per stage, named as ``flowvqtalker train`` names it (``face-model``, ``codebook``, ...); a stage
-without a folder keeps its present weights. ``--best`` takes ``best.safetensors`` where a run has one. ``flowvqtalker weights-add`` does the same for one stage.
+without a folder keeps its present weights. ``--best`` takes ``best.safetensors`` where a run has one.
+``flowvqtalker weights-add`` does the same for one stage.
 """
 
 from __future__ import annotations
