@@ -243,6 +243,7 @@ def runtimes(options: argparse.Namespace) -> None:
 
         with autocast(options):
             row(f"torch {options.dtype}", lambda: module(*inputs))
+            torch.backends.mha.set_fastpath_enabled(False)  # mixes types under autocast when it is traced
             compiled = torch.compile(module)
             row(f"torch.compile {options.dtype}", lambda: compiled(*inputs))
         if find_spec("openvino") is None:
