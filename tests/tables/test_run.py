@@ -16,7 +16,7 @@ from flowvqtalker.io.video import VideoWriter, probe, read_video
 from flowvqtalker_eval.tables.plan import METHODS, Output, Task, plan
 from flowvqtalker_eval.tables.run import Run
 from flowvqtalker_eval.tables.splits import Item
-from flowvqtalker_eval.tables.workers import make_all
+from flowvqtalker_eval.tables.workers import in_processes, make_all
 from tests.conftest import babble, write_wav
 
 
@@ -136,6 +136,13 @@ class Worker:
 
 def animator(number):
     return Worker()
+
+def picky(number):
+    def work(task):
+        if task == 2:
+            raise ValueError("no 2")
+        return task
+    return work
 """
 
 
@@ -150,6 +157,10 @@ def test_a_process_that_dies_costs_its_own_task_alone(monkeypatch, tmp_path):
     with open(tmp_path / "errors.csv", newline="") as stream:
         (row,) = csv.DictReader(stream)
     assert row["name"] == "c" and "its process died" in row["error"]
+    for jobs in (1, 2):
+        assert sorted(in_processes([0, 1], crashing_worker.picky, jobs, "test")) == [(0, 0), (1, 1)]
+        with pytest.raises(ValueError, match="no 2"):
+            list(in_processes([0, 1, 2, 3], crashing_worker.picky, jobs, "test"))
 
 
 # ------------------------------------------------------------------------------------------------------------ for real

@@ -313,9 +313,7 @@ class Shard:
         with np.load(self.path / LAGS, allow_pickle=False) as found:
             offset, confidence = found["offset"], found["confidence"]
         if len(offset) != len(self):
-            raise UserError(
-                f"{self.path / LAGS} is of another shard; run `flowvqtalker sync-clips` again"
-            )
+            raise UserError(f"{self.path / LAGS} is of another shard; run `flowvqtalker sync-clips` again")
         sure = (np.abs(offset) <= _MAX_LAG) & (confidence >= _MIN_CONFIDENCE)
         return np.where(sure, offset, 0)
 

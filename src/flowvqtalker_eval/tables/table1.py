@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import logging
-import multiprocessing
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
-from multiprocessing.util import Finalize
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import cv2
 import numpy as np
 import torch
 import tyro
-from tqdm import tqdm
 
 from flowvqtalker.errors import MissingDependency, UserError
 from flowvqtalker_eval.metrics.analysis import Analysis, Extractor, Settings, analyse, cached
@@ -26,12 +22,15 @@ from flowvqtalker_eval.report import Row, Table, markdown, write
 from flowvqtalker_eval.tables.measures import all_measures
 from flowvqtalker_eval.tables.measures.base import ClipPair, Measure, Options, SetScore, pair_frames
 from flowvqtalker_eval.tables.pairs import Method, Pair, common, listed, read_labels, read_method
+from flowvqtalker_eval.tables.workers import DIED, in_processes
 
 __all__ = ["Options", "Table1", "available", "measure"]
 
 logger = logging.getLogger(__name__)
 
 _MOST_JOBS = 8
+
+Compare = Callable[[Path, Path], dict[str, float]]
 
 _PROTOCOLS = {
     "eat": "protocol eat: 25 fps; SSIM, PSNR, LMD and the Fréchet distance on crops of 128x128 aligned by 68 "
@@ -156,6 +155,7 @@ class _Job:
 
     def __init__(self, measures: list[Measure], extractors: list[Extractor], cache: Path, options: Options) -> None:
         self.measures, self.extractors, self.cache, self.options = measures, extractors, cache, options
+        self._jobs = options.jobs or min(os.cpu_count() or 1, _MOST_JOBS)
         self.problems: list[str] = []
         self.broken: dict[Path, str] = {}
         self.compared: dict[tuple[Path, Path], dict[str, float]] = {}
@@ -178,16 +178,24 @@ class _Job:
                     waiting.append(path)
             except UserError as error:
                 self.broken[path] = str(error)
-        calls = [(_analyse_one, (path, self.cache)) for path in waiting]
-        found = _in_parallel(calls, self.options.jobs, "analyse", self.extractors)
-        self.broken.update((path, problem) for path, problem in zip(waiting, found, strict=True) if problem is not None)
+        jobs = min(self._jobs, len(waiting))
+        try:
+            start = partial(_analyser, self.extractors, self.cache, jobs)
+            for number, problem in in_processes(waiting, start, jobs, "analyse"):
+                if problem != "":
+                    self.broken[waiting[number]] = DIED if problem is None else problem
+        finally:  # native parts must not outlive the interpreter
+            for extractor in self.extractors:
+                getattr(extractor, "close", lambda: None)()
 
     def _compare(self, pairs: Iterable[tuple[Path, Path]]) -> None:
         """Values that need the frames of two videos, by (real, generated)."""
         sound = [pair for pair in pairs if not self.broken.keys() & set(pair)]
-        calls = [(one.compare, pair) for one in self.measures if one.compare is not None for pair in sound]
-        for (_, pair), values in zip(calls, _in_parallel(calls, self.options.jobs, "compare"), strict=True):
-            self.compared.setdefault(pair, {}).update(values)
+        tasks = [(one.compare, *pair) for one in self.measures if one.compare is not None for pair in sound]
+        for number, values in in_processes(tasks, _comparer, self._jobs, "compare"):
+            if values is None:
+                raise UserError(f"{tasks[number][2]} could not be compared: {DIED}")
+            self.compared.setdefault(tasks[number][1:], {}).update(values)
 
     def _row(self, method: Method, reference: bool = False) -> Row:
         """Means over the pairs of a method, and what is measured on all of them together."""
@@ -243,63 +251,24 @@ class _Job:
         return cached(path, self.extractors, self.cache) or analyse(path, self.extractors, self.cache)
 
 
-# ----------------------------------------------------------------------------------------------------------- processes
-
-_extractors: Sequence[Extractor] = ()  # of this process
-
-
-def _start(extractors: Sequence[Extractor], jobs: int = 0) -> None:
-    """Set up a process, one of a pool of ``jobs`` or (0) the current one. Closes the extractors it had before."""
-    global _extractors
-    for former in _extractors:
-        getattr(former, "close", lambda: None)()
-    _extractors = extractors
-    if jobs:
-        Finalize(None, _start, ((),), exitpriority=10)  # close native parts before the interpreter is torn down
+def _analyser(extractors: Sequence[Extractor], cache: Path, jobs: int, number: int) -> Callable[[Path], str]:
+    """What puts the analysis of a video into the cache and returns what is wrong with the video, if anything."""
+    if jobs > 1:
         threads = max(1, (os.cpu_count() or 1) // jobs)
         torch.set_num_threads(threads)
         cv2.setNumThreads(threads)
 
+    def work(path: Path) -> str:
+        try:
+            analyse(path, extractors, cache)
+        except MissingDependency:
+            raise
+        except UserError as error:
+            return str(error)
+        return ""
 
-def _analyse_one(path: Path, cache: Path) -> str | None:
-    """Put the analysis of a video into the cache; returns what is wrong with the video."""
-    try:
-        analyse(path, _extractors, cache)
-    except MissingDependency:
-        raise
-    except UserError as error:
-        return str(error)
-    return None
+    return work
 
 
-def _in_parallel(
-    calls: Sequence[tuple[Callable[..., Any], tuple[Any, ...]]],
-    jobs: int | None,
-    name: str,
-    extractors: Sequence[Extractor] = (),
-) -> list[Any]:
-    """Results of calls made in several processes, with a progress bar; extractors stay loaded between calls."""
-    jobs = min(jobs or min(os.cpu_count() or 1, _MOST_JOBS), len(calls))
-    with tqdm(total=len(calls), desc=name, unit="video", disable=None, dynamic_ncols=True, leave=False) as bar:
-        if jobs <= 1:
-            results = []
-            try:
-                _start(extractors)
-                for function, arguments in calls:
-                    results.append(function(*arguments))
-                    bar.update()
-            finally:
-                _start(())
-            return results
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(jobs, context, initializer=_start, initargs=(extractors, jobs)) as pool:
-            futures = [pool.submit(function, *arguments) for function, arguments in calls]
-            try:
-                for future in as_completed(futures):
-                    future.result()
-                    bar.update()
-            except BrokenProcessPool as error:
-                raise UserError("a process died, perhaps out of memory; try again with fewer --jobs") from error
-            finally:
-                pool.shutdown(wait=False, cancel_futures=True)
-            return [future.result() for future in futures]
+def _comparer(number: int) -> Callable[[tuple[Compare, Path, Path]], dict[str, float]]:
+    return lambda task: task[0](*task[1:])

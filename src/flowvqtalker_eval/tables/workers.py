@@ -1,4 +1,4 @@
-"""Make the videos of a benchmark run, in this process or in several."""
+"""Work in one process or in several, each set up once; and make the videos of a benchmark run so."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import csv
 import logging
 import multiprocessing
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from tqdm import tqdm
 
@@ -19,30 +20,15 @@ from flowvqtalker_eval.tables.plan import Failures, Task
 if TYPE_CHECKING:  # brings torch and the networks, which a new process should load once it has a task
     from flowvqtalker_eval.tables.methods import Animator
 
-__all__ = ["make_all"]
+__all__ = ["DIED", "in_processes", "make_all"]
 
 logger = logging.getLogger(__name__)
 
+#: Why a task has no result.
+DIED = "its process died, perhaps out of memory; try fewer --jobs"
 
-class _Report:
-    """Progress bar, and the table of what failed."""
-
-    def __init__(self, total: int, errors: Path) -> None:
-        self.errors, self.failed = errors, 0
-        interval = 0.1 if sys.stderr.isatty() else 60.0  # seconds
-        self.bar = tqdm(total=total, desc="evaluate run", unit="clip", mininterval=interval, dynamic_ncols=True)
-
-    def __call__(self, failures: Failures) -> None:
-        """One more task is done."""
-        self.failed += len(failures)
-        self.bar.update()
-        if failures:
-            new = not self.errors.exists()
-            with open(self.errors, "a", newline="", encoding="utf-8") as stream:
-                rows = csv.writer(stream)
-                rows.writerows([("name", "method", "seed", "error"), *failures] if new else failures)
-        for name, method, _, reason in failures:
-            logger.warning("%s (%s): %s", name, method, reason)
+_Task = TypeVar("_Task")
+_Result = TypeVar("_Result")
 
 
 def make_all(tasks: Sequence[Task], animator: Callable[[int], Animator], errors: Path, jobs: int = 1) -> int:
@@ -58,74 +44,117 @@ def make_all(tasks: Sequence[Task], animator: Callable[[int], Animator], errors:
         how many outputs failed.
     """
     errors.unlink(missing_ok=True)
-    if not tasks:
-        return 0
-    report = _Report(len(tasks), errors)
-    try:
-        if jobs == 1:
-            own = animator(0)
-            for task in tasks:
-                report(_make(own, task))
-        else:
-            _in_processes(tasks, animator, min(jobs, len(tasks)), report)
-    finally:
-        report.bar.close()
-    return report.failed
+    if jobs > 1:
+        animator(0)  # reports bad options here, instead of in every process
+    failed = 0
+    for number, found in in_processes(tasks, partial(_maker, animator), jobs, "evaluate run"):
+        failures = tasks[number].failures(DIED) if found is None else found
+        failed += len(failures)
+        if failures:
+            new = not errors.exists()
+            with open(errors, "a", newline="", encoding="utf-8") as stream:
+                rows = csv.writer(stream)
+                rows.writerows([("name", "method", "seed", "error"), *failures] if new else failures)
+        for name, method, _, reason in failures:
+            logger.warning("%s (%s): %s", name, method, reason)
+    return failed
 
 
-def _make(animator: Animator, task: Task) -> Failures:
-    found = animator.make(task.item, task.outputs)
-    if None in found:  # nothing could be made of the item
-        return task.failures(found[None])
-    return [(task.item.name, o.method, o.seed, reason) for o, reason in found.items() if o is not None]
-
-
-def _serve(connection: Connection, animator: Callable[[int], Animator], number: int) -> None:
-    """Body of a worker process: receives tasks, sends their failures."""
+def _maker(animator: Callable[[int], Animator], number: int) -> Callable[[Task], Failures]:
     own = animator(number)
-    while True:
-        connection.send(_make(own, connection.recv()))
+
+    def make(task: Task) -> Failures:
+        found = own.make(task.item, task.outputs)
+        if None in found:  # nothing could be made of the item
+            return task.failures(found[None])
+        return [(task.item.name, o.method, o.seed, reason) for o, reason in found.items() if o is not None]
+
+    return make
 
 
-def _in_processes(
-    tasks: Sequence[Task], animator: Callable[[int], Animator], jobs: int, report: Callable[[Failures], None]
-) -> None:
-    """Work in several processes. A process that dies, for instance out of memory, costs its own task only."""
-    animator(0)  # reports bad options here, instead of in every process
+def in_processes(
+    tasks: Sequence[_Task], start: Callable[[int], Callable[[_Task], _Result]], jobs: int, title: str
+) -> Iterator[tuple[int, _Result | None]]:
+    """Number and result of each task as it is done; None if its process died, which costs its own task only.
+
+    Arguments:
+        tasks: picklable if there are several processes.
+        start: sets up a process by its number and returns what does a task there; picklable as well.
+        jobs: number of processes; 1 works in the current one.
+        title: of the progress bar.
+
+    Raises:
+        Exception: the first that a task raises.
+    """
+    if not tasks:
+        return
+    interval = 0.1 if sys.stderr.isatty() else 60.0  # seconds
+    with tqdm(total=len(tasks), desc=title, unit="clip", mininterval=interval, dynamic_ncols=True) as bar:
+        if jobs == 1 or len(tasks) == 1:
+            work = start(0)
+            done: Iterator[tuple[int, _Result | None]] = ((number, work(task)) for number, task in enumerate(tasks))
+        else:
+            done = _spread(tasks, start, min(jobs, len(tasks)))
+        for found in done:
+            bar.update()
+            yield found
+
+
+def _spread(
+    tasks: Sequence[_Task], start: Callable[[int], Callable[[_Task], _Result]], jobs: int
+) -> Iterator[tuple[int, _Result | None]]:
+    """:func:`in_processes` in other processes than this one."""
     context = multiprocessing.get_context("spawn")
-    waiting = list(reversed(tasks))
-    busy: dict[Any, tuple[Any, int, Task]] = {}
+    waiting = list(reversed(range(len(tasks))))
+    busy: dict[Any, tuple[Any, int, int]] = {}  # connection: process, its number, the task's
 
-    def start(number: int) -> tuple[Any, Any]:
+    def launch(number: int) -> tuple[Any, Any]:
         ours, theirs = context.Pipe()
-        process = context.Process(target=_serve, args=(theirs, animator, number), daemon=True)
+        process = context.Process(target=_serve, args=(theirs, start, number), daemon=True)
         process.start()
         theirs.close()  # so that reading ends when the process does
         return ours, process
 
     def give(connection: Any, process: Any, number: int) -> None:
-        busy[connection] = process, number, waiting.pop()
+        task = waiting.pop()
+        busy[connection] = process, number, task
         with contextlib.suppress(BrokenPipeError):  # if the process died, reading tells
-            connection.send(busy[connection][2])
+            connection.send(tasks[task])
 
     try:
         for number in range(jobs):
-            give(*start(number), number)
+            give(*launch(number), number)
         while busy:
             ready: list[Any] = wait(list(busy))
             for connection in ready:
                 process, number, task = busy.pop(connection)
                 try:
-                    report(connection.recv())
+                    error, result = connection.recv()
                 except EOFError:
                     process.join()
-                    report(task.failures("its process died, perhaps out of memory; try fewer --jobs"))
+                    error, result = None, None
                     if waiting:
-                        connection, process = start(number)
-                if waiting:
+                        connection, process = launch(number)
+                if waiting and error is None:
                     give(connection, process, number)
                 else:
                     process.terminate()
-    finally:  # after an interrupt, do not wait for the clips in progress
+                if error is not None:
+                    raise error
+                yield task, result
+    finally:  # after an interrupt, do not wait for the tasks in progress
         for process, _, _ in busy.values():
             process.terminate()
+
+
+def _serve(connection: Connection, start: Callable[[int], Callable[[Any], Any]], number: int) -> None:
+    """Body of a worker process: receives tasks, sends (error, None) or (None, result)."""
+    work = start(number)
+    while True:
+        task = connection.recv()
+        try:
+            result = work(task)
+        except Exception as error:
+            connection.send((error, None))
+        else:
+            connection.send((None, result))
