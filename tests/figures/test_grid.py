@@ -13,7 +13,7 @@ from flowvqtalker.errors import UserError
 from flowvqtalker.face.topology import LIPS
 from flowvqtalker.io.video import VideoWriter
 from flowvqtalker_eval.figures.grid import Grid, choose_frames, face_boxes, make, parse_box, read_frames
-from flowvqtalker_eval.figures.style import named_paths
+from flowvqtalker_eval.tables.pairs import named_paths
 
 pytest.importorskip("matplotlib")
 

@@ -301,10 +301,10 @@ def bad(tmp_path, made, **changes):
 
 BAD = {
     "a method without a folder": ({"methods": ("A",)}, "is not METHOD=FOLDER"),
-    "a method twice": ({"methods": ("A=.", "a=.")}, "was given twice"),
+    "a method twice": ({"methods": ("A=.", "a=.")}, "is given twice"),
     "the name of the real ones": ({"methods": ("gt=.",)}, "name of the real videos"),
     "no method": ({"methods": (), "real": None}, "no method was given"),
-    "no such folder": ({"methods": ("A=nowhere",)}, "folder nowhere does not exist"),
+    "no such folder": ({"methods": ("A=nowhere",)}, "nowhere does not exist"),
     "no such list": ({"emotions": Path("nowhere.csv")}, "nowhere.csv does not exist"),
     "too many clips": ({"per_rater": 7}, "there are 6 clips, give 1 to 6"),
     "no clip": ({"per_rater": 0}, "--per-rater 0 is out of range"),

@@ -153,7 +153,7 @@ def test_command_without_a_face(folders, capsys):
     [
         (["evaluate", "table1"], "no method was given"),
         (["evaluate", "table1", "--method", "x"], "NAME=FOLDER"),
-        (["evaluate", "table1", "--method", "x=here"], "needs --real"),
+        (["evaluate", "table1", "--method", "x=."], "needs --real"),
     ],
 )
 def test_command_errors(line, message, capsys):

@@ -238,7 +238,6 @@ class MotionEmotionExtractor(ClipExtractor):
         return {"weights": weights.manifest(self._weights)["motion_emotion.safetensors"].sha256[:16]}
 
     def __call__(self, known: dict[str, Array], wave: Wave | None) -> dict[str, Array]:
-        """Classify a whole clip."""
         if self._model is None:
             self._model = load_motion_emotion(self._weights)
         beta = known["expression"]

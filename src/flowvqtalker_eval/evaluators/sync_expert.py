@@ -222,7 +222,6 @@ class MouthExtractor(FrameExtractor):
         return {"height": HEIGHT, "width": WIDTH, "landmarks": "mediapipe"}
 
     def __call__(self, frames: Frames, known: dict[str, Array]) -> dict[str, Array]:
-        """Crops of frames (n, H, W, 3)."""
         return {"mouth": cut_mouths(frames, known["mesh"])}
 
 
@@ -245,7 +244,6 @@ class SyncExpertExtractor(ClipExtractor):
         return {"weights": entry.sha256 if entry is not None else "missing", "reach": REACH, "window": SPAN}
 
     def __call__(self, known: dict[str, Array], wave: Wave | None) -> dict[str, Array]:
-        """Embeddings of one clip."""
         if self._model is None:
             self._model = load_sync_expert(self._folder)
         mouths = cast(Pixels, known["mouth"])

@@ -26,6 +26,7 @@ from flowvqtalker.train.vqig import Config, Data
 from flowvqtalker_eval.figures import grid, style
 from flowvqtalker_eval.metrics.reenactment import BASELINES, Pair, Reenactment, Scores
 from flowvqtalker_eval.report import markdown, write
+from flowvqtalker_eval.tables.pairs import named_paths
 
 __all__ = ["EXTRA", "Ablation", "configuration", "load_variant", "make", "train_missing"]
 
@@ -242,7 +243,7 @@ class Ablation:
 
     def _places(self) -> tuple[dict[str, Path], tuple[str, ...]]:
         """Label and weights of every generator to measure, and notes about their training."""
-        given = style.named_paths(self.variant, "--variant")
+        given = named_paths(self.variant, "--variant")
         if given:
             if self.train or self.extra:
                 raise UserError("--train and --extra are about the variants in --runs; omit them or --variant")

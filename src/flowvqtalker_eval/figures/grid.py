@@ -22,6 +22,7 @@ from flowvqtalker.face.tracker import FaceTracker
 from flowvqtalker.io.image import ImageArray
 from flowvqtalker.io.video import read_video
 from flowvqtalker_eval.figures import style
+from flowvqtalker_eval.tables.pairs import named_paths
 
 __all__ = ["REGIONS", "Box", "Grid", "choose_frames", "face_boxes", "make", "parse_box", "read_frames"]
 
@@ -284,7 +285,7 @@ class Grid:
         return make(rows, columns=columns, zoom=boxes, cell=self.cell)
 
     def _videos(self) -> dict[str, Path]:
-        videos = style.named_paths(self.method, "--method")
+        videos = named_paths(self.method, "--method")
         if self.real is not None:
             if "Ground truth" in videos:
                 raise UserError("--method 'Ground truth' and --real are the same row; give one of them")

@@ -39,6 +39,7 @@ from flowvqtalker.train.corpus import Corpus, MotionClip
 from flowvqtalker.train.flow_stage import evaluating, whole_clips
 from flowvqtalker.train.sequences import SequenceConfig, SequenceDataset
 from flowvqtalker_eval.figures import style
+from flowvqtalker_eval.tables.pairs import named_paths
 
 __all__ = ["Latent", "Panel", "embed", "encode", "make", "nearest_mean", "pick_clips", "silhouette"]
 
@@ -253,7 +254,7 @@ class Latent:
         style.check_figure(self.output)
         if self.clips < 1 or self.frames < 1:
             raise UserError(f"--clips and --frames must be positive, got {self.clips} and {self.frames}")
-        folders: dict[str, Path | None] = {**style.named_paths(self.weights, "--weights")} or {"": None}
+        folders: dict[str, Path | None] = {**named_paths(self.weights, "--weights")} or {"": None}
         flows = {name: load_flow(ExpFlow, "expflow", folder)[0] for name, folder in folders.items()}
         shard = Shard(self.shard)
         panels = []

@@ -34,6 +34,7 @@ from flowvqtalker.pipeline import Talker
 from flowvqtalker_eval.figures import style
 from flowvqtalker_eval.metrics.beats import loudness, pitch
 from flowvqtalker_eval.metrics.motion import head_deviation
+from flowvqtalker_eval.tables.pairs import named_paths
 
 __all__ = ["Panel", "Pose", "correlation_map", "make", "panel", "trace_map"]
 
@@ -216,7 +217,7 @@ class Pose:
         style.check_figure(self.output)
         if self.emotion is not None:
             parse_emotion(self.emotion)
-        files = style.named_paths(self.motion, "--motion")
+        files = named_paths(self.motion, "--motion")
         seeds = self.seeds if self.seeds or files else (0, 1, 2, 3)
         if seeds and self.speech is None:
             raise UserError("no speech to generate motion from; add --speech FILE, or give --motion NAME=FILE")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from flowvqtalker.constants import EMOTIONS
-from flowvqtalker.errors import UserError
 from flowvqtalker.io.atomic import atomic_write, check_output
 
 # fmt: off
 __all__ = [
-    "EMOTION_COLOURS", "EMOTION_MARKERS", "check_figure", "hide_axes", "look", "named_paths", "new", "save", "subplots",
+    "EMOTION_COLOURS", "EMOTION_MARKERS", "check_figure", "hide_axes", "look", "new", "save", "subplots",
 ]
 # fmt: on
 
@@ -73,25 +72,6 @@ def hide_axes(axes: Axes) -> None:
     axes.set_yticks([])
     for spine in axes.spines.values():
         spine.set_visible(False)
-
-
-def named_paths(given: Iterable[str], option: str) -> dict[str, Path]:
-    """Parse the NAME=PATH arguments of an option that may be repeated.
-
-    Raises:
-        UserError: if one has another form, a name comes twice, or a path does not exist.
-    """
-    found: dict[str, Path] = {}
-    for text in given:
-        name, equals, path = text.partition("=")
-        if not (name and equals and path):
-            raise UserError(f"{option} {text!r}: give NAME=PATH, for instance {option} ours=out/ours.mp4")
-        if name in found:
-            raise UserError(f"{option} {name!r} is given twice; use each name once")
-        if not Path(path).exists():
-            raise UserError(f"{option} {name}: {path} does not exist; check the path")
-        found[name] = Path(path)
-    return found
 
 
 def check_figure(path: str | Path) -> Path:

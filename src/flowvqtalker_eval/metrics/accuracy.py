@@ -10,7 +10,6 @@ import numpy as np
 import numpy.typing as npt
 
 from flowvqtalker.constants import EMOTIONS
-from flowvqtalker.errors import UserError
 
 __all__ = ["CLASSES", "Accuracy", "accuracy_of", "score"]
 
@@ -91,21 +90,9 @@ def score(
         labels, predicted: (n,) class numbers in :data:`CLASSES`.
         identities: who each clip shows.
         resamples, seed: of the bootstrap.
-
-    Raises:
-        UserError: if there is no clip, lengths differ or a class number is out of range.
     """
     from sklearn.metrics import confusion_matrix
 
-    labels, predicted = np.asarray(labels), np.asarray(predicted)
-    if not len(labels) or labels.shape != predicted.shape or len(labels) != len(identities):
-        raise UserError(
-            f"as many labels, predictions and identities are needed, and at least one; got {len(labels)}, "
-            f"{len(predicted)} and {len(identities)}"
-        )
-    for name, values in (("labels", labels), ("predictions", predicted)):
-        if values.min() < 0 or values.max() >= len(CLASSES):
-            raise UserError(f"{name} must be class numbers from 0 to {len(CLASSES) - 1} ({', '.join(CLASSES)})")
     people, who = np.unique(np.asarray(identities), return_inverse=True)
     tables = np.stack(
         [

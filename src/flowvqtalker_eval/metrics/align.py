@@ -121,7 +121,6 @@ class AlignedFaces(FrameExtractor):
         return {"crop": "eat 128", "template": "mean of 927 portraits, box 100/128", "landmarks": points}
 
     def __call__(self, frames: Frames, known: dict[str, Array]) -> dict[str, Array]:
-        """Frames (n, H, W, 3) and ``landmarks68`` to ``aligned`` and ``aligned68``."""
         landmarks = known["landmarks68"]
         aligned = np.zeros((len(frames), SIZE, SIZE, 3), np.uint8)
         points, matrices = align68(landmarks), similarity(landmarks)

@@ -170,7 +170,6 @@ class BeatExtractor(ClipExtractor):
         return {"librosa": version("librosa"), "smoothing_frames": SMOOTHING}
 
     def __call__(self, known: dict[str, Array], wave: Wave | None) -> dict[str, Array]:
-        """Empty arrays where there is no sound, or no motion was seen."""
         pose = known["pose"]
         seen = np.asarray(np.isfinite(pose).all(1))
         if wave is None or len(pose) < 3 or not (seen[1:] & seen[:-1]).any():

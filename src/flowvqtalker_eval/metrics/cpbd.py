@@ -167,7 +167,6 @@ class Sharpness(FrameExtractor):
         return {"definition": "cpbd 1.0.7", "common size": 256}
 
     def __call__(self, frames: Frames, known: dict[str, Array]) -> dict[str, Array]:
-        """Frames (n, H, W, 3) to two scores each."""
         native = np.array([cpbd(frame) for frame in frames], np.float32)
         same = min(frames.shape[1:3]) == 256
         return {"cpbd": native, "cpbd256": native if same else np.array([cpbd_at(f) for f in frames], np.float32)}

@@ -175,7 +175,6 @@ class EmotionFanExtractor(FrameExtractor):
         return {"weights": self._sha256, "crop": f"dlib chip {SIZE}, padding {_PADDING}"}
 
     def __call__(self, frames: Frames, known: dict[str, Array]) -> dict[str, Array]:
-        """Features of frames (n, H, W, 3) and their ``landmarks68``."""
         if self._model is None:
             self._model = load_emotion_fan(self._path).to(self._device)
         features = np.full((len(frames), 512), np.nan, np.float32)
@@ -208,7 +207,6 @@ class EmotionFanScores(ClipExtractor):
         return {"weights": self._sha256, "protocol": "eat"}
 
     def __call__(self, known: dict[str, Array], wave: Wave | None) -> dict[str, Array]:
-        """Probabilities of a whole clip."""
         if self._model is None:
             self._model = load_emotion_fan(self._path)
         seen = np.isfinite(known["emotion_fan_alpha"])

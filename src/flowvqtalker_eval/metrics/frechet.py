@@ -151,7 +151,6 @@ class InceptionFeatures(FrameExtractor):
         return {"features": "FID Inception pool3", "sha256": self._sha256[:16], "input": "eat 128, bilinear to 299"}
 
     def __call__(self, frames: Frames, known: dict[str, Array]) -> dict[str, Array]:
-        """``aligned`` (n, 128, 128, 3) to ``inception``."""
         if self._model is None:
             self._model = load_inception(self._path).to(self._device)
         return {"inception": _features(self._model, known["aligned"], 2048, self._device)}
@@ -187,7 +186,6 @@ class MobileNetFeatures(FrameExtractor):
         return {"features": self._path.name.rsplit(".", 1)[0], "input": size}
 
     def __call__(self, frames: Frames, known: dict[str, Array]) -> dict[str, Array]:
-        """Frames (n, H, W, 3) or ``aligned`` to the features."""
         if self._model is None:
             self._model = _MobileNet(self._path).eval().requires_grad_(False).to(self._device)
         if self.needs:

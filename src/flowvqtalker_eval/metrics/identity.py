@@ -100,7 +100,6 @@ class FaceIdentity(FrameExtractor):
         return np.asarray(self._embed(image[None], landmarks)[0], np.float32)
 
     def __call__(self, frames: Frames, known: dict[str, Array]) -> dict[str, Array]:
-        """Frames (n, H, W, 3) and ``landmarks68`` to ``identity_embedding``."""
         landmarks = known["landmarks68"]
         found = np.flatnonzero(np.isfinite(landmarks).all((1, 2)))
         _, first, run = np.unique(found // self.every, return_index=True, return_inverse=True)

@@ -143,7 +143,6 @@ class Dlib68(FrameExtractor):
         return np.array([(p.x, p.y) for p in found.parts()], np.float32)
 
     def __call__(self, frames: Frames, known: dict[str, Array]) -> dict[str, Array]:
-        """Frames (n, H, W, 3) to ``landmarks68``."""
         if frames.ndim != 4 or frames.shape[3] != 3 or frames.dtype != np.uint8:
             raise UserError(f"RGB images (n, H, W, 3) of type uint8 are needed, got {frames.shape} {frames.dtype}")
         landmarks = np.full((len(frames), 68, 2), np.nan, np.float32)
@@ -176,5 +175,4 @@ class Mesh68(FrameExtractor):
         return {"landmarks": "MediaPipe mesh, 68 of 478", "map": hashlib.sha256(MESH68.tobytes()).hexdigest()[:16]}
 
     def __call__(self, frames: Frames, known: dict[str, Array]) -> dict[str, Array]:
-        """``mesh`` (n, 478, 3) to ``landmarks68``."""
         return {"landmarks68": mesh68(known["mesh"])}

@@ -26,7 +26,6 @@ class MeshExtractor(FrameExtractor):
         return {"landmarks": "MediaPipe Face Landmarker", "sha256": LANDMARKER_SHA256[:16]}
 
     def __call__(self, frames: Frames, known: dict[str, Array]) -> dict[str, Array]:
-        """Frames (n, H, W, 3) to ``mesh``."""
         if self._model is None:
             from flowvqtalker.face.tracker import FaceTracker
 
@@ -70,7 +69,6 @@ class FitExtractor(ClipExtractor):
         return {"face_model": entry.sha256[:16] if entry else "missing", "smoothing": "none"}
 
     def __call__(self, known: dict[str, Array], wave: Wave | None) -> dict[str, Array]:
-        """``mesh`` (T, 478, 3) to ``expression``, ``pose`` and ``identity``."""
         from flowvqtalker.face.crop import crop_box
         from flowvqtalker.face.fit import fit
         from flowvqtalker.loading import load_face_model

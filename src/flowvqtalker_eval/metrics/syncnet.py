@@ -186,7 +186,6 @@ class SyncNetExtractor(StreamExtractor):
         return {"weights": self._sha256[:16], "crop": self._crop, "reach": REACH}
 
     def __call__(self, frames: Iterable[Frames], known: dict[str, Array], wave: Wave | None) -> dict[str, Array]:
-        """The curve of one clip."""
         landmarks = known["landmarks68"]
         if wave is None or not np.isfinite(landmarks).all((1, 2)).any():
             return {"syncnet_curve": np.zeros(0)}

@@ -9,7 +9,7 @@ from pathlib import Path
 from flowvqtalker.constants import EMOTIONS
 from flowvqtalker.errors import UserError
 from flowvqtalker.io.video import MediaInfo, probe
-from flowvqtalker_eval.tables.pairs import emotion_of, listed, read_labels, videos_in
+from flowvqtalker_eval.tables.pairs import emotion_of, listed, named_paths, read_labels, videos_in
 
 __all__ = ["REAL", "Source", "differences", "find_sources", "method_folders"]
 
@@ -36,15 +36,7 @@ def method_folders(given: Sequence[str], real: Path | None) -> dict[str, Path]:
     Raises:
         UserError: if one is malformed, a name comes twice, or a folder does not exist.
     """
-    folders: dict[str, Path] = {}
-    for text in given:
-        name, equals, folder = text.partition("=")
-        name = name.strip()
-        if not equals or not name or not folder:
-            raise UserError(f"method {text!r} is not METHOD=FOLDER; write for instance EAT=results/eat")
-        if name.lower() in (known.lower() for known in folders):
-            raise UserError(f"method {name!r} was given twice; give every method one name and one folder")
-        folders[name] = Path(folder).expanduser()
+    folders = named_paths(given, "method", "METHOD=FOLDER")
     if real is not None:
         if REAL.lower() in (known.lower() for known in folders):
             raise UserError(f"method {REAL!r} is the name of the real videos of --real; choose another name")

@@ -19,6 +19,7 @@ __all__ = [
     "common",
     "emotion_of",
     "listed",
+    "named_paths",
     "read_folders",
     "read_labels",
     "read_method",
@@ -64,6 +65,26 @@ class Method:
 
     name: str
     pairs: tuple[Pair, ...]
+
+
+def named_paths(given: Iterable[str], option: str, form: str = "NAME=PATH") -> dict[str, Path]:
+    """Parse the NAME=PATH arguments of an option that may be repeated.
+
+    Raises:
+        UserError: if one has another form, a name comes twice (in whatever case), or a path does not exist.
+    """
+    found: dict[str, Path] = {}
+    for text in given:
+        name, equals, place = text.partition("=")
+        path = Path(place).expanduser()
+        if not (name.strip() and equals and place):
+            raise UserError(f"{option} {text!r} is not {form}; write for instance ours=out/animate")
+        if name.strip().lower() in (known.lower() for known in found):
+            raise UserError(f"{option} {name!r} is given twice; use each name once")
+        if not path.exists():
+            raise UserError(f"{option} {name}: {path} does not exist; check the path")
+        found[name.strip()] = path
+    return found
 
 
 def videos_in(folder: Path) -> dict[str, Path]:
@@ -154,12 +175,7 @@ def read_method(text: str, real: Path | None, labels: dict[str, str] | None = No
         real: folder of the real videos, for folders.
         labels, shared: see :func:`read_folders`.
     """
-    name, sign, place = text.partition("=")
-    if not sign or not name or not place:
-        raise UserError(
-            f"--method {text!r} is not NAME=FOLDER or NAME=TABLE.csv; for instance --method ours=out/animate"
-        )
-    path = Path(place)
+    ((name, path),) = named_paths([text], "--method", "NAME=FOLDER or NAME=TABLE.csv").items()
     if path.suffix.lower() == ".csv":
         return Method(name, tuple(read_table(path)))
     if real is None:
