@@ -1,0 +1,178 @@
+"""The command ``batch``."""
+
+from __future__ import annotations
+
+import csv
+import logging
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from flowvqtalker.batch.job import Job, Outcome, finished, weights_hashes
+from flowvqtalker.batch.processes import run_jobs
+from flowvqtalker.batch.table import Problems, check_jobs, product, read_table
+from flowvqtalker.errors import UserError
+from flowvqtalker.io.atomic import atomic_write
+from flowvqtalker.options import AnimateArguments
+
+__all__ = ["Batch"]
+
+logger = logging.getLogger(__name__)
+
+_Patterns = Annotated[tuple[str, ...], tyro.conf.arg(metavar="FILE")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch(AnimateArguments):
+    """Animate many portraits: each row of a table is a video, or each portrait with each speech and emotion.
+
+    The other options are those of `animate`; they hold for every job that does not set its own. A second run makes only
+    what is missing or has changed. Exit code 1 if a job failed; OUT/errors.csv says why.
+    """
+
+    jobs: Annotated[tyro.conf.Positional[Path | None], tyro.conf.arg(metavar="JOBS")] = None
+    """Table of jobs: .csv with a header, or .jsonl with an object on each line; the columns are the options of
+    `animate`, and portrait and speech may be patterns such as faces/*.jpg."""
+    output: Annotated[Path, tyro.conf.arg(aliases=["-o"], metavar="FOLDER")]
+    """Folder of the videos."""
+    portraits: _Patterns = ()
+    """Without a table: images or patterns; each is animated with each speech and emotion."""
+    speech: _Patterns = ()
+    """Without a table: recordings or patterns."""
+    emotions: Annotated[str | None, tyro.conf.arg(metavar="NAMES")] = None
+    """Without a table: emotions with commas between, for instance happy,sad,happy:0.7+surprised:0.3."""
+    workers: Annotated[int, tyro.conf.arg(metavar="N")] = 1
+    """Number of processes; the processor's cores are shared out among them."""
+    shard: Annotated[str | None, tyro.conf.arg(metavar="I/N")] = None
+    """Make only the I-th of N parts of the jobs, for instance 1/8 to 8/8 on eight machines."""
+    dry_run: bool = False
+    """Check every input (faces, sound, weights) and write nothing."""
+
+    def run(self) -> None:
+        """Make the videos and print one line."""
+        if self.workers < 1:
+            raise UserError(f"workers must be a number from 1, got {self.workers}")
+        part, parts = _parse_shard(self.shard)
+        self._check_defaults()
+        jobs, problems = self._jobs()
+        jobs = check_jobs(jobs, problems)
+        problems.stop()
+        jobs = jobs[part - 1 :: parts]
+        tasks = [(job, _fingerprint(job)) for job in jobs]
+        waiting = [(job, mark) for job, mark in tasks if not finished(job, mark)]
+        done = len(jobs) - len(waiting)
+        if self.dry_run:
+            _check_inputs([job for job, _ in waiting])
+            print(f"{_count(len(jobs), 'job')}: {done} done, {len(waiting)} to do, every input can be used")
+            return
+        try:
+            self.output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"output {self.output} cannot be a folder ({error.strerror}); choose another") from error
+        errors = self.output / ("errors.csv" if parts == 1 else f"errors-{part}-of-{parts}.csv")
+        with _Report(len(jobs), done, errors) as report:
+            run_jobs(waiting, self.workers, report)
+        failed = len(report.failed)
+        print(f"{self.output}: {len(waiting) - failed} made, {done} done before, {failed} failed")
+        if failed:
+            print(f"flowvqtalker: {_count(failed, 'job')} failed; {errors} says why", file=sys.stderr)
+            raise SystemExit(1)
+
+    def _check_defaults(self) -> None:
+        """Check the options for all jobs once, by name."""
+        from flowvqtalker.io.image import existing_file
+        from flowvqtalker.loading import choose_device, choose_dtype
+
+        self.motion_options()
+        for path in (self.emotion_reference, self.emotion_track, self.pose_from):
+            if path is not None:
+                existing_file(path, "input")
+        choose_device(self.device)
+        choose_dtype(self.dtype)
+        weights_hashes(self.weights)
+
+    def _jobs(self) -> tuple[list[Job], Problems]:
+        many = self.portraits or self.speech or self.emotions is not None
+        if self.jobs is not None:
+            if many:
+                raise UserError("a table of jobs goes without --portraits, --speech and --emotions; give one form")
+            return read_table(self.jobs, self.output, self)
+        if not (self.portraits and self.speech):
+            raise UserError("give a table of jobs (.csv or .jsonl), or --portraits and --speech")
+        return product(self.portraits, self.speech, self.emotions, self.output, self)
+
+
+class _Report:
+    """Progress bar with the time that is left, and the table of what failed."""
+
+    def __init__(self, total: int, done: int, errors: Path) -> None:
+        from tqdm import tqdm
+
+        self.errors, self.failed = errors, list[tuple[Job, str]]()
+        errors.unlink(missing_ok=True)
+        interval = 0.1 if sys.stderr.isatty() else 30.0  # seconds
+        # The mean over all jobs foretells best: how long one takes depends on its speech.
+        self.bar = tqdm(
+            total=total, initial=done, desc="batch", unit="job", mininterval=interval, dynamic_ncols=True, smoothing=0
+        )
+
+    def __enter__(self) -> _Report:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.bar.close()
+
+    def __call__(self, job: Job, outcome: Outcome) -> None:
+        """One more job ended."""
+        self.bar.update()
+        for warning in outcome.warnings:
+            logger.warning("%s: %s", job.output, warning)
+        if outcome.error:
+            logger.warning("%s: %s", job.output, outcome.error)
+            self.failed.append((job, outcome.error))
+            atomic_write(self.errors, self._write)
+
+    def _write(self, path: Path) -> None:
+        with open(path, "w", newline="", encoding="utf-8") as file:
+            rows = csv.writer(file)
+            rows.writerow(("output", "portrait", "speech", "source", "error"))
+            rows.writerows((job.output, job.portrait, job.speech, job.source, error) for job, error in self.failed)
+
+
+def _check_inputs(jobs: list[Job]) -> None:
+    """Open every input of the jobs, each file once."""
+    from tqdm import tqdm
+
+    from flowvqtalker.batch.runner import Runner
+
+    runner, problems = Runner(), Problems("dry run")
+    seen: set[Any] = set()
+    for job in tqdm(jobs, desc="check", unit="job", disable=None, leave=False, dynamic_ncols=True):
+        for column, error in runner.check(job, seen):
+            problems.add(f"{job.source}, column {column}", error)
+    problems.stop()
+
+
+def _fingerprint(job: Job) -> str:
+    try:
+        return job.fingerprint()
+    except UserError:  # the job's own run reports it
+        return ""
+
+
+def _parse_shard(given: str | None) -> tuple[int, int]:
+    """The part and the number of parts."""
+    if given is None:
+        return 1, 1
+    found = re.fullmatch(r"(\d+)/(\d+)", given)
+    if not found or not 1 <= int(found[1]) <= int(found[2]):
+        raise UserError(f"shard {given!r}: write I/N with I from 1 to N, for instance 1/8")
+    return int(found[1]), int(found[2])
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"

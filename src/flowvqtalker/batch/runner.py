@@ -1,0 +1,183 @@
+"""Run one job, with models that stay loaded: the function that every driver calls."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import glob
+import logging
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flowvqtalker.batch.job import Job, Outcome, record_path, write_record
+from flowvqtalker.errors import UserError
+
+if TYPE_CHECKING:  # torch loads when the first job comes
+    from torch import Tensor
+
+    from flowvqtalker.face.portrait import Portrait
+    from flowvqtalker.io.coefficients import Coefficients
+    from flowvqtalker.pipeline import Talker
+
+__all__ = ["Runner", "spread"]
+
+
+class Runner:
+    """Runs jobs one after the other. Load it once per process: the models stay, and so do prepared portraits,
+    references and head motion that the next jobs may share.
+
+    Arguments:
+        threads: threads for arithmetic; None leaves the process as it is.
+        number: of this runner among those that share the machine; several GPUs are shared out by it.
+    """
+
+    def __init__(self, threads: int | None = None, number: int = 0) -> None:
+        self.number = number
+        # One set of models at a time: a table whose jobs need several is a rare thing, memory is not.
+        self._talker = functools.lru_cache(maxsize=1)(self._load)
+        self._portrait = functools.lru_cache(maxsize=4)(self._prepare)
+        self._reference = functools.lru_cache(maxsize=16)(self._fit_reference)
+        self._head_motion = functools.lru_cache(maxsize=16)(self._track)
+        if threads is not None:
+            import cv2
+            import torch
+
+            torch.set_num_threads(threads)
+            cv2.setNumThreads(threads)
+
+    def run(self, job: Job, fingerprint: str | None = None) -> Outcome:
+        """Make the video of a job and the record beside it.
+
+        The record is written before the video appears, and what another job left under the name is removed before
+        that. So a video with a record is always the one that the record describes, whenever the process is killed.
+
+        Arguments:
+            fingerprint: what :meth:`Job.fingerprint` gave, where that is known.
+
+        Returns:
+            the outcome; errors are in it, none is raised.
+        """
+        started = time.monotonic()
+        with _warnings() as warnings:
+            try:
+                mark = fingerprint or job.fingerprint()
+                talker, portrait, options = self._ready(job)
+                job.output.parent.mkdir(parents=True, exist_ok=True)
+                _clear(job.output)
+                write_record(job, mark)
+                result = talker.animate(portrait, job.speech, job.output, options, full=job.full)
+            except Exception as error:  # one job must not end the others
+                with contextlib.suppress(OSError):
+                    if not job.output.exists():
+                        record_path(job.output).unlink(missing_ok=True)
+                text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+                return Outcome(seconds=time.monotonic() - started, error=" ".join(text.split()))
+        outcome = Outcome(result.frames, time.monotonic() - started, warnings=tuple(warnings))
+        # The video is complete and its record valid: a full disk costs only the times in it.
+        with contextlib.suppress(UserError):
+            write_record(job, mark, outcome)
+        return outcome
+
+    def check(self, job: Job, seen: set[Any]) -> Iterator[tuple[str, UserError]]:
+        """Open every input of a job as :meth:`run` would, without a video.
+
+        Arguments:
+            seen: what was checked for other jobs, which is not checked again; grows.
+
+        Yields:
+            the column and the problem of each input that cannot be used.
+        """
+        from flowvqtalker.io.audio import scan
+        from flowvqtalker.motion.emotion import EmotionTrack
+
+        models = _models(job)
+        checks: dict[str, Callable[[Path], object]] = {
+            "portrait": lambda path: self._portrait(path, job.face, *models),
+            "speech": scan,
+            "emotion_reference": lambda path: self._reference(path, *models),
+            "emotion_track": EmotionTrack.load,
+            "pose_from": lambda path: self._head_motion(path, *models),
+        }
+        try:
+            self._talker(*models)
+        except UserError as error:  # without models nothing else can be checked
+            if models not in seen:
+                yield "weights", error
+            seen.add(models)
+            return
+        for column, path in job.inputs.items():
+            key = column, path, job.face if column == "portrait" else None, models
+            if key not in seen:
+                seen.add(key)
+                try:
+                    checks[column](path)
+                except UserError as error:
+                    yield column, error
+
+    def _ready(self, job: Job) -> tuple[Talker, Portrait, Any]:
+        """The models, the portrait, and the options with their clips tracked."""
+        options = job.motion_options()
+        models = _models(job)
+        talker = self._talker(*models)
+        if job.emotion_reference is not None:
+            options = replace(options, emotion_reference=self._reference(job.emotion_reference, *models))
+        if job.pose_from is not None:
+            options = replace(options, pose_from=self._head_motion(job.pose_from, *models))
+        return talker, self._portrait(job.portrait, job.face, *models), talker.resolve(options)
+
+    def _load(self, weights: Path | None, device: str, dtype: str, exact: bool) -> Talker:
+        from flowvqtalker.pipeline import Talker
+
+        return Talker.from_pretrained(weights, device=spread(device, self.number), dtype=dtype, exact=exact)
+
+    def _prepare(self, path: Path, face: int | None, *models: Any) -> Portrait:
+        return self._talker(*models).portrait(path, face)
+
+    def _fit_reference(self, path: Path, *models: Any) -> Tensor:
+        return self._talker(*models).reference(path)
+
+    def _track(self, path: Path, *models: Any) -> Coefficients:
+        from flowvqtalker.io.coefficients import Coefficients
+
+        return Coefficients.load(path) if path.suffix.lower() == ".npz" else self._talker(*models).track(path)
+
+
+def spread(device: str, number: int) -> str:
+    """The device of a runner: with several GPUs, each runner takes the next one."""
+    import torch
+
+    count = torch.cuda.device_count()
+    return f"cuda:{number % count}" if device in ("auto", "cuda") and count > 1 else device
+
+
+def _models(job: Job) -> tuple[Path | None, str, str, bool]:
+    return job.weights, job.device, job.dtype, job.exact
+
+
+def _clear(output: Path) -> None:
+    """Remove an older video of that name, and what a killed process left of it where files cannot be unnamed."""
+    output.unlink(missing_ok=True)
+    for name in (output.name, record_path(output).name):
+        for part in output.parent.glob(f".{glob.escape(name)}.*.part"):
+            part.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _warnings() -> Iterator[list[str]]:
+    """Collect what the package warns of, which would be lost in a process without a terminal."""
+    found: list[str] = []
+
+    class Collector(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            found.append(record.getMessage())
+
+    collector = Collector(logging.WARNING)
+    logger = logging.getLogger("flowvqtalker")
+    logger.addHandler(collector)
+    try:
+        yield found
+    finally:
+        logger.removeHandler(collector)
