@@ -19,7 +19,7 @@ import resource
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.resources import files
 from importlib.util import find_spec
@@ -39,6 +39,7 @@ from flowvqtalker.render.vqig import VQIG, VQIGConfig
 
 #: Name -> what runs it, and its parameters' module.
 Parts = dict[str, tuple[Callable[[], object], nn.Module | None]]
+Run = Callable[[], Tensor]
 
 RUNS = 10
 WARM = 25
@@ -218,6 +219,20 @@ class Networks(nn.Module):
         return self.generator.draw(self.generator.codes(logits), found)
 
 
+def openvino_rows(
+    options: argparse.Namespace, module: nn.Module, inputs: Sequence[Tensor], row: Callable[[str, Run], None]
+) -> None:
+    """A row for each precision of OpenVINO."""
+    import openvino
+
+    program = openvino.convert_model(module, example_input=tuple(inputs))
+    arrays = [value.contiguous().numpy() for value in inputs]
+    for precision in ("bf16", "f32"):
+        settings = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": options.threads}
+        ready = openvino.compile_model(program, "CPU", settings)
+        row(f"OpenVINO {precision}", partial(lambda model: torch.from_numpy(model(arrays)[0]), ready))
+
+
 def runtimes(options: argparse.Namespace) -> None:
     """Print milliseconds a frame of the networks after the warp: torch, torch.compile, OpenVINO where installed."""
     torch.set_num_threads(options.threads)
@@ -237,26 +252,18 @@ def runtimes(options: argparse.Namespace) -> None:
     with torch.inference_mode():
         exact = module(*inputs)
 
-        def row(name: str, run: Callable[[], Tensor]) -> None:
+        def row(name: str, run: Run) -> None:
             off = float((run().float() - exact).abs().mean()) * 127.5
             print(f"| {name} | {milliseconds(run, options.batch):.1f} | {off:.2f} |", flush=True)
 
         with autocast(options):
             row(f"torch {options.dtype}", lambda: module(*inputs))
+        if find_spec("openvino") is not None:
+            openvino_rows(options, module, inputs, row)
+        with autocast(options):
             torch.backends.mha.set_fastpath_enabled(False)  # mixes types under autocast when it is traced
             compiled = torch.compile(module)
             row(f"torch.compile {options.dtype}", lambda: compiled(*inputs))
-        if find_spec("openvino") is None:
-            print("OpenVINO is not installed: pip install openvino")
-            return
-        import openvino
-
-        program = openvino.convert_model(module, example_input=inputs)
-        arrays = [value.contiguous().numpy() for value in inputs]
-        for precision in ("bf16", "f32"):
-            settings = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": options.threads}
-            ready = openvino.compile_model(program, "CPU", settings)
-            row(f"OpenVINO {precision}", partial(lambda model: torch.from_numpy(model(arrays)[0]), ready))
 
 
 if __name__ == "__main__":
