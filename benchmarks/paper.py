@@ -145,14 +145,14 @@ def make_data(folder: Path, vqig: VQIGConfig) -> dict[str, dict[str, Path]]:
     torch.save(perceptual.VGG19Features().state_dict(), folder / "vgg19.pth")
     face = weights.folder() / "face_model.safetensors"
     return {
-        "codebook": {"pictures": faces},
+        "codebook": {"images": faces},
         "vqig": {"shard": folder / "shard", "codebook": folder / "codebook.safetensors", "face_model": face},
     }
 
 
-def prepared(name: str, folder: str, scratch: Path, **changes: Any) -> Any:
-    """The stage's configuration of a folder of ``configs``, on made-up data, at batch 1 on the CPU."""
-    config = load_yaml(stage_module(name).Config, CONFIGS / folder / f"{name}.yaml")
+def prepared(name: str, scratch: Path, **changes: Any) -> Any:
+    """The paper's configuration of a stage, on made-up data, at batch 1 on the CPU."""
+    config = load_yaml(stage_module(name).Config, CONFIGS / "paper" / f"{name}.yaml")
     paths = make_data(scratch, config.model if name == "vqig" else VQIGConfig.lite())[name]
     loop = replace(config.loop, steps=1, batch_size=1, workers=0, device="cpu", threads=1, validate_every=0)
     config = replace(config, loop=loop, data=replace(config.data, validation=1, **paths), **changes)
@@ -167,7 +167,7 @@ def step(which: str) -> None:
     name, changes = STEPS[which]
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
-        config = prepared(name, "paper", scratch, **changes)
+        config = prepared(name, scratch, **changes)
         stage = stage_module(name).build(config)
         stage.validate = lambda fabric: {}
         counts = {g: sum(p.numel() for p in ps) / 1e6 for g, ps in stage.parameter_groups().items()}
@@ -185,10 +185,10 @@ def step(which: str) -> None:
 
 def activations() -> None:
     """Print the memory of what one item of a batch leaves for the backward pass, with every loss switched on."""
-    for folder, name in (("gpu", "codebook"), ("gpu", "vqig"), ("paper", "codebook"), ("paper", "vqig")):
+    for name in ("codebook", "vqig"):
         with tempfile.TemporaryDirectory() as scratch:
             changes = {"adversarial_start": 0} | ({"code_steps": 0} if name == "vqig" else {"adaptive": False})
-            config = prepared(name, folder, Path(scratch), **changes)
+            config = prepared(name, Path(scratch), **changes)
             torch.manual_seed(0)
             stage = stage_module(name).build(config)
             stage.module.to(memory_format=torch.channels_last)
@@ -207,7 +207,7 @@ def activations() -> None:
                     torch.autocast("cpu", torch.bfloat16):  # fmt: skip
                 stage.loss("generator", batch, 0)
             trained = sum(p.numel() for group in stage.parameter_groups().values() for p in group)
-            print(f"{folder}/{name}: {sum(kept.values()) / 2**30:.2f} GiB an item; weights, averages, gradients and "
+            print(f"paper/{name}: {sum(kept.values()) / 2**30:.2f} GiB an item; weights, averages, gradients and "
                   f"moments {trained * 20 / 2**30:.2f} GiB")  # fmt: skip
 
 
