@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from motion_scores import NearestSpeech, motion_scores
+from motion_scores import NearestSpeech, eye_closure, motion_scores
 from torch import Tensor
 
 from flowvqtalker import EMOTIONS
@@ -32,7 +32,7 @@ from flowvqtalker.io.coefficients import Coefficients
 from flowvqtalker.loading import load_face_model, load_flows
 from flowvqtalker.motion.sampler import ARTICULATION, TEMPERATURE, MotionGenerator
 from flowvqtalker.speech.features import windows
-from flowvqtalker_eval.metrics.motion import blink_rate, diversity, eye_closure, head_deviation
+from flowvqtalker_eval.metrics.motion import blink_rate, diversity, head_deviation
 
 _DISTANCES = ("M-LMD", "F-LMD", "lip-vertex error (%)", "AED", "AED L2", "opening generated-real")
 _SHAPES = ("jawOpen", "mouthSmile", "mouthFrown", "browDown", "browInnerUp")

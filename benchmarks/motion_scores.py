@@ -14,7 +14,9 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import torch
 
+from flowvqtalker.constants import FPS
 from flowvqtalker.errors import UserError
+from flowvqtalker.face.arkit import arkit_index
 from flowvqtalker.face.model import FaceModel
 from flowvqtalker.face.topology import LIPS, RIGID
 from flowvqtalker.io.coefficients import Coefficients
@@ -25,7 +27,7 @@ from flowvqtalker_eval.metrics.analysis import Array
 from flowvqtalker_eval.metrics.landmarks68 import mesh68
 from flowvqtalker_eval.metrics.motion import landmark_distance
 
-__all__ = ["NearestSpeech", "coefficient_lmd", "motion_scores"]
+__all__ = ["NearestSpeech", "coefficient_lmd", "correlation", "eye_closure", "motion_scores"]
 
 
 def coefficient_lmd(face: FaceModel, alpha: Array, rho: Array, real: Array, generated: Array) -> tuple[float, float]:
@@ -48,6 +50,29 @@ def coefficient_lmd(face: FaceModel, alpha: Array, rho: Array, real: Array, gene
     return landmark_distance(*points)
 
 
+def speed(values: Array, fps: float = FPS) -> float:
+    """Mean Euclidean distance that (T, D) moves per second; NaN for a single frame."""
+    return motion.finite_mean(np.linalg.norm(np.diff(np.asarray(values, np.float64), axis=0), axis=1)) * fps
+
+
+def correlation(a: Array, b: Array) -> float:
+    """Pearson correlation of two (T,); 0 if one of them does not move."""
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    return float(np.corrcoef(a, b)[0, 1]) if a.std() > 1e-9 and b.std() > 1e-9 else 0.0
+
+
+def lip_opening(face: FaceModel, beta: Array) -> Array:
+    """(T,) distance by which β parts the middles of the inner lips (vertices 13 and 14), beyond the mean face's."""
+    gap = face.expression[:, 14, 1] - face.expression[:, 13, 1]
+    return np.asarray(np.asarray(beta) @ gap.numpy())
+
+
+def eye_closure(face: FaceModel, beta: Array) -> Array:
+    """(T,) mean of the two ``eyeBlink`` blendshapes of β (T, 64), not clamped."""
+    lids = face.arkit[[arkit_index("eyeBlinkLeft"), arkit_index("eyeBlinkRight")]].mean(0).numpy()
+    return np.asarray(np.asarray(beta) @ lids[:-1] + lids[-1])
+
+
 def motion_scores(
     face: FaceModel, real: Coefficients, samples: Sequence[Coefficients], wave: Array | None
 ) -> dict[str, float]:
@@ -65,12 +90,12 @@ def motion_scores(
     if not samples:
         raise UserError("there is no sample to score; give at least one")
     truth = motion.shape(face, real.expression, real.identity)
-    opening = motion.lip_opening(face, real.expression)
+    opening = lip_opening(face, real.expression)
     found = []
     for sample in samples:
         mouth, whole = coefficient_lmd(face, real.identity, real.pose, real.expression, sample.expression)
         pose = motion.pose_distance(real.pose, sample.pose)
-        own = motion.lip_opening(face, sample.expression)
+        own = lip_opening(face, sample.expression)
         generated = motion.shape(face, sample.expression, real.identity)
         scores = {
             "M-LMD": mouth,
@@ -80,9 +105,9 @@ def motion_scores(
             "AED L2": motion.expression_distance(real.expression, sample.expression, norm=2),
             "APD angles (deg)": pose.angles,
             "APD translation": pose.translation,
-            "opening generated-real": motion.correlation(own, opening),
+            "opening generated-real": correlation(own, opening),
             "opening range generated/real": _ratio(own.std(), opening.std()),
-            "speed generated/real": _ratio(motion.speed(sample.expression), motion.speed(real.expression)),
+            "speed generated/real": _ratio(speed(sample.expression), speed(real.expression)),
         }
         found.append({**scores, **_of_clip(face, sample, generated, wave, "generated")})
     expressions = [sample.expression for sample in samples]
@@ -91,7 +116,7 @@ def motion_scores(
         **_of_clip(face, real, truth, wave, "real"),
         "diversity expression": motion.diversity(expressions),
         "diversity pose": motion.diversity([sample.pose for sample in samples]),
-        "diversity eyes": motion.diversity([motion.eye_closure(face, beta) for beta in expressions]),
+        "diversity eyes": motion.diversity([eye_closure(face, beta) for beta in expressions]),
     }
 
 
@@ -108,9 +133,7 @@ def _of_clip(face: FaceModel, clip: Coefficients, shape: Array, wave: Array | No
     level = beats.loudness(wave)
     count = min(len(level), len(clip))
     audio = beats.audio_beats(wave)
-    found[f"opening-loudness {name}"] = motion.correlation(
-        motion.lip_opening(face, clip.expression)[:count], level[:count]
-    )
+    found[f"opening-loudness {name}"] = correlation(lip_opening(face, clip.expression)[:count], level[:count])
     lips = motion.shape(face, clip.expression)[:, list(LIPS)]
     for part, speed in (("head", beats.head_speed(face, clip.pose)), ("lips", beats.point_speed(lips))):
         moved = beats.motion_beats(speed)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from motion_scores import correlation
 from torch import Tensor, nn
 
 from flowvqtalker.data.shards import Shard
@@ -26,7 +27,6 @@ from flowvqtalker.speech.features import log_mel
 from flowvqtalker.train.corpus import MotionClip
 from flowvqtalker.train.flow_stage import lip_directions, lip_gap
 from flowvqtalker.train.flow_stage import load_speech_encoder as load_run
-from flowvqtalker_eval.metrics.motion import correlation
 
 _FRAMES, _BATCH, _WORST = 32, 16, 0.1
 

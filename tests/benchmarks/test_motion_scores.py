@@ -36,6 +36,21 @@ def clip() -> Coefficients:
     return Coefficients(beta, rho, (0.5 * rng.standard_normal(80)).astype(np.float32))
 
 
+def test_speed_correlation_opening_and_closure_by_hand(face, clip) -> None:
+    line = np.outer(np.arange(100), [3.0, 4.0])
+    assert scores.speed(line) == pytest.approx(5 * 25)
+    assert math.isnan(scores.speed(line[:1]))
+    a = clip.expression[:, 0]
+    assert scores.correlation(a, -2 * a + 1) == pytest.approx(-1)
+    assert scores.correlation(a, np.ones(30)) == 0
+    beta = clip.expression
+    plain = np.einsum("tk,kvc->tvc", beta, face.expression.numpy())
+    assert np.allclose(scores.lip_opening(face, beta), plain[:, 14, 1] - plain[:, 13, 1], atol=1e-5)
+    shut, lids = np.linspace(0, 1, 30), face.arkit[[9, 10], :-1].mean(0).numpy()
+    beta = (shut[:, None] - scores.eye_closure(face, np.zeros((1, 64)))) * lids / (lids @ lids)
+    assert scores.eye_closure(face, beta) == pytest.approx(shut, abs=1e-5)
+
+
 def test_coefficient_lmd_by_hand(face, clip) -> None:
     rng = np.random.default_rng(0)
     made = clip.expression + 0.5 * rng.standard_normal((30, 64)).astype(np.float32)

@@ -16,7 +16,6 @@ import torch
 
 from flowvqtalker.constants import FPS
 from flowvqtalker.errors import UserError
-from flowvqtalker.face.arkit import arkit_index
 from flowvqtalker.face.geometry import fill_gaps
 from flowvqtalker.face.model import IDENTITY, FaceModel
 from flowvqtalker.face.topology import EYE_CORNERS, EYES, LIPS, RIGID
@@ -26,11 +25,9 @@ from flowvqtalker_eval.metrics.analysis import Array
 __all__ = [
     "PoseDistance",
     "blink_rate",
-    "correlation",
     "diversity",
     "expression_distance",
     "eye_aspect_ratio",
-    "eye_closure",
     "eye_closure_of_landmarks",
     "face_frame",
     "finite_mean",
@@ -38,15 +35,11 @@ __all__ = [
     "jitter",
     "landmark_distance",
     "landmark_jitter",
-    "lip_opening",
     "lip_vertex_error",
     "pose_distance",
     "shape",
-    "speed",
 ]
 
-#: Middle of the upper and of the lower lip, inner side.
-_UPPER, _LOWER = 13, 14
 _LIPS, _RIGID = list(LIPS), list(RIGID)
 
 
@@ -112,11 +105,6 @@ def head_deviation(rho: Array) -> Array:
     return np.degrees(angles.std(0)) if len(angles) else np.full(3, np.nan)
 
 
-def speed(values: Array, fps: float = FPS) -> float:
-    """Mean Euclidean distance that (T, D) moves per second; NaN for a single frame."""
-    return finite_mean(np.linalg.norm(np.diff(np.asarray(values, np.float64), axis=0), axis=1)) * fps
-
-
 def diversity(samples: Sequence[Array]) -> float:
     """Mean over pairs of samples and over frames of their Euclidean distance; NaN for a single sample.
 
@@ -129,12 +117,6 @@ def diversity(samples: Sequence[Array]) -> float:
     return finite_mean(np.array([finite_mean(np.linalg.norm(a[:n] - b[:n], axis=1)) for a, b, n in common]))
 
 
-def correlation(a: Array, b: Array) -> float:
-    """Pearson correlation of two (T,); 0 if one of them does not move."""
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    return float(np.corrcoef(a, b)[0, 1]) if a.std() > 1e-9 and b.std() > 1e-9 else 0.0
-
-
 # ---------------------------------------------------------------------------------------------------------- vertices
 
 
@@ -143,12 +125,6 @@ def shape(face: FaceModel, beta: Array, alpha: Array | None = None) -> Array:
     person = torch.zeros(IDENTITY) if alpha is None else torch.as_tensor(np.asarray(alpha, np.float32))
     with torch.inference_mode():
         return face.shape(person, torch.as_tensor(np.asarray(beta, np.float32))).numpy()
-
-
-def lip_opening(face: FaceModel, beta: Array) -> Array:
-    """(T,) distance by which β parts the middles of the inner lips, beyond the mean face's."""
-    gap = face.expression[:, _LOWER, 1] - face.expression[:, _UPPER, 1]
-    return np.asarray(np.asarray(beta) @ gap.numpy())
 
 
 def lip_vertex_error(real: Array, generated: Array) -> float:
@@ -268,12 +244,6 @@ def eye_closure_of_landmarks(mesh: Array) -> Array:
     return np.asarray(1 - ratio / np.percentile(ratio, 90))
 
 
-def eye_closure(face: FaceModel, beta: Array) -> Array:
-    """(T,) mean of the two ``eyeBlink`` blendshapes of β (T, 64), not clamped."""
-    lids = face.arkit[[arkit_index("eyeBlinkLeft"), arkit_index("eyeBlinkRight")]].mean(0).numpy()
-    return np.asarray(np.asarray(beta) @ lids[:-1] + lids[-1])
-
-
 def blink_rate(closures: Iterable[Array]) -> float:
     """Blinks per minute of clips together, counted as :func:`~flowvqtalker.motion.blink.measure_blinks` does.
 
@@ -281,7 +251,7 @@ def blink_rate(closures: Iterable[Array]) -> float:
     seen counts; otherwise clips of a second would seem to blink half as often.
 
     Arguments:
-        closures: (T,) each, from :func:`eye_closure` or :func:`eye_closure_of_landmarks`.
+        closures: (T,) each, from :func:`eye_closure_of_landmarks` or of the same kind.
 
     Returns:
         NaN if every clip is shorter than a blink.
