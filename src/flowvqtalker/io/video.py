@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from flowvqtalker.constants import FPS
 from flowvqtalker.errors import MissingDependency, UserError
@@ -172,6 +173,8 @@ class VideoWriter:
         fps: frames per second.
         crf: x264 quality (18 is visually lossless).
         preset: x264 speed.
+        mark: called with each frame's luma plane (H, W) uint8, to change in place.
+        seal: called with the complete file under its temporary path, and ``path``, before the file gets its name.
 
     Raises:
         UserError: if the file cannot be written.
@@ -186,9 +189,13 @@ class VideoWriter:
         fps: int = FPS,
         crf: int = 18,
         preset: str = "veryfast",
+        mark: Callable[[NDArray[np.uint8]], None] | None = None,
+        seal: Callable[[Path, Path], None] | None = None,
     ) -> None:
         self.path = check_output(path)
         self.frames = 0
+        self._mark, self._seal = mark, seal
+        self._temporary = self.path
         self._speech = speech
         self._fps = fps
         self._options = {"crf": str(crf), "preset": preset}
@@ -205,9 +212,9 @@ class VideoWriter:
 
         container = _CONTAINERS[self.path.suffix.lower()]
         options = {"movflags": "+faststart"} if container in ("mp4", "mov") else {}
-        temporary = self._file.enter_context(atomic_path(self.path))
+        self._temporary = self._file.enter_context(atomic_path(self.path))
         try:
-            self._container = av.open(f"file:{temporary}", "w", format=container, options=options)
+            self._container = av.open(f"file:{self._temporary}", "w", format=container, options=options)
         except (av.FFmpegError, OSError) as error:
             self._file.__exit__(type(error), error, error.__traceback__)
             raise self._unwritable(error) from error
@@ -260,6 +267,9 @@ class VideoWriter:
             frame = np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
         image = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
         image = self._converter.reformat(image, format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG")
+        if self._mark is not None:
+            luma = image.planes[0]
+            self._mark(np.frombuffer(luma, np.uint8).reshape(luma.height, luma.line_size)[:height, :width])
         image.pts, image.time_base = self.frames, Fraction(1, self._fps)
         try:
             self._container.mux(self._video.encode(image))
@@ -284,6 +294,8 @@ class VideoWriter:
             if self._audio is not None:
                 self._container.mux(self._audio.encode(None))
             self._container.close()
+            if self._seal is not None:
+                self._seal(self._temporary, self.path)
         except (av.FFmpegError, OSError) as error:
             raise self._unwritable(error) from error
 
@@ -324,10 +336,13 @@ def write_video(
     speech: str | Path | None,
     total: int,
     progress: Callable[[int, int], None] | None = None,
+    *,
+    mark: Callable[[NDArray[np.uint8]], None] | None = None,
+    seal: Callable[[Path, Path], None] | None = None,
 ) -> Result:
     """Stream frames into a file; see :class:`VideoWriter`."""
     height = width = 0
-    with VideoWriter(path, speech) as writer:
+    with VideoWriter(path, speech, mark=mark, seal=seal) as writer:
         for frame in frames:
             height, width = frame.shape[:2]
             writer.write(frame)
