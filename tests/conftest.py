@@ -32,6 +32,14 @@ def babble(seconds: float, rate: int = 16_000, seed: int = 0) -> np.ndarray:
     return 0.2 * voice * (0.5 + 0.5 * np.sin(2 * np.pi * 4 * time)) + 0.01 * generator.standard_normal(len(time))
 
 
+@pytest.fixture(autouse=True)
+def user_config(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A configuration folder that is not the user's: signing keys are made there."""
+    folder = tmp_path_factory.mktemp("config")
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(folder))
+    return folder
+
+
 @pytest.fixture(scope="session")
 def sample_speech() -> Path:
     """The bundled ten seconds of speech."""

@@ -45,6 +45,7 @@ COMMANDS: dict[str, _Command | dict[str, _Command]] = {
     "track": _Command(f"{_HERE}:Track", "Track the face of an image or video."),
     "motion": _Command(f"{_HERE}:Motion", "Make motion from speech, without images."),
     "render": _Command(f"{_HERE}:Render", "Animate a portrait with stored motion."),
+    "verify": _Command(f"{_HERE}:Verify", "Tell whether a video carries our marks."),
     "prepare": _Command(
         "flowvqtalker.data.prepare:Prepare", "Turn clips and images into shards for training.", "train"
     ),

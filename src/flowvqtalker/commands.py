@@ -1,4 +1,4 @@
-"""The commands that animate: ``animate``, ``track``, ``motion``, ``render`` and ``doctor``.
+"""The commands that animate: ``animate``, ``track``, ``motion``, ``render``, ``verify`` and ``doctor``.
 
 Torch, mediapipe and PyAV are imported inside ``run``, so that ``--help`` stays quick.
 """
@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from flowvqtalker.errors import UserError
-from flowvqtalker.options import AnimateArguments, FaceNumber, File, Folder, MotionArguments
+from flowvqtalker.options import AnimateArguments, FaceNumber, File, Folder, MarkArguments, MotionArguments
 
 if TYPE_CHECKING:
     from flowvqtalker.motion.options import MotionOptions
     from flowvqtalker.pipeline import Talker
 
-__all__ = ["Animate", "Doctor", "Motion", "Render", "Track"]
+__all__ = ["Animate", "Doctor", "Motion", "Render", "Track", "Verify"]
 
 _Output = Annotated[Path, tyro.conf.arg(aliases=["-o"], metavar="FILE")]
 _Input = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="INPUT")]
@@ -46,8 +46,8 @@ class Animate(AnimateArguments):
 
         for path in sample_paths(self.output, self.num_samples):
             check_output(path)
-        options = _motion_options(self)
-        _check_inputs(self.portrait, self.speech)
+        options, marks = _motion_options(self), self.marks()
+        _check_inputs(self.portrait, self.speech, self.sign_cert, self.sign_key)
         talker = Talker.from_pretrained(self.weights, device=self.device, dtype=self.dtype, exact=self.exact)
         options = _resolve(talker, options)
         with _progress("animate") as progress:
@@ -60,6 +60,7 @@ class Animate(AnimateArguments):
                 face=self.face,
                 full=self.full,
                 progress=progress,
+                marks=marks,
             )
             written = list(results)
         for result in written:
@@ -142,8 +143,8 @@ class Motion(MotionArguments):
             print(f"{path}: {len(export_motion(path, made, talker.face_model, self.fps))} frames")
 
 
-@dataclass(frozen=True)
-class Render:
+@dataclass(frozen=True, kw_only=True)
+class Render(MarkArguments):
     """Animate a portrait with stored motion, made by `flowvqtalker motion` or tracked from a video."""
 
     portrait: _Portrait
@@ -174,7 +175,8 @@ class Render:
         from flowvqtalker.pipeline import Talker
 
         check_output(self.output)
-        _check_inputs(self.portrait, self.speech)
+        marks = self.marks()
+        _check_inputs(self.portrait, self.speech, self.sign_cert, self.sign_key)
         motion = Coefficients.load(self.motion)
         talker = Talker.from_pretrained(
             self.weights, device=self.device, dtype=self.dtype, components=("face", "render")
@@ -189,8 +191,31 @@ class Render:
                 face=self.face,
                 full=self.full,
                 progress=progress,
+                marks=marks,
             )
         print(f"{result.path}: {result.frames} frames, {result.width}x{result.height}")
+
+
+@dataclass(frozen=True)
+class Verify:
+    """Tell whether an image or video carries our marks; exit code 0 if it does, 1 if not, 2 if it cannot be read."""
+
+    input: _Input
+    """Image or video."""
+    json: bool = False
+    """Print one JSON object instead of text."""
+
+    def run(self) -> None:
+        """Print the report."""
+        import json
+
+        from flowvqtalker.provenance import verify
+
+        _check_inputs(self.input)
+        report = verify(self.input)
+        print(json.dumps(report.json()) if self.json else report.text())
+        if not report.marked:
+            raise SystemExit(1)
 
 
 @dataclass(frozen=True)

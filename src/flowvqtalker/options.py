@@ -7,13 +7,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from flowvqtalker.motion.options import MotionOptions
 
-__all__ = ["AnimateArguments", "FaceNumber", "File", "Folder", "MotionArguments"]
+if TYPE_CHECKING:
+    from flowvqtalker.provenance import Marks
+
+__all__ = ["AnimateArguments", "FaceNumber", "File", "Folder", "MarkArguments", "MotionArguments"]
 
 File = Annotated[Path | None, tyro.conf.arg(metavar="FILE")]
 Folder = Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")]
@@ -53,7 +56,35 @@ class MotionArguments(MotionOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AnimateArguments(MotionArguments):
+class MarkArguments:
+    """Options of the marks that say a video is generated."""
+
+    mark: bool = True
+    """Write the invisible watermark and, where c2pa-python is installed, content credentials."""
+    label: bool = False
+    """Show a visible label, "AI-generated", in the corner."""
+    mark_id: Annotated[int, tyro.conf.arg(metavar="N")] = 0
+    """Number of 48 bits to write into the watermark, for instance that of a job; `verify` shows it."""
+    sign_cert: File = None
+    """Certificate chain (PEM) for the content credentials. Default: a local one, made at first use."""
+    sign_key: File = None
+    """Private key (PEM, P-256) of that certificate."""
+    timestamp_url: Annotated[str | None, tyro.conf.arg(metavar="URL")] = None
+    """Ask this time stamp authority (RFC 3161) for a time stamp. Default: none, without network."""
+
+    def marks(self) -> Marks:
+        """The marks that :meth:`flowvqtalker.pipeline.Talker.animate` takes.
+
+        Raises:
+            UserError: as the constructor of :class:`~flowvqtalker.provenance.Marks`.
+        """
+        from flowvqtalker.provenance import Marks
+
+        return Marks(**{f.name: getattr(self, f.name) for f in fields(MarkArguments)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnimateArguments(MarkArguments, MotionArguments):
     """Options of ``animate`` beside the portrait, the speech and the output."""
 
     face: FaceNumber = None

@@ -20,13 +20,14 @@ from flowvqtalker.io import audio as decode
 from flowvqtalker.io.atomic import check_not_input, check_output, sample_paths
 from flowvqtalker.io.coefficients import Coefficients, Motion
 from flowvqtalker.io.image import ImageArray
-from flowvqtalker.io.video import Result, write_video
+from flowvqtalker.io.video import Result
 from flowvqtalker.loading import choose_device, choose_dtype, fast_dtype, load_face_model, load_flows, load_generator
 from flowvqtalker.motion.emotion import EmotionTrack
 from flowvqtalker.motion.flow import ExpFlow, PoseFlow
 from flowvqtalker.motion.manifold import LatentBank
 from flowvqtalker.motion.options import MotionOptions
 from flowvqtalker.motion.stream import MotionStream, open_stream
+from flowvqtalker.provenance import DEFAULT_MARKS, Marks, write_marked
 from flowvqtalker.render.paste import Paster, limit_pose, paste_frames
 from flowvqtalker.render.renderer import ImageGenerator, Renderer
 
@@ -281,6 +282,7 @@ class Talker:
         face: int | None = None,
         full: bool = False,
         progress: Progress | None = None,
+        marks: Marks = DEFAULT_MARKS,
     ) -> Result:
         """Animate a portrait with speech into a video as long as the speech.
 
@@ -293,6 +295,7 @@ class Talker:
             face: which face of the image, 0 is the largest; None takes the largest.
             full: write the whole image instead of the 512x512 crop.
             progress: called after each frame with the frames done and in total.
+            marks: what says that the video is generated; see :class:`flowvqtalker.provenance.Marks`.
 
         Raises:
             UserError: if an input cannot be used or the output cannot be written; then there is no output.
@@ -310,7 +313,9 @@ class Talker:
             fixed_pose=fixed_pose,
             pose_from=pose_from,
         )
-        (result,) = self.animate_samples(portrait, speech, output, 1, chosen, face=face, full=full, progress=progress)
+        (result,) = self.animate_samples(
+            portrait, speech, output, 1, chosen, face=face, full=full, progress=progress, marks=marks
+        )
         return result
 
     def animate_samples(
@@ -324,6 +329,7 @@ class Talker:
         face: int | None = None,
         full: bool = False,
         progress: Progress | None = None,
+        marks: Marks = DEFAULT_MARKS,
     ) -> Iterator[Result]:
         """Several samples of :meth:`animate`, with the seeds ``seed``, ``seed + 1``, ...
 
@@ -333,6 +339,7 @@ class Talker:
             output: the samples go to ``OUT_1.mp4`` to ``OUT_N.mp4`` (:func:`sample_paths`), each when it is complete.
             num_samples: N.
             progress: called after each frame with the frames of all samples.
+            marks: see :meth:`animate`.
 
         Yields:
             a result after each sample.
@@ -345,6 +352,7 @@ class Talker:
         inputs = (portrait, speech, chosen.emotion_reference, chosen.emotion_track, chosen.pose_from)
         for path in paths:
             check_not_input(path, *inputs)
+            marks.credential(path)
         found = decode.scan(speech)
         ready = portrait if isinstance(portrait, Portrait) else self.portrait(portrait, face)
         chosen = self.resolve(chosen)
@@ -361,7 +369,8 @@ class Talker:
                     if progress is not None:
                         progress(before + done, total)
 
-                yield write_video(self.render(ready, motion, full=full), path, speech, found.frames, advance)
+                frames = self.render(ready, motion, full=full)
+                yield write_marked(frames, path, speech, found.frames, advance, marks)
 
         return write()
 
@@ -376,6 +385,7 @@ class Talker:
         face: int | None = None,
         full: bool = False,
         progress: Progress | None = None,
+        marks: Marks = DEFAULT_MARKS,
     ) -> Result:
         """Animate a portrait with stored motion.
 
@@ -385,20 +395,21 @@ class Talker:
             output: ``.mp4``, ``.mov`` or ``.mkv``.
             speech: sound for the video; None is silent.
             absolute: take the poses as they are; else their difference to the first one moves the portrait's own pose.
-            face, full, progress: see :meth:`animate`.
+            face, full, progress, marks: see :meth:`animate`.
 
         Raises:
             UserError: if an input cannot be used or the output cannot be written; then there is no output.
         """
         path = check_output(output)
         check_not_input(path, portrait, speech)
+        marks.credential(path)
         if speech is not None:
             decode.scan(speech)
         ready = portrait if isinstance(portrait, Portrait) else self.portrait(portrait, face)
         moved = motion.motion(FPS)
         if not absolute:
             moved = replace(moved, pose=ready.pose + moved.pose - moved.pose[:1])
-        return write_video(self.render(ready, [moved], full=full), path, speech, len(moved), progress)
+        return write_marked(self.render(ready, [moved], full=full), path, speech, len(moved), progress, marks)
 
 
 def _part(part: P | None, name: str) -> P:

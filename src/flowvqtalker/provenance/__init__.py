@@ -1,4 +1,4 @@
-"""Marks that say a video is generated: content credentials, an invisible watermark, a visible label; and their check."""
+"""Marks that say a video is generated: content credentials, invisible watermark, visible label; and their check."""
 
 from flowvqtalker.provenance.marks import DEFAULT_MARKS, Marks, write_marked
 from flowvqtalker.provenance.verify import Report, verify

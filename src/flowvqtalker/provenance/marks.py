@@ -37,7 +37,7 @@ class Marks:
         sign_cert: PEM file of the certificate chain that signs the content credentials; None takes a local one.
         sign_key: PEM file of its private key.
         timestamp_url: time stamp authority to ask for a time stamp; None writes none and needs no network.
-        identifier: number of 48 bits in the watermark, for instance of a job.
+        mark_id: number of 48 bits in the watermark, for instance of a job.
 
     Raises:
         UserError: if the options do not fit each other.
@@ -48,15 +48,15 @@ class Marks:
     sign_cert: Path | None = None
     sign_key: Path | None = None
     timestamp_url: str | None = None
-    identifier: int = 0
+    mark_id: int = 0
 
     def __post_init__(self) -> None:
         if (self.sign_cert is None) != (self.sign_key is None):
             raise UserError("--sign-cert and --sign-key belong together; give both or neither")
-        if not self.mark and (self.sign_cert or self.timestamp_url or self.identifier):
-            raise UserError("--no-mark excludes --sign-cert, --sign-key, --timestamp-url and --identifier; drop one")
-        if not 0 <= self.identifier < 2**48:
-            raise UserError(f"identifier must be from 0 to 2^48-1, got {self.identifier}")
+        if not self.mark and (self.sign_cert or self.timestamp_url or self.mark_id):
+            raise UserError("--no-mark excludes --sign-cert, --sign-key, --timestamp-url and --mark-id; drop one")
+        if not 0 <= self.mark_id < 2**48:
+            raise UserError(f"mark_id must be from 0 to 2^48-1, got {self.mark_id}")
         if self.timestamp_url is not None and not self.timestamp_url.startswith(("http://", "https://")):
             raise UserError(f"timestamp_url must begin with http:// or https://, got {self.timestamp_url!r}")
 
@@ -90,7 +90,7 @@ def write_marked(
 ) -> Result:
     """Stream frames into a file with marks; see :func:`flowvqtalker.io.video.write_video`.
 
-    A video that cannot be signed at the end is kept without content credentials, with a warning: the watermark is in it.
+    A video that cannot be signed at the end is kept, with its watermark and a warning.
 
     Raises:
         UserError: if the file cannot be written, or a given certificate cannot be used; then at once.
@@ -110,6 +110,6 @@ def write_marked(
         speech,
         total,
         progress,
-        mark=Watermark(payload(marks.identifier)) if marks.mark else None,
+        mark=Watermark(payload(marks.mark_id)) if marks.mark else None,
         seal=seal if credential is not None else None,
     )

@@ -26,6 +26,7 @@ from flowvqtalker.io.image import ImageArray, read_image
 from flowvqtalker.io.video import VideoWriter, read_video, write_video
 from flowvqtalker.loading import choose_device, choose_dtype, fast_dtype, load_face_model, load_flows, load_generator
 from flowvqtalker.pipeline import Talker
+from flowvqtalker.provenance import Marks
 from flowvqtalker.render.renderer import ImageGenerator, Renderer
 from flowvqtalker_eval.metrics.analysis import read_wave
 from flowvqtalker_eval.tables.plan import METHODS, Output
@@ -36,6 +37,8 @@ __all__ = ["Animator"]
 # Real videos are encoded almost without loss: the metrics shall see the clip, not our encoder.
 _REAL_CRF, _REAL_PRESET = 10, "medium"
 _BATCH = 4
+# The metrics shall see the frames, not the watermark.
+_UNMARKED = Marks(mark=False)
 
 
 class _WarpRenderer(Renderer):
@@ -111,7 +114,9 @@ class Animator:
             if clip.speech is None:
                 raise UserError(f"{clip.item.clip} has no speech to animate with")
             emotion = clip.item.emotion
-            self._talker(True).animate(clip.portrait, clip.speech, output.path, emotion=emotion, seed=output.seed)
+            self._talker(True).animate(
+                clip.portrait, clip.speech, output.path, emotion=emotion, seed=output.seed, marks=_UNMARKED
+            )
             return
         frames: Iterator[ImageArray]
         if output.method == "copy":
