@@ -46,7 +46,7 @@ def place(tmp_path, monkeypatch, portrait_file, astronaut, tiny_weights):
 
 def test_commands_run(place):
     ran = [shlex.split(line)[1:] for line in COMMANDS if line.startswith("flowvqtalker ")]
-    names = ["animate", "animate", "motion", "track", "render", "doctor", "train", "evaluate"]
+    names = ["animate", "animate", "motion", "track", "render", "verify", "doctor", "train", "evaluate"]
     assert [line[0] for line in ran] == names
     for line in ran:
         assert main(line) == 0, line
