@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import fields
 from pathlib import Path
 
@@ -249,3 +250,14 @@ def test_the_fingerprint_follows_content_and_options(place, tmp_path_factory):
     (place / "one.wav").write_text("another take")
     module._digest.cache_clear()
     assert job.fingerprint() != mark
+
+
+def test_the_table_of_the_docs_is_a_table(tmp_path):
+    page = (Path(__file__).parents[2] / "docs" / "batch.md").read_text(encoding="utf-8")
+    (text,) = re.findall(r"```csv\n(.*?)```", page, re.DOTALL)
+    for name in ("faces/anna.jpg", "faces/ben.jpg", "talks/hello.wav"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    names = [str(job.output.relative_to(OUT)) for job in read(table(tmp_path, text))]
+    mixture = "happy-0.7-surprised-0.3"
+    assert names == ["anna/hello.mp4", f"anna_hello_{mixture}_0.mp4", f"ben_hello_{mixture}_0.mp4"]

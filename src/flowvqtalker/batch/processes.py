@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-from flowvqtalker.batch.job import Job, Outcome
+from flowvqtalker.batch.job import Job, Outcome, finished
 
 __all__ = ["cores", "run_jobs", "share_threads"]
 
@@ -87,20 +87,25 @@ def run_jobs(jobs: Sequence[tuple[Job, str]], workers: int, report: Callable[[Jo
         for number in range(min(workers, len(jobs))):
             give(*start(number), number)
         while busy:
-            for connection in wait(list(busy)):
-                assert isinstance(connection, Connection)
+            ready: list[Any] = wait(list(busy))
+            for connection in ready:
                 process, number, task = busy.pop(connection)
-                try:
-                    report(task[0], connection.recv())
-                except (EOFError, ConnectionError):
+                outcome: Outcome | None = None
+                with contextlib.suppress(EOFError, OSError):
+                    outcome = connection.recv()
+                if outcome is None:  # the process died
                     process.join()
                     connection.close()
-                    if tries[task[0]] < _TRIES:
-                        queue.jobs.insert(0, task)
+                    if finished(*task):  # between the last frame and its answer
+                        outcome = Outcome()
+                    elif tries[task[0]] == _TRIES:
+                        outcome = Outcome(error=_death(process.exitcode))
                     else:
-                        report(task[0], Outcome(error=_death(process.exitcode)))
+                        queue.jobs.insert(0, task)
                     if queue.jobs:
                         connection, process = start(number)
+                if outcome is not None:
+                    report(task[0], outcome)
                 if queue.jobs:
                     give(connection, process, number)
                 else:
