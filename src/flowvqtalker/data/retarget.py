@@ -2,9 +2,10 @@
 
 Few people are filmed both neutral and emotional, so a flow cannot learn from real clips what an emotion adds to a face.
 Here it is added: prototypes of the emotions in ARKit blendshapes (after EMFACS), mixed with acted differences from the
-actor's neutral (RAVDESS action units, if given), are solved for beta through the face model's blendshape map. Each clip
-draws its own: every blendshape varies in strength, the two sides differ a little, and s(t) has an onset, an apex that
-follows the voice's energy, and at times a decay. A component of the mixture stays a distribution, not one mask.
+actor's neutral (RAVDESS action units, if given), are solved for beta through the face model's blendshape map and its
+vertices. Each clip draws its own: every blendshape varies in strength, the two sides differ a little, and s(t) has an
+onset, an apex that follows the voice's energy, and at times a decay. A component of the mixture stays a distribution,
+not one mask.
 
 The mouth keeps its phonemes: what of a difference parts the lips is taken off.
 
@@ -24,8 +25,9 @@ import numpy.typing as npt
 from flowvqtalker.constants import EMOTIONS
 from flowvqtalker.errors import UserError
 from flowvqtalker.face.arkit import ARKIT_NAMES, arkit_index
+from flowvqtalker.face.model import FaceModel
 
-__all__ = ["PROTOTYPES", "RetargetConfig", "Retargeter", "acted_differences", "envelope", "solve_blendshapes"]
+__all__ = ["PROTOTYPES", "RetargetConfig", "Retargeter", "acted_differences", "envelope", "solve_expression"]
 
 Floats = npt.NDArray[np.float32]
 
@@ -36,12 +38,12 @@ PROTOTYPES: Mapping[str, Mapping[str, float]] = {
         **{"mouthPress": 0.35, "mouthFrown": 0.35, "mouthSmile": -0.1, "mouthShrugLower": 0.2},
     },
     "disgusted": {
-        **{"noseSneer": 0.8, "mouthUpperUp": 0.55, "browDown": 0.45, "eyeSquint": 0.55, "cheekSquint": 0.45},
+        **{"noseSneer": 0.8, "mouthUpperUp": 0.6, "browDown": 0.3, "eyeSquint": 0.55, "cheekSquint": 0.45},
         **{"mouthFrown": 0.3, "mouthShrugUpper": 0.3, "mouthSmile": -0.05},
     },
     "fear": {
         **{"browInnerUp": 0.85, "browOuterUp": 0.35, "browDown": -0.1, "eyeWide": 0.6, "eyeSquint": -0.2},
-        **{"eyeBlink": -0.15, "mouthStretch": 0.5, "mouthLowerDown": 0.2, "mouthSmile": -0.1, "mouthFrown": 0.1},
+        **{"eyeBlink": -0.15, "mouthStretch": 0.4, "mouthLowerDown": 0.2, "mouthSmile": -0.15, "mouthFrown": 0.1},
     },
     "happy": {"mouthSmile": 0.9, "cheekSquint": 0.6, "eyeSquint": 0.4, "mouthUpperUp": 0.2, "mouthDimple": 0.2},
     "sad": {
@@ -57,6 +59,76 @@ PROTOTYPES: Mapping[str, Mapping[str, float]] = {
         **{"browOuterUpRight": 0.2, "eyeSquint": 0.2},
     },
 }
+#: What it also moves, where the blendshape map hardly sees it (nose, corners of the mouth): vertex -> to the right and
+#: down in eye distances. Of symmetric emotions the side left in the image is listed; :data:`_MIRROR` has the other's.
+_MOVES: Mapping[str, Mapping[int, tuple[float, float]]] = {
+    "angry": {
+        **{61: (0.024, 0.08), 57: (0.019, 0.072), 186: (0.017, 0.04), 43: (0.019, 0.072)},
+        **{107: (0.032, 0.056), 55: (0.04, 0.064), 66: (0.019, 0.048), 98: (-0.019, -0.024)},
+        **{0: (0.0, 0.024)},
+    },
+    "disgusted": {
+        **{61: (-0.008, 0.048), 57: (-0.006, 0.043), 186: (-0.006, 0.024), 43: (-0.006, 0.043)},
+        **{37: (0.0, -0.09), 39: (0.0, -0.1), 40: (0.0, -0.08), 0: (0.0, -0.07)},
+        **{185: (0.0, -0.04), 48: (-0.02, -0.07), 64: (-0.03, -0.08), 98: (-0.024, -0.07)},
+        **{129: (-0.016, -0.064), 206: (0.0, -0.048), 205: (0.0, -0.048)},
+    },
+    "fear": {
+        **{61: (-0.05, 0.09), 57: (-0.04, 0.08), 186: (-0.035, 0.045), 43: (-0.04, 0.08)},
+        **{55: (0.024, -0.08), 107: (0.024, -0.096), 17: (0.0, 0.016)},
+    },
+    "happy": {
+        **{61: (-0.096, -0.096), 57: (-0.077, -0.086), 186: (-0.067, -0.048), 43: (-0.077, -0.086)},
+        **{50: (0.0, -0.04), 205: (-0.008, -0.048)},
+    },
+    "sad": {
+        **{61: (0.008, 0.104), 57: (0.006, 0.094), 186: (0.006, 0.052), 43: (0.006, 0.094)},
+        **{55: (0.024, -0.08), 107: (0.016, -0.08), 46: (0.0, 0.032), 53: (0.0, 0.024)},
+        **{17: (0.0, -0.032), 84: (0.0, -0.032)},
+    },
+    "surprised": {
+        **{61: (0.032, 0.032), 57: (0.026, 0.029), 186: (0.022, 0.016), 43: (0.026, 0.029)},
+        **{55: (0.0, -0.096), 107: (0.0, -0.128), 105: (0.0, -0.128), 66: (0.0, -0.128)},
+        **{52: (0.0, -0.112), 53: (0.0, -0.096)},
+    },
+    "contempt": {
+        **{291: (0.08, -0.08), 287: (0.064, -0.072), 410: (0.064, -0.048), 273: (0.048, -0.064)},
+        **{61: (0.0, 0.0), 57: (0.0, 0.0), 186: (0.0, 0.0), 43: (0.0, 0.0)},  # one corner alone rises
+    },
+}
+_MIRROR: Mapping[int, int] = {
+    61: 291,
+    57: 287,
+    0: 0,
+    17: 17,
+    37: 267,
+    39: 269,
+    40: 270,
+    185: 409,
+    48: 278,
+    64: 294,
+    98: 327,
+    129: 358,
+    55: 285,
+    107: 336,
+    66: 296,
+    65: 295,
+    52: 282,
+    46: 276,
+    53: 283,
+    105: 334,
+    50: 280,
+    205: 425,
+    206: 426,
+    216: 436,
+    212: 432,
+    186: 410,
+    43: 273,
+    84: 314,
+    91: 321,
+}
+#: Weight of a vertex beside a blendshape, both squared: 0.05 eye distances count as much as a blendshape of 1.1.
+_MOVE_WEIGHT = 480.0
 #: Action units of RAVDESS's clip means (OpenFace) and the blendshapes that show them; 0 to 5 becomes 0 to 1.7.
 _UNITS: Mapping[str, str] = {
     **{"AU01": "browInnerUp", "AU02": "browOuterUp", "AU04": "browDown", "AU05": "eyeWide", "AU06": "cheekSquint"},
@@ -75,7 +147,7 @@ class RetargetConfig:
 
     copies: int = 1
     """Emotional versions of each calm clip with speech, each of an emotion drawn anew; 0: none."""
-    strength: tuple[float, float] = (1.0, 1.5)
+    strength: tuple[float, float] = (1.1, 1.6)
     """Range of the apex, in prototypes."""
     acted: float = 0.25
     """Share of the difference that comes from RAVDESS's actors, where their action units are given."""
@@ -94,6 +166,13 @@ def _shape_vector(shapes: Mapping[str, float]) -> npt.NDArray[np.float64]:
         sides = [name] if name in ARKIT_NAMES else [f"{name}Left", f"{name}Right"]
         vector[[arkit_index(side) for side in sides]] = value
     return vector
+
+
+def _both_sides(moves: Mapping[int, tuple[float, float]]) -> dict[int, tuple[float, float]]:
+    """The moves with those of the other side, if the side left in the image is listed."""
+    mirrored = {_MIRROR[vertex]: (-right, down) for vertex, (right, down) in moves.items() if vertex in _MIRROR}
+    middle = {vertex: (0.0, down) for vertex, (_, down) in moves.items() if _MIRROR.get(vertex) == vertex}
+    return {**mirrored, **moves, **middle}
 
 
 def acted_differences(path: Path) -> dict[str, npt.NDArray[np.float64]]:
@@ -123,24 +202,29 @@ def acted_differences(path: Path) -> dict[str, npt.NDArray[np.float64]]:
     return found
 
 
-def solve_blendshapes(
-    arkit: npt.NDArray[np.floating], targets: npt.NDArray[np.floating], ridge: float = 0.002
+def solve_expression(
+    face: FaceModel, shapes: npt.NDArray[np.floating], moves: Mapping[int, tuple[float, float]], ridge: float = 0.03
 ) -> Floats:
-    """Differences of beta (n, 64) that show differences of blendshapes, by ridge regression through their map.
+    """Difference of beta (64,) that shows differences of blendshapes and moves vertices, by ridge regression.
 
     Arguments:
-        arkit: (52, 65) of the face model.
-        targets: (n, 52).
+        face: the face model.
+        shapes: (52,) differences of blendshapes.
+        moves: vertex -> (right, down) in eye distances.
         ridge: penalty on the squared coefficients.
     """
-    turn = np.asarray(arkit, np.float64)[:, :-1]
+    turn = face.arkit[:, :-1].cpu().numpy().astype(np.float64)
     weight = np.ones(len(turn))
-    weight[0] = 0  # `_neutral` is no expression
     weight[[i for i, name in enumerate(ARKIT_NAMES) if name.startswith("eyeLook")]] = 0.2
     weight[[i for i, name in enumerate(ARKIT_NAMES) if name.startswith("jaw") or name == "mouthClose"]] = 1.5
-    gram = turn.T @ (turn * weight[:, None]) + ridge * np.eye(turn.shape[1])
-    right = turn.T @ (weight[:, None] * np.asarray(targets, np.float64).T)
-    solved: Floats = np.linalg.solve(gram, right).T.astype(np.float32)
+    # Neutral is no expression, and the tracker reports hardly any sneer: its map would ask for the impossible.
+    weight[[i for i, name in enumerate(ARKIT_NAMES) if name == "_neutral" or name.startswith("noseSneer")]] = 0
+    rows = face.expression[:, list(moves), :2].flatten(1).T.cpu().numpy().astype(np.float64)
+    design = np.concatenate([turn, rows])
+    target = np.concatenate([np.asarray(shapes, np.float64), np.array(list(moves.values())).reshape(-1)])
+    weight = np.concatenate([weight, np.full(len(rows), _MOVE_WEIGHT)])
+    gram = design.T @ (design * weight[:, None]) + ridge * np.eye(design.shape[1])
+    solved: Floats = np.linalg.solve(gram, design.T @ (weight * target)).astype(np.float32)
     return solved
 
 
@@ -173,27 +257,26 @@ def _smooth(x: npt.NDArray[np.floating]) -> npt.NDArray[np.floating]:
 
 
 class Retargeter:
-    """Draws what an emotion adds to a calm clip.
+    """Draws what an emotion adds to a neutral clip.
 
     Arguments:
-        arkit: (52, 65) map of the face model from [beta, 1] to blendshapes.
+        face: face model of the coefficients.
         gap: (64,) direction of beta in which the lips part; None: differences are taken whole.
         config: see :class:`RetargetConfig`.
     """
 
-    def __init__(
-        self, arkit: npt.NDArray[np.floating], gap: Floats | None, config: RetargetConfig | None = None
-    ) -> None:
+    def __init__(self, face: FaceModel, gap: Floats | None, config: RetargetConfig | None = None) -> None:
         self.config = config or RetargetConfig()
-        self._arkit = arkit
+        self._face = face
         self._gap = None if gap is None else np.asarray(gap / np.linalg.norm(gap), np.float32)
         self._prototypes = {name: _shape_vector(shapes) for name, shapes in PROTOTYPES.items()}
+        self._moves = {name: _both_sides(moves) for name, moves in _MOVES.items()}
         given = self.config.action_units
         self._acted = {} if given is None else acted_differences(given)
 
     def difference(self, emotion: str, random: np.random.Generator | None = None) -> Floats:
         """Difference (64,) of beta from neutral at the apex; without a generator the prototype itself."""
-        target = self._prototypes[emotion]
+        target, moves, strength = self._prototypes[emotion], self._moves[emotion], 1.0
         if random is not None:
             config = self.config
             target = target * np.exp(config.vary * random.standard_normal(len(target)))
@@ -202,9 +285,12 @@ class Retargeter:
                 target = (1 - config.acted) * target + config.acted * acted[random.integers(len(acted))]
             lean = config.one_sided * random.standard_normal()
             sides = [lean if n.endswith("Left") else -lean if n.endswith("Right") else 0.0 for n in ARKIT_NAMES]
-            target = target * (1 + np.array(sides)) * random.uniform(*config.strength)
-        beta: Floats = solve_blendshapes(self._arkit, target[None])[0]
-        return beta if self._gap is None else beta - (beta @ self._gap) * self._gap
+            target = target * (1 + np.array(sides))
+            share = float(np.exp(config.vary * random.standard_normal()))
+            moves = {vertex: (share * right, share * down) for vertex, (right, down) in moves.items()}
+            strength = random.uniform(*config.strength)
+        beta: Floats = (strength * solve_expression(self._face, target, moves)).astype(np.float32)
+        return beta if self._gap is None else (beta - (beta @ self._gap) * self._gap).astype(np.float32)
 
     def __call__(
         self, frames: Floats, emotion: str, random: np.random.Generator, energy: Floats | None = None

@@ -204,7 +204,7 @@ def build(config: Config) -> ExpFlowStage:
         load_corpus(config.shards, split, config.sequences, lips=lips, gap=gap, frontend=frontend)
         for split in ("train", "val")
     )
-    retarget = Retargeter(face.arkit.numpy(), gap, config.retarget) if config.retarget.copies else None
+    retarget = Retargeter(face, gap, config.retarget) if config.retarget.copies else None
     stage = ExpFlowStage(config, train, val, face.expression, lids, speech, retarget)
     if config.start is not None:
         start_from(stage.flow, config.start)
