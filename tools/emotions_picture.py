@@ -47,8 +47,7 @@ def main() -> None:
             blocks = talker.motion(SPEECH, portrait, emotion=emotion, intensity=options.intensity, seed=options.seed)
             every = [(block.expression, block.pose) for block in blocks]
             expression, pose = (torch.cat(part) for part in zip(*every, strict=True))
-            # The renderer looks 13 frames to each side.
-            first, last = max(0, options.frame - 13), options.frame + 14
+            first, last = max(0, options.frame - 3), options.frame + 4  # the generator looks to both sides
             piece = Motion(expression[first:last], pose[first:last])
             frames = list(talker.render(portrait, [piece]))
             row.append(labelled(frames[options.frame - first], emotion))
