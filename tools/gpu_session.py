@@ -164,7 +164,8 @@ class Pack:
 
 def spread(numbers: np.ndarray[Any, Any], most: int) -> np.ndarray[Any, Any]:
     """At most so many of the numbers, evenly spread."""
-    return numbers[np.linspace(0, len(numbers) - 1, min(most, len(numbers))).round().astype(int)]
+    places = np.linspace(0, len(numbers) - 1, min(most, len(numbers))).round().astype(int)
+    return np.asarray(numbers[places])
 
 
 def sharp_mask(roi: tuple[int, int, int, int], side: int) -> np.ndarray[Any, Any]:
@@ -175,7 +176,7 @@ def sharp_mask(roi: tuple[int, int, int, int], side: int) -> np.ndarray[Any, Any
         np.clip(np.minimum(place - (low - MARGIN), low + size + MARGIN - place) / RAMP + 1, 0, 1)
         for low, size in ((top, height), (left, width))
     )
-    return (rows[:, None] * columns)[..., None]
+    return np.asarray((rows[:, None] * columns)[..., None])
 
 
 def thin(clips: list[Images], room: float) -> list[Images]:
