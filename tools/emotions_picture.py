@@ -1,6 +1,6 @@
 """Make ``docs/emotions.jpg``: portraits by emotions, one frame of real output each.
 
-    python tools/emotions_picture.py PORTRAIT ... [--frame 40] [--output docs/emotions.jpg]
+    python tools/emotions_picture.py PORTRAIT ... [--frame 60] [--output docs/emotions.jpg]
 
 The page shows a neutral and a smiling picture of held-out people of the Face Research Lab London set (CC BY 4.0).
 """
@@ -33,7 +33,7 @@ def main() -> None:
     """Animate the portraits and write the sheet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("portraits", type=Path, nargs="+")
-    parser.add_argument("--frame", type=int, default=40)
+    parser.add_argument("--frame", type=int, default=60)
     parser.add_argument("--intensity", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--output", type=Path, default=Path("docs/emotions.jpg"))
@@ -53,7 +53,7 @@ def main() -> None:
             row.append(labelled(frames[options.frame - first], emotion))
         rows.append(np.hstack(row))
     sheet = cv2.cvtColor(np.vstack(rows), cv2.COLOR_RGB2BGR)
-    cv2.imwrite(str(options.output), sheet, [cv2.IMWRITE_JPEG_QUALITY, 88])
+    cv2.imwrite(str(options.output), sheet)
 
 
 if __name__ == "__main__":
