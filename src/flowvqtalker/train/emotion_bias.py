@@ -1,11 +1,11 @@
 """Per-emotion bias correction of the expression flow, measured after training and stored with the flow (ours).
 
-Most people with an emotional clip have no neutral clip, so a source image shows person and emotion at once. The flow
-learns to keep what the source shows; for a neutral portrait, its emotions come out weak, or look like the few people
-who showed them. The correction samples every emotion for neutral speakers of the training data and compares the mean
-difference to neutral with that of the training people, whose own faces are removed first
-(:mod:`flowvqtalker.train.neutral_estimate`). What is missing is added at inference, except for what opens the lips:
-a mouth that is always open never closes on a b, m or p, and bared teeth look like laughter.
+A flow shows what its training clips show on average: onsets, decays and weak clips included, and emotions of people
+whose neutral face is unknown. The correction samples every emotion for neutral speakers of the training data and
+compares the mean difference to neutral with what is wanted: the mean apex of the retargeted clips
+(:mod:`flowvqtalker.data.retarget`) or, without those, the difference that the training people show, whose own faces are
+removed first (:mod:`flowvqtalker.train.neutral_estimate`). What is missing is added at inference, except for what opens
+the lips: a mouth that is always open never closes on a b, m or p, and bared teeth look like laughter.
 """
 
 from __future__ import annotations
