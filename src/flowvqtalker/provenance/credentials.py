@@ -177,6 +177,13 @@ def _certificate(name: str, key: Any, issuer: Any, *, authority: bool) -> Any:
     return builder.sign(issuer, hashes.SHA256())
 
 
+def _context() -> Any:
+    """Settings under which memory does not grow with the file: what exceeds a megabyte goes to a temporary file."""
+    import c2pa
+
+    return c2pa.Context(settings=c2pa.Settings.from_dict({"core": {"backing_store_memory_threshold_in_mb": 1}}))
+
+
 def _signer(key: Any) -> Callable[[bytes], bytes]:
     from cryptography.hazmat.primitives import hashes
     from cryptography.hazmat.primitives.asymmetric import ec
@@ -223,7 +230,7 @@ def sign(path: Path, target: Path, credential: Credential, timestamp_url: str | 
                 c2pa.Signer.from_callback(
                     _signer(credential.key), c2pa.C2paSigningAlg.ES256, credential.chain, timestamp_url
                 ) as signer,
-                c2pa.Context() as context,
+                _context() as context,
                 c2pa.Builder(manifest, context) as builder,
                 open(path, "rb") as source,
             ):
@@ -251,7 +258,7 @@ def read_credentials(path: str | Path) -> dict[str, Any] | None:
     import c2pa
 
     try:
-        with c2pa.Context() as context, c2pa.Reader(str(path), context=context) as reader:
+        with _context() as context, c2pa.Reader(str(path), context=context) as reader:
             store = json.loads(reader.json())
     except c2pa.C2paError:
         return None  # no manifest, or a kind of file that has none
