@@ -15,6 +15,7 @@ from flowvqtalker.batch.processes import _Queue, share_threads
 from flowvqtalker.batch.runner import Runner
 from flowvqtalker.io.video import probe
 from flowvqtalker.pipeline import Talker
+from flowvqtalker.provenance import Marks, verify
 
 from ..conftest import babble, write_wav
 
@@ -63,10 +64,17 @@ def test_models_and_portrait_are_prepared_once(job, calls):
     ]  # fmt: skip
 
 
+def test_the_video_is_marked(job):
+    Runner().run(replace(job, mark_id=9))
+    assert verify(job.output).watermark["identifier"] == 9
+
+
 def test_the_video_is_that_of_animate(job, tmp_path):
-    Runner().run(replace(job, emotion="happy", seed=3, full=True))
+    Runner().run(replace(job, emotion="happy", seed=3, full=True, mark=False))  # no two signatures are alike
     talker = Talker.from_pretrained(job.weights, device="cpu")
-    talker.animate(job.portrait, job.speech, tmp_path / "b.mp4", emotion="happy", seed=3, full=True)
+    talker.animate(
+        job.portrait, job.speech, tmp_path / "b.mp4", emotion="happy", seed=3, full=True, marks=Marks(mark=False)
+    )
     assert job.output.read_bytes() == (tmp_path / "b.mp4").read_bytes()
 
 

@@ -85,6 +85,13 @@ def test_options_of_the_command_line_fill_the_gaps(place):
     assert [(job.seed, job.emotion) for job in jobs] == [(7, "sad"), (3, "sad")]
 
 
+def test_marks_of_a_row_are_checked(place):
+    marked = table(place, "portrait,speech,mark,mark_id\na.jpg,one.wav,yes,7\nb.jpg,one.wav,no,\n")
+    assert [(job.mark, job.mark_id) for job in read(marked)] == [(True, 7), (False, 0)]
+    assert "--no-mark excludes" in refused(table(place, "portrait,speech,mark,mark_id\na.jpg,one.wav,no,7\n"))
+    assert "mark_id must be" in refused(table(place, "portrait,speech,mark_id\na.jpg,one.wav,-1\n"))
+
+
 def test_patterns_stand_for_every_match(place):
     jobs = read(table(place, "portrait,speech\n**/*.jpg,*.wav\n"))
     assert [(job.portrait.name, job.speech.name) for job in jobs] == [

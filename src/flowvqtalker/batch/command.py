@@ -88,6 +88,7 @@ class Batch(AnimateArguments):
         from flowvqtalker.loading import choose_device, choose_dtype
 
         self.motion_options()
+        self.marks().credential(Path("out.mp4"))
         for path in (self.emotion_reference, self.emotion_track, self.pose_from):
             if path is not None:
                 existing_file(path, "input")

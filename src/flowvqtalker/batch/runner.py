@@ -68,7 +68,7 @@ class Runner:
                 job.output.parent.mkdir(parents=True, exist_ok=True)
                 _clear(job.output)
                 write_record(job, mark)
-                result = talker.animate(portrait, job.speech, job.output, options, full=job.full)
+                result = talker.animate(portrait, job.speech, job.output, options, full=job.full, marks=job.marks())
             except Exception as error:  # one job must not end the others
                 with contextlib.suppress(OSError):
                     if not job.output.exists():

@@ -20,7 +20,7 @@ from flowvqtalker.batch.job import RECORD, Job, weights_hashes
 from flowvqtalker.errors import UserError
 from flowvqtalker.io.atomic import VIDEO_SUFFIXES
 from flowvqtalker.motion.options import MotionOptions
-from flowvqtalker.options import AnimateArguments
+from flowvqtalker.options import AnimateArguments, MarkArguments
 
 __all__ = ["COLUMNS", "Problems", "check_jobs", "product", "read_table"]
 
@@ -229,7 +229,7 @@ def _row_jobs(
             matches[column] = _matches(str(given)) if patterns else [given]
             if not matches[column]:
                 wrong(column, f"{given} {_absence(given)}; check the name")
-    for column in ("emotion_reference", "emotion_track", "pose_from"):
+    for column in ("emotion_reference", "emotion_track", "pose_from", "sign_cert", "sign_key"):
         if column in values:
             values[column] = folder / values[column]
             if not values[column].is_file():
@@ -258,6 +258,7 @@ def _row_jobs(
 def _check_values(values: dict[str, Any], defaults: AnimateArguments, wrong: Any) -> None:
     """Check the options by themselves and together, with the checks that ``animate`` has."""
     from flowvqtalker.loading import choose_device, choose_dtype
+    from flowvqtalker.provenance import Marks
 
     own = [f.name for f in fields(MotionOptions)]
     good = True
@@ -274,6 +275,12 @@ def _check_values(values: dict[str, Any], defaults: AnimateArguments, wrong: Any
         except UserError as error:
             named = [name for name in together if re.search(rf"\b{name}\b", str(error))]
             wrong(", ".join(named) or "emotion", error)
+    own = [f.name for f in fields(MarkArguments)]
+    if any(name in values for name in own):
+        try:
+            Marks(**{name: values.get(name, getattr(defaults, name)) for name in own})
+        except UserError as error:
+            wrong(", ".join(name for name in own if name in values), error)
     checks: dict[str, Any] = {"device": choose_device, "dtype": choose_dtype, "weights": weights_hashes}
     for column, check in checks.items():
         if column in values:
