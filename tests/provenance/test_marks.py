@@ -195,6 +195,21 @@ def test_verify_command(frames, tmp_path, capsys):
     assert len(error) == 3
 
 
+@pytest.mark.parametrize("size", [(1, 1), (3, 400)])
+def test_verify_takes_any_size(tmp_path, size):
+    Image.new("L", size).save(tmp_path / "a.png")
+    assert main(["verify", str(tmp_path / "a.png")]) == 1
+
+
+def test_verify_takes_names_that_look_like_protocols_and_refuses_cut_files(frames, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_marked(frames, Path("12:30.mp4"), None, len(frames))
+    assert main(["verify", "12:30.mp4"]) == 0
+    data = Path("12:30.mp4").read_bytes()
+    Path("cut.mp4").write_bytes(data[: len(data) // 3])
+    assert main(["verify", "cut.mp4"]) == 2
+
+
 def test_a_frame_of_a_marked_video_is_marked(frames, tmp_path):
     write_marked(frames, tmp_path / "out.mp4", None, len(frames))
     Image.fromarray(next(read_video(tmp_path / "out.mp4"))).save(tmp_path / "frame.png")
