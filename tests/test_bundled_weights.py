@@ -147,3 +147,15 @@ def test_motion_has_the_first_frame_of_the_portrait(draw, portrait):
     motion = draw("neutral", 0)
     assert (motion.pose[0, :3] - portrait.pose[:3]).abs().max() < np.radians(6)
     assert torch.isfinite(motion.expression).all()
+
+
+def test_eyes_are_open_from_the_first_frame(talker, portrait, draw):
+    """They used to open from half shut during the first frames: the flow's history was empty."""
+    ratios = []
+    for seed in range(6):
+        motion = draw("neutral", seed, blink_rate=0.0)
+        points = talker.face_model.shape(portrait.identity.expand(25, -1), motion.expression[:25])
+        lids = (points[:, [159, 386]] - points[:, [145, 374]]).norm(dim=-1).mean(1)
+        ratios.append(float(lids[0] / lids.median()))
+    assert 0.85 < np.median(ratios) < 1.15, ratios
+    assert min(ratios) > 0.6, ratios

@@ -34,7 +34,7 @@ def joined(blocks):
 
 
 def make(flows, **settings):
-    given = {"beta0": torch.zeros(64), "pose0": torch.zeros(6), **settings}
+    given = {"beta0": torch.zeros(64), "pose0": torch.zeros(6), "warm_up": 0, **settings}
     return MotionGenerator(*flows, **given)
 
 

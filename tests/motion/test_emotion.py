@@ -185,7 +185,7 @@ def test_a_change_of_emotion_is_no_jump(trained, sample_speech):
         draw(emotion=None, track=track((0, "neutral"), (2, "surprised"), blend=blend)) for blend in (BLEND, 0.0)
     )
     assert torch.equal(changed[:51], before[:51])
-    assert speed(changed)[49:61].max() < normal.max() < speed(cut)[49:61].max()
+    assert speed(changed)[49:61].max() < 1.15 * normal.max() < speed(cut)[49:61].max()
     gone, left = ((changed[60:] - other[60:]).mean(0).norm() for other in (before, after))
     assert left < 0.6 * gone
 

@@ -50,7 +50,13 @@ def windows():
 
 
 def make(flows, bank=None, **settings):
-    given = {"beta0": torch.linspace(-1, 1, 8), "pose0": torch.arange(6.0), "emotion": "happy", **settings}
+    given = {
+        "beta0": torch.linspace(-1, 1, 8),
+        "pose0": torch.arange(6.0),
+        "emotion": "happy",
+        "warm_up": 0,
+        **settings,
+    }
     return MotionGenerator(*flows, bank, **given)
 
 
@@ -124,6 +130,18 @@ def test_streaming_encoder_equals_the_training_path(flows, windows):
     label = torch.tensor([EMOTIONS.index("happy")])
     expected = rollout(exp, padded[None], label, torch.Generator(), source=source, temperature=0.0)
     assert torch.allclose(beta, expected[0], atol=1e-4)
+
+
+def test_warm_up_fills_the_histories(flows, windows):
+    """The first frame then has frames before it; blocks do not matter, and the pose still starts at the source."""
+    cold, warm = run(flows, windows), run(flows, windows, warm_up=6)
+    assert not torch.equal(cold[0][0], warm[0][0])
+    generator, parts = make(flows, warm_up=6), []
+    for k in range(0, len(windows), 3):
+        parts.append(generator(windows[k : k + 3], last=k + 3 >= len(windows)).expression)
+    assert torch.equal(torch.cat(parts), warm[0])
+    torch.testing.assert_close(warm[1][0], torch.arange(6.0))
+    assert make(flows, warm_up=6)(windows[:0], last=True).expression.shape == (0, 8)
 
 
 def test_one_window_and_no_window(flows, windows):

@@ -35,6 +35,8 @@ ARTICULATION = 1.4
 BLINKS = 0.7
 #: Default blend of the manifold projection.
 MANIFOLD = 0.15
+#: Frames sampled before the first one, unseen, to fill the history.
+WARM_UP = 25
 #: Seconds (time constant) in which the head leaves the source's pose for its own motion around it.
 SETTLE = 0.6
 #: Seconds by which the next emotion is sampled ahead, unseen. The flow takes half a second to build up an expression.
@@ -113,6 +115,7 @@ class MotionGenerator:
         manifold: 0 (no projection) to 1.
         neighbours: 𝒦 of the projection.
         poses: head motion instead of PoseFlow's.
+        warm_up: frames sampled before the first one, unseen, to fill the history.
 
     Raises:
         UserError: for an unknown emotion or numbers out of range.
@@ -139,6 +142,7 @@ class MotionGenerator:
         manifold: float = MANIFOLD,
         neighbours: int = 10,
         poses: PoseTrack | None = None,
+        warm_up: int = WARM_UP,
     ) -> None:
         if emotion is None and reference is None and track is None:
             raise UserError("neither an emotion nor a reference was given; give one")
@@ -157,7 +161,7 @@ class MotionGenerator:
         with torch.no_grad():
             self.source = self.expflow.neutral_face(beta0.to(self.device, torch.float32).reshape(1, -1))
         self.pose0 = pose0.to(self.device, torch.float32).reshape(1, -1)
-        self.poses, self._track = poses, track
+        self.poses, self._track, self._warm_up_frames = poses, track, warm_up
         self._bank = bank if manifold > 0 else None
         self._banks: dict[int, Tensor] = {}
         with torch.inference_mode(), _one_thread():
@@ -257,9 +261,24 @@ class MotionGenerator:
         frames = []
         while all(self._waiting):
             audio = [waiting.popleft() for waiting in self._waiting]
+            if self._frame == 0:
+                self._warm_up(audio[0], audio[-1])
             frames.append((self._expression(audio[0]), self._pose(audio[-1])))
             self._frame += 1
         return frames
+
+    def _warm_up(self, audio: Tensor, pose_audio: Tensor) -> None:
+        """Fill the histories with unseen frames for the first audio features, the most likely ones (temperature 0).
+
+        An empty history is no face: without this the eyes open from half shut during the first frames.
+        """
+        rollouts = [self._rollout] if self._neutral_rollout is None else [self._neutral_rollout, self._rollout]
+        still = 0.0 * self.expflow.latent.noise(1, torch.Generator()).to(self.device)
+        for _ in range(self._warm_up_frames):
+            for rollout in rollouts:
+                self._advance(rollout, audio, still)
+            if self.poses is None:
+                self._sample_pose(pose_audio, torch.Generator(), temperature=0.0)
 
     def _expression(self, audio: Tensor) -> Tensor:
         part = 0.0 if self._track is None else self._follow(self._track)
@@ -323,15 +342,19 @@ class MotionGenerator:
         return frame - LIP_DAMPING * (level - rollout.level)[:, None] * opening
 
     def _pose(self, audio: Tensor) -> Tensor:
-        motion = self._sample_pose(audio) if self.poses is None else self.poses.at(self._frame).to(self.device)
+        motion = (
+            self._sample_pose(audio, self._generators[1], self.pose_temperature)
+            if self.poses is None
+            else self.poses.at(self._frame).to(self.device)
+        )
         if self._first_pose is None:
             self._first_pose = motion
         return self.pose0 + motion - math.exp(-self._frame / (SETTLE * FPS)) * self._first_pose
 
-    def _sample_pose(self, audio: Tensor) -> Tensor:
+    def _sample_pose(self, audio: Tensor, generator: torch.Generator, temperature: float) -> Tensor:
         context = self.poseflow.encode(audio, self._pose_history, self._pose_weights)
-        noise = self.poseflow.latent.noise(1, self._generators[1]).to(self.device)
-        z = self.poseflow.latent.place(noise, self._pose_weights, self.pose_temperature)
+        noise = self.poseflow.latent.noise(1, generator).to(self.device)
+        z = self.poseflow.latent.place(noise, self._pose_weights, temperature)
         motion = self.poseflow.soft_clamp(self._pose_inverse(z, context))
         self._pose_history = torch.cat([self._pose_history[:, 1:], motion[None]], dim=1)
         return motion
