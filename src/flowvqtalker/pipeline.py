@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,11 +25,14 @@ from flowvqtalker.loading import choose_device, choose_dtype, fast_dtype, load_f
 from flowvqtalker.motion.emotion import EmotionTrack
 from flowvqtalker.motion.flow import ExpFlow, PoseFlow
 from flowvqtalker.motion.manifold import LatentBank
-from flowvqtalker.motion.options import MotionOptions
+from flowvqtalker.motion.options import MotionChoices, MotionOptions
 from flowvqtalker.motion.stream import MotionStream, open_stream
 from flowvqtalker.provenance import DEFAULT_MARKS, Marks, write_marked
 from flowvqtalker.render.paste import Paster, limit_pose, paste_frames
 from flowvqtalker.render.renderer import ImageGenerator, Renderer
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["Result", "Talker"]
 
@@ -179,18 +182,7 @@ class Talker:
         speech: str | Path | decode.Speech,
         portrait: Portrait | None = None,
         options: MotionOptions | None = None,
-        *,
-        emotion: str | None = None,
-        emotion_reference: str | Path | Tensor | None = None,
-        emotion_track: str | Path | EmotionTrack | None = None,
-        intensity: float | None = None,
-        temperature: float | None = None,
-        articulation: float | None = None,
-        blink_rate: float | None = None,
-        seed: int | None = None,
-        pose_scale: float | None = None,
-        fixed_pose: bool | None = None,
-        pose_from: str | Path | Coefficients | None = None,
+        **choices: Unpack[MotionChoices],
     ) -> Iterator[Motion]:
         """Motion for speech, block by block.
 
@@ -198,7 +190,7 @@ class Talker:
             speech: any file with sound, or what :func:`flowvqtalker.io.audio.scan` found in it.
             portrait: whose face starts the motion; None is the mean face seen from the front.
             options: see :class:`flowvqtalker.motion.options.MotionOptions`.
-            emotion, ..., pose_from: fields of the options; they replace those of ``options``.
+            choices: fields of the options by name, as ``emotion="happy"``; they replace those of ``options``.
 
         Yields:
             blocks on the CPU; together one frame for each of the speech's
@@ -207,19 +199,7 @@ class Talker:
         Raises:
             UserError: at once, if the speech or an option cannot be used.
         """
-        chosen = (options or MotionOptions()).updated(
-            emotion=emotion,
-            emotion_reference=emotion_reference,
-            emotion_track=emotion_track,
-            intensity=intensity,
-            temperature=temperature,
-            articulation=articulation,
-            blink_rate=blink_rate,
-            seed=seed,
-            pose_scale=pose_scale,
-            fixed_pose=fixed_pose,
-            pose_from=pose_from,
-        )
+        chosen = (options or MotionOptions()).updated(choices)
         found = speech if isinstance(speech, decode.Speech) else decode.scan(speech)
         return self.stream(portrait, chosen).run(decode.stream(found.path, _BLOCK_SECONDS))
 
@@ -268,21 +248,11 @@ class Talker:
         output: str | Path,
         options: MotionOptions | None = None,
         *,
-        emotion: str | None = None,
-        emotion_reference: str | Path | Tensor | None = None,
-        emotion_track: str | Path | EmotionTrack | None = None,
-        intensity: float | None = None,
-        temperature: float | None = None,
-        articulation: float | None = None,
-        blink_rate: float | None = None,
-        seed: int | None = None,
-        pose_scale: float | None = None,
-        fixed_pose: bool | None = None,
-        pose_from: str | Path | Coefficients | None = None,
         face: int | None = None,
         full: bool = False,
         progress: Progress | None = None,
         marks: Marks = DEFAULT_MARKS,
+        **choices: Unpack[MotionChoices],
     ) -> Result:
         """Animate a portrait with speech into a video as long as the speech.
 
@@ -291,7 +261,7 @@ class Talker:
             speech: any file with sound; it becomes the sound of the video.
             output: ``.mp4``, ``.mov`` or ``.mkv``; appears when it is complete.
             options: see :class:`flowvqtalker.motion.options.MotionOptions`.
-            emotion, ..., pose_from: fields of the options; they replace those of ``options``.
+            choices: fields of the options by name, as ``emotion="happy"``; they replace those of ``options``.
             face: which face of the image, 0 is the largest; None takes the largest.
             full: write the whole image instead of the 512x512 crop.
             progress: called after each frame with the frames done and in total.
@@ -300,19 +270,7 @@ class Talker:
         Raises:
             UserError: if an input cannot be used or the output cannot be written; then there is no output.
         """
-        chosen = (options or MotionOptions()).updated(
-            emotion=emotion,
-            emotion_reference=emotion_reference,
-            emotion_track=emotion_track,
-            intensity=intensity,
-            temperature=temperature,
-            articulation=articulation,
-            blink_rate=blink_rate,
-            seed=seed,
-            pose_scale=pose_scale,
-            fixed_pose=fixed_pose,
-            pose_from=pose_from,
-        )
+        chosen = (options or MotionOptions()).updated(choices)
         (result,) = self.animate_samples(
             portrait, speech, output, 1, chosen, face=face, full=full, progress=progress, marks=marks
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict
 
 from flowvqtalker.errors import UserError
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 else:
     Reference = Course = HeadMotion = Any
 
-__all__ = ["LIMITS", "MotionOptions", "check_limits"]
+__all__ = ["LIMITS", "MotionChoices", "MotionOptions", "check_limits"]
 
 #: Largest values; the smallest is 0.
 LIMITS = {
@@ -40,6 +40,22 @@ def check_limits(**given: float | None) -> None:
     for name, value in given.items():
         if value is not None and not 0 <= value <= LIMITS[name]:
             raise UserError(f"{name} must be between 0 and {LIMITS[name]:g}, got {value:g}")
+
+
+class MotionChoices(TypedDict, total=False):
+    """Fields of :class:`MotionOptions` as keywords of :class:`~flowvqtalker.pipeline.Talker`; None changes nothing."""
+
+    emotion: str | None
+    emotion_reference: Reference | None
+    emotion_track: Course | None
+    intensity: float | None
+    temperature: float | None
+    articulation: float | None
+    blink_rate: float | None
+    seed: int | None
+    pose_scale: float | None
+    fixed_pose: bool | None
+    pose_from: HeadMotion | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,10 +114,11 @@ class MotionOptions:
             pose_scale=self.pose_scale,
         )
 
-    def updated(self, **given: Any) -> MotionOptions:
+    def updated(self, given: MotionChoices) -> MotionOptions:
         """These options, with those that were given (are not None) in place of its own.
 
         Raises:
             UserError: as the constructor.
         """
-        return replace(self, **{name: value for name, value in given.items() if value is not None})
+        kept: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        return replace(self, **kept)
