@@ -58,6 +58,11 @@ COMMANDS: dict[str, _Command | dict[str, _Command]] = {
     "sync-clips": _Command(
         "flowvqtalker_eval.evaluators.sync_clips:SyncClips", "Find the lag between sound and lips of each clip.", "eval"
     ),
+    "identity-split": _Command(
+        "flowvqtalker.train.identity_split:IdentitySplit",
+        "Teach a face model to keep smiles out of the identity.",
+        "train",
+    ),
     "weights-add": _Command(
         "flowvqtalker.train.release:WeightsAdd", "Put the weights of a training run into a folder of weights."
     ),

@@ -5,7 +5,7 @@ neutral and smiling show which directions of α that takes: the principal compon
 their neutral α lacks. Kept in the face model as ``smile_leak``, these directions get a higher price when one picture is
 fitted (:mod:`flowvqtalker.face.fit`); the expression basis stays as it is.
 
-    python -m flowvqtalker.train.identity_split SHARD FACE_MODEL
+    flowvqtalker identity-split SHARD FACE_MODEL
 """
 
 from __future__ import annotations
@@ -112,8 +112,3 @@ class IdentitySplit:
         model.save(self.face_model)
         shares = (f"{np.mean(part):.3f}" if part else "unknown" for part in (before, after))
         logger.info("%d held-out people: share of a smile in the identity %s, now %s", len(held_out), *shares)
-
-
-if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    tyro.cli(IdentitySplit).run()
