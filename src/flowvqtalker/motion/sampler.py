@@ -273,12 +273,12 @@ class MotionGenerator:
         An empty history is no face: without this the eyes open from half shut during the first frames.
         """
         rollouts = [self._rollout] if self._neutral_rollout is None else [self._neutral_rollout, self._rollout]
-        still = 0.0 * self.expflow.latent.noise(1, torch.Generator()).to(self.device)
+        most_likely = torch.zeros_like(self._no_history[:, 0])
         for _ in range(self._warm_up_frames):
             for rollout in rollouts:
-                self._advance(rollout, audio, still)
+                self._advance(rollout, audio, most_likely)
             if self.poses is None:
-                self._sample_pose(pose_audio, torch.Generator(), temperature=0.0)
+                self._sample_pose(pose_audio, torch.zeros_like(self._pose_history[:, 0]))
 
     def _expression(self, audio: Tensor) -> Tensor:
         part = 0.0 if self._track is None else self._follow(self._track)
@@ -343,7 +343,7 @@ class MotionGenerator:
 
     def _pose(self, audio: Tensor) -> Tensor:
         motion = (
-            self._sample_pose(audio, self._generators[1], self.pose_temperature)
+            self._sample_pose(audio, self.poseflow.latent.noise(1, self._generators[1]).to(self.device))
             if self.poses is None
             else self.poses.at(self._frame).to(self.device)
         )
@@ -351,10 +351,9 @@ class MotionGenerator:
             self._first_pose = motion
         return self.pose0 + motion - math.exp(-self._frame / (SETTLE * FPS)) * self._first_pose
 
-    def _sample_pose(self, audio: Tensor, generator: torch.Generator, temperature: float) -> Tensor:
+    def _sample_pose(self, audio: Tensor, noise: Tensor) -> Tensor:
         context = self.poseflow.encode(audio, self._pose_history, self._pose_weights)
-        noise = self.poseflow.latent.noise(1, generator).to(self.device)
-        z = self.poseflow.latent.place(noise, self._pose_weights, temperature)
+        z = self.poseflow.latent.place(noise, self._pose_weights, self.pose_temperature)
         motion = self.poseflow.soft_clamp(self._pose_inverse(z, context))
         self._pose_history = torch.cat([self._pose_history[:, 1:], motion[None]], dim=1)
         return motion
