@@ -18,7 +18,7 @@ from torch import Tensor
 from flowvqtalker.constants import FPS
 from flowvqtalker.errors import UserError
 from flowvqtalker.face.crop import Crop, crop_box
-from flowvqtalker.face.detect import MAX_RESIDUAL, detect_faces, face_turns, turn_back
+from flowvqtalker.face.detect import MAX_RESIDUAL, Detection, detect_faces, face_turns, turn_back
 from flowvqtalker.face.fit import fit
 from flowvqtalker.face.model import CENTRE, EXPRESSION, FOCAL, IDENTITY, FaceModel
 from flowvqtalker.face.topology import EYE_CORNERS, LIDS, LIPS
@@ -35,6 +35,7 @@ __all__ = [
     "Progress",
     "front_pose",
     "load_portrait",
+    "prepare_face",
     "track",
     "track_landmarks",
 ]
@@ -124,7 +125,8 @@ def load_portrait(model: FaceModel, source: str | Path | ImageArray, face: int |
         found = detect_faces(tracker, model, image)
     if not found:
         raise UserError(
-            f"no face found in {name}; give an image in which a face of {MIN_FACE} pixels or more is clearly visible"
+            f"no face found in {name}; give an image in which a face of {MIN_FACE} pixels or more is clearly visible",
+            code="no_face",
         )
     chosen = largest_face([one.face for one in found], face)
     if len(found) > 1 and face is None:
@@ -135,10 +137,25 @@ def load_portrait(model: FaceModel, source: str | Path | ImageArray, face: int |
         logger.warning(
             "%s shows %d faces; the largest is taken (at %.0f, %.0f), %s", name, len(found), across, down, others
         )
-    residual = next(one.residual for one in found if one.face is chosen)
+    return prepare_face(model, image, next(one for one in found if one.face is chosen), name)
+
+
+def prepare_face(model: FaceModel, image: ImageArray, detection: Detection, name: str = "the image") -> Portrait:
+    """Fit the model to a detected face.
+
+    Arguments:
+        model: the face model.
+        image: (H, W, 3) uint8 RGB.
+        detection: a face of it.
+        name: of the image, for messages.
+
+    Raises:
+        UserError: if the face is too small, cut off or turned too far.
+    """
+    chosen = detection.face
     crop = crop_box(chosen.landmarks)
     fitted = fit(model, crop.points(chosen.landmarks))
-    _check(name, image, chosen, fitted.pose[0], residual)
+    _check(name, image, chosen, fitted.pose[0], detection.residual)
     return Portrait(
         picture=image,
         image=crop.apply(image),
@@ -155,7 +172,8 @@ def _check(name: str, image: ImageArray, face: Face, pose: Floats, residual: flo
     left, _, right, _ = face.box
     if right - left < MIN_FACE:
         raise UserError(
-            f"the face in {name} is {right - left:.0f} pixels wide, {MIN_FACE} are needed; give a larger image"
+            f"the face in {name} is {right - left:.0f} pixels wide, {MIN_FACE} are needed; give a larger image",
+            code="face_too_small",
         )
     size = np.array(image.shape[1::-1])
     points = face.landmarks[:, :2]
@@ -163,7 +181,8 @@ def _check(name: str, image: ImageArray, face: Face, pose: Floats, residual: flo
     if beyond[list(LIPS)].mean() > 0.5 or beyond[list(LIDS)].mean() > 0.5 or beyond.mean() > _MAX_BEYOND:
         raise UserError(
             f"the border of {name} cuts off {100 * beyond.mean():.0f} % of the face; "
-            "give an image that shows both eyes, the mouth and the chin"
+            "give an image that shows both eyes, the mouth and the chin",
+            code="face_cut_off",
         )
     gap, eyes = (float(np.linalg.norm(face.landmarks[a, :2] - face.landmarks[b, :2])) for a, b in (_MOUTH, EYE_CORNERS))
     if gap > _WIDE_MOUTH * eyes:
@@ -172,7 +191,8 @@ def _check(name: str, image: ImageArray, face: Face, pose: Floats, residual: flo
     if abs(yaw) > MAX_YAW:
         raise UserError(
             f"the head in {name} is turned by {abs(yaw):.0f} degrees, at most {MAX_YAW:.0f} can be animated; "
-            "give an image that shows both eyes"
+            "give an image that shows both eyes",
+            code="face_turned",
         )
     if right - left < _SMALL_FACE:
         logger.warning("the face in %s is %.0f pixels wide; from %d on it is sharp", name, right - left, _SMALL_FACE)
@@ -229,7 +249,9 @@ def track_landmarks(
                 if progress is not None:
                     progress(len(faces), max(expected, len(faces)))
     if not any(faces):
-        raise UserError(f"no face found in {source}; give an image or clip in which a face is clearly visible")
+        raise UserError(
+            f"no face found in {source}; give an image or clip in which a face is clearly visible", code="no_face"
+        )
     missing = sum(face is None for face in faces)
     if missing:
         logger.warning("%s: no face in %d of %d frames; their motion is interpolated", source, missing, len(faces))

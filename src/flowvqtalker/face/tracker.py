@@ -179,6 +179,7 @@ def largest_face(faces: list[Face], index: int | None = None) -> Face:
         return faces[0]
     if not 0 <= index < len(faces):
         raise UserError(
-            f"--face {index}: the image has {len(faces)} face(s), numbered 0 to {len(faces) - 1}, largest first"
+            f"--face {index}: the image has {len(faces)} face(s), numbered 0 to {len(faces) - 1}, largest first",
+            code="out_of_range",
         )
     return faces[index]

@@ -128,10 +128,12 @@ def audio_frames(path: str | Path) -> Iterator[Any]:
     try:
         container = open_media(path)
     except (av.FFmpegError, OSError) as error:
-        raise UserError(f"{path} cannot be read as audio ({error_text(error)}); {_ALLOWED}") from error
+        raise UserError(
+            f"{path} cannot be read as audio ({error_text(error)}); {_ALLOWED}", code="not_audio"
+        ) from error
     with container:
         if not container.streams.audio:
-            raise UserError(f"{path} has no audio track; {_ALLOWED}")
+            raise UserError(f"{path} has no audio track; {_ALLOWED}", code="not_audio")
         yield from decoded_frames(container, container.streams.audio[0], path)
 
 
@@ -213,11 +215,12 @@ def scan(path: str | Path) -> Speech:
         samples += len(block)
         peak = max(peak, float(np.abs(block).max()))
     if samples == 0:
-        raise UserError(f"{path} holds no sound (0 seconds); give a recording of speech")
+        raise UserError(f"{path} holds no sound (0 seconds); give a recording of speech", code="audio_too_short")
     if peak < 10 ** (SILENCE_DBFS / 20):
         level = f"peak {20 * math.log10(peak):.0f} dBFS" if peak > 0 else "digital silence"
         raise UserError(
-            f"{path} is silent throughout ({level}, {SILENCE_DBFS:.0f} dBFS needed); give a recording of speech"
+            f"{path} is silent throughout ({level}, {SILENCE_DBFS:.0f} dBFS needed); give a recording of speech",
+            code="audio_silent",
         )
     return Speech(Path(path), samples, peak)
 

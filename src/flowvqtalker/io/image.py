@@ -80,11 +80,15 @@ def read_image(path: str | Path) -> ImageArray:
             return np.asarray(image.convert("RGB")).copy()
     except UnidentifiedImageError as error:
         what = "a HEIC image, which cannot be read" if _is_heic(path) else "not an image that can be read"
-        raise UserError(f"{path} is {what}; give a JPEG, PNG or WebP file") from error
+        raise UserError(f"{path} is {what}; give a JPEG, PNG or WebP file", code="not_an_image") from error
     except Image.DecompressionBombError as error:
-        raise UserError(f"{path} has too many pixels; scale it down, 512 to 4096 pixels a side are plenty") from error
+        raise UserError(
+            f"{path} has too many pixels; scale it down, 512 to 4096 pixels a side are plenty", code="too_large"
+        ) from error
     except (OSError, SyntaxError, ValueError) as error:
-        raise UserError(f"{path} is a damaged image ({error}); give a complete JPEG, PNG or WebP file") from error
+        raise UserError(
+            f"{path} is a damaged image ({error}); give a complete JPEG, PNG or WebP file", code="not_an_image"
+        ) from error
 
 
 def _to_srgb(image: Any, profile: bytes | None, path: Path) -> Any:

@@ -53,7 +53,7 @@ def parse_emotion(spec: str) -> tuple[float, ...]:
     for part in spec.replace("+", ",").split(","):
         name, colon, number = (piece.strip() for piece in part.partition(":"))
         if name not in EMOTIONS:
-            raise UserError(f"unknown emotion {name!r}; choose one of {', '.join(EMOTIONS)}")
+            raise UserError(f"unknown emotion {name!r}; choose one of {', '.join(EMOTIONS)}", code="unknown_emotion")
         if weights[EMOTIONS.index(name)]:
             raise UserError(
                 f"emotion {spec!r} names {name} twice; give each once, for instance happy:0.7,surprised:0.3"

@@ -39,7 +39,7 @@ def check_limits(**given: float | None) -> None:
     """Raise a :class:`UserError` for a number that lies outside its limits; None lies inside."""
     for name, value in given.items():
         if value is not None and not 0 <= value <= LIMITS[name]:
-            raise UserError(f"{name} must be between 0 and {LIMITS[name]:g}, got {value:g}")
+            raise UserError(f"{name} must be between 0 and {LIMITS[name]:g}, got {value:g}", code="out_of_range")
 
 
 class MotionChoices(TypedDict, total=False):
