@@ -1,0 +1,86 @@
+// Start of the page: asks the server what it can do, then connects the parts.
+import { api, form, session } from "./api.js";
+import { $, clear, fail, show } from "./dom.js";
+import * as emotion from "./emotion.js";
+import * as history from "./history.js";
+import * as live from "./live.js";
+import * as options from "./options.js";
+import * as portraits from "./portrait.js";
+import * as results from "./result.js";
+import * as speeches from "./speech.js";
+
+function setMode() {
+  const mode = $("mode-live").checked ? "live" : "video";
+  for (const part of document.querySelectorAll("[data-mode]")) part.hidden = part.dataset.mode !== mode;
+  if (mode === "video") { live.end(); show("timeline", Boolean(speeches.speech.id)); }
+  $("audio").pause();
+}
+
+/** Ask for a video with what is chosen. */
+async function make() {
+  clear("portrait", "speech", "consent", "emotion", "options", "form");
+  const { portrait } = portraits;
+  if (!portrait.id && !$("problem-portrait").textContent) fail("portrait", "Choose a photo first.");
+  if (!$("consent").checked) fail("consent", "Please confirm that you may use this photo.");
+  else if (portrait.id && !speeches.speech.id) fail("speech", "Choose or record the speech first.");
+  if (!portrait.id || !speeches.speech.id || !$("consent").checked) return;
+  $("make").disabled = true;
+  try {
+    const more = options.chosenOptions();
+    const feeling = more.emotion_reference ? { intensity: emotion.selectedEmotion().intensity } : emotion.chosenEmotion();
+    await results.make({
+      portrait_id: portrait.id, face: portrait.face, speech_id: speeches.speech.id, consent: "true", ...feeling,
+      num_samples: $("num_samples").value, ...more,
+    });
+  } catch (problem) { fail(problem.field ?? "form", problem); }
+  $("make").disabled = false;
+}
+
+async function example() {
+  const [photo, sound] = await Promise.all(["example.jpg", "example.ogg"].map(async (name) => (await fetch(`/page/${name}`)).blob()));
+  speeches.take(new File([sound], "example.ogg"), "Example");
+  portraits.take(new File([photo], "example.jpg"));
+}
+
+async function verify() {
+  const file = $("verify").files[0];
+  $("verify").value = "";
+  if (!file) return;
+  $("verify-answer").textContent = "Looking …";
+  try {
+    $("verify-answer").textContent = (await api("/v1/verify", { fields: form({ file }) })).note;
+  } catch (problem) { $("verify-answer").textContent = problem.message; }
+}
+
+async function begin() {
+  $("form").reset(); // Firefox keeps ticks over a reload; the consent belongs to one photo.
+  try {
+    await session();
+    const [health, emotions, list] = await Promise.all([api("/health"), api("/v1/emotions"), api("/v1/options")]);
+    portraits.setUp(health.limits);
+    speeches.setUp(health.limits, health.features.tts);
+    emotion.setUp(emotions.data);
+    options.setUp(list.data);
+    results.setUp();
+    history.setUp();
+    live.setUp();
+    show("modes", health.features.live);
+  } catch (problem) { return fail("form", problem); }
+  for (const mode of ["mode-video", "mode-live"]) $(mode).addEventListener("change", setMode);
+  setMode();
+  $("form").addEventListener("submit", (event) => { event.preventDefault(); make(); });
+  const more = (count) => {
+    options.setSeed(options.seed() + Number($("num_samples").value));
+    $("num_samples").value = count;
+    make();
+  };
+  $("other-seed").addEventListener("click", () => more(1));
+  $("four").addEventListener("click", () => more(4));
+  $("verify").addEventListener("change", verify);
+  $("example").addEventListener("click", example);
+  document.documentElement.dataset.ready = "true";
+  const running = await history.restore();
+  return running && results.watch(running);
+}
+
+begin();
