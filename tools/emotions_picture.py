@@ -3,7 +3,8 @@
     python tools/emotions_picture.py PORTRAIT ... [--frame 60] [--output docs/emotions.jpg]
     python tools/emotions_picture.py PORTRAIT --buttons src/flowvqtalker/serve/page/emotions
 
-The second form writes the faces on the emotion buttons of the web page. The page shows a neutral and a smiling picture of held-out people of the Face Research Lab London set (CC BY 4.0).
+The second form writes the faces on the emotion buttons of the web page. Both show people of the Face Research Lab
+London set (DeBruine and Jones, CC BY 4.0) who are held out of the training.
 """
 
 from __future__ import annotations
