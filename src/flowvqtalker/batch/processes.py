@@ -15,7 +15,7 @@ from typing import Any
 
 from flowvqtalker.batch.job import Job, Outcome, finished
 
-__all__ = ["cores", "run_jobs", "share_threads"]
+__all__ = ["cores", "end_with_parent", "run_jobs", "share_threads"]
 
 _TRIES = 2
 
@@ -125,7 +125,7 @@ def _death(code: int) -> str:
 def _serve(connection: Connection, threads: int, number: int) -> None:
     """Body of a worker process: receives jobs, sends their outcomes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the command ends its workers itself
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ[name] = str(threads)
     from flowvqtalker.batch.runner import Runner  # after the variables, which torch reads once
@@ -137,7 +137,7 @@ def _serve(connection: Connection, threads: int, number: int) -> None:
             connection.send(runner.run(job, fingerprint))
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """End this process with the command, even if that was killed: else it would render beside the next run."""
     parent = multiprocessing.parent_process()
     assert parent is not None

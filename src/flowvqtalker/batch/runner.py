@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # torch loads when the first job comes
     from flowvqtalker.io.coefficients import Coefficients
     from flowvqtalker.pipeline import Talker
 
-__all__ = ["Runner", "spread"]
+__all__ = ["Runner", "collected_warnings", "spread"]
 
 
 class Runner:
@@ -61,7 +61,7 @@ class Runner:
             the outcome; errors are in it, none is raised.
         """
         started = time.monotonic()
-        with _warnings() as warnings:
+        with collected_warnings() as warnings:
             try:
                 mark = fingerprint or job.fingerprint()
                 talker, portrait, options = self._ready(job)
@@ -166,7 +166,7 @@ def _clear(output: Path) -> None:
 
 
 @contextlib.contextmanager
-def _warnings() -> Iterator[list[str]]:
+def collected_warnings() -> Iterator[list[str]]:
     """Collect what the package warns of, which would be lost in a process without a terminal."""
     found: list[str] = []
 

@@ -163,11 +163,11 @@ class EmotionTrack:
             try:
                 keys.append(_key(dict(zip(names, row, strict=False)), len(row) > len(names)))
             except UserError as error:
-                raise UserError(f"{path}, line {line}: {error}") from error
+                raise UserError(f"{path}, line {line}: {error}", code=error.code) from error
         try:
             return cls(tuple(keys), blend)
         except UserError as error:
-            raise UserError(f"{path}: {error}") from error
+            raise UserError(f"{path}: {error}", code=error.code) from error
 
 
 def _key(row: dict[str, str], surplus: bool) -> EmotionKey:
