@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from flowvqtalker.errors import UserError
+from flowvqtalker.motion.options import FILES
 from flowvqtalker.options import AnimateArguments, FaceNumber, File, Folder, MarkArguments, MotionArguments
 
 if TYPE_CHECKING:
@@ -237,7 +238,7 @@ class Doctor:
 
 def _motion_options(given: MotionArguments) -> MotionOptions:
     """The checked options of a command."""
-    _check_inputs(given.emotion_reference, given.emotion_track, given.pose_from)
+    _check_inputs(*(getattr(given, name) for name in FILES))
     return given.motion_options()
 
 

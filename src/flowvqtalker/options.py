@@ -30,6 +30,7 @@ class MotionArguments(MotionOptions):
 
     emotion: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
     emotion_reference: File = None
+    reference_neutral: File = None
     emotion_track: File = None
     pose_from: File = None
     temperature: _Number = None

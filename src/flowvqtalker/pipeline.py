@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from flowvqtalker.loading import choose_device, choose_dtype, fast_dtype, load_f
 from flowvqtalker.motion.emotion import EmotionTrack
 from flowvqtalker.motion.flow import ExpFlow, PoseFlow
 from flowvqtalker.motion.manifold import LatentBank
-from flowvqtalker.motion.options import MotionChoices, MotionOptions
+from flowvqtalker.motion.options import FILES, MotionChoices, MotionOptions
 from flowvqtalker.motion.stream import MotionStream, open_stream
 from flowvqtalker.provenance import DEFAULT_MARKS, Marks, write_marked
 from flowvqtalker.render.paste import Paster, limit_pose, paste_frames
@@ -167,11 +167,12 @@ class Talker:
         Raises:
             UserError: if a file cannot be used.
         """
-        reference, track, poses = options.emotion_reference, options.emotion_track, options.pose_from
+        track, poses = options.emotion_track, options.pose_from
         if track is not None and not isinstance(track, EmotionTrack):
             options = replace(options, emotion_track=EmotionTrack.load(track))
-        if reference is not None and not isinstance(reference, Tensor):
-            options = replace(options, emotion_reference=self.reference(reference))
+        faces = {name: getattr(options, name) for name in ("emotion_reference", "reference_neutral")}
+        read: Any = {name: self.reference(face) for name, face in faces.items() if isinstance(face, str | Path)}
+        options = replace(options, **read)
         if poses is not None and not isinstance(poses, Coefficients):
             stored = Path(poses).suffix.lower() == ".npz"
             options = replace(options, pose_from=Coefficients.load(poses) if stored else self.track(poses))
@@ -307,7 +308,7 @@ class Talker:
         """
         chosen = options or MotionOptions()
         paths = [check_output(path) for path in sample_paths(output, num_samples)]
-        inputs = (portrait, speech, chosen.emotion_reference, chosen.emotion_track, chosen.pose_from)
+        inputs = (portrait, speech, *(getattr(chosen, name) for name in FILES))
         for path in paths:
             check_not_input(path, *inputs)
             marks.credential(path)

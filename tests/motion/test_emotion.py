@@ -202,3 +202,22 @@ def test_close_keys_move_one_rollout(tiny):
     assert weights == sorted(weights)
     assert weights[0] == 0 and weights[-1] == 1
     assert max(np.diff(weights)) < 0.05
+
+
+@pytest.mark.parametrize("frames", [1, 40])
+def test_a_reference_shows_its_difference_from_its_own_calm_face(trained, sample_speech, frames):
+    """Whatever z_ref does by itself, and without what parts the lips."""
+    heard = windows_of(decode.load(sample_speech)[: 16_000 * 3], trained[0].audio.config.frontend)
+    wanted = torch.randn(64, generator=torch.Generator().manual_seed(0)) / 2
+    opening = trained[0].opening / trained[0].opening.norm()
+    reference = (wanted + 0.3).expand(frames, -1)
+    neutral, shown = (
+        make(trained, blink_rate=0, **choice)(heard, last=True).expression
+        for choice in (
+            {"emotion": "neutral"},
+            {"emotion": None, "reference": reference, "calm": torch.full((1, 64), 0.3)},
+        )
+    )
+    difference, wanted = (shown - neutral).mean(0), wanted - (wanted @ opening) * opening
+    assert float(torch.cosine_similarity(difference, wanted, dim=0)) > 0.7
+    assert 0.6 < float(difference @ wanted / wanted.square().sum()) < 1.4

@@ -20,3 +20,8 @@ def test_keywords_replace_fields_and_none_does_not():
         MotionOptions().updated({"intensity": 3.0})
     with pytest.raises(TypeError, match="volume"):
         MotionOptions().updated({"volume": 1})
+
+
+def test_a_calm_face_needs_a_reference():
+    with pytest.raises(UserError, match="reference_neutral needs emotion_reference"):
+        MotionOptions(reference_neutral="calm.jpg")

@@ -11,10 +11,10 @@ import torch
 from flowvqtalker import EMOTIONS
 from flowvqtalker.errors import UserError
 from flowvqtalker.io.coefficients import Motion
-from flowvqtalker.motion.emotion import reference_latent
 from flowvqtalker.motion.flow import ExpFlow, ExpFlowConfig, PoseFlow, PoseFlowConfig
 from flowvqtalker.motion.likelihood import rollout
 from flowvqtalker.motion.manifold import LatentBank
+from flowvqtalker.motion.reference import reference_latent
 from flowvqtalker.motion.sampler import MotionGenerator
 from flowvqtalker.speech.encoder import AudioConfig
 

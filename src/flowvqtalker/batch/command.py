@@ -17,6 +17,7 @@ from flowvqtalker.batch.processes import run_jobs
 from flowvqtalker.batch.table import Problems, check_jobs, product, read_table
 from flowvqtalker.errors import UserError
 from flowvqtalker.io.atomic import atomic_write
+from flowvqtalker.motion.options import FILES
 from flowvqtalker.options import AnimateArguments
 
 __all__ = ["Batch"]
@@ -89,8 +90,8 @@ class Batch(AnimateArguments):
 
         self.motion_options()
         self.marks().credential(Path("out.mp4"))
-        for path in (self.emotion_reference, self.emotion_track, self.pose_from):
-            if path is not None:
+        for name in FILES:
+            if (path := getattr(self, name)) is not None:
                 existing_file(path, "input")
         choose_device(self.device)
         choose_dtype(self.dtype)

@@ -11,6 +11,7 @@ from typing import Any
 
 from flowvqtalker.errors import UserError
 from flowvqtalker.io.atomic import atomic_write, sample_paths
+from flowvqtalker.motion.options import FILES
 from flowvqtalker.options import AnimateArguments
 
 __all__ = ["RECORD", "Job", "Outcome", "finished", "record_path", "weights_hashes", "write_record"]
@@ -20,7 +21,7 @@ RECORD = ".json"
 
 # Where a job runs and where its files lie do not change the video.
 _NOT_HASHED = {"portrait", "speech", "output", "weights", "device", "num_samples", "named_by_inputs", "source"}
-_FILES = ("portrait", "speech", "emotion_reference", "emotion_track", "pose_from")
+_FILES = ("portrait", "speech", *FILES)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -98,6 +98,7 @@ class Runner:
             "portrait": lambda path: self._portrait(path, job.face, *models),
             "speech": scan,
             "emotion_reference": lambda path: self._reference(path, *models),
+            "reference_neutral": lambda path: self._reference(path, *models),
             "emotion_track": EmotionTrack.load,
             "pose_from": lambda path: self._head_motion(path, *models),
         }
@@ -122,8 +123,9 @@ class Runner:
         options = job.motion_options()
         models = _models(job)
         talker = self._talker(*models)
-        if job.emotion_reference is not None:
-            options = replace(options, emotion_reference=self._reference(job.emotion_reference, *models))
+        faces = {name: getattr(job, name) for name in ("emotion_reference", "reference_neutral")}
+        read: Any = {name: self._reference(path, *models) for name, path in faces.items() if path is not None}
+        options = replace(options, **read)
         if job.pose_from is not None:
             options = replace(options, pose_from=self._head_motion(job.pose_from, *models))
         return talker, self._portrait(job.portrait, job.face, *models), talker.resolve(options)

@@ -19,7 +19,7 @@ from typing import Any
 from flowvqtalker.batch.job import RECORD, Job, weights_hashes
 from flowvqtalker.errors import UserError
 from flowvqtalker.io.atomic import VIDEO_SUFFIXES
-from flowvqtalker.motion.options import MotionOptions
+from flowvqtalker.motion.options import FILES, MotionOptions
 from flowvqtalker.options import AnimateArguments, MarkArguments
 
 __all__ = ["COLUMNS", "Problems", "check_jobs", "product", "read_table"]
@@ -229,7 +229,7 @@ def _row_jobs(
             matches[column] = _matches(str(given)) if patterns else [given]
             if not matches[column]:
                 wrong(column, f"{given} {_absence(given)}; check the name")
-    for column in ("emotion_reference", "emotion_track", "pose_from", "sign_cert", "sign_key"):
+    for column in (*FILES, "sign_cert", "sign_key"):
         if column in values:
             values[column] = folder / values[column]
             if not values[column].is_file():
@@ -262,7 +262,7 @@ def _check_values(values: dict[str, Any], defaults: AnimateArguments, wrong: Any
 
     own = [f.name for f in fields(MotionOptions)]
     good = True
-    for column in (name for name in own if name in values):
+    for column in (name for name in own if name in values and name not in FILES):
         try:
             MotionOptions(**{column: values[column]})
         except UserError as error:

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from flowvqtalker.constants import EMOTIONS
 from flowvqtalker.errors import UserError
-from flowvqtalker.motion.context import history_of
 from flowvqtalker.motion.flow import ExpFlow
+from flowvqtalker.motion.reference import reference_bias, reference_latent
 
 __all__ = [
     "BLEND",
@@ -25,7 +25,6 @@ __all__ = [
     "encode_emotion",
     "heaviest",
     "parse_emotion",
-    "reference_latent",
     "smoothstep",
 ]
 
@@ -233,7 +232,12 @@ class EmotionCondition:
 
 
 def encode_emotion(
-    flow: ExpFlow, emotion: str | None, intensity: float, reference: Tensor | None = None
+    flow: ExpFlow,
+    emotion: str | None,
+    intensity: float,
+    reference: Tensor | None = None,
+    calm: Tensor | None = None,
+    source: Tensor | None = None,
 ) -> EmotionCondition:
     """The condition for a label, a mixture or a reference.
 
@@ -242,6 +246,8 @@ def encode_emotion(
         emotion: see :func:`parse_emotion`; None: that of the reference.
         intensity: 0 is neutral, 1 the emotion, at most 2.
         reference: (R, 64) expression of a clip or image; not with a mixture.
+        calm: (N, 64) neutral expression of the reference's person; None: estimated.
+        source: (1, 64) neutral face that will be animated; None: the mean face.
     """
     weights = None if emotion is None else parse_emotion(emotion)
     label = _NEUTRAL if weights is None else heaviest(weights)
@@ -257,41 +263,9 @@ def encode_emotion(
         if weights is not None and max(weights) < 1:
             raise UserError(f"a reference goes with one emotion or with none, not with the mixture {emotion!r}")
         given = None if emotion is None else label
-        label, latent = reference_latent(flow, reference.to(means.device, torch.float32), given)
+        reference = reference.to(means.device, torch.float32)
+        label, latent = reference_latent(flow, reference, given)
         expressive, centre = torch.zeros_like(neutral), latent[None]
         expressive[0, label] = 1
-        bias = torch.zeros_like(latent[None])  # a reference is not biased
+        bias = reference_bias(flow, reference, expressive, centre, neutral, calm, source)
     return EmotionCondition(expressive, centre, label, intensity, bias)
-
-
-@torch.inference_mode()
-def reference_latent(flow: ExpFlow, reference: Tensor, emotion: int | None = None) -> tuple[int, Tensor]:
-    """Class and mean latent z_ref = f⁻¹(β_ref) of a reference (section 3.2).
-
-    The reference is encoded without sound and source, each frame given those before it. The mean over the frames
-    removes its speech and blinks; noise is added in generation.
-
-    Arguments:
-        flow: a trained ExpFlow.
-        reference: (R, 64) expression at 25 fps, R >= 1.
-        emotion: class; None takes the one under which the reference is most likely.
-
-    Returns:
-        class number and (64,) latent.
-    """
-    if reference.ndim != 2 or reference.shape[1] != flow.config.dim or len(reference) == 0:
-        raise UserError(f"the reference must hold (R, {flow.config.dim}) coefficients, got {tuple(reference.shape)}")
-    count, size = len(reference), flow.config.history
-    padded = torch.cat([reference.new_zeros(size, reference.shape[1]), reference])
-    history = history_of(padded[None], size)[0]
-    silent = torch.zeros(count, dtype=torch.bool, device=reference.device)
-    audio = reference.new_zeros(count, flow.audio.config.width)
-    results = []
-    for label in range(flow.config.classes) if emotion is None else [emotion]:
-        labels = torch.full((count,), label, dtype=torch.long, device=reference.device)
-        context = flow.encode(audio, history, labels, speech=silent, source=torch.zeros_like(reference))
-        z, logdet = flow.forward_and_logdet(reference, context)
-        likelihood = (flow.latent.log_prob(z, context.emotion) + logdet).mean()
-        results.append((float(likelihood), label, z.mean(0)))
-    _, label, centre = max(results, key=lambda result: result[0])
-    return label, centre

@@ -21,7 +21,10 @@ if TYPE_CHECKING:
 else:
     Reference = Course = HeadMotion = Any
 
-__all__ = ["LIMITS", "MotionChoices", "MotionOptions", "check_limits"]
+__all__ = ["FILES", "LIMITS", "MotionChoices", "MotionOptions", "check_limits"]
+
+#: Options that may name a file.
+FILES = ("emotion_reference", "reference_neutral", "emotion_track", "pose_from")
 
 #: Largest values; the smallest is 0.
 LIMITS = {
@@ -47,6 +50,7 @@ class MotionChoices(TypedDict, total=False):
 
     emotion: str | None
     emotion_reference: Reference | None
+    reference_neutral: Reference | None
     emotion_track: Course | None
     intensity: float | None
     temperature: float | None
@@ -70,6 +74,8 @@ class MotionOptions:
     """One of the nine, or a mixture as happy:0.7,surprised:0.3. Default: neutral, or that of the reference."""
     emotion_reference: Reference | None = None
     """Image or clip of anyone, to take the emotion from."""
+    reference_neutral: Reference | None = None
+    """Image or clip of the same person with a neutral face. Default: it is estimated from the reference."""
     emotion_track: Course | None = None
     """Emotion over time: csv file with the columns time (seconds), emotion and optionally intensity."""
     intensity: float = 1.0
@@ -98,6 +104,8 @@ class MotionOptions:
                 raise UserError(
                     f"emotion {self.emotion!r}: a reference goes with one emotion or with none; leave the mixture out"
                 )
+        if self.reference_neutral is not None and self.emotion_reference is None:
+            raise UserError("reference_neutral needs emotion_reference; give both, of one person")
         others = {"emotion": self.emotion, "emotion_reference": self.emotion_reference}
         for name, value in others.items():
             if self.emotion_track is not None and value is not None:

@@ -89,7 +89,8 @@ class MotionGenerator:
       keys follow too closely for that, as in a slow rise of intensity, one rollout moves along the interpolated
       condition.
     * Reference: the class under which the reference is most likely (or the given label); the mean of its latents
-      replaces μ_e (:func:`flowvqtalker.motion.emotion.reference_latent`).
+      replaces μ_e, and what the samples then lack of its difference from its own calm face is added
+      (:mod:`flowvqtalker.motion.reference`).
     * Intensity s: neutral is sampled beside the emotion from the same noise, and the result is (1 - s) · neutral + s ·
       emotion; above 1, the emotion plus (s - 1) times the averaged difference. (Interpolating latent centres fails: no
       training latent lies between two of them.) Runs ExpFlow twice, unless s = 1.
@@ -104,6 +105,7 @@ class MotionGenerator:
         emotion: one of :data:`flowvqtalker.EMOTIONS` or, without a reference, a mixture (see
             :func:`flowvqtalker.motion.emotion.parse_emotion`); may be None with a reference.
         reference: (R, 64) expression of a clip (25 fps) or image to take the emotion from.
+        calm: (N, 64) neutral expression of the reference's person; None: estimated.
         track: emotion over time, instead of both.
         intensity: 0 to 2; for a track, of keys without their own.
         temperature: of the expression, 0 (the mode) to 1 (the variance of the data).
@@ -131,6 +133,7 @@ class MotionGenerator:
         pose0: Tensor,
         emotion: str | None = "neutral",
         reference: Tensor | None = None,
+        calm: Tensor | None = None,
         track: EmotionTrack | None = None,
         intensity: float = 1.0,
         temperature: float = TEMPERATURE,
@@ -165,7 +168,7 @@ class MotionGenerator:
         self._bank = bank if manifold > 0 else None
         self._banks: dict[int, Tensor] = {}
         with torch.inference_mode(), _one_thread():
-            self._conditions, self._neutral = self._encode_emotions(emotion, intensity, reference)
+            self._conditions, self._neutral = self._encode_emotions(emotion, intensity, reference, calm)
             self._fused_for = self._conditions[0].weights
             self._inverse = FusedInverse(self.expflow, self._fused_for)
             single = torch.ones(1, self.poseflow.config.classes, device=self.device)
@@ -189,7 +192,7 @@ class MotionGenerator:
         return EMOTIONS[self._rollout.condition.label]
 
     def _encode_emotions(
-        self, emotion: str | None, intensity: float, reference: Tensor | None
+        self, emotion: str | None, intensity: float, reference: Tensor | None, calm: Tensor | None
     ) -> tuple[list[EmotionCondition], EmotionCondition | None]:
         """The conditions of the keys (one without a track), and neutral if an intensity needs it."""
         neutral = encode_emotion(self.expflow, "neutral", 1.0)
@@ -198,10 +201,10 @@ class MotionGenerator:
             known = {pair: encode_emotion(self.expflow, *pair) for pair in dict.fromkeys(pairs)}
             conditions = [known[pair] for pair in pairs]
         elif intensity == 0:
-            encode_emotion(self.expflow, emotion, intensity, reference)  # to refuse what cannot be used
+            encode_emotion(self.expflow, emotion, intensity, reference, calm)  # to refuse what cannot be used
             conditions = [neutral]
         else:
-            conditions = [encode_emotion(self.expflow, emotion, intensity, reference)]
+            conditions = [encode_emotion(self.expflow, emotion, intensity, reference, calm, self.source)]
         if all(condition.intensity == 1 for condition in conditions):
             return conditions, None
         return [condition.faded() for condition in conditions], neutral

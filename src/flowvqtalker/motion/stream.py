@@ -130,6 +130,7 @@ def open_stream(
         pose0=pose0,
         emotion="neutral" if options.emotion is None and not given else options.emotion,
         reference=options.emotion_reference,  # type: ignore[arg-type]  # resolved
+        calm=options.reference_neutral,  # type: ignore[arg-type]
         track=options.emotion_track,  # type: ignore[arg-type]
         intensity=options.intensity,
         temperature=TEMPERATURE if options.temperature is None else options.temperature,
