@@ -21,6 +21,7 @@ from flowvqtalker.data.retarget import (
 from flowvqtalker.errors import UserError
 from flowvqtalker.face.arkit import ARKIT_NAMES, arkit_index
 from flowvqtalker.face.model import FaceModel
+from flowvqtalker.train.flow_stage import lip_gap
 
 
 @pytest.fixture(scope="module")
@@ -48,12 +49,28 @@ def test_prototypes_are_symmetric_but_contempt(face: FaceModel) -> None:
         assert apart > 0.02 if name == "contempt" else apart < 0.02, name
 
 
-def test_differences_leave_the_lips_as_far_apart_as_speech_has_them(face: FaceModel) -> None:
-    gap = np.random.default_rng(1).normal(size=64).astype(np.float32)
+def test_differences_part_the_lips_by_a_small_fixed_distance_or_not_at_all(face: FaceModel) -> None:
+    gap = lip_gap(face.expression).numpy()
     retarget = Retargeter(face, gap)
     for name in retarget.emotions():
-        difference = retarget.difference(name, np.random.default_rng(2))
-        assert abs(difference @ gap) < 1e-3 * np.linalg.norm(difference) * np.linalg.norm(gap)
+        opening = float(retarget.difference(name) @ gap)
+        assert opening == pytest.approx(0, abs=1e-5) if name in ("contempt", "sad") else 0.02 < opening < 0.07, name
+        ratio = float(retarget.difference(name, np.random.default_rng(2)) @ gap) / (opening or 1)
+        assert opening < 1e-5 or 1.1 <= ratio <= 1.6, "only the strength changes it"
+
+
+def test_fear_and_surprise_widen_the_eyes_and_neutral_lowers_the_corners_of_the_mouth(face: FaceModel) -> None:
+    retarget = Retargeter(face, lip_gap(face.expression).numpy())
+    moved = {
+        name: torch.einsum("k,kvc->vc", torch.from_numpy(retarget.difference(name)), face.expression)[:, 1]
+        for name in (*retarget.emotions(), "neutral")
+    }
+    for name, move in moved.items():
+        wider = float(move[145] - move[159])  # of the eye left in the image
+        assert (wider > 0.02) == (name in ("fear", "surprised")), name
+    assert float(moved["neutral"][[61, 291]].min()) > 0.01
+    assert float(moved["sad"][[61, 291]].min()) > 2 * float(moved["neutral"][[61, 291]].max())
+    assert float(moved["happy"][[61, 291]].max()) < -0.02
 
 
 def test_each_clip_draws_its_own_and_the_seed_repeats_it(face: FaceModel) -> None:

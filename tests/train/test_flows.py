@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from flowvqtalker import EMOTIONS, weights
 from flowvqtalker.data.retarget import Retargeter
 from flowvqtalker.errors import UserError
+from flowvqtalker.face.fit import fit as fit_face
 from flowvqtalker.face.model import FaceModel
 from flowvqtalker.motion.flow import ExpFlow, ExpFlowConfig, PoseFlow, PoseFlowConfig
 from flowvqtalker.motion.likelihood import rollout
@@ -27,6 +28,7 @@ from flowvqtalker.train.config import LoopConfig, from_dict, to_dict
 from flowvqtalker.train.corpus import NEUTRAL, Corpus, MotionClip, encode_corpus
 from flowvqtalker.train.emotion_bias import fit_emotion_bias
 from flowvqtalker.train.flow_stage import Features, Losses, correlation, load_speech_encoder, whole_clips
+from flowvqtalker.train.identity_split import SMILE, Pair
 from flowvqtalker.train.loop import fit
 from flowvqtalker.train.neutral_estimate import estimate_neutral
 from flowvqtalker.train.neutral_map import learn_neutral_map
@@ -237,6 +239,25 @@ def test_neutral_map_keeps_the_person_and_drops_the_emotion():
     from_smile = found.numpy() @ np.append(person + smile, 1)
     assert abs(from_smile[0]) < 0.5, "the smile is gone"
     assert np.corrcoef(from_smile[1:], person[1:])[0, 1] > 0.95
+
+
+def test_neutral_map_takes_any_smile_off_when_it_has_seen_smiling_pictures():
+    face = FaceModel.load(weights.folder() / "face_model.safetensors")
+    random = np.random.default_rng(1)
+    shown = face.arkit[list(SMILE)].mean(0)
+    smile = 10 * shown[:-1] / shown[:-1].norm()
+    pose = torch.tensor([0, 0, 0, 0, 0, 13.0])
+    neutral, smiling = (face.project(torch.zeros(80), b * smile, pose).numpy() for b in (0, 0.4))
+    clips = [
+        MotionClip(random.normal(size=(1, 64)).astype(np.float32).repeat(5, 0), None, NEUTRAL, False, f"p{n}")
+        for n in range(30)
+    ]
+    found = learn_neutral_map(face, Corpus(clips), [Pair("p", "train", neutral, smiling)])
+    person = torch.from_numpy(clips[0].frames[0])
+    fitted = [torch.from_numpy(fit_face(face, landmarks).expression[0]) for landmarks in (neutral, smiling)]
+    laughing = (person + 2 * (fitted[1] - fitted[0])) @ found[:, :-1].mT + found[:, -1]
+    assert float(laughing @ shown[:-1] + shown[-1]) == pytest.approx(0, abs=1e-4)
+    assert torch.corrcoef(torch.stack([laughing, person]))[0, 1] > 0.7
 
 
 def emotional_corpus(lips=None, gap=None) -> Corpus:

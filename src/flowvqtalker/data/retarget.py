@@ -7,7 +7,7 @@ vertices. Each clip draws its own: every blendshape varies in strength, the two 
 onset, an apex that follows the voice's energy, and at times a decay. A component of the mixture stays a distribution,
 not one mask.
 
-The mouth keeps its phonemes: what of a difference parts the lips is taken off.
+The mouth keeps its phonemes: a difference parts the lips by a small fixed distance or not at all.
 
 References:
     Friesen and Ekman, EMFACS-7, 1983. Livingstone and Russo, RAVDESS, PLoS ONE 13(5), 2018.
@@ -34,101 +34,83 @@ Floats = npt.NDArray[np.float32]
 #: What an emotion adds to a neutral face, in ARKit blendshapes (both sides, unless one is named).
 PROTOTYPES: Mapping[str, Mapping[str, float]] = {
     "angry": {
-        **{"browDown": 0.95, "browInnerUp": -0.15, "browOuterUp": -0.15, "eyeSquint": 0.45, "noseSneer": 0.35},
-        **{"mouthPress": 0.35, "mouthFrown": 0.35, "mouthSmile": -0.1, "mouthShrugLower": 0.2},
+        **{"browDown": 1.2, "browInnerUp": -0.15, "browOuterUp": -0.15, "eyeSquint": 0.35, "noseSneer": 0.35},
+        **{"mouthPress": 0.35, "mouthFrown": 0.35, "mouthSmile": -0.1, "mouthShrugLower": 0.2, "jawOpen": 0.15},
     },
     "disgusted": {
-        **{"noseSneer": 0.8, "mouthUpperUp": 0.6, "browDown": 0.3, "eyeSquint": 0.55, "cheekSquint": 0.45},
-        **{"mouthFrown": 0.3, "mouthShrugUpper": 0.3, "mouthSmile": -0.05},
+        **{"noseSneer": 0.8, "mouthUpperUp": 0.6, "browDown": 0.2, "eyeSquint": 0.55, "cheekSquint": 0.45},
+        **{"mouthFrown": 0.3, "mouthShrugUpper": 0.3, "mouthSmile": -0.05, "jawOpen": 0.15},
     },
     "fear": {
-        **{"browInnerUp": 0.85, "browOuterUp": 0.35, "browDown": -0.1, "eyeWide": 0.6, "eyeSquint": -0.2},
+        **{"browInnerUp": 0.85, "browOuterUp": 0.35, "browDown": 0.05, "eyeWide": 0.6, "eyeSquint": -0.2},
         **{"eyeBlink": -0.15, "mouthStretch": 0.4, "mouthLowerDown": 0.2, "mouthSmile": -0.15, "mouthFrown": 0.1},
+        **{"jawOpen": 0.25},
     },
-    "happy": {"mouthSmile": 0.9, "cheekSquint": 0.6, "eyeSquint": 0.4, "mouthUpperUp": 0.2, "mouthDimple": 0.2},
+    "happy": {"mouthSmile": 0.9, "cheekSquint": 0.6, "eyeSquint": 0.4, "mouthUpperUp": 0.35, "mouthDimple": 0.2},
     "sad": {
         **{"browInnerUp": 0.7, "browDown": 0.15, "browOuterUp": -0.25, "mouthFrown": 0.6, "mouthShrugLower": 0.5},
         **{"mouthPress": 0.15, "eyeBlink": 0.12, "eyeLookDown": 0.15, "mouthSmile": -0.15, "mouthRollLower": 0.1},
     },
     "surprised": {
         **{"browInnerUp": 0.9, "browOuterUp": 0.85, "browDown": -0.1, "eyeWide": 0.7, "eyeSquint": -0.2},
-        **{"eyeBlink": -0.15, "jawOpen": 0.25, "mouthSmile": -0.1},
+        **{"eyeBlink": -0.15, "jawOpen": 0.35, "mouthSmile": -0.1},
     },
     "contempt": {
         **{"mouthSmileLeft": 0.45, "mouthDimpleLeft": 0.5, "mouthPressLeft": 0.4, "mouthSmileRight": -0.05},
         **{"browOuterUpRight": 0.2, "eyeSquint": 0.2},
     },
 }
-#: What it also moves, where the blendshape map hardly sees it (nose, corners of the mouth): vertex -> to the right and
-#: down in eye distances. Of symmetric emotions the side left in the image is listed; :data:`_MIRROR` has the other's.
-_MOVES: Mapping[str, Mapping[int, tuple[float, float]]] = {
+#: Vertices that move together: how far right and down, relative to the group.
+_GROUPS: Mapping[str, Mapping[int, tuple[float, float]]] = {
+    "corner": {61: (1, 1), 57: (0.8, 0.9), 186: (0.7, 0.5), 43: (0.8, 0.9)},
+    "upper lip": {37: (1, 1), 39: (1, 1.1), 40: (1, 1.1), 0: (0, 0.9), 13: (0, 0.6), 185: (1, 0.5)},
+    "nose": {48: (1, 1), 64: (1.5, 1.1), 98: (1.2, 1), 129: (0.8, 0.9), 206: (0, 1), 205: (0, 1)},
+    "jaw": {152: (0, 1), 200: (0, 1), 17: (0, 0.9)},
+    "upper lid": {159: (1, 1), 158: (1, 0.9), 160: (1, 0.9)},
+    "lower lid": {145: (1, 1), 153: (1, 0.9), 144: (1, 0.9)},
+}
+#: What it also moves, where the blendshape map hardly sees it (nose, lids, corners of the mouth): group or vertex -> to
+#: the right and down in eye distances. Of symmetric emotions the side left in the image is listed; :data:`_MIRROR` has
+#: the other's. "neutral" is what the flow's neutral keeps of a smile.
+_MOVES: Mapping[str, Mapping[str | int, tuple[float, float]]] = {
     "angry": {
-        **{61: (0.024, 0.08), 57: (0.019, 0.072), 186: (0.017, 0.04), 43: (0.019, 0.072)},
-        **{107: (0.032, 0.056), 55: (0.04, 0.064), 66: (0.019, 0.048), 98: (-0.019, -0.024)},
-        **{0: (0.0, 0.024)},
+        **{"corner": (0.0, 0.075), "upper lip": (0.0, -0.02), "nose": (-0.02, -0.025), "jaw": (0.0, 0.05)},
+        **{107: (0.045, 0.085), 55: (0.052, 0.095), 66: (0.026, 0.068), 105: (0.008, 0.04)},
     },
-    "disgusted": {
-        **{61: (-0.008, 0.048), 57: (-0.006, 0.043), 186: (-0.006, 0.024), 43: (-0.006, 0.043)},
-        **{37: (0.0, -0.09), 39: (0.0, -0.1), 40: (0.0, -0.08), 0: (0.0, -0.07)},
-        **{185: (0.0, -0.04), 48: (-0.02, -0.07), 64: (-0.03, -0.08), 98: (-0.024, -0.07)},
-        **{129: (-0.016, -0.064), 206: (0.0, -0.048), 205: (0.0, -0.048)},
-    },
+    "disgusted": {"corner": (0, 0.09), "upper lip": (0, -0.06), "nose": (-0.02, -0.075), "jaw": (0, 0.045)},
     "fear": {
-        **{61: (-0.05, 0.09), 57: (-0.04, 0.08), 186: (-0.035, 0.045), 43: (-0.04, 0.08)},
-        **{55: (0.024, -0.08), 107: (0.024, -0.096), 17: (0.0, 0.016)},
+        **{"corner": (-0.04, 0.11), "upper lid": (0, -0.055), "lower lid": (0, 0.008), "jaw": (0, 0.06)},
+        **{55: (0.024, -0.08), 107: (0.024, -0.096)},
     },
-    "happy": {
-        **{61: (-0.096, -0.096), 57: (-0.077, -0.086), 186: (-0.067, -0.048), 43: (-0.077, -0.086)},
-        **{50: (0.0, -0.04), 205: (-0.008, -0.048)},
-    },
+    "happy": {"corner": (-0.11, -0.1), 50: (0.0, -0.04), 205: (-0.008, -0.048)},
     "sad": {
-        **{61: (0.008, 0.104), 57: (0.006, 0.094), 186: (0.006, 0.052), 43: (0.006, 0.094)},
-        **{55: (0.024, -0.08), 107: (0.016, -0.08), 46: (0.0, 0.032), 53: (0.0, 0.024)},
+        **{"corner": (0.005, 0.11), 55: (0.024, -0.08), 107: (0.016, -0.08), 46: (0.0, 0.032), 53: (0.0, 0.024)},
         **{17: (0.0, -0.032), 84: (0.0, -0.032)},
     },
     "surprised": {
-        **{61: (0.032, 0.032), 57: (0.026, 0.029), 186: (0.022, 0.016), 43: (0.026, 0.029)},
+        **{"corner": (0.02, 0.08), "upper lid": (0, -0.045), "lower lid": (0, 0), "jaw": (0, 0.11)},
         **{55: (0.0, -0.096), 107: (0.0, -0.128), 105: (0.0, -0.128), 66: (0.0, -0.128)},
         **{52: (0.0, -0.112), 53: (0.0, -0.096)},
     },
     "contempt": {
         **{291: (0.08, -0.08), 287: (0.064, -0.072), 410: (0.064, -0.048), 273: (0.048, -0.064)},
-        **{61: (0.0, 0.0), 57: (0.0, 0.0), 186: (0.0, 0.0), 43: (0.0, 0.0)},  # one corner alone rises
+        **{"corner": (0.0, 0.0)},  # one corner alone rises
     },
+    "neutral": {"corner": (0, 0.035), 50: (0, 0.02), 205: (0.004, 0.02)},
 }
+#: How far it parts the lips, in eye distances; the others not at all. Times the mean strength this is about what real
+#: clips show (0.03 to 0.06 more than neutral ones; in RAVDESS, AU25 and AU26 rise as well). More costs closed sounds.
+_OPENING: Mapping[str, float] = {"angry": 0.05, "disgusted": 0.045, "fear": 0.045, "happy": 0.025, "surprised": 0.065}
 _MIRROR: Mapping[int, int] = {
-    61: 291,
-    57: 287,
-    0: 0,
-    17: 17,
-    37: 267,
-    39: 269,
-    40: 270,
-    185: 409,
-    48: 278,
-    64: 294,
-    98: 327,
-    129: 358,
-    55: 285,
-    107: 336,
-    66: 296,
-    65: 295,
-    52: 282,
-    46: 276,
-    53: 283,
-    105: 334,
-    50: 280,
-    205: 425,
-    206: 426,
-    216: 436,
-    212: 432,
-    186: 410,
-    43: 273,
-    84: 314,
-    91: 321,
+    **{0: 0, 13: 13, 17: 17, 152: 152, 200: 200},  # in the middle
+    **{37: 267, 39: 269, 40: 270, 43: 273, 46: 276, 48: 278, 50: 280, 52: 282, 53: 283, 55: 285, 57: 287, 61: 291},
+    **{64: 294, 66: 296, 84: 314, 98: 327, 105: 334, 107: 336, 129: 358, 144: 373, 145: 374, 153: 380, 158: 385},
+    **{159: 386, 160: 387, 185: 409, 186: 410, 205: 425, 206: 426},
 }
 #: Weight of a vertex beside a blendshape, both squared: 0.05 eye distances count as much as a blendshape of 1.1.
 _MOVE_WEIGHT = 480.0
+#: Weight of the lips' opening, squared.
+_OPENING_WEIGHT = 4000.0
 #: Action units of RAVDESS's clip means (OpenFace) and the blendshapes that show them; 0 to 5 becomes 0 to 1.7.
 _UNITS: Mapping[str, str] = {
     **{"AU01": "browInnerUp", "AU02": "browOuterUp", "AU04": "browDown", "AU05": "eyeWide", "AU06": "cheekSquint"},
@@ -168,8 +150,12 @@ def _shape_vector(shapes: Mapping[str, float]) -> npt.NDArray[np.float64]:
     return vector
 
 
-def _both_sides(moves: Mapping[int, tuple[float, float]]) -> dict[int, tuple[float, float]]:
-    """The moves with those of the other side, if the side left in the image is listed."""
+def _both_sides(listed: Mapping[str | int, tuple[float, float]]) -> dict[int, tuple[float, float]]:
+    """The moves of the vertices, with those of the other side, if the side left in the image is listed."""
+    moves: dict[int, tuple[float, float]] = {}
+    for key, (right, down) in listed.items():
+        group = {key: (1.0, 1.0)} if isinstance(key, int) else _GROUPS[key]
+        moves |= {vertex: (x * right, y * down) for vertex, (x, y) in group.items()}
     mirrored = {_MIRROR[vertex]: (-right, down) for vertex, (right, down) in moves.items() if vertex in _MIRROR}
     middle = {vertex: (0.0, down) for vertex, (_, down) in moves.items() if _MIRROR.get(vertex) == vertex}
     return {**mirrored, **moves, **middle}
@@ -203,7 +189,11 @@ def acted_differences(path: Path) -> dict[str, npt.NDArray[np.float64]]:
 
 
 def solve_expression(
-    face: FaceModel, shapes: npt.NDArray[np.floating], moves: Mapping[int, tuple[float, float]], ridge: float = 0.03
+    face: FaceModel,
+    shapes: npt.NDArray[np.floating],
+    moves: Mapping[int, tuple[float, float]],
+    ridge: float = 0.03,
+    opening: tuple[Floats, float] | None = None,
 ) -> Floats:
     """Difference of beta (64,) that shows differences of blendshapes and moves vertices, by ridge regression.
 
@@ -212,6 +202,7 @@ def solve_expression(
         shapes: (52,) differences of blendshapes.
         moves: vertex -> (right, down) in eye distances.
         ridge: penalty on the squared coefficients.
+        opening: direction (64,) of beta whose product with beta parts the lips, and that product, which is then exact.
     """
     turn = face.arkit[:, :-1].cpu().numpy().astype(np.float64)
     weight = np.ones(len(turn))
@@ -223,9 +214,15 @@ def solve_expression(
     design = np.concatenate([turn, rows])
     target = np.concatenate([np.asarray(shapes, np.float64), np.array(list(moves.values())).reshape(-1)])
     weight = np.concatenate([weight, np.full(len(rows), _MOVE_WEIGHT)])
+    if opening is not None:
+        design, target = np.vstack([design, opening[0]]), np.append(target, opening[1])
+        weight = np.append(weight, _OPENING_WEIGHT)
     gram = design.T @ (design * weight[:, None]) + ridge * np.eye(design.shape[1])
-    solved: Floats = np.linalg.solve(gram, design.T @ (weight * target)).astype(np.float32)
-    return solved
+    solved = np.linalg.solve(gram, design.T @ (weight * target))
+    if opening is not None:
+        gap, wanted = opening
+        solved += (wanted - solved @ gap) / (gap @ gap) * gap
+    return solved.astype(np.float32)
 
 
 def envelope(length: int, energy: Floats | None, random: np.random.Generator) -> Floats:
@@ -261,15 +258,15 @@ class Retargeter:
 
     Arguments:
         face: face model of the coefficients.
-        gap: (64,) direction of beta in which the lips part; None: differences are taken whole.
+        gap: (64,) whose product with beta is how far the lips are apart; None: differences open them as they like.
         config: see :class:`RetargetConfig`.
     """
 
     def __init__(self, face: FaceModel, gap: Floats | None, config: RetargetConfig | None = None) -> None:
         self.config = config or RetargetConfig()
         self._face = face
-        self._gap = None if gap is None else np.asarray(gap / np.linalg.norm(gap), np.float32)
-        self._prototypes = {name: _shape_vector(shapes) for name, shapes in PROTOTYPES.items()}
+        self._gap = gap
+        self._prototypes = {name: _shape_vector(PROTOTYPES.get(name, {})) for name in _MOVES}
         self._moves = {name: _both_sides(moves) for name, moves in _MOVES.items()}
         given = self.config.action_units
         self._acted = {} if given is None else acted_differences(given)
@@ -289,8 +286,9 @@ class Retargeter:
             share = float(np.exp(config.vary * random.standard_normal()))
             moves = {vertex: (share * right, share * down) for vertex, (right, down) in moves.items()}
             strength = random.uniform(*config.strength)
-        beta: Floats = (strength * solve_expression(self._face, target, moves)).astype(np.float32)
-        return beta if self._gap is None else (beta - (beta @ self._gap) * self._gap).astype(np.float32)
+        opening = None if self._gap is None else (self._gap, _OPENING.get(emotion, 0.0))
+        beta: Floats = (strength * solve_expression(self._face, target, moves, opening=opening)).astype(np.float32)
+        return beta
 
     def __call__(
         self, frames: Floats, emotion: str, random: np.random.Generator, energy: Floats | None = None
@@ -307,13 +305,19 @@ class Retargeter:
         return (frames + strength[:, None] * self.difference(emotion, random)).astype(np.float32)
 
     def mean_differences(self, count: int = 60) -> dict[int, Floats]:
-        """Mean difference (64,) of the emotions' apexes from neutral, by class number."""
+        """Mean difference (64,) of the emotions' apexes from neutral, by class number.
+
+        Of neutral: what takes the rest of a smile off, which a portrait's texture and the data's neutral clips keep.
+        """
         drawn = {
             name: [self.difference(name, np.random.default_rng([number])) for number in range(count)]
             for name in self.emotions()
         }
-        return {EMOTIONS.index(name): np.mean(values, 0, dtype=np.float32) for name, values in drawn.items()}
+        means: dict[int, Floats] = {
+            EMOTIONS.index(name): np.mean(values, 0, dtype=np.float32) for name, values in drawn.items()
+        }
+        return {**means, EMOTIONS.index("neutral"): self.difference("neutral")}
 
     def emotions(self) -> Sequence[str]:
         """The emotions that it can show, in the package's order."""
-        return [name for name in EMOTIONS if name in self._prototypes]
+        return [name for name in EMOTIONS if name in PROTOTYPES]

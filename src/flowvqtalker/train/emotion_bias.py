@@ -4,8 +4,9 @@ A flow shows what its training clips show on average: onsets, decays and weak cl
 whose neutral face is unknown. The correction samples every emotion for neutral speakers of the training data and
 compares the mean difference to neutral with what is wanted: the mean apex of the retargeted clips
 (:mod:`flowvqtalker.data.retarget`) or, without those, the difference that the training people show, whose own faces are
-removed first (:mod:`flowvqtalker.train.neutral_estimate`). What is missing is added at inference, except for what opens
-the lips: a mouth that is always open never closes on a b, m or p, and bared teeth look like laughter.
+removed first (:mod:`flowvqtalker.train.neutral_estimate`). What is missing is added at inference. Retargeted clips say
+how far an emotion parts the lips; what people's clips say of that is left out, since a mouth that is always open never
+closes on a b, m or p.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ def fit_emotion_bias(
         corpus: clips of the training people.
         data: items of the corpus.
         strength: factor on the differences to neutral.
-        wanted: differences (64,) to neutral by class that count instead of those of the training people.
+        wanted: differences (64,) by class that count instead of those of the training people, also in how far the lips
+            part; of neutral, what is added to it.
     """
     flow.emotion_bias.zero_()
     clips = corpus.clips
@@ -75,9 +77,11 @@ def fit_emotion_bias(
         return rollout(flow, audio, emotion, generator, source=source, temperature=TEMPERATURE)[keep].mean(0)
 
     neutral = mean_of(NEUTRAL)
-    targets = {label: strength * torch.from_numpy(found[label] - found[NEUTRAL]) for label in found.keys() - {NEUTRAL}}
-    for label, target in {**targets, **(wanted or {})}.items():
-        flow.emotion_bias[label] = target.to(flow.emotion_bias) - (mean_of(label) - neutral)
-    if flow.opening.any():
-        opening = flow.opening / flow.opening.norm()
-        flow.emotion_bias.sub_((flow.emotion_bias @ opening)[:, None] * opening)
+    opening = flow.opening / flow.opening.norm().clamp_min(1e-9)
+    for label in found.keys() - {NEUTRAL} | (wanted or {}).keys():
+        own = mean_of(label) - neutral
+        if wanted is not None and label in wanted:
+            flow.emotion_bias[label] = wanted[label].to(own) - own
+        else:
+            missing = strength * torch.from_numpy(found[label] - found[NEUTRAL]).to(own) - own
+            flow.emotion_bias[label] = missing - (missing @ opening) * opening

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset, default_collate
 
@@ -87,7 +86,7 @@ def load_speech_encoder(path: Path) -> tuple[SpeechEncoder, dict[str, Tensor]]:
     file = path / "weights.safetensors" if path.is_dir() else path
     settings = file.with_suffix(".json") if file.with_suffix(".json").is_file() else file.with_name("config.json")
     try:
-        state = load_file(str(file))
+        state = weights.read_tensors(file)
         about = json.loads(settings.read_text(encoding="utf-8"))
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(

@@ -26,11 +26,12 @@ from flowvqtalker.face.arkit import arkit_index
 from flowvqtalker.face.fit import fit
 from flowvqtalker.face.model import FaceModel
 
-__all__ = ["IdentitySplit", "Pair", "find_leak", "find_pairs", "smile_share"]
+__all__ = ["SMILE", "IdentitySplit", "Pair", "find_leak", "find_pairs", "smile_share"]
 
 logger = logging.getLogger(__name__)
 
-_SMILE = (arkit_index("mouthSmileLeft"), arkit_index("mouthSmileRight"))
+#: The blendshapes of a smile.
+SMILE = (arkit_index("mouthSmileLeft"), arkit_index("mouthSmileRight"))
 #: Difference of the smile blendshape that makes two pictures of a person a pair.
 _LEAST_SMILE = 0.25
 
@@ -55,7 +56,7 @@ def find_pairs(shard: Shard) -> list[Pair]:
     pairs = []
     for (identity, split), numbers in sorted(people.items()):
         rows = [int(shard.start[number]) for number in numbers]
-        smiles = [float(np.mean(shard.blendshapes[row][list(_SMILE)])) for row in rows]
+        smiles = [float(np.mean(shard.blendshapes[row][list(SMILE)])) for row in rows]
         low, high = int(np.nanargmin(smiles)), int(np.nanargmax(smiles))
         if smiles[high] - smiles[low] >= _LEAST_SMILE:
             neutral, smiling = (np.asarray(shard.landmarks(rows[i]), np.float32) for i in (low, high))
