@@ -3,6 +3,11 @@ expressions."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -11,7 +16,7 @@ from torch.nn import functional as F
 from flowvqtalker.face.model import FaceModel
 from flowvqtalker.face.topology import INNER_LIPS, IRISES, LEFT_EYE, RIGHT_EYE
 
-__all__ = ["APERTURES", "PRIOR", "MeshFlow", "aperture_maps", "identity_grid", "upsample_flow", "warp"]
+__all__ = ["APERTURES", "PRIOR", "MeshFlow", "MeshSource", "aperture_maps", "identity_grid", "upsample_flow", "warp"]
 
 #: Channels of :func:`aperture_maps`: mouth, eyes, irises.
 APERTURES = 3
@@ -58,6 +63,15 @@ def warp(image: Tensor, flow: Tensor, prior: Tensor | None = None) -> Tensor:
     return sampled.to(image.dtype)
 
 
+class MeshSource(NamedTuple):
+    """What a portrait's view gives to the flow to each of its frames."""
+
+    surface: Tensor
+    """(B, P, 2) surface samples in crop pixels."""
+    apertures: Tensor | None
+    """(B, 3, size, size) aperture maps, where the flow has them."""
+
+
 class MeshFlow(nn.Module):
     """Backward flow from a target view of the face mesh to a source view (design: warp prior ``mesh``).
 
@@ -97,7 +111,7 @@ class MeshFlow(nn.Module):
             self.register_buffer("upper", upper, persistent=False)
             self.register_buffer("lower", lower, persistent=False)
 
-    def forward(self, source: Tensor, target: Tensor) -> Tensor:
+    def forward(self, source: Tensor | MeshSource, target: Tensor) -> Tensor:
         """Flow (B, 2, size, size) in units of half the crop's side; with ``apertures`` (B, 13, size, size).
 
         Those are the flow; the target's :func:`aperture_maps` and the source's, moved by the flow to where the target
@@ -105,20 +119,22 @@ class MeshFlow(nn.Module):
         lower ones, as differences from the flow, and how many rims (12 pixels) each place is above the contact line.
 
         Arguments:
-            source, target: (B, 478, 3) projected vertices, u and v in crop pixels and the depth
-                (:meth:`flowvqtalker.face.model.FaceModel.project`).
+            source: (B, 478, 3) projected vertices, u and v in crop pixels and the depth
+                (:meth:`flowvqtalker.face.model.FaceModel.project`), or what :meth:`prepare` made of them.
+            target: (B, 478, 3) likewise.
         """
         size = self.size
         batch = target.shape[0]
-        source, target = source.float(), target.float()
-        start = self._surface(source[..., :2])
+        start, ours = source if isinstance(source, MeshSource) else self.prepare(source)
+        target = target.float()
         end = self._surface(target)
         displacement = (start - end[..., :2]) * (2.0 / self.image_size)
         nearness = torch.exp((end[..., 2].amin(1, keepdim=True) - end[..., 2]) * _DEPTH_SHARPNESS)
-        values = torch.cat([displacement, torch.ones_like(displacement[..., :1])], -1)
-        sums = [self._splat(end[..., :2], values, nearness)]
-        for side in (self.upper, self.lower) if self.apertures else ():
-            sums.append(self._splat(end[:, side, :2], values[:, side], nearness[:, side]))
+        values = (torch.cat([displacement, torch.ones_like(displacement[..., :1])], -1) * nearness[..., None]).mT
+        cell, share = self._cells(end[..., :2])
+        sums = [self._splat(cell, share, values)]
+        for side in (self.upper, self.lower) if ours is not None else ():
+            sums.append(self._splat(cell[..., side], share[..., side], values[..., side]))
         whole = torch.cat(sums)
         filled = _fill(whole[:, :2], whole[:, 2:]).view(len(sums), batch, 2, size, size)
 
@@ -128,42 +144,49 @@ class MeshFlow(nn.Module):
         radius = ((grid - centre[:, None, None]) / half[:, None, None]).norm(dim=-1)
         fade = torch.exp(-0.5 * ((radius - 1).clamp(min=0) / _FALL_OFF) ** 2)
         flow: Tensor = filled[0] * fade[:, None]
-        if not self.apertures:
+        if ours is None:
             return flow
-        # Distances bear being enlarged, and cost much at full size.
-        theirs, ours = (
-            F.interpolate(aperture_maps(v, size // 2, self.image_size), (size, size), mode="bilinear")
-            for v in (target, source)
-        )
+        theirs = self._maps(target)
         above, near = _contact_lines(target, size, self.image_size)
         apart = [(side * fade[:, None] - flow) * near for side in filled[1:]]
         return torch.cat([flow, theirs, warp(ours.expand(batch, -1, -1, -1), flow), *apart, above], dim=1)
 
+    def prepare(self, source: Tensor) -> MeshSource:
+        """What a source view (B, 478, 3) gives to :meth:`forward`; of a portrait it is needed once for all frames."""
+        source = source.float()
+        return MeshSource(self._surface(source[..., :2]), self._maps(source) if self.apertures else None)
+
+    def _maps(self, vertices: Tensor) -> Tensor:
+        """Aperture maps (B, 3, size, size). Distances bear being enlarged, and cost much at full size."""
+        maps = aperture_maps(vertices, self.size // 2, self.image_size)
+        return F.interpolate(maps, (self.size, self.size), mode="bilinear")
+
     def _surface(self, vertices: Tensor) -> Tensor:
         """(B, 478, k) values at the vertices to (B, P, k) at the surface samples."""
-        values: Tensor = (vertices[:, self.index] * self.weight[..., None]).sum(2)
-        return values
+        rows = vertices.movedim(0, 1).flatten(1).contiguous()
+        values = F.embedding_bag(self.index, rows, mode="sum", per_sample_weights=self.weight)
+        return values.view(-1, *vertices.shape[::2]).movedim(1, 0)
 
-    def _splat(self, position: Tensor, values: Tensor, weight: Tensor) -> Tensor:
-        """Add (B, P, k) values, weighted, bilinearly to the cells around (B, P, 2) positions: (B, k, size, size)."""
-        batch, _, channels = values.shape
+    def _cells(self, position: Tensor) -> tuple[Tensor, Tensor]:
+        """Numbers (B, 4, P) of the cells around positions (B, P, 2), and the bilinear shares of each; 0 outside."""
         size = self.size
-        place = position * (size / self.image_size) - 0.5
+        place = (position * (size / self.image_size) - 0.5).mT
         corner = place.floor()
-        fraction = place - corner
-        corner = corner.long()
-        out = values.new_zeros(batch, size * size, channels)
-        weighted = values * weight[..., None]
-        for dx in (0, 1):
-            for dy in (0, 1):
-                x, y = corner[..., 0] + dx, corner[..., 1] + dy
-                share = (fraction[..., 0] if dx else 1 - fraction[..., 0]) * (
-                    fraction[..., 1] if dy else 1 - fraction[..., 1]
-                )
-                share = share * ((x >= 0) & (x < size) & (y >= 0) & (y < size))
-                cell = (y.clamp(0, size - 1) * size + x.clamp(0, size - 1))[..., None].expand(-1, -1, channels)
-                out.scatter_add_(1, cell, weighted * share[..., None])
-        return out.movedim(1, 2).reshape(batch, channels, size, size)
+        after = place - corner
+        corner = torch.stack([corner, corner + 1], 2)  # (B, 2, 2, P): x and y of the cells before and after
+        shares = torch.stack([1 - after, after], 2) * ((corner >= 0) & (corner < size))
+        x, y = corner.clamp(0, size - 1).long().unbind(1)
+        return (y[:, :, None] * size + x[:, None]).flatten(1, 2), (shares[:, 1, :, None] * shares[:, 0, None]).flatten(
+            1, 2
+        )
+
+    def _splat(self, cell: Tensor, share: Tensor, values: Tensor) -> Tensor:
+        """Add (B, k, P) values bilinearly to the cells around their positions: (B, k, size, size)."""
+        batch, channels, _ = values.shape
+        parts = (values[:, :, None] * share[:, None]).flatten(2)
+        out = values.new_zeros(batch, channels, self.size**2)
+        out.scatter_add_(2, cell.flatten(1)[:, None].expand_as(parts), parts)
+        return out.view(batch, channels, self.size, self.size)
 
 
 def aperture_maps(vertices: Tensor, size: int, image_size: int = 512) -> Tensor:
@@ -179,17 +202,34 @@ def aperture_maps(vertices: Tensor, size: int, image_size: int = 512) -> Tensor:
         enlarged without stairs, a mask of this size could not.
     """
     points = vertices[..., :2].float()
-    place = (torch.arange(size, device=points.device, dtype=torch.float32) + 0.5) * (image_size / size)
-    x, y = (axis.reshape(1, 1, -1) for axis in torch.meshgrid(place, place, indexing="xy"))
-    mouth = _inside(points[:, list(INNER_LIPS)], x, y)
-    eyes = torch.maximum(*(_inside(points[:, list(rim)], x, y) for rim in (RIGHT_EYE, LEFT_EYE)))
-    discs = []
-    for centre, *rim in IRISES:
-        middle = points[:, centre, :, None]
-        radius = (points[:, rim] - points[:, centre, None]).norm(dim=-1).mean(1, keepdim=True)
-        discs.append(radius - torch.hypot(x[0] - middle[:, 0], y[0] - middle[:, 1]))
-    maps = torch.stack([mouth, eyes, torch.maximum(*discs)], 1).div_(_RIM).clamp_(-1, 1)
-    return maps.view(len(points), APERTURES, size, size)
+    maps = points.new_full((len(points), APERTURES, size, size), -1.0)
+
+    def draw(channel: int, rim: Tensor, distance: Callable[[Tensor, Tensor], Tensor]) -> None:
+        (columns, x), (rows, y) = (_near(rim[..., axis], size, image_size) for axis in (0, 1))
+        x, y = (axis.reshape(1, 1, -1) for axis in torch.meshgrid(x, y, indexing="xy"))
+        part = maps[:, channel, rows, columns]
+        torch.maximum(part, (distance(x, y) / _RIM).clamp(max=1).view_as(part), out=part)
+
+    for channel, around in ((0, INNER_LIPS), (1, RIGHT_EYE), (1, LEFT_EYE)):
+        rim = points[:, list(around)]
+        draw(channel, rim, partial(_inside, rim))
+    for middle, *ring in IRISES:
+        centre = points[:, middle, :, None]
+        radius = (points[:, ring] - points[:, middle, None]).norm(dim=-1).mean(1, keepdim=True)
+        disc = torch.stack([centre[..., 0] - radius, centre[..., 0] + radius], 1)
+        draw(2, disc, lambda x, y, c=centre, r=radius: r - torch.hypot(x[0] - c[:, 0], y[0] - c[:, 1]))  # type: ignore[misc]
+    return maps
+
+
+def _near(values: Tensor, size: int, image_size: int) -> tuple[slice, Tensor]:
+    """Cells along an axis that lie within a rim's width of any of the coordinates, and the places of their centres."""
+    step = image_size / size
+    first, last = 0, size
+    if not values.is_meta:  # shapes without values
+        low, high = ((end / step) for end in torch.stack([values.amin() - _RIM, values.amax() + _RIM]).tolist())
+        first = min(max(math.floor(low), 0), size)
+        last = min(max(math.ceil(high), first), size)
+    return slice(first, last), (torch.arange(first, last, device=values.device, dtype=torch.float32) + 0.5) * step
 
 
 def upsample_flow(flow: Tensor, prior: Tensor, side: int) -> Tensor:

@@ -117,7 +117,7 @@ class Paster:
         self._alpha = alpha.to(device, torch.float32)
         self._picture = picture
         start = self._project(beta0, rho0)
-        self._start = start
+        self._start = self._mesh.prepare(start)
         self._window, reach = _window(start[0, :, :2].cpu().numpy(), crop, picture.shape[:2])
         # What a grid of cells of the field, with its corner at -_BEYOND of the crop, becomes in the picture.
         to_picture = crop.inverse

@@ -68,9 +68,8 @@ class Renderer:
             self.mesh = MeshFlow(face_model, config.mesh_size, apertures=config.apertures).to(self.device)
         self.alpha = alpha.to(self.device, torch.float32)
         with torch.inference_mode():
-            self._start = self.face.project(self.alpha, beta0.to(self.device).float(), rho0.to(self.device).float())[
-                None
-            ]
+            start = self.face.project(self.alpha, beta0.to(self.device).float(), rho0.to(self.device).float())[None]
+            self._start = None if self.mesh is None else self.mesh.prepare(start)
             image = torch.from_numpy(portrait).to(self.device).permute(2, 0, 1)[None].float().div(127.5).sub(1)
             with self._autocast():
                 self.source = self.generator.prepare(image.contiguous(memory_format=torch.channels_last))
@@ -106,7 +105,7 @@ class Renderer:
         motion = motion.to(self.device, torch.float32)
         now = motion[:, self.generator.config.reach]
         prior = None
-        if self.mesh is not None:
+        if self.mesh is not None and self._start is not None:
             target = self.face.project(self.alpha.expand(len(motion), -1), now[:, :64], now[:, 64:])
             prior = self.mesh(self._start, target)
         with self._autocast():
