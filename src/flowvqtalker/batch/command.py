@@ -85,7 +85,7 @@ class Batch(AnimateArguments):
 
     def _check_defaults(self) -> None:
         """Check the options for all jobs once, by name."""
-        from flowvqtalker.io.image import existing_file
+        from flowvqtalker.io.media import existing_file
         from flowvqtalker.loading import choose_device, choose_dtype
 
         self.motion_options()

@@ -13,8 +13,8 @@ import numpy.typing as npt
 from flowvqtalker.constants import EMOTIONS, FPS, SAMPLE_RATE
 from flowvqtalker.data.shards import SAMPLES
 from flowvqtalker.errors import UserError
-from flowvqtalker.io.audio import open_media
 from flowvqtalker.io.image import ImageArray
+from flowvqtalker.io.media import open_media
 
 __all__ = ["Source", "Timing", "catalogue", "read_audio", "read_frames", "read_timing"]
 

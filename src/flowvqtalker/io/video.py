@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -17,8 +18,18 @@ from numpy.typing import NDArray
 from flowvqtalker.constants import FPS
 from flowvqtalker.errors import MissingDependency, UserError
 from flowvqtalker.io.atomic import VIDEO_SUFFIXES, atomic_path, check_output
-from flowvqtalker.io.audio import decoded_frames, error_text, open_media, resampled
-from flowvqtalker.io.image import ImageArray, existing_file, image_size
+from flowvqtalker.io.audio import Speech, resampled, sound_format
+from flowvqtalker.io.frames import FrameReader
+from flowvqtalker.io.image import ImageArray, animation_length, image_size, read_animation, read_image
+from flowvqtalker.io.media import (
+    Timeline,
+    audio_track,
+    decoded_frames,
+    error_text,
+    existing_file,
+    open_media,
+    video_track,
+)
 
 __all__ = ["MediaInfo", "Result", "VideoWriter", "probe", "read_video", "write_video"]
 
@@ -28,7 +39,6 @@ logger = logging.getLogger(__name__)
 _CONTAINERS = dict(zip(VIDEO_SUFFIXES, ("mp4", "mp4", "mov", "matroska"), strict=True))
 _LONGEST_LAST = 0.1  # seconds
 _SOUND_BLOCK = 1024  # samples, one AAC frame: the sound never runs ahead of the picture by more
-_AUDIO_RATES = (48_000, 44_100, 32_000, 24_000, 22_050, 16_000)
 
 
 @dataclass(frozen=True)
@@ -37,7 +47,7 @@ class MediaInfo:
 
     Attributes:
         kind: ``"image"`` or ``"video"``.
-        width: pixels, as displayed (of an image: as stored).
+        width: pixels, as displayed.
         height: pixels, likewise.
         fps: frames per second of the file (0 for an image).
         seconds: length as the file states it (0 for an image or where it is unknown).
@@ -53,7 +63,7 @@ class MediaInfo:
 
 
 def probe(path: str | Path) -> MediaInfo:
-    """Tell an image from a video and measure it; decodes one frame at most.
+    """Tell an image from a video and measure it; decodes one frame at most. An animated image is a video.
 
     Raises:
         UserError: if the file does not exist or is neither.
@@ -62,19 +72,20 @@ def probe(path: str | Path) -> MediaInfo:
     size = image_size(path)
     if size is not None:
         return MediaInfo("image", *size)
+    if (animation := animation_length(path)) is not None:
+        height, width = read_image(path).shape[:2]
+        return MediaInfo("video", width, height, animation[0] / animation[1], animation[1])
     import av
 
     try:
         with open_media(path) as container:
-            if not container.streams.video:
+            stream = video_track(container)
+            if stream is None:
                 raise UserError(f"{path} is neither an image nor a video; give for instance a JPEG, PNG or MP4 file")
-            stream = container.streams.video[0]
             frame = next(container.decode(stream), None)
             if frame is None:
                 raise UserError(f"{path} holds no frame; give a complete video file")
-            width, height = frame.width, frame.height
-            if getattr(frame, "rotation", 0) % 180:
-                width, height = height, width
+            height, width = FrameReader(stream).shape(frame)
             length = float(stream.duration * stream.time_base) if stream.duration else (container.duration or 0) / 1e6
             sound = bool(container.streams.audio)
             return MediaInfo("video", width, height, float(stream.average_rate or 0), length, sound)
@@ -87,61 +98,67 @@ def probe(path: str | Path) -> MediaInfo:
 def read_video(path: str | Path, fps: float = FPS) -> Iterator[ImageArray]:
     """Frames of a video at a constant rate, as FFmpeg's ``fps`` filter gives them.
 
-    Each source frame goes to the output frame nearest to its timestamp; gaps repeat the last frame, surplus frames are
-    dropped.
+    Each source frame goes to the output frame nearest to its time stamp; gaps repeat the last frame, surplus frames are
+    dropped. Where the file's sound begins before its picture, so does the output, with the first frame.
 
     Arguments:
-        path: any video that FFmpeg reads; stored rotation is applied.
+        path: any video that FFmpeg reads, or an animated image; what it says of orientation, pixel shape and colours
+            is applied.
         fps: frames per second of the output.
 
     Yields:
-        (H, W, 3) uint8 RGB, all of the size of the first.
+        (H, W, 3) uint8 sRGB, all of the size of the first.
 
     Raises:
         UserError: if the file does not exist or has no video.
     """
     path = existing_file(path, "video")
     import av
-    from av.video.reformatter import VideoReformatter
-
-    converter = VideoReformatter()
 
     try:
-        with open_media(path) as container:
-            if not container.streams.video:
-                raise UserError(f"{path} has no video track; give for instance an MP4 file")
-            stream = container.streams.video[0]
-            stream.thread_type = "AUTO"
-            source_fps = float(stream.average_rate or stream.guessed_rate or fps)
-            last: ImageArray | None = None
-            size: tuple[int, int] | None = None
-            written = 0  # output frames so far
-            start: float | None = None
-            end = shown = 0.0
-            for frame in decoded_frames(container, stream, path):
-                time = frame.time if frame.time is not None else end + (start or 0.0)
-                start = time if start is None else start
-                time -= start
-                interval, shown = time - shown, time
-                due = int(np.floor(time * fps + 0.5))
-                while last is not None and written < due:
-                    yield last
-                    written += 1
-                size = size or (frame.width, frame.height)
-                image = converter.reformat(frame, size[0], size[1], "rgb24").to_ndarray()
-                last = np.ascontiguousarray(np.rot90(image, (getattr(frame, "rotation", 0) // 90) % 4))
-                stated = getattr(frame, "duration", 0)
-                length = float(stated * frame.time_base) if stated else 1.0 / source_fps
-                # With a variable rate, the stated length of the last frame may be one tick of the clock.
-                end = max(end, time + max(length, min(interval, _LONGEST_LAST)))
-            if last is None:
-                raise UserError(f"{path} holds no frame; give a complete video file")
-            while written < max(1, int(np.floor(end * fps + 0.5))):
+        shown = read_animation(path) if animation_length(path) else _decoded(path, fps)
+        last: ImageArray | Callable[[], ImageArray] | None = None
+        written = 0  # output frames so far
+        end = 0.0
+        for time, length, frame in shown:
+            end = max(end, time + length)
+            last = frame if last is None else last
+            while written < int(np.floor(time * fps + 0.5)):
+                last = last() if callable(last) else last
                 yield last
                 written += 1
+            last = frame
+        if last is None:
+            raise UserError(f"{path} holds no frame; give a complete video file")
+        last = last() if callable(last) else last
+        while written < max(1, int(np.floor(end * fps + 0.5))):
+            yield last
+            written += 1
     except (av.FFmpegError, OSError) as error:
         reason = error_text(error)
         raise UserError(f"{path} cannot be read as video ({reason}); give for instance an MP4 file") from error
+
+
+def _decoded(path: Path, fps: float) -> Iterator[tuple[float, float, Callable[[], ImageArray]]]:
+    """When each frame of a video is shown and for how long, in seconds, and what makes its image."""
+    with open_media(path) as container:
+        stream = video_track(container)
+        if stream is None:
+            raise UserError(f"{path} has no video track; give for instance an MP4 file")
+        stream.thread_type = "AUTO"
+        source_fps = float(stream.average_rate or stream.guessed_rate or fps)
+        sound = audio_track(container, path) if container.streams.audio else None
+        timeline, reader = Timeline(container, stream, sound), FrameReader(stream)
+        end = shown = 0.0
+        for frame in decoded_frames(container, stream, path):
+            time = timeline.place(frame.time, end)
+            interval, shown = time - shown, time
+            stated = getattr(frame, "duration", 0)
+            length = float(stated * frame.time_base) if stated else 1.0 / source_fps
+            # With a variable rate, the stated length of the last frame may be one tick of the clock.
+            length = max(length, min(interval, _LONGEST_LAST))
+            end = time + length
+            yield time, length, functools.partial(reader.image, frame)
 
 
 @dataclass(frozen=True)
@@ -184,7 +201,7 @@ class VideoWriter:
     def __init__(
         self,
         path: str | Path,
-        speech: str | Path | None = None,
+        speech: str | Path | Speech | None = None,
         *,
         fps: int = FPS,
         crf: int = 18,
@@ -228,7 +245,7 @@ class VideoWriter:
         try:
             self._video = self._container.add_stream("libx264", rate=self._fps, options=self._options)
             if self._speech is not None:
-                rate, layout = _sound_format(self._speech)
+                rate, layout = sound_format(self._speech)
                 self._audio = self._container.add_stream("aac", rate=rate, layout=layout)
                 self._audio.bit_rate = 96_000 if layout == "mono" else 160_000
                 self._sound = resampled(self._speech, rate=rate, layout=layout, samples=_SOUND_BLOCK)
@@ -243,8 +260,7 @@ class VideoWriter:
         context.width, context.height = width + width % 2, height + height % 2  # yuv420p needs even sides
         context.pix_fmt = "yuv420p"
         context.time_base = Fraction(1, self._fps)
-        # One converter for all frames: setting it up takes twenty times as long as a conversion.
-        self._converter = VideoReformatter()
+        self._converter = VideoReformatter()  # one for all frames, see FrameReader
         # Convert to and tag as BT.709, so that every player shows the rendered colours.
         context.color_primaries = context.color_trc = context.colorspace = 1
         context.color_range = 1
@@ -333,7 +349,7 @@ class VideoWriter:
 def write_video(
     frames: Iterable[ImageArray],
     path: Path,
-    speech: str | Path | None,
+    speech: str | Path | Speech | None,
     total: int,
     progress: Callable[[int, int], None] | None = None,
     *,
@@ -349,11 +365,3 @@ def write_video(
             if progress is not None:
                 progress(writer.frames, total)
     return Result(path, writer.frames, width, height)
-
-
-def _sound_format(path: str | Path) -> tuple[int, str]:
-    """Rate and layout of the AAC track: the file's where AAC supports them."""
-    with open_media(path) as container:
-        context = container.streams.audio[0].codec_context
-        rate = context.sample_rate if context.sample_rate in _AUDIO_RATES else 48_000
-        return rate, "mono" if context.layout.nb_channels == 1 else "stereo"
