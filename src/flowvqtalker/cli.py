@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import io
 import logging
 import os
 import signal
@@ -96,9 +97,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: command line; None takes that of the process.
 
     Returns:
-        the exit code: 0, 1 (something needed is missing), 2 (user error), 130 or 143 (interrupted, terminated).
+        the exit code: 0, 1 (something needed is missing), 2 (user error), 130, or 128 and the signal (143, 129).
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a name that the terminal cannot show must not end the program
+        sys.stdout.reconfigure(errors="backslashreplace")
     logging.basicConfig(level=logging.WARNING, format="flowvqtalker: %(levelname)s: %(message)s")
     for package in ("flowvqtalker", "flowvqtalker_eval"):
         logging.getLogger(package).setLevel(logging.INFO)
@@ -118,7 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
         return 0
     except UserError as error:
-        print(f"flowvqtalker: error: {error}", file=sys.stderr)
+        print(f"flowvqtalker: error: {_printable(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("flowvqtalker: interrupted", file=sys.stderr)
@@ -129,6 +132,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 2
+
+
+def _printable(text: str) -> str:
+    """A message on one line: line ends and undecodable bytes of file names are escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _registry() -> dict[str, _Command | dict[str, _Command]]:
@@ -237,7 +245,10 @@ def _stage(name: str, module: Any, given: Sequence[str]) -> Any:
 
 @contextlib.contextmanager
 def _terminable() -> Iterator[None]:
-    """SIGTERM unwinds the program as an exit with code 143, so that no half-written file stays."""
+    """SIGTERM, and SIGHUP of a closed terminal, unwind the program, so that no half-written file stays.
+
+    The exit code is 128 and the signal's number. Under `nohup`, which ignores SIGHUP, the program goes on.
+    """
 
     def stop(number: int, frame: object) -> None:
         raise SystemExit(128 + number)
@@ -245,11 +256,13 @@ def _terminable() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    former = signal.signal(signal.SIGTERM, stop)
+    numbers = [number for name in ("SIGTERM", "SIGHUP") if (number := getattr(signal, name, None)) is not None]
+    former = {n: signal.signal(n, stop) for n in numbers if signal.getsignal(n) is not signal.SIG_IGN}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, former)
+        for number, handler in former.items():
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager

@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from flowvqtalker.errors import UserError
 from flowvqtalker.motion.options import FILES
-from flowvqtalker.options import AnimateArguments, FaceNumber, File, Folder, MarkArguments, MotionArguments
+from flowvqtalker.options import AnimateArguments, AudioTrack, FaceNumber, File, Folder, MarkArguments, MotionArguments
 
 if TYPE_CHECKING:
     from flowvqtalker.motion.options import MotionOptions
@@ -43,18 +42,20 @@ class Animate(AnimateArguments):
     def run(self) -> None:
         """Write the videos and print one line for each."""
         from flowvqtalker.io.atomic import check_output, sample_paths
+        from flowvqtalker.io.audio import scan
         from flowvqtalker.pipeline import Talker
 
         for path in sample_paths(self.output, self.num_samples):
             check_output(path)
         options, marks = _motion_options(self), self.marks()
         _check_inputs(self.portrait, self.speech, self.sign_cert, self.sign_key)
+        speech = scan(self.speech, self.audio_track)
         talker = Talker.from_pretrained(self.weights, device=self.device, dtype=self.dtype, exact=self.exact)
         options = _resolve(talker, options)
         with _progress("animate") as progress:
             results = talker.animate_samples(
                 self.portrait,
-                self.speech,
+                speech,
                 self.output,
                 self.num_samples,
                 options,
@@ -129,7 +130,7 @@ class Motion(MotionArguments):
         check_fps(self.fps)
         options = _motion_options(self)
         _check_inputs(self.speech)
-        found = scan(self.speech)
+        found = scan(self.speech, self.audio_track)
         talker = Talker.from_pretrained(self.weights, device="cpu", components=("face", "motion"), exact=self.exact)
         options = _resolve(talker, options)
         for number, path in enumerate(paths):
@@ -156,6 +157,8 @@ class Render(MarkArguments):
     """Video to write (.mp4, .mov or .mkv)."""
     speech: File = None
     """Sound for the video. Default: silent."""
+    audio_track: AudioTrack = None
+    """Which audio track of that file, from 0. Default: the one that a player plays."""
     absolute_pose: bool = False
     """Take the poses as they are stored; by default they move the portrait's own pose."""
     face: FaceNumber = None
@@ -172,12 +175,14 @@ class Render(MarkArguments):
     def run(self) -> None:
         """Write the video and print one line."""
         from flowvqtalker.io.atomic import check_output
+        from flowvqtalker.io.audio import scan
         from flowvqtalker.io.coefficients import Coefficients
         from flowvqtalker.pipeline import Talker
 
         check_output(self.output)
         marks = self.marks()
         _check_inputs(self.portrait, self.speech, self.sign_cert, self.sign_key)
+        speech = None if self.speech is None else scan(self.speech, self.audio_track)
         motion = Coefficients.load(self.motion)
         talker = Talker.from_pretrained(
             self.weights, device=self.device, dtype=self.dtype, components=("face", "render")
@@ -187,7 +192,7 @@ class Render(MarkArguments):
                 self.portrait,
                 motion,
                 self.output,
-                speech=self.speech,
+                speech=speech,
                 absolute=self.absolute_pose,
                 face=self.face,
                 full=self.full,
@@ -253,9 +258,11 @@ def _resolve(talker: Talker, options: MotionOptions) -> MotionOptions:
 
 def _check_inputs(*paths: Path | None) -> None:
     """Name missing files before anything slow begins."""
+    from flowvqtalker.io.media import existing_file
+
     for path in paths:
-        if path is not None and not path.is_file():
-            raise UserError(f"{path} {'is a folder' if path.is_dir() else 'does not exist'}; check the name")
+        if path is not None:
+            existing_file(path, "input")
 
 
 @contextlib.contextmanager

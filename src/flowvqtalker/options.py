@@ -16,11 +16,12 @@ from flowvqtalker.motion.options import MotionOptions
 if TYPE_CHECKING:
     from flowvqtalker.provenance import Marks
 
-__all__ = ["AnimateArguments", "FaceNumber", "File", "Folder", "MarkArguments", "MotionArguments"]
+__all__ = ["AnimateArguments", "AudioTrack", "FaceNumber", "File", "Folder", "MarkArguments", "MotionArguments"]
 
 File = Annotated[Path | None, tyro.conf.arg(metavar="FILE")]
 Folder = Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")]
 FaceNumber = Annotated[int | None, tyro.conf.arg(metavar="N")]
+AudioTrack = Annotated[int | None, tyro.conf.arg(metavar="N")]
 _Number = Annotated[float | None, tyro.conf.arg(metavar="X")]
 
 
@@ -41,6 +42,8 @@ class MotionArguments(MotionOptions):
     """Number of videos to sample, with the seeds SEED to SEED+N-1; they go to OUT_1 to OUT_N."""
     exact: bool = False
     """Compute in float32 throughout: slower, but the same seed gives the same motion to 1e-4 on every x86 machine."""
+    audio_track: AudioTrack = None
+    """Which audio track of the speech file, from 0. Default: the one that a player plays."""
     weights: Folder = None
     """Folder of weights with a manifest. Default: those of the package."""
 

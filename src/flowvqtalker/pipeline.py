@@ -201,8 +201,8 @@ class Talker:
             UserError: at once, if the speech or an option cannot be used.
         """
         chosen = (options or MotionOptions()).updated(choices)
-        found = speech if isinstance(speech, decode.Speech) else decode.scan(speech)
-        return self.stream(portrait, chosen).run(decode.stream(found.path, _BLOCK_SECONDS))
+        found = _scanned(speech)
+        return self.stream(portrait, chosen).run(decode.stream(found, _BLOCK_SECONDS))
 
     def render(self, portrait: Portrait, motion: Iterable[Motion], *, full: bool = False) -> Iterator[ImageArray]:
         """Pictures for motion, one for each frame of it.
@@ -245,7 +245,7 @@ class Talker:
     def animate(
         self,
         portrait: str | Path | ImageArray | Portrait,
-        speech: str | Path,
+        speech: str | Path | decode.Speech,
         output: str | Path,
         options: MotionOptions | None = None,
         *,
@@ -259,7 +259,8 @@ class Talker:
 
         Arguments:
             portrait: picture file, (H, W, 3) uint8 RGB, or what :meth:`portrait` returned.
-            speech: any file with sound; it becomes the sound of the video.
+            speech: any file with sound, or what :func:`flowvqtalker.io.audio.scan` found in it; it becomes the sound of
+                the video.
             output: ``.mp4``, ``.mov`` or ``.mkv``; appears when it is complete.
             options: see :class:`flowvqtalker.motion.options.MotionOptions`.
             choices: fields of the options by name, as ``emotion="happy"``; they replace those of ``options``.
@@ -280,7 +281,7 @@ class Talker:
     def animate_samples(
         self,
         portrait: str | Path | ImageArray | Portrait,
-        speech: str | Path,
+        speech: str | Path | decode.Speech,
         output: str | Path,
         num_samples: int,
         options: MotionOptions | None = None,
@@ -312,7 +313,7 @@ class Talker:
         for path in paths:
             check_not_input(path, *inputs)
             marks.credential(path)
-        found = decode.scan(speech)
+        found = _scanned(speech)
         ready = portrait if isinstance(portrait, Portrait) else self.portrait(portrait, face)
         chosen = self.resolve(chosen)
         # Built before anything is written, so that a seed that is too large is refused at once.
@@ -329,7 +330,7 @@ class Talker:
                         progress(before + done, total)
 
                 frames = self.render(ready, motion, full=full)
-                yield write_marked(frames, path, speech, found.frames, advance, marks)
+                yield write_marked(frames, path, found, found.frames, advance, marks)
 
         return write()
 
@@ -339,7 +340,7 @@ class Talker:
         motion: Coefficients,
         output: str | Path,
         *,
-        speech: str | Path | None = None,
+        speech: str | Path | decode.Speech | None = None,
         absolute: bool = False,
         face: int | None = None,
         full: bool = False,
@@ -363,12 +364,16 @@ class Talker:
         check_not_input(path, portrait, speech)
         marks.credential(path)
         if speech is not None:
-            decode.scan(speech)
+            speech = _scanned(speech)
         ready = portrait if isinstance(portrait, Portrait) else self.portrait(portrait, face)
         moved = motion.motion(FPS)
         if not absolute:
             moved = replace(moved, pose=ready.pose + moved.pose - moved.pose[:1])
         return write_marked(self.render(ready, [moved], full=full), path, speech, len(moved), progress, marks)
+
+
+def _scanned(speech: str | Path | decode.Speech) -> decode.Speech:
+    return speech if isinstance(speech, decode.Speech) else decode.scan(speech)
 
 
 def _part(part: P | None, name: str) -> P:

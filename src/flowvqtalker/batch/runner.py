@@ -60,6 +60,8 @@ class Runner:
         Returns:
             the outcome; errors are in it, none is raised.
         """
+        from flowvqtalker.io.audio import scan
+
         started = time.monotonic()
         with collected_warnings() as warnings:
             try:
@@ -68,7 +70,8 @@ class Runner:
                 job.output.parent.mkdir(parents=True, exist_ok=True)
                 _clear(job.output)
                 write_record(job, mark)
-                result = talker.animate(portrait, job.speech, job.output, options, full=job.full, marks=job.marks())
+                speech = scan(job.speech, job.audio_track)
+                result = talker.animate(portrait, speech, job.output, options, full=job.full, marks=job.marks())
             except Exception as error:  # one job must not end the others
                 with contextlib.suppress(OSError):
                     if not job.output.exists():
@@ -96,7 +99,7 @@ class Runner:
         models = _models(job)
         checks: dict[str, Callable[[Path], object]] = {
             "portrait": lambda path: self._portrait(path, job.face, *models),
-            "speech": scan,
+            "speech": lambda path: scan(path, job.audio_track),
             "emotion_reference": lambda path: self._reference(path, *models),
             "reference_neutral": lambda path: self._reference(path, *models),
             "emotion_track": EmotionTrack.load,
@@ -110,7 +113,7 @@ class Runner:
             seen.add(models)
             return
         for column, path in job.inputs.items():
-            key = column, path, job.face if column == "portrait" else None, models
+            key = column, path, {"portrait": job.face, "speech": job.audio_track}.get(column), models
             if key not in seen:
                 seen.add(key)
                 try:

@@ -13,8 +13,9 @@ import numpy.typing as npt
 from flowvqtalker.constants import EMOTIONS, FPS, SAMPLE_RATE
 from flowvqtalker.data.shards import SAMPLES
 from flowvqtalker.errors import UserError
+from flowvqtalker.io.frames import FrameReader
 from flowvqtalker.io.image import ImageArray
-from flowvqtalker.io.media import open_media
+from flowvqtalker.io.media import audio_track, open_media, video_track
 
 __all__ = ["Source", "Timing", "catalogue", "read_audio", "read_frames", "read_timing"]
 
@@ -125,28 +126,33 @@ class Timing:
 
 
 def read_timing(path: str | Path) -> Timing:
-    """Timestamps of a clip's frames, without decoding them."""
+    """Timestamps of a clip's frames; only the first is decoded."""
     with open_media(path) as container:
-        if not container.streams.video:
+        stream = video_track(container)
+        if stream is None:
             raise UserError(f"{path} has no video track")
-        stream = container.streams.video[0]
         stamps = [p.pts for p in container.demux(stream) if p.pts is not None and not p.is_discard]
         if not stamps:
             raise UserError(f"{path} has no timestamps")
         base = float(stream.time_base) if stream.time_base is not None else 1.0
         times = np.sort(np.array(stamps, np.float64)) * base
-        return Timing(times - times[0], float(times[0]), (stream.height, stream.width))
+    with open_media(path) as container:
+        stream = video_track(container)
+        return Timing(times - times[0], float(times[0]), FrameReader(stream).shape(next(container.decode(stream))))
 
 
 def read_frames(path: str | Path, wanted: set[int] | None = None) -> Iterator[tuple[int, ImageArray]]:
     """Decode the frames (number, (H, W, 3) uint8 RGB) of a clip; only the wanted ones are converted."""
     last = max(wanted) if wanted else None
     with open_media(path) as container:
-        stream = container.streams.video[0]
+        stream = video_track(container)
+        if stream is None:
+            raise UserError(f"{path} has no video track")
+        reader = FrameReader(stream)
         stream.thread_type = "NONE"  # many clips are read at once by processes
         for number, frame in enumerate(container.decode(stream)):
             if wanted is None or number in wanted:
-                yield number, frame.to_ndarray(format="rgb24")
+                yield number, reader.image(frame)
             if last is not None and number >= last:
                 return
 
@@ -170,7 +176,7 @@ def read_audio(path: str | Path, start: float, ticks: int) -> npt.NDArray[np.int
         resampler = av.AudioResampler(format="s16", layout="mono", rate=SAMPLE_RATE)
         parts: list[npt.NDArray[np.int16]] = []
         first: float | None = None
-        for frame in container.decode(container.streams.audio[0]):
+        for frame in container.decode(audio_track(container, path)):
             if first is None:
                 first = float(frame.time) if frame.time is not None else start
             parts.extend(part.to_ndarray()[0].astype(np.int16) for part in resampler.resample(frame))

@@ -1,7 +1,7 @@
 """Output files that appear whole or not at all: written under another name, then renamed.
 
 Where Linux allows it, a file has no name until it is complete, so that even a killed process leaves nothing behind.
-Elsewhere it grows as ``.NAME.XXXXXXXX.part`` beside its place.
+Elsewhere it grows as ``.XXXXXXXX.part`` beside its place.
 """
 
 from __future__ import annotations
@@ -38,12 +38,18 @@ def check_output(path: str | Path, suffixes: tuple[str, ...] = VIDEO_SUFFIXES) -
     path = Path(path)
     if path.suffix.lower() not in suffixes:
         raise UserError(f"output {path}: the name must end in one of {', '.join(suffixes)}")
-    if path.is_dir():
-        raise UserError(f"output {path} is a folder; give a file name")
-    if not path.parent.is_dir():
-        raise UserError(f"output {path} cannot be written: there is no folder {path.parent}; create it first")
-    if not os.access(path.parent, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
-        raise UserError(f"output {path} cannot be written: permission denied; choose another folder")
+    try:
+        if path.is_dir():
+            raise UserError(f"output {path} is a folder; give a file name")
+        if not path.parent.is_dir():
+            raise UserError(f"output {path} cannot be written: there is no folder {path.parent}; create it first")
+        if not os.access(path.parent, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
+            raise UserError(f"output {path} cannot be written: permission denied; choose another folder")
+    except UserError:
+        raise
+    except (OSError, ValueError) as error:  # too long, or with a zero byte
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"output {path} cannot be written: {reason}; choose another name") from error
     return path
 
 
@@ -55,7 +61,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     points to is replaced.
     """
     target = Path(os.path.realpath(path))
-    named = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.part")
+    named = target.with_name(f".{uuid.uuid4().hex[:8]}.part")  # no longer than any name may be
     descriptor = _unnamed(target.parent)
     try:
         yield named if descriptor is None else Path(f"/proc/{os.getpid()}/fd/{descriptor}")
@@ -130,6 +136,7 @@ def sample_paths(path: str | Path, num_samples: int) -> list[Path]:
 
 def check_not_input(path: Path, *inputs: object) -> None:
     """Raise a :class:`UserError` if an output would overwrite one of the inputs."""
-    for given in inputs:
+    for item in inputs:
+        given = getattr(item, "path", item)  # of speech that was measured
         if isinstance(given, str | Path) and path.exists() and Path(given).exists() and os.path.samefile(path, given):
             raise UserError(f"output {path} is also an input; choose another name")

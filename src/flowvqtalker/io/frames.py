@@ -49,12 +49,12 @@ class FrameReader:
         unstated = frame.colorspace == _UNSTATED and (frame.width >= 1280 or frame.height > 576)
         matrix = _BT709 if unstated and frame.format.name.startswith("yuv") else None
         plain = is_srgb(*described)
-        pixels = self._converter.reformat(
+        pixels: Any = self._converter.reformat(
             frame, *self._size, "rgb24" if plain else "rgb48le", src_colorspace=matrix
         ).to_ndarray()
         turns, mirrored = _turn(frame)
-        pixels = np.rot90(pixels[:, ::-1] if mirrored else pixels, turns)
-        return np.ascontiguousarray(pixels) if plain else to_srgb(np.ascontiguousarray(pixels), *described)
+        pixels = np.ascontiguousarray(np.rot90(pixels[:, ::-1] if mirrored else pixels, turns))
+        return to_srgb(pixels, *described) if not plain else np.asarray(pixels, np.uint8)
 
 
 def _turn(frame: Any) -> tuple[int, bool]:

@@ -39,7 +39,8 @@ def image_size(path: Path) -> tuple[int, int] | None:
     """Width and height of an image as displayed; None for an animation or another kind of file."""
     with suppress(UserError), _opened(path) as image:
         if not _is_animated(image):
-            return image.size[::-1] if _orientation(image) >= 5 else image.size
+            width, height = image.size
+            return (height, width) if _orientation(image) >= 5 else (width, height)
     return None
 
 
@@ -127,6 +128,8 @@ def _is_animated(image: Any) -> bool:
 
 
 def _milliseconds(image: Any) -> float:
+    """How long the current frame is shown; some formats know only once it is decoded."""
+    image.load()
     return float(image.info.get("duration") or _FRAME_MS)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from flowvqtalker.errors import UserError
 from flowvqtalker.io.atomic import check_output
+from flowvqtalker.io.audio import Speech
 from flowvqtalker.io.image import ImageArray
 from flowvqtalker.io.video import Result, write_video
 from flowvqtalker.provenance.credentials import (
@@ -83,7 +84,7 @@ DEFAULT_MARKS = Marks()
 def write_marked(
     frames: Iterable[ImageArray],
     path: Path,
-    speech: str | Path | None,
+    speech: str | Path | Speech | None,
     total: int,
     progress: Callable[[int, int], None] | None = None,
     marks: Marks = DEFAULT_MARKS,
