@@ -78,6 +78,7 @@ _STAGES = {
     "codebook": "Encoder, codebook and decoder, by self-reconstruction of faces.",
     "vqig": "The vector-quantized image generator, on a trained codebook.",
     "speech": "The speech encoder.",
+    "speech-live": "The speech encoder with a short look-ahead, distilled from the long one.",
     "expflow": "The expression flow.",
     "poseflow": "The head pose flow.",
     "sync": "Evaluator: which sound belongs to which lips.",

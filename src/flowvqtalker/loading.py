@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,8 +29,11 @@ __all__ = [
     "load_flow",
     "load_flows",
     "load_generator",
+    "load_live_encoder",
     "load_speech_encoder",
 ]
+
+logger = logging.getLogger(__name__)
 
 F = TypeVar("F", bound=Flow)
 
@@ -90,26 +94,44 @@ def load_face_model(path: str | Path | None = None) -> FaceModel:
         raise weights.mismatch("face_model", str(error), path) from error
 
 
-def load_speech_encoder(path: str | Path | None = None, *, exact: bool = False) -> SpeechEncoder:
+def load_speech_encoder(
+    path: str | Path | None = None, *, exact: bool = False, name: str = "speech_encoder"
+) -> SpeechEncoder:
     """The speech encoder of a folder of weights.
 
     Arguments:
         exact: compute in float32; otherwise in bfloat16 and int8 where the processor has them, which is faster and
             differs from one kind of processor to another.
+        name: of its weights.
     """
-    tensors, config = weights.load("speech_encoder", path)
+    tensors, config = weights.load(name, path)
     try:
         speech_encoder = SpeechEncoder(SpeechEncoderConfig(**config))
     except (ValueError, TypeError) as error:
-        raise weights.mismatch("speech_encoder", str(error), path) from error
+        raise weights.mismatch(name, str(error), path) from error
     kept = {key.removeprefix("audio."): value for key, value in tensors.items() if key.startswith("audio.")}
-    weights.restore(speech_encoder, kept, "speech_encoder", path)
+    weights.restore(speech_encoder, kept, name, path)
     if exact:
         return speech_encoder.eval()
     speech_encoder = speech_encoder.to(fast_dtype(torch.device("cpu"))).eval()
     if speech_encoder.offset.dtype == torch.bfloat16:
         quantize(speech_encoder)
     return speech_encoder
+
+
+def load_live_encoder(path: str | Path | None = None, *, exact: bool = False) -> SpeechEncoder | None:
+    """The speech encoder with a short look-ahead, whose features the flows take as they take the long one's.
+
+    None if the flows hear with encoders of their own, or if the folder holds none: then live speech is delayed by the
+    look-ahead of the encoder that there is.
+    """
+    names = {Path(file).stem for file in weights.manifest(weights.folder(path))}
+    if "speech_encoder" not in names:
+        return None
+    if "speech_encoder_live" not in names:
+        logger.warning("%s holds no speech_encoder_live; live speech is delayed by 252 ms", weights.folder(path))
+        return None
+    return load_speech_encoder(path, exact=exact, name="speech_encoder_live")
 
 
 def load_flow(

@@ -14,22 +14,32 @@ from flowvqtalker.constants import FPS
 from flowvqtalker.errors import UserError
 from flowvqtalker.face.crop import crop_box
 from flowvqtalker.face.fit import fit
-from flowvqtalker.face.model import EXPRESSION, FaceModel
+from flowvqtalker.face.model import EXPRESSION, IDENTITY, FaceModel
 from flowvqtalker.face.portrait import Portrait, Progress, front_pose, load_portrait, track, track_landmarks
 from flowvqtalker.io import audio as decode
 from flowvqtalker.io.atomic import check_not_input, check_output, sample_paths
 from flowvqtalker.io.coefficients import Coefficients, Motion
 from flowvqtalker.io.image import ImageArray
 from flowvqtalker.io.video import Result
-from flowvqtalker.loading import choose_device, choose_dtype, fast_dtype, load_face_model, load_flows, load_generator
+from flowvqtalker.loading import (
+    choose_device,
+    choose_dtype,
+    fast_dtype,
+    load_face_model,
+    load_flows,
+    load_generator,
+    load_live_encoder,
+)
 from flowvqtalker.motion.emotion import EmotionTrack
 from flowvqtalker.motion.flow import ExpFlow, PoseFlow
 from flowvqtalker.motion.manifold import LatentBank
+from flowvqtalker.motion.mouth import MouthCloser, MouthGate
 from flowvqtalker.motion.options import FILES, MotionChoices, MotionOptions
 from flowvqtalker.motion.stream import MotionStream, open_stream
 from flowvqtalker.provenance import DEFAULT_MARKS, Marks, write_marked
 from flowvqtalker.render.paste import Paster, limit_pose, paste_frames
 from flowvqtalker.render.renderer import ImageGenerator, Renderer
+from flowvqtalker.speech.encoder import SpeechEncoder
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -49,7 +59,7 @@ class Talker:
         talker.animate("portrait.jpg", "speech.wav", "out.mp4", emotion="happy")
 
     Arguments:
-        face_model, expflow, poseflow, bank, generator: the components; None where one is not needed.
+        face_model, expflow, poseflow, bank, generator, live_encoder: the components; None where one is not needed.
         device: where the image generator runs.
         dtype: type of its arithmetic; None chooses the fastest on the device.
     """
@@ -61,12 +71,13 @@ class Talker:
         poseflow: PoseFlow | None = None,
         bank: LatentBank | None = None,
         generator: ImageGenerator | None = None,
+        live_encoder: SpeechEncoder | None = None,
         *,
         device: str | torch.device = "cpu",
         dtype: torch.dtype | None = None,
     ) -> None:
         self._face_model, self._expflow, self._poseflow = face_model, expflow, poseflow
-        self._bank, self._generator = bank, generator
+        self._bank, self._generator, self._live_encoder = bank, generator, live_encoder
         self.device, self.dtype = torch.device(device), dtype
 
     @classmethod
@@ -85,7 +96,7 @@ class Talker:
             path: folder of weights with a manifest; None takes those of the package.
             device: where the image generator runs: ``auto``, ``cpu``, ``cuda`` or ``mps``.
             dtype: type of its arithmetic: ``auto`` (the fastest on the device), ``float32`` or ``bfloat16``.
-            components: ``face`` alone can track, with ``motion`` it can make motion, with ``render`` images.
+            components: ``face`` can track, ``motion`` too: motion, ``render`` too: images, ``live`` too: without delay.
             exact: compute everything in float32, the speech encoder too, whose fast form depends on the processor.
                 The same seed then gives the same motion to 1e-4 on every x86 machine.
 
@@ -93,18 +104,15 @@ class Talker:
             UserError: if weights are missing, damaged (named by their sha256) or do not fit, or a name is unknown.
         """
         wanted = set(components)
-        if unknown := wanted - {"face", "motion", "render"}:
-            raise UserError(f"unknown components {', '.join(sorted(unknown))}; choose from face, motion, render")
+        if unknown := wanted - {"face", "motion", "render", "live"}:
+            raise UserError(f"unknown components {', '.join(sorted(unknown))}; choose from face, motion, render, live")
         chosen = choose_device(device)
         kind = torch.float32 if exact else choose_dtype(dtype)
-        face_model = expflow = poseflow = bank = generator = None
-        if "face" in wanted:
-            face_model = load_face_model(path)
-        if "motion" in wanted:
-            expflow, poseflow, bank = load_flows(path, exact=exact)
-        if "render" in wanted:
-            generator = load_generator(path)
-        return cls(face_model, expflow, poseflow, bank, generator, device=chosen, dtype=kind)
+        face_model = load_face_model(path) if "face" in wanted else None
+        flows = load_flows(path, exact=exact) if "motion" in wanted else (None, None, None)
+        generator = load_generator(path) if "render" in wanted else None
+        live_encoder = load_live_encoder(path, exact=exact) if "live" in wanted else None
+        return cls(face_model, *flows, generator, live_encoder, device=chosen, dtype=kind)
 
     @classmethod
     def load(
@@ -140,17 +148,21 @@ class Talker:
         """Pose (6,) of a face seen from the front; see :func:`flowvqtalker.face.portrait.front_pose`."""
         return front_pose(self.face_model)
 
-    def stream(self, portrait: Portrait | None = None, options: MotionOptions | None = None) -> MotionStream:
+    def stream(
+        self, portrait: Portrait | None = None, options: MotionOptions | None = None, *, live: bool = False
+    ) -> MotionStream:
         """Motion for speech that arrives in blocks; see :class:`flowvqtalker.motion.stream.MotionStream`.
 
         Arguments:
             portrait: whose face starts the motion; None is the mean face seen from the front.
             options: see :class:`flowvqtalker.motion.options.MotionOptions`.
+            live: wait for 92.5 ms of speech instead of 252.5; needs the component ``live``.
 
         Raises:
             UserError: if an option cannot be used.
         """
         chosen = self.resolve(options or MotionOptions())
+        identity = torch.zeros(IDENTITY) if portrait is None else portrait.identity
         pose0 = self.front_pose() if portrait is None else portrait.pose
         return open_stream(
             _part(self._expflow, "motion"),
@@ -159,6 +171,8 @@ class Talker:
             chosen,
             beta0=torch.zeros(EXPRESSION) if portrait is None else portrait.expression,
             pose0=pose0,
+            gate=MouthGate(MouthCloser(self.face_model, identity)),
+            speech_encoder=self._live_encoder if live else None,
         )
 
     def resolve(self, options: MotionOptions) -> MotionOptions:
@@ -204,6 +218,20 @@ class Talker:
         found = _scanned(speech)
         return self.stream(portrait, chosen).run(decode.stream(found, _BLOCK_SECONDS))
 
+    def renderer(self, portrait: Portrait, batch_size: int = 4) -> Renderer:
+        """What draws a portrait; see :class:`~flowvqtalker.render.renderer.Renderer`."""
+        return Renderer(
+            _part(self._generator, "render"),  # type: ignore[arg-type]  # mypy joins the union
+            self.face_model,
+            portrait.image,
+            portrait.identity,
+            portrait.expression,
+            portrait.pose,
+            batch_size=batch_size,
+            device=self.device,
+            dtype=self.dtype or fast_dtype(self.device),
+        )
+
     def render(self, portrait: Portrait, motion: Iterable[Motion], *, full: bool = False) -> Iterator[ImageArray]:
         """Pictures for motion, one for each frame of it.
 
@@ -217,17 +245,7 @@ class Talker:
         Yields:
             (512, 512, 3), or the size of the picture, uint8 RGB.
         """
-        generator: ImageGenerator = _part(self._generator, "render")  # type: ignore[assignment]  # mypy joins the union
-        renderer = Renderer(
-            generator,
-            self.face_model,
-            portrait.image,
-            portrait.identity,
-            portrait.expression,
-            portrait.pose,
-            device=self.device,
-            dtype=self.dtype or fast_dtype(self.device),
-        )
+        renderer = self.renderer(portrait)
         if not full:
             return renderer.render(motion)
         whole = portrait.reduced()

@@ -40,7 +40,7 @@ def test_frames_come_within_the_latency_and_not_sooner(talker):
     delays = [heard / 16 - 40 * frame for frame, heard in enumerate(given)]
     assert max(delays) <= stream.latency_ms + 10  # blocks of 10 ms
     assert min(delays[10:]) > stream.latency_ms - 25
-    assert stream.latency_ms == pytest.approx(stream._generator.lookahead * 40 + 137.5)
+    assert stream.latency_ms == pytest.approx(stream.generator.lookahead * 40 + 137.5)
 
 
 def test_samples_of_other_types(talker):

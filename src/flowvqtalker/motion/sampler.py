@@ -14,13 +14,14 @@ from flowvqtalker.constants import EMOTIONS, FPS
 from flowvqtalker.errors import UserError
 from flowvqtalker.io.coefficients import Motion
 from flowvqtalker.motion.blink import Blinks
-from flowvqtalker.motion.emotion import EmotionCondition, EmotionTrack, encode_emotion
+from flowvqtalker.motion.emotion import BLEND, EmotionCondition, EmotionTrack, encode_emotion, smoothstep
 from flowvqtalker.motion.flow import ExpFlow, PoseFlow
 from flowvqtalker.motion.fused import FusedInverse
 from flowvqtalker.motion.head_pose import PoseTrack
 from flowvqtalker.motion.manifold import LatentBank, project
 from flowvqtalker.motion.options import check_limits
-from flowvqtalker.speech.encoder import AudioStream
+from flowvqtalker.motion.rollout import Rollout
+from flowvqtalker.speech.encoder import AudioEncoder, AudioStream
 
 __all__ = ["ARTICULATION", "TEMPERATURE", "MotionGenerator"]
 
@@ -56,22 +57,6 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
-
-
-class _Rollout:
-    """One autoregressive sequence of expressions.
-
-    Attributes:
-        condition: its emotion.
-        history: (1, τ, D) its previous frames.
-        level: (1,) slow average of the lip opening.
-        excess: (1, D) slow average of the difference to neutral.
-    """
-
-    def __init__(self, condition: EmotionCondition, history: Tensor) -> None:
-        self.condition, self.history = condition, history
-        self.level: Tensor | None = None
-        self.excess = torch.zeros_like(history[:, -1])
 
 
 class MotionGenerator:
@@ -117,6 +102,7 @@ class MotionGenerator:
         manifold: 0 (no projection) to 1.
         neighbours: 𝒦 of the projection.
         poses: head motion instead of PoseFlow's.
+        speech_encoder: takes the place of the flows' own; trained to give the same features with another look-ahead.
         warm_up: frames sampled before the first one, unseen, to fill the history.
 
     Raises:
@@ -146,6 +132,7 @@ class MotionGenerator:
         neighbours: int = 10,
         poses: PoseTrack | None = None,
         warm_up: int = WARM_UP,
+        speech_encoder: AudioEncoder | None = None,
     ) -> None:
         if emotion is None and reference is None and track is None:
             raise UserError("neither an emotion nor a reference was given; give one")
@@ -165,6 +152,7 @@ class MotionGenerator:
             self.source = self.expflow.neutral_face(beta0.to(self.device, torch.float32).reshape(1, -1))
         self.pose0 = pose0.to(self.device, torch.float32).reshape(1, -1)
         self.poses, self._track, self._warm_up_frames = poses, track, warm_up
+        self._encoder = speech_encoder
         self._bank = bank if manifold > 0 else None
         self._banks: dict[int, Tensor] = {}
         with torch.inference_mode(), _one_thread():
@@ -179,7 +167,7 @@ class MotionGenerator:
     @property
     def frontend(self) -> str:
         """The frontend of its windows (:data:`flowvqtalker.speech.features.FRONTENDS`)."""
-        return self.expflow.audio.config.frontend
+        return self._audio[0].encoder.config.frontend
 
     @property
     def lookahead(self) -> int:
@@ -212,7 +200,8 @@ class MotionGenerator:
     def _start(self, seed: int, blink_rate: float) -> None:
         self._finished, self._frame = False, 0
         flows = [self.expflow] if self.poses is not None else [self.expflow, self.poseflow]
-        encoders = list(dict.fromkeys(flow.audio for flow in flows))  # a shared speech encoder runs once
+        # A shared speech encoder runs once.
+        encoders = list(dict.fromkeys(flow.audio if self._encoder is None else self._encoder for flow in flows))
         if len({encoder.config.frontend for encoder in encoders}) > 1:
             raise ValueError("the flows use different frontends: train both with the speech encoder or both without")
         self._audio = [AudioStream(encoder) for encoder in encoders]
@@ -221,11 +210,55 @@ class MotionGenerator:
         self._blinks = Blinks(self.expflow.blink, blink_rate, 2 * seed + 1)
         exp, pose = self.expflow.config, self.poseflow.config
         self._no_history = torch.zeros(1, exp.history, exp.dim, device=self.device)
-        self._rollout = _Rollout(self._conditions[0], self._no_history)
-        self._next: _Rollout | None = None
-        self._neutral_rollout = None if self._neutral is None else _Rollout(self._neutral, self._no_history)
+        self._rollout = Rollout(self._conditions[0], self._no_history)
+        self._next: Rollout | None = None
+        self._neutral_rollout = None if self._neutral is None else Rollout(self._neutral, self._no_history)
         self._pose_history = torch.zeros(1, pose.history, pose.dim, device=self.device)
         self._first_pose: Tensor | None = None
+        self._heard: Tensor | None = None
+        self._fade_start, self._fade_frames = 0, 1
+        self._wanted: tuple[EmotionCondition, int] | None = None
+
+    @torch.inference_mode()
+    def change_emotion(self, emotion: str, intensity: float = 1.0, fade: float = BLEND) -> None:
+        """Cross-fade to another emotion from the next frame on; while a change is under way, after it.
+
+        Arguments:
+            emotion: label or mixture.
+            intensity: 0 to 2.
+            fade: seconds.
+
+        Raises:
+            UserError: for an unknown emotion or a number out of range, or if an emotion track is being followed.
+        """
+        check_limits(intensity=intensity)
+        if not 0 <= fade <= 60:
+            raise UserError(f"fade must be between 0 and 60 seconds, got {fade:g}")
+        if self._track is not None:
+            raise UserError("the emotion follows a track; leave the track out to change it")
+        self._wanted = encode_emotion(self.expflow, emotion, intensity), max(1, round(fade * FPS))
+
+    def _change(self) -> float:
+        """Begin a change that is wanted, end one that is complete; returns the weight of the coming emotion."""
+        part = smoothstep((self._frame - self._fade_start) / self._fade_frames)
+        if self._next is not None and part < 1:
+            return part
+        if self._next is not None:
+            self._rollout, self._next = self._next, None
+        if self._wanted is None or self._heard is None:
+            return 0.0
+        (condition, self._fade_frames), self._wanted = self._wanted, None
+        self._fade_start, self._next = self._frame, Rollout(condition, self._no_history)
+        coming = [self._next]
+        if condition.intensity != 1 and self._neutral_rollout is None:
+            neutral = encode_emotion(self.expflow, "neutral", 1.0)
+            self._neutral_rollout = Rollout(neutral, self._no_history)
+            coming.append(self._neutral_rollout)
+        most_likely = torch.zeros_like(self._no_history[:, 0])
+        for _ in range(self._warm_up_frames):
+            for rollout in coming:
+                self._advance(rollout, self._heard, most_likely)
+        return 0.0
 
     @torch.inference_mode()
     def __call__(self, windows: Tensor, last: bool = False) -> Motion:
@@ -241,7 +274,8 @@ class MotionGenerator:
         """
         if self._finished:
             raise RuntimeError("the last windows were given already; make a new MotionGenerator")
-        expected = (self.expflow.audio.config.mels, self.expflow.audio.config.columns)
+        config = self._audio[0].encoder.config
+        expected = (config.mels, config.columns)
         if windows.ndim != 3 or tuple(windows.shape[1:]) != expected:
             raise ValueError(f"windows must be (T, {expected[0]}, {expected[1]}), got {tuple(windows.shape)}")
         with _one_thread():
@@ -284,7 +318,8 @@ class MotionGenerator:
                 self._sample_pose(pose_audio, torch.zeros_like(self._pose_history[:, 0]))
 
     def _expression(self, audio: Tensor) -> Tensor:
-        part = 0.0 if self._track is None else self._follow(self._track)
+        part = self._change() if self._track is None else self._follow(self._track)
+        self._heard = audio
         noise = self.temperature * self.expflow.latent.noise(1, self._generators[0]).to(self.device)
         neutral = None if self._neutral_rollout is None else self._advance(self._neutral_rollout, audio, noise)
         frame = self._intensify(self._rollout, self._advance(self._rollout, audio, noise), neutral)
@@ -303,13 +338,13 @@ class MotionGenerator:
             self._rollout.condition = self._conditions[latest]
             ahead = track.starts(latest + 1, PREPARE)
             if ahead is not None and time >= ahead and self._next is None:
-                self._next = _Rollout(self._conditions[latest + 1], self._no_history)
+                self._next = Rollout(self._conditions[latest + 1], self._no_history)
             return 0.0
         if self._next is None:
             self._rollout.condition = self._conditions[former].towards(self._conditions[latest], part)
         return part
 
-    def _advance(self, rollout: _Rollout, audio: Tensor, noise: Tensor) -> Tensor:
+    def _advance(self, rollout: Rollout, audio: Tensor, noise: Tensor) -> Tensor:
         """The next frame (1, D) of a rollout, with damped lips and its emotion's bias."""
         condition = rollout.condition
         if condition.weights is not self._fused_for:
@@ -325,7 +360,7 @@ class MotionGenerator:
         rollout.history = torch.cat([rollout.history[:, 1:], frame[None]], dim=1)
         return self._damp_lips(rollout, frame) + condition.emotion_bias
 
-    def _intensify(self, rollout: _Rollout, frame: Tensor, neutral: Tensor | None) -> Tensor:
+    def _intensify(self, rollout: Rollout, frame: Tensor, neutral: Tensor | None) -> Tensor:
         """Scale the difference of a frame (1, D) to neutral by the intensity."""
         if neutral is None:
             return frame
@@ -334,7 +369,7 @@ class MotionGenerator:
             return torch.lerp(neutral, frame, rollout.condition.intensity)
         return self.expflow.soft_clamp(frame + (rollout.condition.intensity - 1) * rollout.excess)
 
-    def _damp_lips(self, rollout: _Rollout, frame: Tensor) -> Tensor:
+    def _damp_lips(self, rollout: Rollout, frame: Tensor) -> Tensor:
         """Damp the lip opening of a frame (1, D) around its slow average."""
         opening = self.expflow.opening
         size = opening.square().sum()

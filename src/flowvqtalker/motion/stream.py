@@ -16,9 +16,11 @@ from flowvqtalker.io.coefficients import Motion
 from flowvqtalker.motion.flow import ExpFlow, PoseFlow
 from flowvqtalker.motion.head_pose import PoseTrack
 from flowvqtalker.motion.manifold import LatentBank
+from flowvqtalker.motion.mouth import MouthGate
 from flowvqtalker.motion.options import MotionOptions
 from flowvqtalker.motion.sampler import ARTICULATION, TEMPERATURE, MotionGenerator
 from flowvqtalker.speech import features
+from flowvqtalker.speech.encoder import AudioEncoder
 
 __all__ = ["MotionStream", "frontend_ms", "open_stream"]
 
@@ -52,10 +54,14 @@ class MotionStream:
         generator: a fresh one, for this speech alone.
         pose0: (6,) pose that the head moves around.
         pose_scale: factor on that movement.
+        gate: shuts the mouth where there is no speech; None leaves it as sampled.
     """
 
-    def __init__(self, generator: MotionGenerator, pose0: Tensor, pose_scale: float = 1.0) -> None:
-        self._generator, self._features = generator, features.FeatureStream(generator.frontend)
+    def __init__(
+        self, generator: MotionGenerator, pose0: Tensor, pose_scale: float = 1.0, gate: MouthGate | None = None
+    ) -> None:
+        self.generator, self.gate = generator, gate
+        self._features = features.FeatureStream(generator.frontend)
         self._pose0, self._scale = pose0, pose_scale
         #: Frames returned so far; the next one is ``frames / 25`` seconds into the speech.
         self.frames = 0
@@ -66,15 +72,18 @@ class MotionStream:
 
         Blocks longer than a frame and the time to compute come on top.
         """
-        return frontend_ms(self._generator.frontend) + self._generator.lookahead * 1e3 * _FRAME / SAMPLE_RATE
+        return frontend_ms(self.generator.frontend) + self.generator.lookahead * 1e3 * _FRAME / SAMPLE_RATE
 
     def push(self, samples: npt.NDArray[Any] | Tensor) -> Motion:
         """Take the next samples, (n,) float in [-1, 1] or int16 at 16 kHz; returns the frames they complete."""
-        return self._scaled(self._generator(self._features.push(_as_float(samples))))
+        wave = _as_float(samples)
+        if self.gate is not None:
+            self.gate.push(wave)
+        return self._finished(self.generator(self._features.push(wave)))
 
     def finish(self) -> Motion:
         """End the speech; returns the remaining frames."""
-        return self._scaled(self._generator(self._features.finish(), last=True))
+        return self._finished(self.generator(self._features.finish(), last=True))
 
     def run(self, blocks: Iterable[npt.NDArray[Any] | Tensor]) -> Iterator[Motion]:
         """Motion for all blocks as they arrive, without empty parts."""
@@ -86,11 +95,12 @@ class MotionStream:
         if len(block):
             yield block
 
-    def _scaled(self, block: Motion) -> Motion:
+    def _finished(self, block: Motion) -> Motion:
         self.frames += len(block)
+        expression = block.expression if self.gate is None else self.gate(block.expression)
         if self._scale == 1:
-            return block
-        return Motion(block.expression, self._pose0 + self._scale * (block.pose - self._pose0))
+            return Motion(expression, block.pose)
+        return Motion(expression, self._pose0 + self._scale * (block.pose - self._pose0))
 
 
 def _as_float(samples: npt.NDArray[Any] | Tensor) -> npt.NDArray[np.float32]:
@@ -113,6 +123,8 @@ def open_stream(
     *,
     beta0: Tensor,
     pose0: Tensor,
+    gate: MouthGate | None = None,
+    speech_encoder: AudioEncoder | None = None,
 ) -> MotionStream:
     """A stream of motion with a user's options.
 
@@ -120,6 +132,8 @@ def open_stream(
         expflow, poseflow, bank: the flows and the bank of latents.
         options: with files read and clips tracked (:meth:`flowvqtalker.pipeline.Talker.resolve`).
         beta0, pose0: expression (64,) and pose (6,) that the motion starts from.
+        gate: see :class:`MotionStream`.
+        speech_encoder: see :class:`~flowvqtalker.motion.sampler.MotionGenerator`.
     """
     given = options.emotion_reference is not None or options.emotion_track is not None
     generator = MotionGenerator(
@@ -138,9 +152,10 @@ def open_stream(
         blink_rate=options.blink_rate,
         seed=options.seed,
         poses=_pose_track(options),
+        speech_encoder=speech_encoder,
         device="cpu",  # small matrices: a GPU would not be faster, and one seed is the same everywhere
     )
-    return MotionStream(generator, pose0, options.pose_scale)
+    return MotionStream(generator, pose0, options.pose_scale, gate)
 
 
 def _pose_track(options: MotionOptions) -> PoseTrack | None:

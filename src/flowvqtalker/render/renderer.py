@@ -99,6 +99,11 @@ class Renderer:
         finally:
             torch.set_num_threads(threads)  # each thread has its own number, but new ones begin with the last one set
 
+    def draw(self, window: Tensor) -> npt.NDArray[np.uint8]:
+        """One (512, 512, 3) frame at once, on this thread, for (2 * reach + 1, 70) coefficients around it."""
+        frame: npt.NDArray[np.uint8] = self._batch(window[None])[0]
+        return frame
+
     @torch.inference_mode()
     def _batch(self, motion: Tensor) -> npt.NDArray[np.uint8]:
         """(B, 2 * reach + 1, 70) windows to (B, 512, 512, 3) frames."""

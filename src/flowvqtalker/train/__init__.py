@@ -22,6 +22,7 @@ STAGES = {
     "codebook": "flowvqtalker.train.codebook",
     "vqig": "flowvqtalker.train.vqig",
     "speech": "flowvqtalker.train.speech",
+    "speech-live": "flowvqtalker.train.speech_live",
     "expflow": "flowvqtalker.train.expflow",
     "poseflow": "flowvqtalker.train.poseflow",
 }

@@ -24,7 +24,7 @@ __all__ = ["WeightsAdd", "WeightsList", "add_weights"]
 logger = logging.getLogger(__name__)
 
 # Stored as int8, since float16 would exceed the package's size limit; smaller matrices are not worth it.
-_QUANTISED, _SMALLEST_QUANTISED = ("speech_encoder",), 2**16
+_QUANTISED, _SMALLEST_QUANTISED = ("speech_encoder", "speech_encoder_live"), 2**16
 
 
 def add_weights(
@@ -106,7 +106,8 @@ class WeightsAdd:
     """Copy a run's weights into a folder of weights as float16 and write their manifest entry."""
 
     name: Annotated[str, tyro.conf.Positional]
-    """face_model, codebook, vqig, expflow, poseflow, speech_encoder, or an evaluator: sync, motion_emotion."""
+    """face_model, codebook, vqig, expflow, poseflow, speech_encoder, speech_encoder_live, or an evaluator: sync,
+    motion_emotion."""
     source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """Folder of a finished training run, or a safetensors file."""
     data: str = ""

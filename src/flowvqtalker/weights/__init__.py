@@ -20,6 +20,7 @@ from flowvqtalker.errors import UserError
 __all__ = [
     "EVALUATORS",
     "LANDMARKER",
+    "LIVE",
     "MANIFEST",
     "NAMES",
     "PUBLISHED",
@@ -51,6 +52,9 @@ NAMES = {
 #: The encoder of the speech that flows without an audio encoder of their own share.
 SPEECH_ENCODER = {"speech_encoder": "speech"}
 
+#: The same with a short look-ahead, for live speech.
+LIVE = {"speech_encoder_live": "speech-live"}
+
 #: Networks that only `evaluate` needs, and the training stage of each.
 EVALUATORS = {
     "sync": "sync",
@@ -61,7 +65,7 @@ EVALUATORS = {
 PUBLISHED = ("expression_face_api", "expression_fer")
 
 #: All names but the published ones, and the training stage of each.
-STAGES = {**NAMES, **SPEECH_ENCODER, **EVALUATORS}
+STAGES = {**NAMES, **SPEECH_ENCODER, **LIVE, **EVALUATORS}
 
 #: MediaPipe's Face Landmarker, which ships with the weights (NOTICE.md).
 LANDMARKER = "face_landmarker.task"

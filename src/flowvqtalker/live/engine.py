@@ -1,0 +1,208 @@
+"""One tick of the clock: 40 ms of sound in, 40 ms of sound and at most one frame out. Knows no time and no threads."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from flowvqtalker.constants import FPS, SAMPLE_RATE
+from flowvqtalker.face.portrait import Portrait
+from flowvqtalker.io.coefficients import Motion
+from flowvqtalker.io.image import ImageArray
+from flowvqtalker.live.behaviour import Behaviour
+from flowvqtalker.live.sound import Floats, Resampler, SoundQueue
+from flowvqtalker.motion.options import MotionOptions
+from flowvqtalker.motion.stream import MotionStream
+from flowvqtalker.provenance import DEFAULT_MARKS, Marks
+from flowvqtalker.provenance.label import labelled
+from flowvqtalker.provenance.watermark import Watermark, payload, to_luma
+
+if TYPE_CHECKING:
+    from flowvqtalker.pipeline import Talker
+
+__all__ = ["LiveEngine", "LiveFrame", "State"]
+
+_TICK = SAMPLE_RATE // FPS
+#: Frames for which somebody who paused is still talking.
+_HOLD = 10
+#: Samples over which sound that is cut off fades out.
+_FADE = 64
+
+
+class State(enum.Enum):
+    """What the portrait is doing."""
+
+    IDLE = "idle"
+    LISTENING = "listening"
+    TALKING = "talking"
+
+
+@dataclass
+class LiveFrame:
+    """40 ms of the stream.
+
+    Attributes:
+        image: (512, 512, 3) uint8 RGB; None where the last one stays: the rate is below 25, or the frame came too late.
+        audio: (rate / 25,) float32 in [-1, 1], the sound of these 40 ms.
+        pts: seconds from the start of the stream, of both.
+        state: what the portrait is doing.
+        motion: the coefficients of the frame.
+    """
+
+    image: ImageArray | None
+    audio: Floats
+    pts: float
+    state: State
+    motion: Motion
+
+
+class LiveEngine:
+    """A portrait's endless motion, sound and frames; :class:`~flowvqtalker.live.talker.LiveTalker` runs it in time.
+
+    Arguments:
+        talker: with the components face, motion and render, and ``live`` for the short look-ahead.
+        portrait: see :meth:`flowvqtalker.pipeline.Talker.portrait`.
+        options: of the motion.
+        audio_rate: samples per second of the sound that comes out.
+        marks: the watermark and the visible label; a stream is not signed.
+        behave: breathe, look around and nod.
+    """
+
+    def __init__(
+        self,
+        talker: Talker,
+        portrait: Portrait,
+        options: MotionOptions,
+        *,
+        audio_rate: int = 24_000,
+        marks: Marks = DEFAULT_MARKS,
+        behave: bool = True,
+    ) -> None:
+        self.sound = SoundQueue(audio_rate)
+        self.listening = False
+        self.ticks = 0
+        self._talker, self._options = talker, options
+        self._to_speech = Resampler(audio_rate, SAMPLE_RATE)
+        self._watermark = Watermark(payload(marks.mark_id)) if marks.mark else None
+        self._raw: ImageArray | None = None
+        self._label = labelled(self._unlabelled()) if marks.label else None
+        self._behaviour = Behaviour(options.seed) if behave else None
+        self._since_speech = _HOLD
+        self._stream = self._open(portrait, options)
+        #: Samples of the speech that the motion looks ahead, beyond the end of a frame.
+        self._ahead = round(self._stream.latency_ms * SAMPLE_RATE / 1e3) - _TICK
+        self._recent: Floats = np.zeros(self._ahead, np.float32)
+        self._stream.push(self._recent)
+        self._speech: Floats = np.zeros(0, np.float32)
+        self._delayed: Floats = np.zeros(round(self._ahead * audio_rate / SAMPLE_RATE), np.float32)
+
+    @property
+    def latency_ms(self) -> float:
+        """Milliseconds from a sample to its frame without computing: its block of 40 ms and the look-ahead."""
+        return 1e3 * (_TICK + self._ahead) / SAMPLE_RATE
+
+    def _open(self, portrait: Portrait, options: MotionOptions) -> MotionStream:
+        self._renderer = self._talker.renderer(portrait, batch_size=1)
+        reach = self._renderer.generator.config.reach
+        self._window = torch.zeros(0)
+        self._reach = reach
+        return self._talker.stream(portrait, options, live=True)
+
+    @property
+    def follows_track(self) -> bool:
+        """Whether the emotion comes from a track."""
+        return self._options.emotion_track is not None
+
+    def set_portrait(self, portrait: Portrait, emotion: str | None, intensity: float) -> None:
+        """Show another portrait from the next tick on, with an emotion; the speech goes on."""
+        options = replace(
+            self._options, emotion=emotion, intensity=intensity, emotion_reference=None, emotion_track=None
+        )
+        self._stream = self._open(portrait, options)
+        self._stream.push(self._recent)
+
+    def set_emotion(self, emotion: str, intensity: float, fade: float) -> None:
+        """Cross-fade to another emotion; see :meth:`flowvqtalker.motion.sampler.MotionGenerator.change_emotion`."""
+        self._stream.generator.change_emotion(emotion, intensity, fade)
+
+    def interrupt(self) -> None:
+        """Fall silent at once: drop what waits and shut the mouth."""
+        self.sound.clear()
+        fade = min(_FADE, len(self._delayed))
+        self._delayed[:fade] *= np.linspace(1, 0, fade, dtype=np.float32)
+        self._delayed[fade:] = 0
+        assert self._stream.gate is not None
+        self._stream.gate.shut()
+        self._since_speech = _HOLD
+
+    def tick(self, draw: bool = True) -> LiveFrame:
+        """The next 40 ms; ``draw`` whether with an image."""
+        block = self.sound.take()
+        self._delayed = np.concatenate([self._delayed, block])
+        audio, self._delayed = self._delayed[: len(block)], self._delayed[len(block) :]
+        motion = self._moved(self._speech_block(block))
+        image = self._draw(motion, draw)
+        frame = LiveFrame(image, audio, self.ticks / FPS, self.state, motion)
+        self.ticks += 1
+        return frame
+
+    @property
+    def state(self) -> State:
+        """What the portrait is doing."""
+        if self._since_speech < _HOLD:
+            return State.TALKING
+        return State.LISTENING if self.listening else State.IDLE
+
+    def _speech_block(self, block: Floats) -> Floats:
+        """(640,) at 16 kHz; what the resampler holds back at the start becomes silence before it."""
+        self._speech = np.concatenate([self._speech, self._to_speech(block)])
+        self._speech = np.pad(self._speech, (max(0, _TICK - len(self._speech)), 0))
+        taken, self._speech = self._speech[:_TICK], self._speech[_TICK:]
+        return taken
+
+    def _moved(self, speech: Floats) -> Motion:
+        self._recent = np.concatenate([self._recent, speech])[-self._ahead :] if self._ahead else self._recent
+        motion = self._stream.push(speech)
+        assert len(motion) == 1, "one tick is one frame"
+        assert self._stream.gate is not None
+        self._since_speech = 0 if self._stream.gate.speaking else min(self._since_speech + 1, _HOLD)
+        if self._behaviour is None:
+            return motion
+        offset = self._behaviour(self.state is State.TALKING, self.listening)
+        return Motion(motion.expression, motion.pose + offset)
+
+    def _draw(self, motion: Motion, draw: bool) -> ImageArray | None:
+        frame = torch.cat([motion.expression, motion.pose], dim=1)
+        if not len(self._window):
+            self._window = frame.expand(self._reach + 1, -1)
+        self._window = torch.cat([self._window[1:], frame])
+        if not draw:
+            return None
+        # The paper's generator looks half a window ahead, for which nobody can wait: the last frame is repeated.
+        window = torch.cat([self._window, frame.expand(self._reach, -1)])
+        image = self._renderer.draw(window)
+        if self._label is not None:
+            self._raw = image
+            image = next(self._label)
+        return image if self._watermark is None else _marked(image, self._watermark)
+
+    def _unlabelled(self) -> Iterator[ImageArray]:
+        while self._raw is not None:
+            yield self._raw
+
+
+def _marked(image: ImageArray, mark: Watermark) -> ImageArray:
+    """An image (H, W, 3) with the watermark in its luma: what it adds there is added to each channel."""
+    before = to_luma(image)
+    after = before.copy()
+    mark(after)
+    change = cv2.subtract(after, before, dtype=cv2.CV_16S)
+    marked: npt.NDArray[np.uint8] = cv2.add(image, cv2.merge([change] * 3), dtype=cv2.CV_8U)
+    return marked
