@@ -60,7 +60,7 @@ class Process:
         line = self.process.stdout.readline()
         assert "serves on http://" in line, line
         self.url = line.split()[3]
-        self.client = httpx.Client(base_url=self.url, timeout=60)
+        self.client = httpx.Client(base_url=self.url, timeout=300)
 
     def kill(self, how: int = signal.SIGKILL) -> int:
         """End it."""

@@ -79,7 +79,8 @@ class Serve:
         for name in ("workers", "max_upload", "max_seconds", "max_queue"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be a number from 1, got {getattr(self, name):g}")
-        weights_hashes(self.weights)
+        if self.weights is not None:  # the package's own are known, and looking at them takes seconds
+            weights_hashes(self.weights)
         names = self.public_names or (tuple({*_LOOPBACK, self.host}) if _is_loopback(self.host) else ())
         return Settings(
             data=self.data.absolute(),

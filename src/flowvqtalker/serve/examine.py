@@ -72,6 +72,10 @@ class Examiner:
                     self._pool = self._start()
             raise Problem("invalid", "The file cannot be read; give another one.") from error
 
+    def warm(self, weights: Path | None) -> None:
+        """Load what looks for faces before the first upload comes."""
+        self._pool.submit(_warm, weights)
+
     def close(self) -> None:
         """End the processes."""
         self._pool.shutdown(wait=False, cancel_futures=True)
@@ -93,6 +97,13 @@ def _face_model(weights: Path | None) -> Any:
     from flowvqtalker.loading import load_face_model
 
     return load_face_model(weights)
+
+
+def _warm(weights: Path | None) -> None:
+    from flowvqtalker.face.tracker import FaceTracker
+
+    _face_model(weights)
+    FaceTracker().close()
 
 
 def examine_portrait(folder: Path, settings: Settings) -> dict[str, Any]:

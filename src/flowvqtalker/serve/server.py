@@ -44,6 +44,7 @@ class Server:
     def start(self) -> None:
         """Start the workers."""
         self.pool.start()
+        self.examiner.warm(self.settings.weights)
 
     def close(self) -> None:
         """End the workers and let go of the data."""
