@@ -12,7 +12,7 @@ from fastapi.staticfiles import StaticFiles
 from fastapi_offline import FastAPIOffline
 
 from flowvqtalker import __version__
-from flowvqtalker.serve import problems, routes_assets, routes_info, routes_videos
+from flowvqtalker.serve import problems, routes_assets, routes_info, routes_talks, routes_videos
 from flowvqtalker.serve.access import Guard
 from flowvqtalker.serve.server import Server
 from flowvqtalker.serve.settings import Settings
@@ -49,14 +49,13 @@ def create_app(settings: Settings) -> FastAPI:
     )
     app.state.server = server
     problems.install(app)
-    for routes in (routes_videos, routes_assets, routes_info):
+    for routes in (routes_videos, routes_assets, routes_talks, routes_info):
         app.include_router(routes.router)
     app.add_middleware(Guard, settings=settings, meter=server.meter)
-    if (PAGE / "index.html").is_file():
 
-        @app.get("/", include_in_schema=False)
-        def page() -> FileResponse:
-            return FileResponse(PAGE / "index.html")
+    @app.get("/", include_in_schema=False)
+    def page() -> FileResponse:
+        return FileResponse(PAGE / "index.html")
 
-        app.mount("/page", StaticFiles(directory=PAGE), name="page")
+    app.mount("/page", StaticFiles(directory=PAGE), name="page")
     return app

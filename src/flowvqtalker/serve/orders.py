@@ -50,13 +50,14 @@ def choose_face(portrait: Row, face: int | None) -> int:
     return int(chosen["index"])
 
 
-async def order_video(server: Server, owner: str, given: Given) -> Row:
+async def order_video(server: Server, owner: str, given: Given, more: dict[str, Any] | None = None) -> Row:
     """Put a job into the queue.
 
     Arguments:
         server: the server.
         owner: whose job it is.
         given: what the request holds.
+        more: further entries of the record's ``request``.
 
     Returns:
         its record.
@@ -114,7 +115,7 @@ async def order_video(server: Server, owner: str, given: Given) -> Row:
         video = new_id("video")
         record = {
             "id": video, "owner": owner, "status": "queued", "assets": assets, "seconds": seconds,
-            "request": {"options": options, "name": name, "mark_id": int(video[-12:], 16)},
+            "request": {"options": options, "name": name, "mark_id": int(video[-12:], 16), **(more or {})},
             "frames": frames * samples, "samples": samples, "consent": now, "created": now,
         }  # fmt: skip
         if not await run_in_threadpool(server.store.add_video, record, limits.max_queue, limits.max_client):

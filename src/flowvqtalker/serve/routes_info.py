@@ -17,6 +17,7 @@ from flowvqtalker.serve.access import COOKIE, cookie_options, open_session
 from flowvqtalker.serve.examine import list_options, verify_file
 from flowvqtalker.serve.problems import Problem
 from flowvqtalker.serve.server import Owner, TheServer, server_of
+from flowvqtalker.serve.store import TEMPORARY
 from flowvqtalker.serve.uploads import read_request, save
 
 __all__ = ["router"]
@@ -52,7 +53,7 @@ async def verify(request: Request, server: TheServer, owner: Owner) -> dict[str,
     given = await read_request(request)
     if "file" not in given.files:
         raise Problem("missing", "Send a file as the field file.", "file")
-    with tempfile.TemporaryDirectory(dir=server.store.folder, prefix="verify-") as folder:
+    with tempfile.TemporaryDirectory(dir=server.store.folder, prefix=TEMPORARY) as folder:
         path = Path(folder) / "file"
         await run_in_threadpool(save, given.files["file"].file, path)
         return await server.examiner(verify_file, path, server.settings)

@@ -17,6 +17,7 @@ from flowvqtalker.constants import FPS
 from flowvqtalker.serve.examine import export
 from flowvqtalker.serve.orders import order_video
 from flowvqtalker.serve.problems import Problem
+from flowvqtalker.serve.routes_assets import form_body
 from flowvqtalker.serve.server import Owner, Server, TheServer
 from flowvqtalker.serve.store import ACTIVE, Row
 from flowvqtalker.serve.tasks import motion_path, preview_path, sample_path
@@ -30,7 +31,22 @@ _TYPES = {"mp4": "video/mp4", "csv": "text/csv", "glb": "model/gltf-binary"}
 _EVENT_SECONDS, _HEARTBEAT_SECONDS = 0.2, 10.0
 
 
-@router.post("", status_code=202)
+_FORM = form_body(
+    portrait="file",
+    portrait_id="instead of the file",
+    speech="file",
+    speech_id="instead of the file",
+    consent="true: you have the right to use the portrait",
+    emotion="happy, sad, ... or a mixture",
+    emotion_track="csv text, or a JSON list of {time, emotion, intensity}",
+    emotion_reference="file",
+    pose_from="file",
+    transition="seconds of a change of emotion in a track",
+    name="label, given back as it was",
+)
+
+
+@router.post("", status_code=202, openapi_extra=_FORM)
 async def create_video(request: Request, server: TheServer, owner: Owner, response: Response) -> dict[str, Any]:
     """Animate a portrait with speech: a form with files, or JSON with identifiers; /v1/options lists the options."""
     given = await read_request(request)

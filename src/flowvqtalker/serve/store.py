@@ -18,10 +18,12 @@ from typing import Any
 
 from flowvqtalker.errors import UserError
 
-__all__ = ["ACTIVE", "ORIGINAL", "Row", "Store", "new_id"]
+__all__ = ["ACTIVE", "ORIGINAL", "TEMPORARY", "Row", "Store", "new_id"]
 
 #: States of a job that has not ended.
 ACTIVE = ("queued", "in_progress")
+#: Begin of the names of folders that live as long as a request.
+TEMPORARY = "request-"
 #: Name of an upload in its folder.
 ORIGINAL = "original"
 
@@ -95,6 +97,8 @@ class Store:
             for path in (self.folder / name).iterdir():
                 if path.name not in known:
                     shutil.rmtree(path, ignore_errors=True)
+        for path in self.folder.glob(f"{TEMPORARY}*"):
+            shutil.rmtree(path, ignore_errors=True)
 
     def all(self, query: str, *values: Any) -> list[Row]:
         """The rows of a query, with JSON columns decoded."""
