@@ -33,6 +33,8 @@ class MotionArguments(MotionOptions):
     emotion_reference: File = None
     reference_neutral: File = None
     emotion_track: File = None
+    valence: _Number = None
+    arousal: _Number = None
     pose_from: File = None
     temperature: _Number = None
     articulation: _Number = None

@@ -102,6 +102,40 @@ def test_wrong_files_are_named(tmp_path, content, message):
     assert "\n" not in str(caught.value)
 
 
+def test_cue_sheets(tmp_path):
+    file = tmp_path / "cues.txt"
+    file.write_text(
+        "Act one\n0:00 [neutral] Good evening.\n0:03.5 [Sad:0.5] Rain.\n1:00:02,25 [happy + sad] Sun!\n", "utf-8"
+    )
+    keys = EmotionKey(0, "neutral"), EmotionKey(3.5, "sad", 0.5), EmotionKey(3602.25, "happy+sad")
+    assert EmotionTrack.load(file).keys == keys
+    spans = (
+        "1\n00:00:01,000 --> 00:00:03,000\n[happy] Good day!\n\n2\n00:00:04.0 --> 00:00:06.0\nA day[sad:1.2]\nof rain\n"
+    )
+    file.write_text(spans, "utf-8")  # "A day" are 5 of the 12 characters of its two lines
+    happy, sad = EmotionTrack.load(file).keys
+    assert happy == EmotionKey(1, "happy") and sad == EmotionKey(pytest.approx(4 + 2 * 5 / 12), "sad", 1.2)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("0 [happy]\n[sad]\n", r"line 2 begins with no time; write one tag after a time, for instance 0:03.5 \[sad"),
+        ("0 [happy] now [sad]\n", "line 1 holds two tags"),
+        ("0 [happy]\n1 [joy]\n", "line 2: unknown emotion 'joy'; choose one of angry"),
+        ("0 [happy:much]\n", "line 1: 'much' is not an intensity"),
+        ("0 [happy:3]\n", "intensity must be between 0 and 2, got 3"),
+        ("2 [happy]\n1 [sad]\n", "must rise, got 1 after 2"),
+        ("0 [...]\n", "holds no row"),
+    ],
+)
+def test_wrong_cues_are_named(tmp_path, content, message):
+    (tmp_path / "cues.txt").write_text(content, "utf-8")
+    with pytest.raises(UserError, match=message) as caught:
+        EmotionTrack.load(tmp_path / "cues.txt")
+    assert "\n" not in str(caught.value)
+
+
 def test_a_mixture_of_one_is_the_label_and_others_lie_between(tiny):
     heard = windows(12)
     happy, sad, one, half = (

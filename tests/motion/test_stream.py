@@ -52,3 +52,13 @@ def test_samples_of_other_types(talker):
         with pytest.raises(ValueError, match=message):
             talker.stream().push(samples)
     assert len(talker.stream().finish()) == 0
+
+
+def test_valence_and_arousal_choose_the_emotion(talker, tmp_path):
+    path = write_wav(tmp_path / "speech.wav", babble(0.8))
+    neutral, middle, happy, pleasant = (
+        joined(talker.motion(path, **given))[0]
+        for given in ({}, {"valence": 0.0}, {"emotion": "happy"}, {"valence": 0.81, "arousal": 0.51})
+    )
+    assert torch.equal(middle, neutral)
+    assert (pleasant - happy).norm() < 0.1 * (happy - neutral).norm()

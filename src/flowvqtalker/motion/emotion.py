@@ -14,6 +14,7 @@ from torch import Tensor
 
 from flowvqtalker.constants import EMOTIONS
 from flowvqtalker.errors import UserError
+from flowvqtalker.motion.cues import is_cue_sheet, read_cues
 from flowvqtalker.motion.flow import ExpFlow
 from flowvqtalker.motion.reference import reference_bias, reference_latent
 
@@ -32,7 +33,7 @@ __all__ = [
 #: looks like a cut.
 BLEND = 0.4
 
-_NEEDED = "a csv file with the columns time (seconds), emotion and optionally intensity"
+_NEEDED = "a csv file with the columns time (seconds), emotion and optionally intensity, or a cue sheet"
 
 
 def parse_emotion(spec: str) -> tuple[float, ...]:
@@ -138,7 +139,8 @@ class EmotionTrack:
 
     @classmethod
     def load(cls, path: str | Path, blend: float = BLEND) -> EmotionTrack:
-        """Read a csv file of time in seconds, emotion and optionally intensity, with or without a header.
+        """Read a csv file of time in seconds, emotion and optionally intensity, with or without a header, or a cue
+        sheet (:mod:`flowvqtalker.motion.cues`).
 
         Raises:
             UserError: naming the line, if the file is missing or cannot be understood.
@@ -147,9 +149,14 @@ class EmotionTrack:
         if not path.is_file():
             raise UserError(f"emotion track {path} does not exist; give {_NEEDED}")
         try:
-            with open(path, newline="", encoding="utf-8-sig") as file:
-                lines = csv.reader(file, skipinitialspace=True)
+            text = path.read_text(encoding="utf-8-sig")
+            if is_cue_sheet(text):
+                rows = [(line, [str(time), *cue]) for line, time, *cue in read_cues(text)]
+            else:
+                lines = csv.reader(text.splitlines(keepends=True), skipinitialspace=True)
                 rows = [(lines.line_num, [cell.strip() for cell in row]) for row in lines if any(map(str.strip, row))]
+        except UserError as error:
+            raise UserError(f"{path}, {error}") from error
         except (OSError, UnicodeDecodeError, csv.Error) as error:
             raise UserError(f"emotion track {path} cannot be read ({error}); give {_NEEDED}") from error
         names = ["time", "emotion", "intensity"]

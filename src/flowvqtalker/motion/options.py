@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict
@@ -21,13 +22,15 @@ if TYPE_CHECKING:
 else:
     Reference = Course = HeadMotion = Any
 
-__all__ = ["FILES", "LIMITS", "MotionChoices", "MotionOptions", "check_limits"]
+__all__ = ["FILES", "LIMITS", "MotionChoices", "MotionOptions", "check_limits", "lowest"]
 
 #: Options that may name a file.
 FILES = ("emotion_reference", "reference_neutral", "emotion_track", "pose_from")
 
-#: Largest values; the smallest is 0.
+#: Largest values; for the smallest see :func:`lowest`.
 LIMITS = {
+    "valence": 1.0,
+    "arousal": 1.0,
     "intensity": 2.0,
     "temperature": 2.0,
     "articulation": 3.0,
@@ -38,11 +41,18 @@ LIMITS = {
 }
 
 
+def lowest(name: str) -> float:
+    """Smallest value of a number of :data:`LIMITS`."""
+    return -LIMITS[name] if name in ("valence", "arousal") else 0.0
+
+
 def check_limits(**given: float | None) -> None:
     """Raise a :class:`UserError` for a number that lies outside its limits; None lies inside."""
     for name, value in given.items():
-        if value is not None and not 0 <= value <= LIMITS[name]:
-            raise UserError(f"{name} must be between 0 and {LIMITS[name]:g}, got {value:g}", code="out_of_range")
+        if value is not None and not lowest(name) <= value <= LIMITS[name]:
+            raise UserError(
+                f"{name} must be between {lowest(name):g} and {LIMITS[name]:g}, got {value:g}", code="out_of_range"
+            )
 
 
 class MotionChoices(TypedDict, total=False):
@@ -52,6 +62,8 @@ class MotionChoices(TypedDict, total=False):
     emotion_reference: Reference | None
     reference_neutral: Reference | None
     emotion_track: Course | None
+    valence: float | None
+    arousal: float | None
     intensity: float | None
     temperature: float | None
     articulation: float | None
@@ -77,7 +89,12 @@ class MotionOptions:
     reference_neutral: Reference | None = None
     """Image or clip of the same person with a neutral face. Default: it is estimated from the reference."""
     emotion_track: Course | None = None
-    """Emotion over time: csv file with the columns time (seconds), emotion and optionally intensity."""
+    """Emotion over time: csv file with the columns time (seconds), emotion and optionally intensity, or a text of cues
+    as 0:03.5 [sad:0.5]."""
+    valence: float | None = None
+    """How pleasant, -1 to 1, instead of an emotion; with arousal, 0 and 0 is neutral."""
+    arousal: float | None = None
+    """How excited, -1 to 1, instead of an emotion."""
     intensity: float = 1.0
     """Strength of the emotion: 0 is neutral, 1 as learnt, at most 2."""
     temperature: float | None = None
@@ -106,15 +123,18 @@ class MotionOptions:
                 )
         if self.reference_neutral is not None and self.emotion_reference is None:
             raise UserError("reference_neutral needs emotion_reference; give both, of one person")
-        others = {"emotion": self.emotion, "emotion_reference": self.emotion_reference}
-        for name, value in others.items():
-            if self.emotion_track is not None and value is not None:
-                raise UserError(f"{name} and emotion_track exclude each other; give one")
+        ways = ("emotion", "emotion_reference", "emotion_track", "valence", "arousal")
+        given = [name for name in ways if getattr(self, name) is not None]
+        for one, other in itertools.combinations(given, 2):
+            if (one, other) not in (("emotion", "emotion_reference"), ("valence", "arousal")):
+                raise UserError(f"{one} and {other} exclude each other; give one")
         if self.fixed_pose and self.pose_from is not None:
             raise UserError("fixed_pose and pose_from exclude each other; give one")
         if not 0 <= self.seed < 2**62:
             raise UserError(f"seed must be a number from 0 to 2**62 - 1, got {self.seed}")
         check_limits(
+            valence=self.valence,
+            arousal=self.arousal,
             intensity=self.intensity,
             temperature=self.temperature,
             articulation=self.articulation,

@@ -13,11 +13,12 @@ from torch import Tensor
 
 from flowvqtalker.constants import FPS, SAMPLE_RATE
 from flowvqtalker.io.coefficients import Motion
+from flowvqtalker.motion.circumplex import place_emotion
 from flowvqtalker.motion.flow import ExpFlow, PoseFlow
 from flowvqtalker.motion.head_pose import PoseTrack
 from flowvqtalker.motion.manifold import LatentBank
 from flowvqtalker.motion.mouth import MouthGate
-from flowvqtalker.motion.options import MotionOptions
+from flowvqtalker.motion.options import LIMITS, MotionOptions
 from flowvqtalker.motion.sampler import ARTICULATION, TEMPERATURE, MotionGenerator
 from flowvqtalker.speech import features
 from flowvqtalker.speech.encoder import AudioEncoder
@@ -135,6 +136,10 @@ def open_stream(
         gate: see :class:`MotionStream`.
         speech_encoder: see :class:`~flowvqtalker.motion.sampler.MotionGenerator`.
     """
+    emotion, intensity = options.emotion, options.intensity
+    if options.valence is not None or options.arousal is not None:
+        emotion, strength = place_emotion(options.valence or 0.0, options.arousal or 0.0)
+        intensity = min(strength * intensity, LIMITS["intensity"])
     given = options.emotion_reference is not None or options.emotion_track is not None
     generator = MotionGenerator(
         expflow,
@@ -142,11 +147,11 @@ def open_stream(
         bank,
         beta0=beta0,
         pose0=pose0,
-        emotion="neutral" if options.emotion is None and not given else options.emotion,
+        emotion="neutral" if emotion is None and not given else emotion,
         reference=options.emotion_reference,  # type: ignore[arg-type]  # resolved
         calm=options.reference_neutral,  # type: ignore[arg-type]
         track=options.emotion_track,  # type: ignore[arg-type]
-        intensity=options.intensity,
+        intensity=intensity,
         temperature=TEMPERATURE if options.temperature is None else options.temperature,
         articulation=ARTICULATION if options.articulation is None else options.articulation,
         blink_rate=options.blink_rate,

@@ -18,14 +18,12 @@ from pydantic import TypeAdapter, ValidationError
 
 from flowvqtalker.errors import UserError
 from flowvqtalker.motion.emotion import BLEND, EmotionKey, EmotionTrack
-from flowvqtalker.motion.options import LIMITS
+from flowvqtalker.motion.options import FILES, LIMITS, lowest
 from flowvqtalker.options import AnimateArguments
 from flowvqtalker.serve.problems import Problem, from_user_error
 
-__all__ = ["FILES", "check_options", "describe_options", "load_track"]
+__all__ = ["check_options", "describe_options", "load_track"]
 
-#: Options that are files.
-FILES = ("emotion_reference", "emotion_track", "pose_from")
 # The server decides on these.
 _NOT_OFFERED = {"device", "dtype", "weights", "exact", "mark", "mark_id", "sign_cert", "sign_key", "timestamp_url"}
 _HINTS = typing.get_type_hints(AnimateArguments)
@@ -114,7 +112,7 @@ def describe_options() -> list[dict[str, Any]]:
         default = None if option.default is MISSING else option.default
         entry = {"name": name, "type": "file" if name in FILES else kind, "default": default}
         if name in LIMITS:
-            entry |= {"min": 0.0, "max": LIMITS[name]}
+            entry |= {"min": lowest(name), "max": LIMITS[name]}
         described.append(entry | {"help": help_texts.get(name, "")})
     described.append({
         "name": "transition", "type": "number", "default": BLEND, "min": 0.0, "max": 60.0,

@@ -8,6 +8,7 @@ from typing import Any
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
 
+from flowvqtalker.motion.options import FILES
 from flowvqtalker.serve.examine import check_request
 from flowvqtalker.serve.problems import Problem
 from flowvqtalker.serve.server import Server
@@ -16,7 +17,7 @@ from flowvqtalker.serve.uploads import Given
 
 __all__ = ["choose_face", "no_consent", "order_video"]
 
-_CLIPS = ("emotion_reference", "pose_from")
+_CLIPS = tuple(name for name in FILES if name != "emotion_track")
 _LONGEST_NAME, _LONGEST_TRACK = 200, 1 << 20
 _LONGEST_TRANSITION = 60.0  # seconds
 
