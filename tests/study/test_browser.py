@@ -6,39 +6,26 @@ Skipped only where there is no Chromium and CI_REQUIRE_BROWSER is not set.
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from selenium import webdriver
-from selenium.webdriver.chrome.service import Service
-from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
-from selenium.webdriver.support.ui import WebDriverWait
 
 from flowvqtalker_eval.study.analysis import analyse
 from flowvqtalker_eval.study.answers import collect
 from flowvqtalker_eval.study.commands import Build
 from flowvqtalker_eval.study.key import Key
 
+from ..browser import BrowserPage, needs_browser, open_browser
 from .study_help import ITEMS, METHODS, quick_clips, write_methods, write_video
 
-CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-pytestmark = pytest.mark.skipif(
-    not (CHROMIUM and DRIVER) and not os.environ.get("CI_REQUIRE_BROWSER"),
-    reason="there is no chromium with chromedriver here",
-)
-
-FLAGS = (
-    "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync --disable-dev-shm-usage --mute-audio --window-size=1280,900"
-)
+pytestmark = needs_browser
 
 
 @pytest.fixture(scope="module")
@@ -54,17 +41,8 @@ def study(tmp_path_factory) -> Path:
     return folder / "study"
 
 
-class Page:
+class Page(BrowserPage):
     """A browser on the page, with what a participant does."""
-
-    def __init__(self, driver: webdriver.Chrome) -> None:
-        self.driver = driver
-
-    def __getitem__(self, name: str):
-        return self.driver.find_element(By.ID, name)
-
-    def wait(self, ready: Callable[[], object], what: str) -> None:
-        WebDriverWait(self.driver, 60, poll_frequency=0.05).until(lambda _: ready(), what)
 
     def open(self, address: str) -> None:
         self.driver.get(address)
@@ -108,9 +86,6 @@ class Page:
         script = "return Object.entries(localStorage).filter(([name]) => name.includes(':rater:')).map(([, v]) => v)"
         return json.loads(self.driver.execute_script(script)[-1])
 
-    def press(self, *keys: str) -> None:
-        ActionChains(self.driver).send_keys(*keys).perform()
-
     def dialog(self, name: str) -> None:
         self.driver.find_element(By.CSS_SELECTOR, f'#dialog button[value="{name}"]').click()
         self.settle()
@@ -120,27 +95,11 @@ class Page:
         self.wait(lambda: not self.driver.execute_script("return document.getElementById('dialog').open"), "the dialog")
         self.driver.execute_async_script("const done = arguments[0]; setTimeout(() => setTimeout(done, 100), 100)")
 
-    def requests(self) -> set[str]:
-        """Addresses that were asked for."""
-        messages = [json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")]
-        sent = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
-        return {address for address in sent if not address.startswith(("data:", "blob:", "chrome"))}
-
-    def complaints(self) -> list[str]:
-        return [entry["message"] for entry in self.driver.get_log("browser") if entry["level"] != "INFO"]
-
 
 @pytest.fixture(scope="module")
 def driver(tmp_path_factory) -> Iterator[webdriver.Chrome]:
     """A browser with a fresh profile."""
-    assert CHROMIUM and DRIVER, "CI_REQUIRE_BROWSER is set, and there is no chromium with chromedriver"
-    folder = tmp_path_factory.mktemp("chromium")
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for flag in (*FLAGS.split(), f"--user-data-dir={folder / 'profile'}"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = webdriver.Chrome(options=options, service=Service(executable_path=DRIVER))
+    driver = open_browser(tmp_path_factory.mktemp("chromium") / "profile")
     yield driver
     driver.quit()
 
@@ -339,8 +298,7 @@ def test_withdrawal_deletes(page, study):
 
 def test_phone(page, study):
     """On a narrow screen nothing is cut off and everything can be touched."""
-    metrics = {"width": 360, "height": 740, "deviceScaleFactor": 2, "mobile": True}
-    page.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    page.screen(360, 740)
     page.open((study / "page" / "index.html").as_uri() + "?rater=M1")
     page.start()
     assert page.driver.execute_script("return document.documentElement.scrollWidth") <= 360

@@ -14,12 +14,12 @@ function write(list) {
   try { localStorage.setItem(KEY, JSON.stringify(list.slice(0, MOST))); } catch { /* private window */ }
 }
 
-/** Add a video, or what is new of it. */
-export function remember({ id, created_at: made, status, options = {}, samples = [] }) {
+/** Add a video, or what is new of it. `title` says what it shows, where that is known. */
+export function remember({ id, created_at: made, status, samples = [] }, title) {
   if (!made) return;
   const list = read();
   const at = list.findIndex((one) => one.id === id);
-  const entry = { id, made, status, emotion: options.emotion_track ? "changing" : options.emotion ?? "", first: samples.find((one) => one.ready)?.index };
+  const entry = { id, made, status, title: title ?? list[at]?.title ?? "video", first: samples.find((one) => one.ready)?.index };
   if (at < 0) list.unshift(entry); else list[at] = entry;
   write(list);
   render();
@@ -31,7 +31,7 @@ export async function restore() {
   const found = await Promise.all(read().map(({ id }) => api(`/v1/videos/${id}`).catch((problem) => problem)));
   const kept = read().filter((_, index) => found[index]?.code !== "not_found");
   write(kept);
-  found.filter((one) => one.id).reverse().forEach(remember);
+  found.filter((one) => one.id).reverse().forEach((one) => remember(one));
   render();
   return found.find((one) => one.status === "queued" || one.status === "in_progress") ?? null;
 }
@@ -40,18 +40,18 @@ function render() {
   const list = read();
   show("history-box", list.length > 0);
   $("history-note").textContent = "Known to this browser only.";
-  $("history").replaceChildren(...list.map(({ id, made, status, emotion, first }) => {
+  $("history").replaceChildren(...list.map(({ id, made, status, title, first }) => {
     const when = new Date(1000 * made).toLocaleString([], { dateStyle: "medium", timeStyle: "short" });
     const text = { completed: when, failed: "failed", cancelled: "cancelled" }[status] ?? "in the making";
     const picture = first
       ? el("video", { src: `/v1/videos/${id}/content?sample=${first}#t=0.1`, preload: "metadata", muted: true, tabIndex: -1 })
       : el("span", { className: "blank" });
-    const open = el("button", { type: "button", className: "earlier" }, picture, el("span", {}, emotion || "video", el("small", {}, text)));
+    const open = el("button", { type: "button", className: "earlier" }, picture, el("span", {}, title, el("small", {}, text)));
     open.addEventListener("click", async () => {
       try { watch(await api(`/v1/videos/${id}`)); $("result").scrollIntoView({ behavior: "smooth", block: "nearest" }); } catch { restore(); }
     });
     const remove = el("button", { type: "button", className: "remove" }, "×");
-    remove.setAttribute("aria-label", `Delete the video ${emotion} of ${when}`);
+    remove.setAttribute("aria-label", `Delete the video ${title} of ${when}`);
     remove.addEventListener("click", async () => { if (await ask("Delete this video from the server?", "Delete it")) forget([id]); });
     return el("li", {}, open, remove);
   }));
