@@ -48,7 +48,7 @@ class BrowserPage:
     def __getitem__(self, name: str):
         return self.driver.find_element(By.ID, name)
 
-    def wait(self, ready: Callable[[], object], what: str, seconds: float = 60) -> None:
+    def wait(self, ready: Callable[[], object], what: str, seconds: float = 120) -> None:
         WebDriverWait(self.driver, seconds, poll_frequency=0.05).until(lambda _: ready(), what)
 
     def press(self, *keys: str) -> None:

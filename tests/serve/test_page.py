@@ -77,7 +77,7 @@ class Page(BrowserPage):
 
     def result(self) -> list:
         """The takes of the finished video."""
-        self.wait(lambda: self["result"].get_attribute("data-status"), "the end of the video", 120)
+        self.wait(lambda: self["result"].get_attribute("data-status"), "the end of the video", 300)
         assert self["result"].get_attribute("data-status") == "completed", self["problem-result"].text
         return self.driver.find_elements(By.CSS_SELECTOR, "#gallery .take")
 
@@ -213,6 +213,10 @@ def test_microphone_camera_and_faces(page, files):
     page.click("record-stop")
     page.wait(page["timeline"].is_displayed, "the recording")
     assert 0.8 < float(page["speech-note"].text.split()[0]) < 10
+    page.click("speech-again")
+    page.click("example")
+    page.wait(page["timeline"].is_displayed, "the example")
+    page.click("portrait-again")
     page.click("consent")
     page.click("camera")
     page.wait(lambda: page.script("return document.getElementById('camera-view').videoWidth"), "the camera")

@@ -57,5 +57,9 @@ def create_app(settings: Settings) -> FastAPI:
     def page() -> FileResponse:
         return FileResponse(PAGE / "index.html")
 
+    @app.get("/page/example.ogg", include_in_schema=False)
+    def example() -> FileResponse:
+        return FileResponse(PAGE.parents[1] / "assets" / "sample_speech.ogg")
+
     app.mount("/page", StaticFiles(directory=PAGE), name="page")
     return app
