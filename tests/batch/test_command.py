@@ -39,7 +39,7 @@ def rendered(monkeypatch):
     """Stands in for the worker processes: writes a text for a video, and lists the names."""
     names: list[str] = []
 
-    def run_jobs(jobs, workers, report):
+    def run_jobs(jobs, workers, ray, report):
         for job, mark in jobs:
             names.append(job.output.name)
             job.output.parent.mkdir(exist_ok=True, parents=True)
@@ -217,7 +217,7 @@ def test_a_killed_worker_costs_its_job_one_of_two_tries(start):
     assert process.returncode == 1, err
     assert "out: 1 made, 0 done before, 1 failed" in out
     (failed,) = rows(Path("out/errors.csv"))
-    assert failed["output"] == str(VIDEOS[0]) and "was killed by signal 9 2 times" in failed["error"]
+    assert failed["output"] == str(VIDEOS[0]) and "was killed by signal 9, 2 times" in failed["error"]
     again = start()
     out, err = again.communicate(timeout=240)
     assert again.returncode == 0, err

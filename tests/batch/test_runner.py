@@ -1,17 +1,15 @@
-"""One job: what is loaded once, what a record promises, how errors come back; and how workers share the work."""
+"""One job: what is loaded once, what a record promises, how errors come back."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from flowvqtalker.batch.job import Job, finished, record_path
-from flowvqtalker.batch.processes import _Queue, share_threads
 from flowvqtalker.batch.runner import Runner
 from flowvqtalker.io.video import probe
 from flowvqtalker.pipeline import Talker
@@ -128,24 +126,6 @@ def test_check_names_the_column_and_looks_at_each_file_once(job, calls, tmp_path
     assert list(runner.check(job, seen)) == []
     assert calls == {"loads": 1, "portraits": 1}
     assert not job.output.parent.exists()
-
-
-def test_threads_add_up_to_the_cores():
-    assert share_threads(1, 8) == [8]
-    assert share_threads(3, 8) == [3, 3, 2]
-    assert share_threads(4, 2) == [1, 1, 1, 1]
-
-
-def test_a_worker_keeps_its_portrait(job):
-    def named(portrait: str, number: int) -> tuple[Job, str]:
-        return replace(job, portrait=Path(portrait), output=Path(f"{number}.mp4")), ""
-
-    queue = _Queue([named(portrait, number) for number, portrait in enumerate("aabbac")])
-    taken = [(worker, str(queue.take(worker)[0].output)[0]) for worker in (0, 1, 1, 0, 0, 1)]
-    assert taken == [(0, "0"), (1, "2"), (1, "3"), (0, "1"), (0, "4"), (1, "5")]
-    helped = _Queue([named("a", number) for number in range(2)])
-    assert [helped.take(worker)[0].output.name for worker in (0, 1)] == ["0.mp4", "1.mp4"]
-    assert not helped.jobs
 
 
 def test_the_video_is_whole(job):

@@ -47,7 +47,7 @@ def refused(path: Path, **defaults) -> str:
 
 def test_columns_and_options_are_those_of_animate():
     assert set(COLUMNS) == {f.name for f in fields(Animate)}
-    own = {"jobs", "portraits", "emotions", "workers", "shard", "dry_run"}
+    own = {"jobs", "portraits", "emotions", "workers", "ray", "shard", "dry_run"}
     assert {f.name for f in fields(Batch)} == ({f.name for f in fields(Animate)} - {"portrait"}) | own
 
 

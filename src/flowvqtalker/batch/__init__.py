@@ -1,1 +1,1 @@
-"""Many videos from a table of jobs: one pure function (``runner``), driven by local processes."""
+"""Many videos from a table of jobs: one pure function (``runner``), that workers call."""

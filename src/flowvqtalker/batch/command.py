@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import io
 import logging
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,12 +16,13 @@ from typing import Annotated, Any
 import tyro
 
 from flowvqtalker.batch.job import Job, Outcome, finished, weights_hashes
-from flowvqtalker.batch.processes import run_jobs
+from flowvqtalker.batch.runner import make_runner
 from flowvqtalker.batch.table import Problems, check_jobs, product, read_table
 from flowvqtalker.errors import UserError
-from flowvqtalker.io.atomic import atomic_write
+from flowvqtalker.io.remote import is_remote, location, write_file
 from flowvqtalker.motion.options import FILES
 from flowvqtalker.options import AnimateArguments
+from flowvqtalker.workers import Backend, Processes, WorkerDied, run_tasks
 
 __all__ = ["Batch"]
 
@@ -35,19 +39,21 @@ class Batch(AnimateArguments):
     what is missing or has changed. Exit code 1 if a job failed; OUT/errors.csv says why.
     """
 
-    jobs: Annotated[tyro.conf.Positional[Path | None], tyro.conf.arg(metavar="JOBS")] = None
+    jobs: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="JOBS")] = None
     """Table of jobs: .csv with a header, or .jsonl with an object on each line; the columns are the options of
     `animate`, and portrait and speech may be patterns such as faces/*.jpg."""
-    output: Annotated[Path, tyro.conf.arg(aliases=["-o"], metavar="FOLDER")]
-    """Folder of the videos."""
+    output: Annotated[str, tyro.conf.arg(aliases=["-o"], metavar="FOLDER")]
+    """Folder of the videos, or a URL such as s3://bucket/videos."""
     portraits: _Patterns = ()
     """Without a table: images or patterns; each is animated with each speech and emotion."""
     speech: _Patterns = ()
     """Without a table: recordings or patterns."""
     emotions: Annotated[str | None, tyro.conf.arg(metavar="NAMES")] = None
     """Without a table: emotions with commas between, for instance happy,sad,happy:0.7+surprised:0.3."""
-    workers: Annotated[int, tyro.conf.arg(metavar="N")] = 1
-    """Number of processes; the processor's cores are shared out among them."""
+    workers: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    """Number of processes; the cores are shared out among them. Default: 1; with --ray, one for each GPU or node."""
+    ray: Annotated[str | None, tyro.conf.arg(metavar="ADDRESS")] = None
+    """Run on a Ray cluster: auto (the one that runs here), its address, or local (start one for this command)."""
     shard: Annotated[str | None, tyro.conf.arg(metavar="I/N")] = None
     """Make only the I-th of N parts of the jobs, for instance 1/8 to 8/8 on eight machines."""
     dry_run: bool = False
@@ -55,11 +61,12 @@ class Batch(AnimateArguments):
 
     def run(self) -> None:
         """Make the videos and print one line."""
-        if self.workers < 1:
+        if self.workers is not None and self.workers < 1:
             raise UserError(f"workers must be a number from 1, got {self.workers}")
         part, parts = _parse_shard(self.shard)
         self._check_defaults()
-        jobs, problems = self._jobs()
+        output = location(self.output)
+        jobs, problems = self._jobs(output)
         jobs = check_jobs(jobs, problems)
         problems.stop()
         jobs = jobs[part - 1 :: parts]
@@ -71,14 +78,15 @@ class Batch(AnimateArguments):
             print(f"{_count(len(jobs), 'job')}: {done} done, {len(waiting)} to do, every input can be used")
             return
         try:
-            self.output.mkdir(parents=True, exist_ok=True)
+            if not is_remote(output):  # there are no folders in an object store
+                output.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"output {self.output} cannot be a folder ({error.strerror}); choose another") from error
-        errors = self.output / ("errors.csv" if parts == 1 else f"errors-{part}-of-{parts}.csv")
+            raise UserError(f"output {output} cannot be a folder ({error.strerror}); choose another") from error
+        errors = output / ("errors.csv" if parts == 1 else f"errors-{part}-of-{parts}.csv")
         with _Report(len(jobs), done, errors) as report:
-            run_jobs(waiting, self.workers, report)
+            run_jobs(waiting, self.workers, self.ray, report)
         failed = len(report.failed)
-        print(f"{self.output}: {len(waiting) - failed} made, {done} done before, {failed} failed")
+        print(f"{output}: {len(waiting) - failed} made, {done} done before, {failed} failed")
         if failed:
             print(f"flowvqtalker: {_count(failed, 'job')} failed; {errors} says why", file=sys.stderr)
             raise SystemExit(1)
@@ -97,15 +105,44 @@ class Batch(AnimateArguments):
         choose_dtype(self.dtype)
         weights_hashes(self.weights)
 
-    def _jobs(self) -> tuple[list[Job], Problems]:
+    def _jobs(self, output: Path) -> tuple[list[Job], Problems]:
         many = self.portraits or self.speech or self.emotions is not None
         if self.jobs is not None:
             if many:
                 raise UserError("a table of jobs goes without --portraits, --speech and --emotions; give one form")
-            return read_table(self.jobs, self.output, self)
+            return read_table(location(self.jobs), output, self)
         if not (self.portraits and self.speech):
             raise UserError("give a table of jobs (.csv or .jsonl), or --portraits and --speech")
-        return product(self.portraits, self.speech, self.emotions, self.output, self)
+        return product(self.portraits, self.speech, self.emotions, output, self)
+
+
+def run_jobs(
+    jobs: list[tuple[Job, str]], workers: int | None, ray: str | None, report: Callable[[Job, Outcome], None]
+) -> None:
+    """Run jobs with their fingerprints; ``report`` is called in this process after each."""
+    if not jobs:
+        return
+
+    def ended(task: tuple[Job, str], result: Outcome | WorkerDied) -> None:
+        if isinstance(result, WorkerDied):
+            result = Outcome(error=f"{result}, perhaps out of memory; try fewer --workers")
+        report(task[0], result)
+
+    with contextlib.ExitStack() as stack:
+        if ray is None:
+            backend: Backend = Processes(min(workers or 1, len(jobs)), make_runner)
+        else:
+            from flowvqtalker.workers.cluster import RayActors
+
+            backend = stack.enter_context(RayActors(ray, workers, make_runner))
+        run_tasks(
+            jobs,
+            backend,
+            ended,
+            group=lambda task: (task[0].portrait, task[0].face),
+            # The worker may have died between the last frame and its answer.
+            recover=lambda task: Outcome() if finished(*task) else None,
+        )
 
 
 class _Report:
@@ -136,13 +173,11 @@ class _Report:
         if outcome.error:
             logger.warning("%s: %s", job.output, outcome.error)
             self.failed.append((job, outcome.error))
-            atomic_write(self.errors, self._write)
-
-    def _write(self, path: Path) -> None:
-        with open(path, "w", newline="", encoding="utf-8") as file:
-            rows = csv.writer(file)
+            table = io.StringIO(newline="")
+            rows = csv.writer(table)
             rows.writerow(("output", "portrait", "speech", "source", "error"))
             rows.writerows((job.output, job.portrait, job.speech, job.source, error) for job, error in self.failed)
+            write_file(self.errors, table.getvalue())
 
 
 def _check_inputs(jobs: list[Job]) -> None:

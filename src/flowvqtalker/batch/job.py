@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from flowvqtalker.errors import UserError
-from flowvqtalker.io.atomic import atomic_write, sample_paths
+from flowvqtalker.io.atomic import sample_paths
+from flowvqtalker.io.remote import is_remote, write_file
 from flowvqtalker.motion.options import FILES
 from flowvqtalker.options import AnimateArguments
 
@@ -57,11 +58,9 @@ class Job(AnimateArguments):
             UserError: if an input or the weights cannot be read.
         """
         content: dict[str, Any] = {
-            f.name: str(value) if isinstance(value := getattr(self, f.name), Path) else value
-            for f in fields(self)
-            if f.name not in _NOT_HASHED
+            f.name: _plain(getattr(self, f.name)) for f in fields(self) if f.name not in _NOT_HASHED
         }
-        content |= {name: _digest(path.absolute()) for name, path in self.inputs.items()}
+        content |= {name: _digest(path if is_remote(path) else path.absolute()) for name, path in self.inputs.items()}
         content["weights"] = weights_hashes(self.weights)
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -100,7 +99,7 @@ def finished(job: Job, fingerprint: str) -> bool:
 def write_record(job: Job, fingerprint: str, outcome: Outcome | None = None) -> None:
     """Write the record: the hash, the options, and, once they are known, the frames and seconds."""
     options = {
-        f.name: str(value) if isinstance(value, Path) else value
+        f.name: _plain(value)
         for f in fields(job)
         if (value := getattr(job, f.name)) is not None and f.name not in ("num_samples", "named_by_inputs", "source")
     }
@@ -108,7 +107,12 @@ def write_record(job: Job, fingerprint: str, outcome: Outcome | None = None) -> 
     if outcome is not None:
         content |= {"frames": outcome.frames, "seconds": round(outcome.seconds, 3), "warnings": outcome.warnings}
     text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-    atomic_write(record_path(job.output), lambda path: path.write_text(text, encoding="utf-8"))
+    write_file(record_path(job.output), text)
+
+
+def _plain(value: Any) -> Any:
+    """An option's value as JSON holds it."""
+    return value if value is None or isinstance(value, str | int | float) else str(value)
 
 
 @functools.cache
@@ -118,7 +122,7 @@ def _digest(path: Path) -> str:
     try:
         return sha256(path)
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); check the file") from error
+        raise UserError(f"{path} cannot be read ({error.strerror or error}); check the file") from error
 
 
 @functools.cache

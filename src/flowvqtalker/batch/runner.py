@@ -10,10 +10,11 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from flowvqtalker.batch.job import Job, Outcome, record_path, write_record
 from flowvqtalker.errors import UserError
+from flowvqtalker.io.remote import is_remote, local_copy, uploaded
 
 if TYPE_CHECKING:  # torch loads when the first job comes
     from torch import Tensor
@@ -22,7 +23,10 @@ if TYPE_CHECKING:  # torch loads when the first job comes
     from flowvqtalker.io.coefficients import Coefficients
     from flowvqtalker.pipeline import Talker
 
-__all__ = ["Runner", "collected_warnings", "spread"]
+__all__ = ["Runner", "collected_warnings", "make_runner", "spread"]
+
+
+T = TypeVar("T")
 
 
 class Runner:
@@ -67,13 +71,13 @@ class Runner:
             try:
                 mark = fingerprint or job.fingerprint()
                 talker, portrait, options = self._ready(job)
-                job.output.parent.mkdir(parents=True, exist_ok=True)
                 _clear(job.output)
                 write_record(job, mark)
-                speech = scan(job.speech, job.audio_track)
-                result = talker.animate(portrait, speech, job.output, options, full=job.full, marks=job.marks())
+                with local_copy(job.speech) as file, uploaded(job.output) as output:
+                    speech = scan(file, job.audio_track)
+                    result = talker.animate(portrait, speech, output, options, full=job.full, marks=job.marks())
             except Exception as error:  # one job must not end the others
-                with contextlib.suppress(OSError):
+                with contextlib.suppress(Exception):
                     if not job.output.exists():
                         record_path(job.output).unlink(missing_ok=True)
                 text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
@@ -99,10 +103,10 @@ class Runner:
         models = _models(job)
         checks: dict[str, Callable[[Path], object]] = {
             "portrait": lambda path: self._portrait(path, job.face, *models),
-            "speech": lambda path: scan(path, job.audio_track),
+            "speech": lambda path: _open(scan)(path, job.audio_track),
             "emotion_reference": lambda path: self._reference(path, *models),
             "reference_neutral": lambda path: self._reference(path, *models),
-            "emotion_track": EmotionTrack.load,
+            "emotion_track": _open(EmotionTrack.load),
             "pose_from": lambda path: self._head_motion(path, *models),
         }
         try:
@@ -123,15 +127,19 @@ class Runner:
 
     def _ready(self, job: Job) -> tuple[Talker, Portrait, Any]:
         """The models, the portrait, and the options with their clips tracked."""
+        from flowvqtalker.motion.emotion import EmotionTrack
+
         options = job.motion_options()
         models = _models(job)
         talker = self._talker(*models)
         faces = {name: getattr(job, name) for name in ("emotion_reference", "reference_neutral")}
         read: Any = {name: self._reference(path, *models) for name, path in faces.items() if path is not None}
+        if job.emotion_track is not None:
+            read["emotion_track"] = _open(EmotionTrack.load)(job.emotion_track)
         options = replace(options, **read)
         if job.pose_from is not None:
             options = replace(options, pose_from=self._head_motion(job.pose_from, *models))
-        return talker, self._portrait(job.portrait, job.face, *models), talker.resolve(options)
+        return talker, self._portrait(job.portrait, job.face, *models), options
 
     def _load(self, weights: Path | None, device: str, dtype: str, exact: bool) -> Talker:
         from flowvqtalker.pipeline import Talker
@@ -139,15 +147,31 @@ class Runner:
         return Talker.from_pretrained(weights, device=spread(device, self.number), dtype=dtype, exact=exact)
 
     def _prepare(self, path: Path, face: int | None, *models: Any) -> Portrait:
-        return self._talker(*models).portrait(path, face)
+        return _open(self._talker(*models).portrait)(path, face)
 
     def _fit_reference(self, path: Path, *models: Any) -> Tensor:
-        return self._talker(*models).reference(path)
+        return _open(self._talker(*models).reference)(path)
 
     def _track(self, path: Path, *models: Any) -> Coefficients:
         from flowvqtalker.io.coefficients import Coefficients
 
-        return Coefficients.load(path) if path.suffix.lower() == ".npz" else self._talker(*models).track(path)
+        return _open(Coefficients.load if path.suffix.lower() == ".npz" else self._talker(*models).track)(path)
+
+
+def make_runner(threads: int, number: int) -> Callable[[tuple[Job, str]], Outcome]:
+    """The function of a worker: takes a job and its fingerprint."""
+    runner = Runner(threads, number)
+    return lambda task: runner.run(*task)
+
+
+def _open(read: Callable[..., T]) -> Callable[..., T]:
+    """``read(path, ...)`` that takes URLs as well."""
+
+    def opened(path: Path, *rest: Any) -> T:
+        with local_copy(path) as file:
+            return read(file, *rest)
+
+    return opened
 
 
 def spread(device: str, number: int) -> str:
@@ -165,6 +189,8 @@ def _models(job: Job) -> tuple[Path | None, str, str, bool]:
 def _clear(output: Path) -> None:
     """Remove an older video of that name, and what a killed process left of it where files cannot be unnamed."""
     output.unlink(missing_ok=True)
+    if is_remote(output):
+        return
     for name in (output.name, record_path(output).name):
         for part in output.parent.glob(f".{glob.escape(name)}.*.part"):
             part.unlink(missing_ok=True)

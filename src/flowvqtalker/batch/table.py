@@ -19,6 +19,7 @@ from typing import Any
 from flowvqtalker.batch.job import RECORD, Job, weights_hashes
 from flowvqtalker.errors import UserError
 from flowvqtalker.io.atomic import VIDEO_SUFFIXES
+from flowvqtalker.io.remote import glob_remote, is_remote, location
 from flowvqtalker.motion.options import FILES, MotionOptions
 from flowvqtalker.options import AnimateArguments, MarkArguments
 
@@ -139,7 +140,7 @@ def check_jobs(jobs: list[Job], problems: Problems) -> list[Job]:
 
 
 def _read_csv(path: Path, problems: Problems) -> Iterator[tuple[int, dict[str, Any]]]:
-    with open(path, newline="", encoding="utf-8-sig") as file:
+    with path.open(newline="", encoding="utf-8-sig") as file:
         rows = csv.reader(file, strict=True)
         try:
             header = [_column(name) for name in next(rows, [])]
@@ -160,7 +161,7 @@ def _read_csv(path: Path, problems: Problems) -> Iterator[tuple[int, dict[str, A
 
 
 def _read_lines(path: Path, problems: Problems) -> Iterator[tuple[int, dict[str, Any]]]:
-    with open(path, encoding="utf-8-sig") as file:
+    with path.open(encoding="utf-8-sig") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
@@ -178,6 +179,11 @@ def _read_lines(path: Path, problems: Problems) -> Iterator[tuple[int, dict[str,
                 problems.add(f"{path}, line {number}, column {name}", _unknown(name))
             if not unknown:
                 yield number, row
+
+
+def _at(folder: Path, path: Path) -> Path:
+    """A path of a table, which lies in a folder."""
+    return path if is_remote(path) or path.is_absolute() else folder / str(path)
 
 
 def _column(name: str) -> str:
@@ -225,17 +231,17 @@ def _row_jobs(
     matches = {}
     for column in _PATTERN:
         if column in values:
-            given = folder / values[column]
+            given = _at(folder, values[column])
             matches[column] = _matches(str(given)) if patterns else [given]
             if not matches[column]:
                 wrong(column, f"{given} {_absence(given)}; check the name")
     for column in (*FILES, "sign_cert", "sign_key"):
         if column in values:
-            values[column] = folder / values[column]
+            values[column] = _at(folder, values[column])
             if not values[column].is_file():
                 wrong(column, f"{values[column]} {_absence(values[column])}; check the name")
     if "weights" in values:
-        values["weights"] = folder / values["weights"]
+        values["weights"] = _at(folder, values["weights"])
     _check_values(values, defaults, wrong)
     pairs = list(itertools.product(*matches.values())) if len(matches) == len(_PATTERN) else []
     output = values.pop("output", None)
@@ -247,7 +253,7 @@ def _row_jobs(
     given |= {name: value for name, value in values.items() if name not in _PATTERN}
     jobs = []
     for portrait, speech in pairs:
-        job = Job(portrait=portrait, speech=speech, output=out / (output or "video.mp4"), source=place, **given)
+        job = Job(portrait=portrait, speech=speech, output=out / str(output or "video.mp4"), source=place, **given)
         samples = job.samples()
         if output is None:
             samples = [replace(sample, output=out / _name(sample), named_by_inputs=True) for sample in samples]
@@ -335,16 +341,20 @@ def _convert(given: Any, kind: type) -> Any:
         raise ValueError(f"must be a {'whole ' if kind is int else ''}number, got {given!r}")
     if not isinstance(given, str) or not given:
         raise ValueError(f"must be text, got {given!r}")
-    return kind(given)
+    return location(given) if kind is Path else kind(given)
 
 
 @functools.cache
 def _matches(pattern: str) -> list[Path]:
     """The file of that name, else the files that match the pattern, in order."""
-    if Path(pattern).is_file():
-        return [Path(pattern)]
-    paths = map(Path, sorted(glob.glob(pattern, recursive=True)))
-    return [path for path in paths if path.is_file() and path.suffix != RECORD]
+    named = location(pattern)
+    if is_remote(named):
+        paths = glob_remote(named)
+        return paths if len(paths) == 1 else [path for path in paths if path.suffix != RECORD]
+    if named.is_file():
+        return [named]
+    found = map(Path, sorted(glob.glob(pattern, recursive=True)))
+    return [path for path in found if path.is_file() and path.suffix != RECORD]
 
 
 def _all_matches(patterns: Iterable[str], option: str, problems: Problems) -> list[Path]:

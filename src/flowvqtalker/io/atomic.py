@@ -130,7 +130,7 @@ def sample_paths(path: str | Path, num_samples: int) -> list[Path]:
     """
     if not 1 <= num_samples <= 1000:
         raise UserError(f"num_samples must be from 1 to 1000, got {num_samples}")
-    path = Path(path)
+    path = Path(path) if isinstance(path, str) else path  # a path of a URL stays one
     return [path] if num_samples == 1 else [path.with_stem(f"{path.stem}_{k}") for k in range(1, num_samples + 1)]
 
 

@@ -18,11 +18,11 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
-from flowvqtalker.batch.processes import end_with_parent
 from flowvqtalker.errors import UserError
 from flowvqtalker.serve.problems import Problem, from_user_error
 from flowvqtalker.serve.settings import Settings
 from flowvqtalker.serve.store import ORIGINAL
+from flowvqtalker.workers import end_with_parent
 
 __all__ = [
     "Examiner",

@@ -16,12 +16,12 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from flowvqtalker.batch.job import Job
-from flowvqtalker.batch.processes import cores, share_threads
 from flowvqtalker.options import AnimateArguments
 from flowvqtalker.serve.settings import Settings
 from flowvqtalker.serve.store import ACTIVE, ORIGINAL, Row, Store
 from flowvqtalker.serve.tasks import Task, sample_path
 from flowvqtalker.serve.worker import work
+from flowvqtalker.workers import cores, share_threads
 
 __all__ = ["Pool", "Progress"]
 

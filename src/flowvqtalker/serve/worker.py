@@ -9,8 +9,8 @@ import threading
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from flowvqtalker.batch.processes import end_with_parent
 from flowvqtalker.serve.tasks import Link, Task
+from flowvqtalker.workers import end_with_parent
 
 __all__ = ["work"]
 

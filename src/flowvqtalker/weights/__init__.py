@@ -99,7 +99,8 @@ def folder(path: str | Path | None = None) -> Path:
 
 def sha256(path: str | Path) -> str:
     """Hex digest of a file."""
-    with open(path, "rb") as file:
+    path = Path(path) if isinstance(path, str) else path  # a path of a URL stays one
+    with path.open("rb") as file:
         digest = hashlib.sha256()
         while block := file.read(1 << 20):
             digest.update(block)

@@ -1,0 +1,39 @@
+"""Toy tasks that the tests give to workers, which import this file."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Task:
+    """Kills its own process so many times before it returns its number."""
+
+    folder: str
+    number: int
+    deaths: int = 0
+    seconds: float = 0.0
+
+
+def begun(task: Task) -> int:
+    """How many times a task was begun."""
+    return len(list(Path(task.folder).glob(f"{task.number}-*.pid")))
+
+
+def run(task: Task) -> int:
+    Path(task.folder, f"{task.number}-{time.time_ns()}.pid").write_text(str(os.getpid()))
+    if begun(task) <= task.deaths:
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(task.seconds)
+    Path(task.folder, f"{task.number}-{time.time_ns()}.done").touch()
+    return task.number
+
+
+def make(threads: int, number: int) -> Callable[[Task], int]:
+    """The function of a worker."""
+    return run
