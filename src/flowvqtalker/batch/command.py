@@ -6,7 +6,6 @@ import contextlib
 import csv
 import io
 import logging
-import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from flowvqtalker.errors import UserError
 from flowvqtalker.io.remote import is_remote, location, write_file
 from flowvqtalker.motion.options import FILES
 from flowvqtalker.options import AnimateArguments
-from flowvqtalker.workers import Backend, Processes, WorkerDied, run_tasks
+from flowvqtalker.workers import Backend, Processes, WorkerDied, parse_shard, run_tasks
 
 __all__ = ["Batch"]
 
@@ -63,7 +62,7 @@ class Batch(AnimateArguments):
         """Make the videos and print one line."""
         if self.workers is not None and self.workers < 1:
             raise UserError(f"workers must be a number from 1, got {self.workers}")
-        part, parts = _parse_shard(self.shard)
+        part, parts = parse_shard(self.shard)
         self._check_defaults()
         output = location(self.output)
         jobs, problems = self._jobs(output)
@@ -199,16 +198,6 @@ def _fingerprint(job: Job) -> str:
         return job.fingerprint()
     except UserError:  # the job's own run reports it
         return ""
-
-
-def _parse_shard(given: str | None) -> tuple[int, int]:
-    """The part and the number of parts."""
-    if given is None:
-        return 1, 1
-    found = re.fullmatch(r"(\d+)/(\d+)", given)
-    if not found or not 1 <= int(found[1]) <= int(found[2]):
-        raise UserError(f"shard {given!r}: write I/N with I from 1 to N, for instance 1/8")
-    return int(found[1]), int(found[2])
 
 
 def _count(number: int, what: str) -> str:

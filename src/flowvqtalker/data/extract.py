@@ -15,10 +15,12 @@ import numpy.typing as npt
 from flowvqtalker.constants import CROP, FPS
 from flowvqtalker.data.identity import Describer
 from flowvqtalker.data.lip_sync import lip_opening, sound_features
-from flowvqtalker.data.sources import Source, read_audio, read_frames, read_timing
+from flowvqtalker.data.sources import Source
 from flowvqtalker.errors import UserError
+from flowvqtalker.face.crop import Crop, crop_box
+from flowvqtalker.face.topology import EYE_CORNERS
 from flowvqtalker.io.atomic import atomic_write
-from flowvqtalker.io.image import ImageArray, read_image
+from flowvqtalker.io.image import ImageArray
 
 __all__ = [
     "PrepareConfig",
@@ -59,8 +61,12 @@ class Tracker(Protocol):
     def track(self, frames: Iterable[ImageArray]) -> Iterator[Any]:
         """The face of each frame, or None."""
 
+    def detect(self, image: ImageArray) -> list[Any]:
+        """The faces of one image, largest first."""
 
-MakeTracker = Callable[[], AbstractContextManager[Tracker]]
+
+#: Maximum number of faces per image -> a tracker.
+MakeTracker = Callable[[int], AbstractContextManager[Tracker]]
 
 
 @dataclass(frozen=True)
@@ -68,7 +74,7 @@ class PrepareConfig:
     """What to read and what to keep of it."""
 
     data: Path
-    """Folder with clips.csv, clips/, faces.csv, faces/, or with videos and images."""
+    """Folder with clips.csv, clips/, faces.csv, faces/, or of a data set as its authors ship it, also in archives."""
     out: Path
     """Folder of the shard to write."""
     model: Path
@@ -97,6 +103,22 @@ class PrepareConfig:
     """Collections whose `neutral` clips are natural speech, the ninth class."""
     min_shift: float = 0.25
     """Move the sound where it is at least this many frames away from the lips."""
+    layout: str = "auto"
+    """Layout of the folder: tables, mead, hdtf, ravdess, cremad, ffhq, celebv or folders; auto takes what it finds."""
+    views: tuple[str, ...] = ("front",)
+    """Cameras of MEAD to use."""
+    max_jump: float = 0.5
+    """Leave out clips whose face jumps by more distances of the outer eye corners between two frames: a cut."""
+    min_sharpness: float = 0.08
+    """Leave out blurred faces: deviation of the crop's Laplacian, relative to the image's."""
+    max_other_face: float = 0.5
+    """Leave out what shows a second face of more than this fraction of the first one's area."""
+    min_sync: float = -0.1
+    """Leave out speech whose sound and lips correlate less."""
+    ray: str | None = None
+    """Run on a Ray cluster: auto, its address, or local. All nodes must see the folders."""
+    part: str | None = None
+    """Only track and fit the I-th of N parts (I/N) of the sources; a run without it then writes the shard."""
     limit: int = 0
     """Use only the first N sources; 0 uses all."""
 
@@ -111,15 +133,23 @@ class Tools:
         self._make_tracker = make_tracker
         self._fit = fit
         self._describer: Describer | None = None
+        self._two_faces: Tracker | None = None
         self._model: Any = None
 
-    def tracker(self) -> AbstractContextManager[Tracker]:
+    def tracker(self, max_faces: int = 1) -> AbstractContextManager[Tracker]:
         """A new tracker."""
         if self._make_tracker is not None:
-            return self._make_tracker()
+            return self._make_tracker(max_faces)
         from flowvqtalker.face.tracker import FaceTracker
 
-        return FaceTracker()
+        return FaceTracker(max_faces=max_faces)
+
+    @property
+    def two_faces(self) -> Tracker:
+        """A tracker that finds a second face; it stays open as long as the process."""
+        if self._two_faces is None:
+            self._two_faces = self.tracker(2).__enter__()
+        return self._two_faces
 
     def fit(self, landmarks: Floats, smooth: bool) -> Any:
         """Coefficients of one clip, see :func:`flowvqtalker.face.fit.fit`."""
@@ -158,7 +188,7 @@ def track_source(
     if file is not None and file.is_file():
         with np.load(file) as stored:
             return Raw(stored["lm"].astype(np.float32), stored["bs"].astype(np.float32))
-    frames = [read_image(source.path)] if source.is_image else (frame for _, frame in read_frames(source.path))
+    frames = (frame for _, frame in source.frames())
     landmarks, blendshapes = [], []
     with make_tracker() as tracker:
         for face in tracker.track(frames):
@@ -167,7 +197,7 @@ def track_source(
     raw = Raw(np.stack(landmarks), np.stack(blendshapes))
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
-        rate = 0.0 if source.is_image else 1 / float(np.median(np.diff(read_timing(source.path).times)))
+        rate = 0.0 if source.is_image else 1 / float(np.median(np.diff(source.timing().times)))
         save_npz(file, {"lm": raw.landmarks, "bs": raw.blendshapes.astype(np.float16), "fps": rate})
     return raw
 
@@ -217,33 +247,33 @@ def fit_source(source: Source, tools: Tools) -> dict[str, Any]:
     Raises:
         UserError: if it is too short, shows no face, or the face model fits badly.
     """
-    from flowvqtalker.face.crop import crop_box
-
     config = tools.config
-    raw = track_source(source, config.tracks, tools.tracker)
-    if source.is_image:
-        height, width = read_image(source.path).shape[:2]
-        nearest, away, start, ticks = np.zeros(1, np.int64), np.zeros(1, np.float32), 0.0, 1
+    raw = tracked = track_source(source, config.tracks, tools.tracker)
+    timing = None if source.is_image else source.timing()
+    if timing is None:
+        height, width = next(source.frames())[1].shape[:2]
+        nearest, away = np.zeros(1, np.int64), np.zeros(1, np.float32)
     else:
-        timing = read_timing(source.path)
-        (height, width), start, ticks = timing.size, timing.start, timing.ticks
-        if ticks < config.min_length:
-            raise UserError(f"only {ticks} frames")
+        height, width = timing.size
+        if timing.ticks < config.min_length:
+            raise UserError(f"only {timing.ticks} frames", code="too_short")
         times = timing.times
         if len(times) != len(raw.landmarks):  # frames that were dropped or doubled in decoding
             times = np.arange(len(raw.landmarks)) * (times[-1] / max(1, len(times) - 1))
-        raw, nearest, away = resample(raw, times, ticks)
+        raw, nearest, away = resample(raw, times, timing.ticks)
     seen = np.isfinite(raw.landmarks).all((1, 2))
     if seen.mean() < 1 - config.max_missing:
-        raise UserError("no face found" if source.is_image else f"no face in {1 - seen.mean():.0%} of the frames")
+        text = "no face found" if source.is_image else f"no face in {1 - seen.mean():.0%} of the frames"
+        raise UserError(text, code="no_face")
     crop = crop_box(raw.landmarks)
     landmarks = crop.points(raw.landmarks).astype(np.float32)
+    check_frames(source, tracked, crop, tools)
     fitted = tools.fit(landmarks, config.smooth and not source.is_image)
     error = float(np.nanmean(fitted.residual))
     if error > config.max_residual:
-        raise UserError(f"the face model fits badly ({error:.3f} eye distances)")
+        raise UserError(f"the face model fits badly ({error:.3f} eye distances)", code="bad_fit")
     corners = np.array([[0, 0], [width, 0], [width, height], [0, height]], np.float32)
-    audio = None if source.is_image else read_audio(source.path, start, ticks)
+    audio = None if timing is None else source.audio(timing)
     part: dict[str, Any] = {
         "identity_shape": fitted.identity,
         "expression": fitted.expression,
@@ -265,6 +295,41 @@ def fit_source(source: Source, tools: Tools) -> dict[str, Any]:
     return part
 
 
+def check_frames(source: Source, raw: Raw, crop: Crop, tools: Tools) -> None:
+    """Check what the landmarks alone do not tell, on three frames with a face.
+
+    Arguments:
+        raw: every frame of the source.
+        crop: of its face.
+
+    Raises:
+        UserError: if the clip is cut, or shows another large face, or is blurred.
+    """
+    config = tools.config
+    seen = np.flatnonzero(np.isfinite(raw.landmarks).all((1, 2)))
+    points = raw.landmarks[seen, :, :2]
+    eyes = np.linalg.norm(points[:, EYE_CORNERS[0]] - points[:, EYE_CORNERS[1]], axis=-1)
+    jumps = np.linalg.norm(np.diff(points.mean(1), axis=0), axis=-1)[np.diff(seen) == 1] / np.median(eyes)
+    if jumps.max(initial=0) > config.max_jump:
+        raise UserError(f"the face jumps by {jumps.max():.2f} eye distances between two frames", code="cut")
+    images = _own_frames(source, {int(number) for number in np.quantile(seen, (0.2, 0.5, 0.8), method="nearest")})
+    sharp = max(sharpness(crop.apply(image)) for image in images.values())
+    if sharp < config.min_sharpness:
+        raise UserError(f"the face is blurred (sharpness {sharp:.3f})", code="blurred")
+    found = [tools.two_faces.detect(image) for image in images.values()]
+    crowded = [len(faces) > 1 and faces[1].area > config.max_other_face * faces[0].area for faces in found]
+    if sum(crowded) * 2 > len(crowded):
+        raise UserError("another face is nearly as large", code="two_faces")
+
+
+def sharpness(crop: ImageArray) -> float:
+    """Standard deviation of the Laplacian of a face crop (512, 512, 3) at half size, relative to that of the image; the
+    inner face counts, which no background disturbs."""
+    half = cv2.resize(crop, (CROP // 2, CROP // 2), interpolation=cv2.INTER_AREA)[64:224, 48:208]
+    grey = cv2.cvtColor(half, cv2.COLOR_RGB2GRAY).astype(np.float32)
+    return float(cv2.Laplacian(grey, cv2.CV_32F).std() / max(1.0, grey.std()))
+
+
 def describe_source(source: Source, tools: Tools) -> dict[str, Any]:
     """Descriptor of a face, from its most frontal frame."""
     raw = track_source(source, tools.config.tracks, tools.tracker)
@@ -278,9 +343,7 @@ def describe_source(source: Source, tools: Tools) -> dict[str, Any]:
 
 
 def _own_frames(source: Source, wanted: set[int]) -> dict[int, npt.NDArray[np.uint8]]:
-    if source.is_image:
-        return {0: read_image(source.path)}
-    return dict(read_frames(source.path, wanted))
+    return dict(source.frames(wanted))
 
 
 def choose_frames(part: dict[str, Any], count: int) -> npt.NDArray[np.int64]:

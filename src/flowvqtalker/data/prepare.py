@@ -2,20 +2,20 @@
 
 ``flowvqtalker prepare --data FOLDER --out SHARD --model face_model.safetensors [--workers N]``
 
-Each source leaves a file in ``SHARD.parts``, so an interrupted run resumes and one broken clip stops nothing: errors
-are listed at the end and in ``errors.csv``.
+Each source leaves a file in ``SHARD.parts``, so an interrupted run resumes and one broken clip stops nothing. What was
+left out and why is counted at the end and listed in ``dropped.csv``. The number of workers does not change the result.
 """
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import functools
 import hashlib
 import json
 import logging
-import multiprocessing
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -38,11 +38,14 @@ from flowvqtalker.data.extract import (
     split_jpegs,
 )
 from flowvqtalker.data.identity import Describer, cluster, merge_known, to_describe
+from flowvqtalker.data.layouts import catalogue, unpack
 from flowvqtalker.data.lip_sync import Alignment
 from flowvqtalker.data.shards import Clip, ShardWriter
-from flowvqtalker.data.sources import Source, catalogue
+from flowvqtalker.data.sources import Source
 from flowvqtalker.data.splits import split_of
 from flowvqtalker.errors import UserError
+from flowvqtalker.io.atomic import atomic_write
+from flowvqtalker.workers import Backend, Processes, WorkerDied, parse_shard, run_tasks
 
 __all__ = ["Prepare", "PrepareConfig", "Report", "prepare"]
 
@@ -57,7 +60,7 @@ class Report:
         clips, images: sources in the shard, by kind.
         rows: frames in the shard.
         crops: images stored in the shard.
-        errors: key and reason of each source that was left out.
+        dropped: name -> reason and details, of each source that was left out.
         people: identities found among people of unknown name.
         lags: collection -> (median lag of lips after sound in frames, median correlation there, clips, clips moved).
         lookalikes: pairs of names that look like one person, with their distance.
@@ -67,7 +70,7 @@ class Report:
     images: int
     rows: int
     crops: int
-    errors: dict[str, str]
+    dropped: dict[str, Drop]
     people: int
     lags: dict[str, tuple[float, float, int, int]]
     lookalikes: list[tuple[str, str, float]]
@@ -76,24 +79,27 @@ class Report:
 # Neutral clips of collections of natural speech are the class "natural".
 _EMOTION_OF_NATURAL = {EMOTIONS.index("neutral"): EMOTIONS.index("natural")}
 
-_Job = tuple[Source, Path]
+#: Why a source was left out: a short name for statistics, and details.
+Drop = tuple[str, str]
+
+# Reasons that a source itself gives. They are kept beside the parts, so that another run does not try again.
+_VERDICTS = ("too_short", "no_face", "two_faces", "cut", "blurred", "bad_fit")
+
+_Task = tuple[str, Source, Path]
 
 
-@functools.cache
-def _process_tools(config: PrepareConfig) -> Tools:
-    """The tools of a worker process."""
+def make_worker(config: PrepareConfig, threads: int, number: int) -> Callable[[_Task], Drop]:
+    """The function of a worker."""
     import torch
 
-    torch.set_num_threads(1)
-    cv2.setNumThreads(1)
-    return Tools(config)
+    torch.set_num_threads(threads)
+    cv2.setNumThreads(threads)
+    return functools.partial(_work, tools=Tools(config))
 
 
-def _work(kind: str, job: _Job, tools: Tools | PrepareConfig) -> tuple[str, str]:
-    """Do one job; returns the source's key and the error ("" if none)."""
-    source, folder = job
-    if isinstance(tools, PrepareConfig):
-        tools = _process_tools(tools)
+def _work(task: _Task, tools: Tools) -> Drop:
+    """Do one task; returns why there is no result, or two empty texts."""
+    kind, source, folder = task
     try:
         if kind == "fit":
             content = fit_source(source, tools)
@@ -102,11 +108,19 @@ def _work(kind: str, job: _Job, tools: Tools | PrepareConfig) -> tuple[str, str]
         else:
             content = cut_images(source, _read_part(folder / f"{source.key}.fit.npz"), tools.config)
     except Exception as error:
-        reason = str(error).strip().splitlines()
-        detail = reason[0] if reason else ""
-        return source.key, detail if isinstance(error, UserError) else f"{type(error).__name__}: {detail}"
+        detail = (str(error).strip().splitlines() or [""])[0]
+        if isinstance(error, UserError) and error.code in _VERDICTS:
+            text = json.dumps([error.code, detail])
+            atomic_write(_verdict(task), lambda path: path.write_text(text, encoding="utf-8"))
+            return error.code, detail
+        return "error", detail if isinstance(error, UserError) else f"{type(error).__name__}: {detail}"
     save_npz(folder / f"{source.key}.{kind}.npz", content)
-    return source.key, ""
+    return "", ""
+
+
+def _verdict(task: _Task) -> Path:
+    kind, source, folder = task
+    return folder / f"{source.key}.{kind}.drop.json"
 
 
 def _read_part(path: Path) -> dict[str, Any]:
@@ -114,25 +128,32 @@ def _read_part(path: Path) -> dict[str, Any]:
         return {key: file[key] for key in file.files}
 
 
-def _run(kind: str, jobs: Sequence[_Job], tools: Tools, alone: bool) -> dict[str, str]:
-    """Do the jobs without a result yet; returns the errors by key."""
-    todo = [job for job in jobs if not (job[1] / f"{job[0].key}.{kind}.npz").exists()]
+def _run(kind: str, sources: Sequence[Source], parts: Path, tools: Tools, backend: Backend | None) -> dict[str, Drop]:
+    """Do what has no result yet, in this process if there is no backend; returns what was dropped, by name."""
+    dropped: dict[str, Drop] = {}
+    todo: list[_Task] = []
+    for source in sources:
+        task = kind, source, parts
+        if _verdict(task).exists():
+            code, detail = json.loads(_verdict(task).read_text(encoding="utf-8"))
+            dropped[source.name] = code, detail
+        elif not (parts / f"{source.key}.{kind}.npz").exists():
+            todo.append(task)
     label = {"who": "describe faces", "fit": "track and fit", "cut": "cut images"}[kind]
-    errors: dict[str, str] = {}
+    with tqdm(total=len(todo), desc=label, dynamic_ncols=True) as bar:
 
-    def results() -> Iterator[tuple[str, str]]:
-        if alone or tools.config.workers <= 1:
-            yield from (_work(kind, job, tools) for job in todo)
-            return
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(tools.config.workers, context) as pool:
-            for done in as_completed([pool.submit(_work, kind, job, tools.config) for job in todo]):
-                yield done.result()
+        def report(task: _Task, result: Drop | WorkerDied) -> None:
+            bar.update()
+            result = ("error", str(result)) if isinstance(result, WorkerDied) else result
+            if result[0]:
+                dropped[task[1].name] = result
 
-    for key, problem in tqdm(results(), total=len(todo), desc=label, dynamic_ncols=True):
-        if problem:
-            errors[key] = problem
-    return errors
+        if backend is not None:
+            run_tasks(todo, backend, report)
+        else:
+            for task in todo:
+                report(task, _work(task, tools))
+    return dropped
 
 
 def prepare(
@@ -148,45 +169,73 @@ def prepare(
     Raises:
         UserError: if there is nothing to read or nothing could be used.
     """
-    sources = catalogue(config.data)
-    sources = sources[: config.limit] if config.limit else sources
+    number, count = parse_shard(config.part)
     if fit is None and not config.model.is_file():
         raise UserError(f"no face model at {config.model}; learn one with `flowvqtalker train face-model`")
     parts = _parts_folder(config)
+    unpack(config.data, parts / "unpacked", config.views)
+    found = catalogue(config.data, config.layout, config.views, parts / "unpacked")
+    sources = found.sources[: config.limit] if config.limit else found.sources
+    dropped: dict[str, Drop] = {name: ("layout", reason) for name, reason in found.left_out.items()}
     tools = Tools(config, make_tracker, fit)
-    alone = make_tracker is not None or fit is not None
+    with contextlib.ExitStack() as stack:
+        alone = make_tracker is not None or fit is not None
+        backend = None if alone else _backend(config, stack)
+        if count > 1:
+            chosen = sources[number - 1 :: count]
+            dropped = _run("fit", chosen, parts, tools, backend)
+            images = sum(source.is_image for source in chosen if source.name not in dropped)
+            return Report(len(chosen) - len(dropped) - images, images, 0, 0, dropped, 0, {}, [])
+        dropped |= _run("fit", sources, parts, tools, backend)
+        fitted = [s for s in sources if (parts / f"{s.key}.fit.npz").exists()]
+        if not fitted:
+            name, (code, detail) = next(iter(sorted(dropped.items())))
+            raise UserError(f"none of {len(sources)} sources could be used; the first: {name}: {detail or code}")
+        dropped |= _run("who", to_describe(fitted), parts, tools, backend)
+        aligned = _align(fitted, parts)
+        unsynchronised = {
+            key: ("out_of_sync", f"lips and sound correlate by {alignment.correlation:.2f}")
+            for key, alignment in aligned.items()
+            if alignment.correlation < config.min_sync
+        }
+        dropped |= {s.name: unsynchronised[s.key] for s in fitted if s.key in unsynchronised}
+        fitted = [source for source in fitted if source.key not in unsynchronised]
+        people, lookalikes, unknown = _identities(fitted, parts, tools.describer)
+        lags = _lags(fitted, aligned, config)
+        dropped |= _run("cut", _with_images(fitted, people, parts, config), parts, tools, backend)
+    report = _write(fitted, people, aligned, lags, parts, config)
+    rows = [(s.name, s.collection, people[s.key], split_of(people[s.key])) for s in fitted]
+    _write_table(config.out / "identities.csv", [("file", "source", "identity", "split"), *rows])
+    listed = [(name, *drop) for name, drop in sorted(dropped.items())]
+    _write_table(config.out / "dropped.csv", [("file", "reason", "detail"), *listed])
+    return replace(report, dropped=dropped, people=unknown, lookalikes=lookalikes)
 
-    errors = _run("fit", [(s, parts) for s in sources], tools, alone)
-    fitted = [s for s in sources if (parts / f"{s.key}.fit.npz").exists()]
-    if not fitted:
-        first = next(iter(errors.items()), ("", "nothing"))
-        raise UserError(f"none of {len(sources)} sources could be used; the first: {first[0]}: {first[1]}")
-    errors |= _run("who", [(s, parts) for s in to_describe(fitted)], tools, alone)
-    people, lookalikes, count = _identities(fitted, parts, tools.describer)
-    found = _align(fitted, parts)
-    lags = _lags(fitted, found, config)
-    errors |= _run("cut", [(s, parts) for s in _with_images(fitted, people, parts, config)], tools, alone)
-    report = _write(fitted, people, found, lags, parts, config)
-    with open(config.out / "identities.csv", "w", newline="", encoding="utf-8") as stream:
-        rows = [(s.name, s.collection, people[s.key], split_of(people[s.key])) for s in fitted]
-        csv.writer(stream).writerows([("file", "source", "identity", "split"), *rows])
-    with open(config.out / "errors.csv", "w", newline="", encoding="utf-8") as stream:
-        csv.writer(stream).writerows([("file", "error"), *sorted(errors.items())])
-    for key, problem in sorted(errors.items()):
-        logger.warning("%s: %s", key, problem)
-    return replace(report, errors=errors, people=count, lookalikes=lookalikes)
+
+def _backend(config: PrepareConfig, stack: contextlib.ExitStack) -> Backend | None:
+    make = functools.partial(make_worker, config)
+    if config.ray is None:
+        return Processes(config.workers, make) if config.workers > 1 else None
+    from flowvqtalker.workers.cluster import RayActors
+
+    return stack.enter_context(RayActors(config.ray, config.workers, make))
+
+
+def _write_table(path: Path, rows: Sequence[Sequence[str]]) -> None:
+    with open(path, "w", newline="", encoding="utf-8") as stream:
+        csv.writer(stream).writerows(rows)
 
 
 def _parts_folder(config: PrepareConfig) -> Path:
     """Folder of the parts; fits and images made with other settings are deleted."""
-    keep = ("min_length", "max_missing", "max_residual", "smooth", "frames", "quality")
+    keep = ["min_length", "max_missing", "max_residual", "smooth", "frames", "quality"]
+    keep += ["max_jump", "min_sharpness", "max_other_face"]
     digest = hashlib.sha256(config.model.read_bytes()).hexdigest() if config.model.is_file() else ""
     settings = json.dumps({**{key: getattr(config, key) for key in keep}, "model": digest}, sort_keys=True)
     folder = config.out.with_name(config.out.name + ".parts")
     folder.mkdir(parents=True, exist_ok=True)
     stamp = folder / "settings.json"
     if not stamp.exists() or stamp.read_text(encoding="utf-8") != settings:
-        old = [*folder.glob("*.fit.npz"), *folder.glob("*.cut.npz")]
+        old = [*folder.glob("*.fit.npz"), *folder.glob("*.cut.npz"), *folder.glob("*.drop.json")]
         if old:
             logger.warning("%d parts are made again: the face model or the settings have changed", len(old))
         for path in old:
@@ -286,7 +335,8 @@ def _write(
     config: PrepareConfig,
 ) -> Report:
     """Join the parts into the shard."""
-    about = json.dumps({"settings": {k: str(v) for k, v in vars(config).items()}, "lags": lags})
+    how = ("out", "workers", "ray", "part")  # these do not change the result
+    about = json.dumps({"settings": {k: str(v) for k, v in vars(config).items() if k not in how}, "lags": lags})
     rows = crops = 0
     with ShardWriter(config.out, about) as writer:
         for source in tqdm(sources, desc="write shard", dynamic_ncols=True):
@@ -332,9 +382,11 @@ class Prepare(PrepareConfig):
         """Write the shard and log a summary."""
         report = prepare(self)
         logger.info(
-            "%d clips, %d images, %d frames, %d stored crops, %d people told apart, %d errors",
-            *(report.clips, report.images, report.rows, report.crops, report.people, len(report.errors)),
+            "%d clips, %d images, %d frames, %d stored crops, %d people told apart, %d left out",
+            *(report.clips, report.images, report.rows, report.crops, report.people, len(report.dropped)),
         )
+        for reason, count in Counter(reason for reason, _ in report.dropped.values()).most_common():
+            logger.info("left out, %s: %d", reason, count)
         for collection, (lag, height, count, moved) in report.lags.items():
             text = "%-18s lips %+.1f frames after the sound (r = %.2f, %d clips), sound of %d moved"
             logger.info(text, collection, lag, height, count, moved)

@@ -1,26 +1,56 @@
-"""Clips and images on disk: which there are, and their timing, frames and sound."""
+"""A clip or image on disk: its timing, frames and sound."""
 
 from __future__ import annotations
 
-import csv
+import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from flowvqtalker.constants import EMOTIONS, FPS, SAMPLE_RATE
+from flowvqtalker.constants import FPS, SAMPLE_RATE
 from flowvqtalker.data.shards import SAMPLES
 from flowvqtalker.errors import UserError
 from flowvqtalker.io.frames import FrameReader
-from flowvqtalker.io.image import ImageArray
+from flowvqtalker.io.image import ImageArray, read_image
 from flowvqtalker.io.media import audio_track, open_media, video_track
 
-__all__ = ["Source", "Timing", "catalogue", "read_audio", "read_frames", "read_timing"]
+__all__ = ["Box", "Source", "Timing", "read_audio", "read_frames", "read_timing"]
 
-_VIDEOS = {".mp4", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".m4v"}
-_IMAGES = {".jpg", ".jpeg", ".png", ".webp"}
+Span = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Box:
+    """A rectangle of the frames, in pixels of frames of a height; other frames scale it.
+
+    Attributes:
+        left, top, width, height: the rectangle.
+        frame_height: height of the frames in which it was measured.
+    """
+
+    left: int
+    top: int
+    width: int
+    height: int
+    frame_height: int
+
+    def crop(self, height: int, width: int) -> tuple[slice, slice]:
+        """Rows and columns of frames of a size.
+
+        Raises:
+            UserError: if it lies outside of them.
+        """
+        scale = height / self.frame_height
+        top, left = round(self.top * scale), round(self.left * scale)
+        rows = slice(top, min(height, top + round(self.height * scale)))
+        columns = slice(left, min(width, left + round(self.width * scale)))
+        if rows.stop - rows.start < 1 or columns.stop - columns.start < 1:
+            raise UserError(f"the crop {self} lies outside of frames of {width}x{height}")
+        return rows, columns
 
 
 @dataclass(frozen=True)
@@ -35,6 +65,9 @@ class Source:
         emotion: index in :data:`flowvqtalker.constants.EMOTIONS`, -1 where unknown.
         speech: whether its sound is the speech of its face.
         is_image: whether it is a single image.
+        sound: file that holds its sound, from the same start; None if the clip does.
+        span: seconds of the file at which the clip begins and ends; None is all of it.
+        box: part of the frames to look at; None is all.
     """
 
     name: str
@@ -44,64 +77,36 @@ class Source:
     emotion: int
     speech: bool
     is_image: bool
+    sound: Path | None = None
+    span: Span | None = None
+    box: Box | None = None
 
     @property
     def key(self) -> str:
         """Stem of the files that preparation keeps about it."""
         return ("pic_" if self.is_image else "clip_") + self.name.replace("/", "_")
 
+    def timing(self) -> Timing:
+        """When the clip's frames are shown."""
+        timing = read_timing(self.path, self.span)
+        if self.box is None:
+            return timing
+        rows, columns = self.box.crop(*timing.size)
+        return replace(timing, size=(rows.stop - rows.start, columns.stop - columns.start))
 
-def catalogue(data: str | Path) -> list[Source]:
-    """Everything to prepare in a folder, in a fixed order.
+    def frames(self, wanted: set[int] | None = None) -> Iterator[tuple[int, ImageArray]]:
+        """Frames (number, (H, W, 3) uint8 RGB) of a clip, or the image as the only one; all, or the wanted ones."""
+        if self.is_image:
+            yield 0, read_image(self.path)
+            return
+        for number, frame in read_frames(self.path, wanted, self.span):
+            yield number, frame if self.box is None else frame[self.box.crop(*frame.shape[:2])]
 
-    Two layouts are read. Tables: ``clips.csv`` (columns file, source, identity, emotion, speech; files in ``clips/``)
-    and ``faces.csv`` (file, source, identity; files in ``faces/``); either may be missing. Plain: all videos and images
-    below the folder; the identity is the name of the sub-folder, or else of the file.
-
-    Raises:
-        UserError: if nothing is found or a table lacks a column or names a missing file.
-    """
-    data = Path(data)
-    if not data.is_dir():
-        raise UserError(f"no folder {data}; give one with clips.csv and clips/, or one with videos")
-    sources = [*_table(data, "clips", is_image=False), *_table(data, "faces", is_image=True)]
-    if not sources:
-        for path in sorted(p for p in data.rglob("*") if p.suffix.lower() in _VIDEOS | _IMAGES):
-            inside = path.relative_to(data)
-            identity = inside.parts[0] if len(inside.parts) > 1 else path.stem
-            image = path.suffix.lower() in _IMAGES
-            sources.append(Source(str(inside), path, data.name, identity, -1, not image, image))
-    if not sources:
-        suffixes = ", ".join(sorted(_VIDEOS))
-        raise UserError(f"no clips in {data}; give a folder with clips.csv and clips/, or with videos ({suffixes})")
-    return sources
-
-
-def _table(data: Path, kind: str, is_image: bool) -> list[Source]:
-    table = data / f"{kind}.csv"
-    if not table.is_file():
-        return []
-    with open(table, newline="", encoding="utf-8") as stream:
-        rows = list(csv.DictReader(stream))
-    needed = ("file", "source", "identity") if is_image else ("file", "source", "identity", "emotion", "speech")
-    missing = [column for column in needed if rows and column not in rows[0]]
-    if missing:
-        raise UserError(f"{table} lacks the columns {', '.join(missing)}")
-    absent = [row["file"] for row in rows if not (data / kind / row["file"]).is_file()]
-    if absent:
-        raise UserError(f"{table} names {len(absent)} files that are not in {data / kind}, the first: {absent[0]}")
-    return [
-        Source(
-            name=row["file"],
-            path=data / kind / row["file"],
-            collection=row["source"],
-            identity=None if row["identity"].endswith("unknown") else row["identity"],
-            emotion=EMOTIONS.index(row["emotion"]) if row.get("emotion") in EMOTIONS else -1,
-            speech=row.get("speech") == "yes",
-            is_image=is_image,
-        )
-        for row in rows
-    ]
+    def audio(self, timing: Timing) -> npt.NDArray[np.int16] | None:
+        """Sound of a clip, see :func:`read_audio`."""
+        if self.sound is None:
+            return read_audio(self.path, timing.start, timing.ticks)
+        return read_audio(self.sound, self.span[0] if self.span else 0.0, timing.ticks)
 
 
 @dataclass(frozen=True)
@@ -125,32 +130,59 @@ class Timing:
         return max(1, int((self.times[-1] + step) * FPS + 0.02))
 
 
-def read_timing(path: str | Path) -> Timing:
-    """Timestamps of a clip's frames; only the first is decoded."""
+def read_timing(path: str | Path, span: Span | None = None) -> Timing:
+    """Timestamps of the frames of a clip, or of a span of it; only the first is decoded."""
     with open_media(path) as container:
-        stream = video_track(container)
-        if stream is None:
-            raise UserError(f"{path} has no video track")
+        stream = _video(container, path)
         stamps = [p.pts for p in container.demux(stream) if p.pts is not None and not p.is_discard]
         if not stamps:
             raise UserError(f"{path} has no timestamps")
         base = float(stream.time_base) if stream.time_base is not None else 1.0
         times = np.sort(np.array(stamps, np.float64)) * base
+        if span is not None:
+            start, end = _limits(span, _first(stream))
+            times = times[(times >= start) & (times < end)]
+            if not len(times):
+                raise UserError(f"{path} has no frames from {span[0]:g} to {span[1]:g} s")
     with open_media(path) as container:
         stream = video_track(container)
         return Timing(times - times[0], float(times[0]), FrameReader(stream).shape(next(container.decode(stream))))
 
 
-def read_frames(path: str | Path, wanted: set[int] | None = None) -> Iterator[tuple[int, ImageArray]]:
-    """Decode the frames (number, (H, W, 3) uint8 RGB) of a clip; only the wanted ones are converted."""
+def _video(container: Any, path: str | Path) -> Any:
+    stream = video_track(container)
+    if stream is None:
+        raise UserError(f"{path} has no video track")
+    return stream
+
+
+def _first(stream: Any) -> float:
+    """Timestamp at which a stream begins, in seconds."""
+    return float((stream.start_time or 0) * stream.time_base) if stream.time_base is not None else 0.0
+
+
+def _limits(span: Span, first: float) -> Span:
+    """First timestamp of a span, and the first one after it; a millisecond earlier, for rounded timestamps."""
+    return first + span[0] - 1e-3, first + span[1] - 1e-3
+
+
+def read_frames(
+    path: str | Path, wanted: set[int] | None = None, span: Span | None = None
+) -> Iterator[tuple[int, ImageArray]]:
+    """Decode the frames (number, (H, W, 3) uint8 RGB) of a clip or of a span of it; only the wanted ones are
+    converted."""
     last = max(wanted) if wanted else None
     with open_media(path) as container:
-        stream = video_track(container)
-        if stream is None:
-            raise UserError(f"{path} has no video track")
+        stream = _video(container, path)
         reader = FrameReader(stream)
         stream.thread_type = "NONE"  # many clips are read at once by processes
-        for number, frame in enumerate(container.decode(stream)):
+        frames = container.decode(stream)
+        if span is not None and stream.time_base is not None:
+            start, end = _limits(span, _first(stream))
+            container.seek(int(start / stream.time_base), stream=stream)  # to the key frame before
+            after = itertools.dropwhile(lambda frame: (frame.time or 0.0) < start, container.decode(stream))
+            frames = itertools.takewhile(lambda frame: (frame.time or 0.0) < end, after)
+        for number, frame in enumerate(frames):
             if wanted is None or number in wanted:
                 yield number, reader.image(frame)
             if last is not None and number >= last:

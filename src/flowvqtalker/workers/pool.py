@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, Protocol, TypeVar
 
-__all__ = ["Backend", "MakeWorker", "TaskQueue", "Worker", "WorkerDied", "run_tasks"]
+from flowvqtalker.errors import UserError
+
+__all__ = ["Backend", "MakeWorker", "TaskQueue", "Worker", "WorkerDied", "parse_shard", "run_tasks"]
 
 T = TypeVar("T", bound=Hashable)
 
@@ -142,3 +145,17 @@ def run_tasks(
     finally:  # after an interrupt, do not wait for the tasks in progress
         for worker in busy:
             worker.stop()
+
+
+def parse_shard(given: str | None) -> tuple[int, int]:
+    """The part ``I/N`` as two numbers; 1 and 1 for None.
+
+    Raises:
+        UserError: if it is none.
+    """
+    if given is None:
+        return 1, 1
+    found = re.fullmatch(r"(\d+)/(\d+)", given)
+    if not found or not 1 <= int(found[1]) <= int(found[2]):
+        raise UserError(f"shard {given!r}: write I/N with I from 1 to N, for instance 1/8")
+    return int(found[1]), int(found[2])
