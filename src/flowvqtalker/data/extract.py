@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -134,6 +134,7 @@ class Tools:
         self._fit = fit
         self._describer: Describer | None = None
         self._two_faces: Tracker | None = None
+        self.open = ExitStack()
         self._model: Any = None
 
     def tracker(self, max_faces: int = 1) -> AbstractContextManager[Tracker]:
@@ -146,9 +147,9 @@ class Tools:
 
     @property
     def two_faces(self) -> Tracker:
-        """A tracker that finds a second face; it stays open as long as the process."""
+        """A tracker that finds a second face; it stays open until :attr:`open` is closed."""
         if self._two_faces is None:
-            self._two_faces = self.tracker(2).__enter__()
+            self._two_faces = self.open.enter_context(self.tracker(2))
         return self._two_faces
 
     def fit(self, landmarks: Floats, smooth: bool) -> Any:

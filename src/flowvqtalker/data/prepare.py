@@ -178,7 +178,7 @@ def prepare(
     sources = found.sources[: config.limit] if config.limit else found.sources
     dropped: dict[str, Drop] = {name: ("layout", reason) for name, reason in found.left_out.items()}
     tools = Tools(config, make_tracker, fit)
-    with contextlib.ExitStack() as stack:
+    with tools.open as stack:
         alone = make_tracker is not None or fit is not None
         backend = None if alone else _backend(config, stack)
         if count > 1:
