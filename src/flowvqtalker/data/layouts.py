@@ -1,17 +1,17 @@
 """How data sets lie on disk: which files are clips and images, of whom, with which emotion.
 
-=============  =======================================================================================================
+=============  ====================================================================================================
 ``tables``     ``clips.csv`` (file, source, identity, emotion, speech; files in ``clips/``) and ``faces.csv`` (file,
                source, identity; files in ``faces/``); either may be missing
 ``mead``       ``M003/video/front/angry/level_1/001.mp4``, sound in ``M003/audio/angry/level_1/001.m4a``
-``hdtf``       the lists of HDTF (``RD_annotion_time.txt``, ``RD_crop_wh.txt``, ``RD_resolution.txt`` ...), and the videos
-               that they name (``Radio1.mp4`` or ``RD_Radio1.mp4``) anywhere below; or clips that are cut already
+``hdtf``       the lists of HDTF (``RD_annotion_time.txt``, ``RD_crop_wh.txt``, ``RD_resolution.txt``), and videos
+               of their names (``Radio1.mp4`` or ``RD_Radio1.mp4``) anywhere below; or clips that are cut already
 ``ravdess``    ``Actor_01/01-01-06-01-02-01-01.mp4``
 ``cremad``     ``VideoFlash/1001_DFA_ANG_XX.flv``
 ``ffhq``       ``images1024x1024/00000/00000.png``, each of another person
 ``celebv``     ``YOUTUBE-ID_0_1.mp4`` or images of such names, as CelebV-HQ and CelebV-Text have them
 ``folders``    all other videos and images; the identity is the name of the sub-folder, or else of the file
-=============  =======================================================================================================
+=============  ====================================================================================================
 """
 
 from __future__ import annotations
