@@ -147,6 +147,8 @@ def _requirements(extra: str) -> list[str]:
     found = []
     for line in importlib.metadata.requires("flowvqtalker") or []:
         name, _, marker = line.partition(";")
+        if "platform_machine" in marker and platform.machine() not in marker:
+            continue
         wanted = re.search(r"extra\s*==\s*['\"]([\w-]+)['\"]", marker)
         if (wanted.group(1) if wanted else "") == extra:
             found.append(re.split(r"[\s<>=!~\[]", name.strip(), maxsplit=1)[0])

@@ -14,6 +14,7 @@ from flowvqtalker.errors import UserError
 from flowvqtalker.face.model import FaceModel
 from flowvqtalker.motion.flow import ExpFlow, Flow, PoseFlow
 from flowvqtalker.motion.manifold import LatentBank
+from flowvqtalker.render.compiled import CompiledGenerator
 from flowvqtalker.render.region import RegionConfig, RegionVQIG
 from flowvqtalker.render.renderer import ImageGenerator
 from flowvqtalker.render.vqig import VQIG, VQIGConfig
@@ -24,13 +25,16 @@ __all__ = [
     "build_generator",
     "choose_device",
     "choose_dtype",
+    "compiled_from",
     "fast_dtype",
+    "load_compiled",
     "load_face_model",
     "load_flow",
     "load_flows",
     "load_generator",
     "load_live_encoder",
     "load_speech_encoder",
+    "render_dtype",
 ]
 
 logger = logging.getLogger(__name__)
@@ -69,6 +73,12 @@ def fast_dtype(device: torch.device) -> torch.dtype:
         checks = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
         return torch.bfloat16 if any(getattr(torch.cpu, name, bool)() for name in checks) else torch.float32
     return torch.float32
+
+
+def render_dtype(generator: ImageGenerator, device: torch.device) -> torch.dtype:
+    """The fastest type for an image generator: int8 on a CPU where it has compiled graphs, else :func:`fast_dtype`."""
+    compiled = device.type == "cpu" and getattr(generator, "compiled", None) is not None
+    return torch.int8 if compiled else fast_dtype(device)
 
 
 def choose_dtype(dtype: str | torch.dtype = "auto") -> torch.dtype | None:
@@ -180,8 +190,12 @@ def build_generator(config: Mapping[str, Any]) -> ImageGenerator:
     return VQIG(VQIGConfig.from_dict(dict(config)))
 
 
-def load_generator(path: str | Path | None = None) -> ImageGenerator:
-    """The image generator; its frozen E_h, C and D_h are in the file of the codebook."""
+def load_generator(path: str | Path | None = None, *, compiled: bool = False) -> ImageGenerator:
+    """The image generator; its frozen E_h, C and D_h are in the file of the codebook.
+
+    Arguments:
+        compiled: give it its compiled graphs (:func:`load_compiled`), which draw in int8 on CPUs.
+    """
     codebook, codebook_config = weights.load("codebook", path)
     tensors, config = weights.load("vqig", path)
     try:
@@ -194,4 +208,24 @@ def load_generator(path: str | Path | None = None) -> ImageGenerator:
     weights.restore(generator.autoencoder, codebook, "codebook", path)
     frozen = {f"autoencoder.{key}": value for key, value in generator.autoencoder.state_dict().items()}
     weights.restore(generator, {**frozen, **tensors}, "vqig", path)
+    if compiled and isinstance(generator, RegionVQIG):
+        generator.compiled = load_compiled(path)
     return generator.eval()
+
+
+def compiled_from(entries: Mapping[str, weights.Entry]) -> dict[str, str]:
+    """What a compiled generator must have been made from: file name -> sha256."""
+    return {name: entries[name].sha256 for name in ("codebook.safetensors", "vqig.safetensors") if name in entries}
+
+
+def load_compiled(path: str | Path | None = None) -> CompiledGenerator | None:
+    """The compiled image generator of a folder of weights; None without OpenVINO, or where there is none for them."""
+    entries = weights.manifest(path)
+    entry, made_from = entries.get(f"{weights.COMPILED}.safetensors"), compiled_from(entries)
+    if entry is None or not made_from.items() <= entry.config.items():
+        return None
+    config = RegionConfig.from_dict(entries["vqig.safetensors"].config)
+    try:
+        return CompiledGenerator(weights.load(weights.COMPILED, path)[0], config)
+    except ImportError:
+        return None

@@ -24,11 +24,11 @@ from flowvqtalker.io.video import Result
 from flowvqtalker.loading import (
     choose_device,
     choose_dtype,
-    fast_dtype,
     load_face_model,
     load_flows,
     load_generator,
     load_live_encoder,
+    render_dtype,
 )
 from flowvqtalker.motion.emotion import EmotionTrack
 from flowvqtalker.motion.flow import ExpFlow, PoseFlow
@@ -110,9 +110,11 @@ class Talker:
         kind = torch.float32 if exact else choose_dtype(dtype)
         face_model = load_face_model(path) if "face" in wanted else None
         flows = load_flows(path, exact=exact) if "motion" in wanted else (None, None, None)
-        generator = load_generator(path) if "render" in wanted else None
+        compiled = kind is None and chosen.type == "cpu"
+        generator = load_generator(path, compiled=compiled) if "render" in wanted else None
         live_encoder = load_live_encoder(path, exact=exact) if "live" in wanted else None
-        return cls(face_model, *flows, generator, live_encoder, device=chosen, dtype=kind)
+        expflow, poseflow, bank = flows
+        return cls(face_model, expflow, poseflow, bank, generator, live_encoder, device=chosen, dtype=kind)
 
     @classmethod
     def load(
@@ -218,10 +220,11 @@ class Talker:
         found = _scanned(speech)
         return self.stream(portrait, chosen).run(decode.stream(found, _BLOCK_SECONDS))
 
-    def renderer(self, portrait: Portrait, batch_size: int = 4) -> Renderer:
-        """What draws a portrait; see :class:`~flowvqtalker.render.renderer.Renderer`."""
+    def renderer(self, portrait: Portrait, *, batch_size: int | None = None, workers: int | None = None) -> Renderer:
+        """What draws the frames of a portrait; arguments as :class:`flowvqtalker.render.renderer.Renderer`."""
+        generator: ImageGenerator = _part(self._generator, "render")  # type: ignore[assignment]  # mypy joins the union
         return Renderer(
-            _part(self._generator, "render"),  # type: ignore[arg-type]  # mypy joins the union
+            generator,
             self.face_model,
             portrait.image,
             portrait.identity,
@@ -229,7 +232,8 @@ class Talker:
             portrait.pose,
             batch_size=batch_size,
             device=self.device,
-            dtype=self.dtype or fast_dtype(self.device),
+            dtype=self.dtype or render_dtype(generator, self.device),
+            workers=workers,
         )
 
     def render(self, portrait: Portrait, motion: Iterable[Motion], *, full: bool = False) -> Iterator[ImageArray]:
@@ -250,13 +254,7 @@ class Talker:
             return renderer.render(motion)
         whole = portrait.reduced()
         paster = Paster(
-            self.face_model,
-            whole.crop,
-            whole.picture,
-            whole.image,
-            whole.identity,
-            whole.expression,
-            whole.pose,
+            self.face_model, whole.crop, whole.picture, whole.image, whole.identity, whole.expression, whole.pose
         )
         return paste_frames(paster, renderer.render, limit_pose(motion, whole.pose))
 

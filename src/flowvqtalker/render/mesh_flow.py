@@ -6,9 +6,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -16,12 +17,24 @@ from torch.nn import functional as F
 from flowvqtalker.face.model import FaceModel
 from flowvqtalker.face.topology import INNER_LIPS, IRISES, LEFT_EYE, RIGHT_EYE
 
-__all__ = ["APERTURES", "PRIOR", "MeshFlow", "MeshSource", "aperture_maps", "identity_grid", "upsample_flow", "warp"]
+__all__ = [
+    "APERTURES",
+    "PRIOR",
+    "MeshFlow",
+    "MeshSource",
+    "aperture_border",
+    "aperture_maps",
+    "identity_grid",
+    "upsample_flow",
+    "warp",
+]
 
 #: Channels of :func:`aperture_maps`: mouth, eyes, irises.
 APERTURES = 3
 #: Channels of a mesh flow with apertures: the flow, the aperture maps of target and source, the contact lines.
 PRIOR = 2 + 2 * APERTURES + 5
+
+Values = TypeVar("Values", Tensor, npt.NDArray[np.float32])
 
 # How strongly the nearer of two surface points on the same cell wins: exp(-k * depth difference in eye distances).
 _DEPTH_SHARPNESS = 25.0
@@ -252,11 +265,16 @@ def upsample_flow(flow: Tensor, prior: Tensor, side: int) -> Tensor:
     maps = torch.cat([lines, theirs[:, :2].amax(1, keepdim=True)], 1)[..., box[0], box[1]].float().contiguous()
     scale = side // flow.shape[-1]
     maps = F.interpolate(maps, scale_factor=scale, mode="bilinear", align_corners=False)
-    shut = (0.5 - maps[:, 5:] * (_RIM / 2)).clamp_(0, 1)  # from a pixel inside of an opening to one outside
+    shut = aperture_border(maps[:, 5:])
     apart = torch.where(maps[:, 4:5] > 0, maps[:, :2], maps[:, 2:4])
     rows, columns = (slice(part.start * scale, part.stop * scale) for part in box)
     whole[..., rows, columns] += shut * apart
     return whole
+
+
+def aperture_border(apertures: Values) -> Values:
+    """From 0, a pixel inside of an opening, to 1, a pixel outside, of aperture maps."""
+    return (0.5 - apertures * (_RIM / 2)).clip(0, 1)
 
 
 def _box(maps: Tensor) -> tuple[slice, slice] | None:

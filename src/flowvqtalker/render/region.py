@@ -9,7 +9,7 @@ descriptor sigma comes from the frame's own coefficients instead of 27 frames, s
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,9 @@ from flowvqtalker.render.region_vqvae import (
 )
 from flowvqtalker.render.vqig import Source
 from flowvqtalker.render.warp import MOTION, WarpConfig, WarpingNetwork
+
+if TYPE_CHECKING:
+    from flowvqtalker.render.compiled import CompiledGenerator
 
 __all__ = ["RegionConfig", "RegionGenerated", "RegionPrediction", "RegionVQIG", "feather"]
 
@@ -193,6 +196,7 @@ class RegionVQIG(nn.Module):
         self.decoder = RegionDecoder(book)
         self.modulation = nn.ModuleDict({"middle": ControlledAdaIN(middle), "fine": ControlledAdaIN(fine)})
         self.register_buffer("feather", feather(*book.roi[2:]), persistent=False)
+        self.compiled: CompiledGenerator | None = None  # of the same weights, if there is one
 
     def train(self, mode: bool = True) -> RegionVQIG:
         """Training mode; the frozen codebook stays in evaluation mode."""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from flowvqtalker.face.model import FaceModel
 from flowvqtalker.io.coefficients import Motion
+from flowvqtalker.render.compiled import CompiledPortrait
 from flowvqtalker.render.mesh_flow import MeshFlow
 from flowvqtalker.render.region import RegionGenerated, RegionVQIG
 from flowvqtalker.render.vqig import VQIG, Generated
@@ -31,9 +32,10 @@ class Renderer:
         face_model: the morphable model that the coefficients belong to.
         portrait: (512, 512, 3) uint8 RGB crop.
         alpha, beta0, rho0: (80,), (64,), (6,) coefficients of the portrait.
-        batch_size: frames rendered at once.
+        batch_size: frames rendered at once; None is 4, and 1 with int8, where batches gain nothing.
         device: where to run.
-        dtype: type of the convolutions; bfloat16 is 2-4 times as fast as float32 on recent CPUs and GPUs.
+        dtype: type of the convolutions; bfloat16 is 2-4 times as fast as float32 on recent CPUs and GPUs. int8 is for
+            CPUs and generators with compiled graphs (:func:`flowvqtalker.loading.load_compiled`).
         workers: batches rendered at the same time, each with its share of torch's threads; None chooses two on a CPU
             of two cores or more, which waste less on two batches than on sharing one, and one on other devices.
     """
@@ -47,7 +49,7 @@ class Renderer:
         beta0: Tensor,
         rho0: Tensor,
         *,
-        batch_size: int = 4,
+        batch_size: int | None = None,
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.bfloat16,
         workers: int | None = None,
@@ -56,7 +58,8 @@ class Renderer:
             raise ValueError(
                 f"a crop of shape (512, 512, 3) and type uint8 is needed, got {portrait.shape} {portrait.dtype}"
             )
-        self.device, self.dtype, self.batch_size = torch.device(device), dtype, batch_size
+        self.device, self.dtype = torch.device(device), dtype
+        self.batch_size = batch_size or (1 if dtype == torch.int8 else 4)
         threads = torch.get_num_threads()
         self.workers = workers or (min(2, threads) if self.device.type == "cpu" else 1)
         self._worker_threads = max(1, threads // self.workers)
@@ -73,9 +76,15 @@ class Renderer:
             image = torch.from_numpy(portrait).to(self.device).permute(2, 0, 1)[None].float().div(127.5).sub(1)
             with self._autocast():
                 self.source = self.generator.prepare(image.contiguous(memory_format=torch.channels_last))
+        self._compiled: CompiledPortrait | None = None
+        if dtype == torch.int8:
+            compiled = getattr(generator, "compiled", None)
+            if compiled is None or self.device.type != "cpu":
+                raise ValueError("int8 needs a CPU and a generator with compiled graphs; choose float32 or bfloat16")
+            self._compiled = CompiledPortrait(compiled, portrait, self.source, workers=self.workers, threads=threads)
 
     def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype in (torch.bfloat16, torch.float16))
 
     def render(self, motion: Iterable[Motion]) -> Iterator[npt.NDArray[np.uint8]]:
         """One (512, 512, 3) uint8 RGB frame for every frame of coefficients.
@@ -113,6 +122,8 @@ class Renderer:
         if self.mesh is not None and self._start is not None:
             target = self.face.project(self.alpha.expand(len(motion), -1), now[:, :64], now[:, 64:])
             prior = self.mesh(self._start, target)
+        if self._compiled is not None and prior is not None:
+            return np.stack([self._compiled(*each) for each in zip(now, prior, strict=True)])
         with self._autocast():
             image = self._image(motion, prior)
         levels = image.permute(0, 2, 3, 1).float().add(1).mul_(127.5).round_().clamp_(0, 255)

@@ -19,7 +19,7 @@ from flowvqtalker.errors import UserError
 from flowvqtalker.io.atomic import atomic_write
 from flowvqtalker.weights import STAGES, TERMS, Entry
 
-__all__ = ["WeightsAdd", "WeightsList", "add_weights"]
+__all__ = ["WeightsAdd", "WeightsList", "add_weights", "write_entry"]
 
 logger = logging.getLogger(__name__)
 
@@ -87,10 +87,15 @@ def add_weights(
         terms=terms,
         parameters=sum(t.numel() for t in tensors.values() if t.is_floating_point()),
     )
-    entries = {**weights.manifest(folder), target.name: entry}
-    text = json.dumps({key: asdict(value) for key, value in sorted(entries.items())}, indent=1) + "\n"
-    atomic_write(folder / weights.MANIFEST, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_entry(target, entry)
     return entry
+
+
+def write_entry(file: Path, entry: Entry) -> None:
+    """Put the entry of a file into the manifest beside it."""
+    entries = {**weights.manifest(file.parent), file.name: entry}
+    text = json.dumps({key: asdict(value) for key, value in sorted(entries.items())}, indent=1) + "\n"
+    atomic_write(file.with_name(weights.MANIFEST), lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def _quantised(key: str, tensor: Tensor) -> dict[str, Tensor]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from flowvqtalker.errors import UserError
 
 __all__ = [
+    "COMPILED",
     "EVALUATORS",
     "LANDMARKER",
     "LIVE",
@@ -64,7 +65,10 @@ EVALUATORS = {
 #: Published networks that only `evaluate` needs (NOTICE.md); no stage trains them.
 PUBLISHED = ("expression_face_api", "expression_fer")
 
-#: All names but the published ones, and the training stage of each.
+#: The default generator compiled for CPUs (tools/compile_generator.py); its configuration names what it was made from.
+COMPILED = "vqig_openvino"
+
+#: All names but these, and the training stage of each.
 STAGES = {**NAMES, **SPEECH_ENCODER, **LIVE, **EVALUATORS}
 
 #: MediaPipe's Face Landmarker, which ships with the weights (NOTICE.md).
@@ -138,7 +142,7 @@ def load(name: str, path: str | Path | None = None) -> tuple[dict[str, Tensor], 
     """Read one file of weights.
 
     Arguments:
-        name: a key of :data:`STAGES` or one of :data:`PUBLISHED`.
+        name: a key of :data:`STAGES`, one of :data:`PUBLISHED`, or :data:`COMPILED`.
         path: folder; None is the package's own.
 
     Returns:
@@ -147,8 +151,9 @@ def load(name: str, path: str | Path | None = None) -> tuple[dict[str, Tensor], 
     Raises:
         UserError: if the file is missing, not in the manifest, of another stage, or its sha256 is not the manifest's.
     """
-    if name not in (*STAGES, *PUBLISHED):
-        raise UserError(f"unknown weights {name!r}; choose one of {', '.join((*STAGES, *PUBLISHED))}")
+    known = (*STAGES, *PUBLISHED, COMPILED)
+    if name not in known:
+        raise UserError(f"unknown weights {name!r}; choose one of {', '.join(known)}")
     stage = STAGES.get(name, "")
     place = folder(path)
     entries = manifest(place)

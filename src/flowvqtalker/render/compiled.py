@@ -1,0 +1,154 @@
+"""The lite generator on a CPU by OpenVINO (ours): psi and W, then OpenCV's remap, then E_w to D_h in int8.
+
+``tools/compile_generator.py`` makes the two graphs. The second goes from levels to levels, feather included, so that a
+frame is never held as a whole in floating point. Without OpenVINO, on GPUs and in other types, torch draws.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+from torch.nn import functional as F
+
+from flowvqtalker.constants import CROP
+from flowvqtalker.render.mesh_flow import APERTURES, aperture_border
+from flowvqtalker.render.region import RegionConfig
+from flowvqtalker.render.vqig import Source
+
+__all__ = ["GRAPHS", "CompiledGenerator", "CompiledPortrait", "warp_levels"]
+
+#: Names of the graphs, in the order in which a frame passes them.
+GRAPHS = ("warp", "region")
+
+Levels = npt.NDArray[np.uint8]
+Floats = npt.NDArray[np.float32]
+
+
+def _identity() -> Floats:
+    """(512, 512, 2) x and y of every pixel."""
+    place = np.arange(CROP, dtype=np.float32)
+    return np.stack(np.meshgrid(place, place), -1)
+
+
+_GRID = _identity()
+
+
+def warp_levels(image: Levels, flow: Floats, prior: Floats) -> Levels:
+    """:func:`flowvqtalker.render.mesh_flow.warp` of one picture in levels of 255: (512, 512, 3).
+
+    Arguments:
+        image: (512, 512, 3).
+        flow: (2, s, s), in units of half the picture's side.
+        prior: (13, s, s) of :class:`~flowvqtalker.render.mesh_flow.MeshFlow` with apertures.
+    """
+    half, scale = np.float32(CROP / 2), CROP // flow.shape[-1]
+    place = cv2.resize(np.ascontiguousarray(flow.transpose(1, 2, 0)), (CROP, CROP), interpolation=cv2.INTER_LINEAR)
+    place *= half
+    place += _GRID
+    lines = prior[2 + 2 * APERTURES :]
+    moved = np.abs(lines[:4]).max(0) > 1e-5
+    rows, columns = (np.flatnonzero(moved.any(axis)) for axis in (1, 0))
+    if len(rows):
+        box = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
+        maps = np.concatenate([lines, prior[2:4].max(0, keepdims=True)])[(slice(None), *box)]
+        size = maps.shape[2] * scale, maps.shape[1] * scale
+        large = cv2.resize(np.ascontiguousarray(maps.transpose(1, 2, 0)), size, interpolation=cv2.INTER_LINEAR)
+        apart = np.where(large[..., 4:5] > 0, large[..., :2], large[..., 2:4])
+        shut = aperture_border(large[..., 5:])
+        place[tuple(slice(s.start * scale, s.stop * scale) for s in box)] += apart * (shut * half)
+    return np.asarray(cv2.remap(image, place, None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE), np.uint8)
+
+
+class CompiledGenerator:
+    """The graphs of :data:`GRAPHS`, compiled for this machine.
+
+    Arguments:
+        tensors: ``NAME.xml`` and ``NAME.bin`` of each graph as uint8, OpenVINO's intermediate representation.
+        config: of the generator that they were made from.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], config: RegionConfig) -> None:
+        import openvino
+
+        self.config = config
+        self._core = openvino.Core()
+        self._models = {}
+        for name in GRAPHS:
+            weights = openvino.Tensor(np.ascontiguousarray(tensors[f"{name}.bin"].numpy()))
+            self._models[name] = self._core.read_model(tensors[f"{name}.xml"].numpy().tobytes(), weights)
+        self._compiled: dict[tuple[int, int], dict[str, Any]] = {}
+        self._lock = threading.Lock()
+
+    def compile(self, workers: int, threads: int) -> dict[str, Any]:
+        """The compiled graphs for so many frames at the same time, which share the threads."""
+        with self._lock:
+            if (workers, threads) not in self._compiled:
+                settings = {
+                    "NUM_STREAMS": workers,
+                    "INFERENCE_NUM_THREADS": threads,
+                    "INFERENCE_PRECISION_HINT": "bf16" if self._bfloat16() else "f32",
+                    "ENABLE_CPU_PINNING": False,  # pinned threads wait for a core that something else keeps busy
+                }
+                self._compiled[workers, threads] = {
+                    name: self._core.compile_model(model, "CPU", settings) for name, model in self._models.items()
+                }
+            return self._compiled[workers, threads]
+
+    def _bfloat16(self) -> bool:
+        return "BF16" in self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
+class CompiledPortrait:
+    """Draws frames of one portrait; may be called from several threads.
+
+    Arguments:
+        generator: the compiled graphs.
+        image: (512, 512, 3) uint8 RGB crop.
+        source: of the crop, from :meth:`~flowvqtalker.render.region.RegionVQIG.prepare`.
+        workers: frames drawn at the same time.
+        threads: in all.
+    """
+
+    def __init__(
+        self, generator: CompiledGenerator, image: Levels, source: Source, *, workers: int, threads: int
+    ) -> None:
+        self._graphs = generator.compile(workers, threads)
+        self._image = np.ascontiguousarray(image)
+        self._codes, self._small = (value.float().contiguous().numpy() for value in (source.codes, source.small))
+        top, left, height, width = generator.config.codebook.roi
+        self._roi = slice(top, top + height), slice(left, left + width)
+        self._side = generator.config.warp.flow_size
+        self._local = threading.local()
+
+    def _infer(self, name: str, *inputs: Any) -> list[npt.NDArray[Any]]:
+        """Outputs of a graph; the next call of this thread overwrites them."""
+        requests = self._local.__dict__
+        if name not in requests:
+            requests[name] = self._graphs[name].create_infer_request()
+        found = requests[name].infer(inputs, share_inputs=True, share_outputs=True)
+        return list(found.values())
+
+    def __call__(self, motion: Tensor, prior: Tensor) -> Levels:
+        """A frame (512, 512, 3) uint8 RGB.
+
+        Arguments:
+            motion: (70,) coefficients [beta, rho].
+            prior: (13, s, s) mesh flow with apertures.
+        """
+        coarse = F.interpolate(prior[None, :2], (self._side, self._side), mode="area").numpy()
+        change, sigma = self._infer("warp", motion[None].numpy(), coarse, self._small)
+        maps = prior.numpy()
+        size = maps.shape[-1]
+        flow = maps[:2] + cv2.resize(change, (size, size), interpolation=cv2.INTER_LINEAR).transpose(2, 0, 1)
+        frame = warp_levels(self._image, flow, maps)
+        rows, columns = (slice(s.start * size // CROP, s.stop * size // CROP) for s in self._roi)
+        apertures = np.ascontiguousarray(maps[2 : 2 + 2 * APERTURES, rows, columns])[None]
+        (region,) = self._infer("region", frame[self._roi][None].copy(), apertures, sigma, self._codes)
+        frame[self._roi] = region[0]
+        return frame

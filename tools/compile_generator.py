@@ -1,0 +1,162 @@
+"""Compile the default generator for CPUs: trace it, quantise it to int8 on training pairs, add it to the weights.
+
+    python tools/compile_generator.py SHARD [--weights FOLDER] [--pairs 64]
+
+Needs openvino and nncf. Run it after every change of ``vqig`` or ``codebook``: a compiled file that was made of other
+weights is not used. Prints the PSNR of held-out regions to float32's. Attention stays in bfloat16: int8 was slower.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import nncf
+import numpy as np
+import openvino
+import torch
+from safetensors.torch import save
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from flowvqtalker import weights
+from flowvqtalker.data.pairs import PairDataset, PairMix
+from flowvqtalker.data.shards import Shard
+from flowvqtalker.io.atomic import atomic_write
+from flowvqtalker.loading import compiled_from, load_face_model, load_generator
+from flowvqtalker.render.mesh_flow import APERTURES, MeshFlow, warp
+from flowvqtalker.render.region import RegionPrediction, RegionVQIG
+from flowvqtalker.render.region_vqvae import ChannelNorm, RegionAttention
+from flowvqtalker.train.image_stage import make_views
+from flowvqtalker.train.release import write_entry
+
+Arrays = list[np.ndarray[Any, Any]]
+
+
+class Warp(nn.Module):
+    """Graph ``warp``: psi and W. The change of the flow comes as (s, s, 2), as OpenCV wants it."""
+
+    def __init__(self, generator: RegionVQIG) -> None:
+        super().__init__()
+        self.generator = generator
+
+    def forward(self, motion: Tensor, coarse: Tensor, small: Tensor) -> tuple[Tensor, Tensor]:
+        sigma = self.generator.mapping((motion - self.generator.motion_mean) / self.generator.motion_std)
+        change = self.generator.warping(small, sigma, coarse) - coarse
+        return change[0].permute(1, 2, 0), sigma
+
+
+class Region(nn.Module):
+    """Graph ``region``: levels of I_w (1, H, W, 3) to levels of the frame."""
+
+    def __init__(self, generator: RegionVQIG) -> None:
+        super().__init__()
+        self.generator = generator
+
+    def forward(self, region: Tensor, apertures: Tensor, sigma: Tensor, codes: Tensor) -> Tensor:
+        warped = region.permute(0, 3, 1, 2).float() / 127.5 - 1
+        logits, z, middle, fine = self.generator.encode(warped, apertures, sigma, codes)
+        drawn = self.generator.draw(self.generator.codes(logits), RegionPrediction(warped, logits, z, middle, fine))
+        image = warped + (drawn - warped) * self.generator.feather
+        return ((image + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+
+
+def _norm(self: ChannelNorm, x: Tensor) -> Tensor:
+    """ChannelNorm without a change of layout."""
+    x = x - x.mean(1, keepdim=True)
+    x = x * torch.rsqrt((x * x).mean(1, keepdim=True) + 1e-6)
+    return x if self.weight is None else x * self.weight[:, None, None] + self.bias[:, None, None]
+
+
+def _attend(self: RegionAttention, x: Tensor, memory: Tensor | None = None) -> Tensor:
+    """RegionAttention with positions before heads, which OpenVINO computes as one operation."""
+    b, c, h, w = x.shape
+    kv = self.key_value(self.norm_memory(x if memory is None else memory)).chunk(2, 1)
+    maps = (self.query(self.norm_query(x)), *kv)
+    q, k, v = (
+        m.flatten(2).transpose(1, 2).reshape(b, h * w, self.heads, c // self.heads).transpose(1, 2) for m in maps
+    )
+    found = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, h * w, c)
+    return x + self.out(found.transpose(1, 2).reshape(b, c, h, w))
+
+
+@torch.inference_mode()
+def inputs(generator: RegionVQIG, shard: Path, split: str, count: int) -> Iterator[tuple[Arrays, Arrays]]:
+    """What graph ``warp`` and graph ``region`` see of pairs of a split."""
+    face = load_face_model()
+    mesh = MeshFlow(face, generator.config.mesh_size, apertures=True)
+    pairs = PairDataset(Shard(shard), split, PairMix(synthetic=0.3, hard_candidates=4), seed=5, limit=count)
+    for i in range(min(count, len(pairs))):
+        batch = {key: value[None] for key, value in pairs[i].items()}
+        image, prior, _ = make_views(face, mesh, batch)
+        source = generator.prepare(image)
+        motion = torch.cat([batch["target_expression"], batch["target_pose"]], 1)
+        sigma = generator.mapping((motion - generator.motion_mean) / generator.motion_std)
+        coarse = F.interpolate(prior[:, :2], source.small.shape[-2:], mode="area")
+        warped = generator.cut(warp(image, generator.flow(source, sigma, prior), prior))
+        levels = ((warped + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+        apertures = generator.cut(prior[:, 2 : 2 + 2 * APERTURES])
+        first, second = (motion, coarse, source.small), (levels, apertures, sigma, source.codes)
+        yield [x.contiguous().numpy() for x in first], [x.contiguous().numpy() for x in second]
+
+
+def trace(module: nn.Module, example: Arrays) -> Any:
+    """OpenVINO's graph of a module for inputs of the example's shapes and types."""
+    tensors = tuple(torch.from_numpy(x) for x in example)
+    with torch.inference_mode():
+        return openvino.convert_model(module, example_input=tensors, input=[list(x.shape) for x in example])
+
+
+def outputs(model: Any, data: list[Arrays], precision: str) -> np.ndarray[Any, Any]:
+    """The first output of every item."""
+    ready = openvino.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": precision})
+    return np.stack([np.array(ready(item)[0], np.float64) for item in data])
+
+
+def stored(model: Any, name: str) -> dict[str, Tensor]:
+    """A graph's two files as tensors."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"{name}.xml"
+        openvino.save_model(model, path)  # what is not int8 in float16
+        files = (path, path.with_suffix(".bin"))
+        return {file.name: torch.from_numpy(np.fromfile(file, np.uint8)) for file in files}
+
+
+def main() -> None:
+    """Compile, measure and add."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("shard", type=Path)
+    parser.add_argument("--weights", type=Path, help="folder of weights; default: the package's own")
+    parser.add_argument("--pairs", type=int, default=64, help="training pairs whose activations set the scales")
+    options = parser.parse_args()
+    generator = load_generator(options.weights)
+    if not isinstance(generator, RegionVQIG):
+        parser.exit(2, "the weights hold the paper's generator; only the default one is compiled\n")
+    seen = list(inputs(generator, options.shard, "train", options.pairs))
+    held = [region for _, region in inputs(generator, options.shard, "val", 16)]
+    ChannelNorm.forward, RegionAttention.forward = _norm, _attend  # type: ignore[method-assign]
+    torch.backends.mha.set_fastpath_enabled(False)
+    first, second = trace(Warp(generator).eval(), seen[0][0]), trace(Region(generator).eval(), seen[0][1])
+    ignored = nncf.IgnoredScope(types=["ScaledDotProductAttention"])
+    data = nncf.Dataset([region for _, region in seen])
+    quantised = nncf.quantize(second, data, subset_size=len(seen), preset=nncf.QuantizationPreset.MIXED,
+                              ignored_scope=ignored)  # fmt: skip
+    exact = outputs(second, held, "f32")
+    error = ((outputs(quantised, held, "bf16") - exact) ** 2).mean((1, 2, 3, 4))
+    fidelity = float(np.mean(10 * np.log10(255**2 / error)))
+    print(f"int8 against float32 on {len(held)} held-out regions: {fidelity:.2f} dB")
+    place = weights.folder(options.weights)
+    file = place / f"{weights.COMPILED}.safetensors"
+    tensors = stored(first, "warp") | stored(quantised, "region")
+    atomic_write(file, lambda temporary: temporary.write_bytes(save(tensors)))
+    config = {**compiled_from(weights.manifest(place)), "psnr": round(fidelity, 2), "pairs": len(seen)}
+    about = f"vqig and codebook, compiled with openvino {openvino.__version__} and nncf {nncf.__version__}"
+    write_entry(file, weights.Entry(weights.sha256(file), "", config, about))
+    print(f"{file}: {file.stat().st_size / 2**20:.1f} MiB")
+
+
+if __name__ == "__main__":
+    main()
