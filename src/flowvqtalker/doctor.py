@@ -158,20 +158,23 @@ def _requirements(extra: str) -> list[str]:
 def _weights(folder: str | Path | None) -> Iterator[Finding]:
     try:
         entries = weights.manifest(folder)
+        needed = weights.needed(folder)
     except UserError as error:
         yield Finding("weights", False, str(error))
         return
-    for name in weights.needed(folder):
-        file = weights.folder(folder) / f"{name}.safetensors"
+    for name in needed:
+        file = f"{name}.safetensors"
         try:
             weights.load(name, folder)
-            entry = entries[file.name]
-            detail = (
-                f"{entry.parameters:,} parameters, step {entry.steps}, sha256 {entry.sha256[:12]}..., {entry.terms}"
-            )
+            entry = entries[file]
+            place = "the package's own" if weights.place(name, folder) == weights.folder() else f"of {folder}"
+            detail = f"{place}, {entry.parameters:,} parameters, step {entry.steps}, sha256 {entry.sha256[:12]}..."
             yield Finding(f"weights {name}", True, detail)
         except UserError as error:
             yield Finding(f"weights {name}", False, str(error))
+    for file, entry in entries.items():
+        use = "commercial use allowed" if entry.commercial else "no commercial use"
+        yield Finding(f"terms {Path(file).stem}", True, f"{use} ({entry.terms}); from {entry.data}")
 
 
 def _optional() -> Iterator[Finding]:

@@ -13,7 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from flowvqtalker import weights
+from flowvqtalker.batch.job import weights_hashes
 from flowvqtalker.cli import main
+from flowvqtalker.doctor import examine
 from flowvqtalker.errors import MissingDependency, UserError
 from flowvqtalker.face.tracker import LANDMARKER_SHA256, LANDMARKER_VARIABLE, find_landmarker
 from flowvqtalker.train.release import add_weights
@@ -60,16 +62,38 @@ def test_storage_is_half_precision_where_it_can_be(place):
 
 def test_a_second_file_keeps_the_first(tmp_path, place):
     add_weights(run_folder(tmp_path / "other", "poseflow"), "poseflow", path=place)
-    assert set(weights.manifest(place)) == {"expflow.safetensors", "poseflow.safetensors"}
+    assert set(weights.manifest(place, own=True)) == {"expflow.safetensors", "poseflow.safetensors"}
 
 
 def test_missing_weights_say_how_to_get_them(tmp_path, place):
-    with pytest.raises(UserError, match=r"vqig.safetensors are missing; .*flowvqtalker train vqig"):
-        weights.load("vqig", place)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"weights are missing: .*weights-add"):
+        weights.load("vqig", tmp_path / "empty")
+    (place / "expflow.safetensors").unlink()  # the manifest names it: the package's must not stand in for it
+    with pytest.raises(UserError, match=r"expflow.safetensors are missing; .*flowvqtalker train expflow"):
+        weights.load("expflow", place)
     with pytest.raises(UserError, match="does not exist"):
         weights.load("vqig", tmp_path / "nowhere")
     with pytest.raises(UserError, match="choose one of face_model"):
         weights.load("texture", place)
+
+
+def test_what_a_folder_lacks_comes_from_the_package(place):
+    assert weights.place("expflow", place) == place
+    assert weights.place("vqig", place) == weights.folder()
+    entries = weights.manifest(place)
+    assert entries["expflow.safetensors"].data == "four clips"
+    assert entries["vqig.safetensors"] == weights.manifest()["vqig.safetensors"]
+    assert torch.equal(weights.load("face_model", place)[0]["mean"], weights.load("face_model")[0]["mean"])
+    assert weights_hashes(place)["expflow.safetensors"] == weights.sha256(place / "expflow.safetensors")
+
+
+def test_doctor_shows_the_terms_of_every_file(place):
+    shown = {finding.name: finding.detail for finding in examine(place)}
+    assert shown["terms expflow"] == f"no commercial use ({weights.TERMS}); from four clips"
+    assert shown["terms face_landmarker"].startswith("commercial use allowed (Apache License 2.0")
+    assert {f"terms {Path(file).stem}" for file in weights.manifest()} <= set(shown)
+    assert str(place) in shown["weights expflow"] or "do not fit" in shown["weights expflow"]
 
 
 def test_damaged_weights_name_both_hashes(place):
@@ -157,7 +181,7 @@ def test_release_script_takes_every_run(tmp_path):
     line = [sys.executable, str(script), str(runs), "--folder", str(tmp_path / "weights"), "--data", "clips"]
     done = subprocess.run(line, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert set(weights.manifest(tmp_path / "weights")) == {"expflow.safetensors", "poseflow.safetensors"}
+    assert set(weights.manifest(tmp_path / "weights", own=True)) == {"expflow.safetensors", "poseflow.safetensors"}
 
 
 def test_packaged_weights_are_whole():
@@ -190,6 +214,9 @@ def test_large_matrices_of_the_speech_encoder_are_stored_in_a_byte_each(tmp_path
 
 def test_the_speech_encoder_is_needed_by_flows_that_hear_with_it(tmp_path):
     add_weights(run_folder(tmp_path / "run"), "expflow", path=tmp_path / "w", config={"speech_encoder": False})
+    (tmp_path / "run" / "config.json").write_text(json.dumps({"stage": "poseflow"}))
+    add_weights(tmp_path / "run", "poseflow", path=tmp_path / "w", config={"speech_encoder": False})
     assert "speech_encoder" not in weights.needed(tmp_path / "w")
+    (tmp_path / "run" / "config.json").write_text(json.dumps({"stage": "expflow"}))
     add_weights(run_folder(tmp_path / "run2"), "expflow", path=tmp_path / "w", config={"speech_encoder": True})
     assert "speech_encoder" in weights.needed(tmp_path / "w")

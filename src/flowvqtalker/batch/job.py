@@ -137,6 +137,5 @@ def weights_hashes(path: Path | None) -> dict[str, str]:
     entries = manifest(path)
     files = [f"{name}.safetensors" for name in needed(path)]
     if missing := [name for name in files if name not in entries]:
-        where = "the package's weights" if path is None else f"weights folder {path}"
-        raise UserError(f"{where} lack {', '.join(missing)}; give a complete folder (`flowvqtalker weights-list`)")
+        raise UserError(f"the package's weights lack {', '.join(missing)}; install the package again")
     return {name: entries[name].sha256 for name in files}

@@ -34,6 +34,7 @@ def add_weights(
     path: str | Path | None = None,
     data: str = "",
     terms: str = TERMS,
+    commercial: bool = False,
     config: Mapping[str, Any] | None = None,
     steps: int | None = None,
 ) -> Entry:
@@ -48,6 +49,7 @@ def add_weights(
         path: folder of weights, made if it does not exist; None is the package's own.
         data: what they were trained on, in a sentence.
         terms: terms of use.
+        commercial: whether these terms allow commercial use.
         config: configuration; None takes it from the JSON file beside the weights.
         steps: optimiser steps; None takes them from there as well.
 
@@ -85,6 +87,7 @@ def add_weights(
         data=data,
         steps=int(steps if steps is not None else about.get("step", 0)),
         terms=terms,
+        commercial=commercial,
         parameters=sum(t.numel() for t in tensors.values() if t.is_floating_point()),
     )
     write_entry(target, entry)
@@ -93,7 +96,7 @@ def add_weights(
 
 def write_entry(file: Path, entry: Entry) -> None:
     """Put the entry of a file into the manifest beside it."""
-    entries = {**weights.manifest(file.parent), file.name: entry}
+    entries = {**weights.manifest(file.parent, own=True), file.name: entry}
     text = json.dumps({key: asdict(value) for key, value in sorted(entries.items())}, indent=1) + "\n"
     atomic_write(file.with_name(weights.MANIFEST), lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
@@ -119,12 +122,16 @@ class WeightsAdd:
     """What they were trained on, in a sentence."""
     terms: str = TERMS
     """Terms of use."""
+    commercial: bool = False
+    """These terms allow commercial use."""
     folder: Path | None = None
     """Folder of weights; default: inside the package."""
 
     def run(self) -> None:
         """Add the weights and log their hash."""
-        entry = add_weights(self.source, self.name, path=self.folder, data=self.data, terms=self.terms)
+        entry = add_weights(
+            self.source, self.name, path=self.folder, data=self.data, terms=self.terms, commercial=self.commercial
+        )
         logger.info("%s: %s parameters, sha256 %s", self.name, f"{entry.parameters:,}", entry.sha256)
 
 
@@ -142,7 +149,7 @@ class WeightsList:
             UserError: if a file is missing or damaged.
         """
         damaged = []
-        for name, entry in weights.manifest(self.folder).items():
+        for name, entry in weights.manifest(self.folder, own=True).items():
             file = weights.folder(self.folder) / name
             whole = file.is_file() and weights.sha256(file) == entry.sha256
             damaged += [] if whole else [name]

@@ -1,7 +1,8 @@
 """The default weights: safetensors files in this folder, described and hashed by ``manifest.json``.
 
-An entry of the manifest: ``{file: {sha256, stage, config, data, steps, terms, parameters}}``. Every load checks the
-hash, so that a damaged or swapped file is reported instead of giving a strange face.
+An entry of the manifest: ``{file: {sha256, stage, config, data, steps, terms, parameters, commercial}}``. Every load
+checks the hash, so that a damaged or swapped file is reported instead of giving a strange face. Another folder of
+weights may hold some of the files: the others come from here.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ __all__ = [
     "misfit",
     "mismatch",
     "needed",
+    "place",
     "read_tensors",
     "restore",
     "sha256",
@@ -94,6 +96,7 @@ class Entry:
     steps: int = 0
     terms: str = TERMS
     parameters: int = 0
+    commercial: bool = False
 
 
 def folder(path: str | Path | None = None) -> Path:
@@ -111,28 +114,48 @@ def sha256(path: str | Path) -> str:
     return digest.hexdigest()
 
 
-def manifest(path: str | Path | None = None) -> dict[str, Entry]:
-    """The manifest of a folder: file name -> entry; empty where there is none.
+def manifest(path: str | Path | None = None, *, own: bool = False) -> dict[str, Entry]:
+    """The manifest of a folder, file name -> entry, with the package's entries for what the folder lacks.
+
+    Arguments:
+        path: folder; None is the package's own.
+        own: leave out the package's entries; empty where there is no manifest.
 
     Raises:
-        UserError: if the folder does not exist or the manifest is broken.
+        UserError: if the folder does not exist or holds no weights, or the manifest is broken.
     """
     place = folder(path)
     if not place.is_dir():
         raise UserError(f"weights folder {place} does not exist; give the folder that holds {MANIFEST}")
     file = place / MANIFEST
-    if not file.is_file():
-        return {}
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        return {name: Entry(**entry) for name, entry in content.items()}
-    except (ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"weights manifest {file} is broken ({error}); install the package again") from error
+    entries: dict[str, Entry] = {}
+    if file.is_file():
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+            entries = {name: Entry(**entry) for name, entry in content.items()}
+        except (ValueError, TypeError, AttributeError) as error:
+            raise UserError(f"weights manifest {file} is broken ({error}); install the package again") from error
+    if own or path is None:
+        return entries
+    if not entries:
+        raise UserError(f"weights are missing: {place} holds no {MANIFEST}; give a folder made by `weights-add`")
+    return {**manifest(), **entries}
+
+
+def place(name: str, path: str | Path | None = None) -> Path:
+    """The folder that a file of weights is taken from: the given one if it has it, else the package's.
+
+    Raises:
+        UserError: as :func:`manifest`.
+    """
+    file = f"{name}.safetensors"
+    return folder(path if file in manifest(path, own=True) or (folder(path) / file).exists() else None)
 
 
 def needed(path: str | Path | None = None) -> tuple[str, ...]:
-    """Names of what a folder must hold to animate portraits: the speech encoder only if a flow uses it."""
-    configs = (entry.config for entry in manifest(folder(path)).values())
+    """Names of what animating portraits needs: the speech encoder only if a flow uses it."""
+    entries = manifest(path)
+    configs = (entries[f"{name}.safetensors"].config for name in NAMES if f"{name}.safetensors" in entries)
     return (
         (*NAMES, *SPEECH_ENCODER) if any(config.get("speech_encoder") is True for config in configs) else tuple(NAMES)
     )
@@ -143,7 +166,7 @@ def load(name: str, path: str | Path | None = None) -> tuple[dict[str, Tensor], 
 
     Arguments:
         name: a key of :data:`STAGES`, one of :data:`PUBLISHED`, or :data:`COMPILED`.
-        path: folder; None is the package's own.
+        path: folder; what it lacks is taken from the package. None is the package's own.
 
     Returns:
         the tensors on the CPU (floating point as float32) and their training configuration.
@@ -155,9 +178,9 @@ def load(name: str, path: str | Path | None = None) -> tuple[dict[str, Tensor], 
     if name not in known:
         raise UserError(f"unknown weights {name!r}; choose one of {', '.join(known)}")
     stage = STAGES.get(name, "")
-    place = folder(path)
-    entries = manifest(place)
-    file = place / f"{name}.safetensors"
+    manifest(path)  # a folder without any weights is a mistake
+    file = place(name, path) / f"{name}.safetensors"
+    entries = manifest(file.parent, own=True)
     how = "install the package again"
     if stage:
         how += f", or train them with `flowvqtalker train {stage}` and add them with `flowvqtalker weights-add`"
@@ -203,7 +226,7 @@ def misfit(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> str:
 
 def mismatch(name: str, problem: str, path: str | Path | None = None) -> UserError:
     """The error for weights that do not fit the code; names their sha256."""
-    file = folder(path) / f"{name}.safetensors"
+    file = place(name, path) / f"{name}.safetensors"
     digest = sha256(file) if file.is_file() else "unknown"
     return UserError(
         f"weights {file} (sha256 {digest}) do not fit their configuration: {problem}; "
