@@ -2,6 +2,9 @@
 # make test   run the tests
 # make lint   ruff, mypy and the import contracts
 # make gallery FACES=folder   render portraits of every kind into sheets under out/gallery (without FACES, one portrait)
+# make licences   write docs/licences.md from the metadata of the pinned packages
+# make sbom   write out/sbom.json, the packages of this environment in CycloneDX's format
+# make audit   look the pinned versions up for known vulnerabilities (needs PyPI's own index)
 # Each sets up everything it needs first, on a machine that has only Python 3.10 or newer with pip: a virtual
 # environment in .venv, and on Linux the four shared libraries that the mediapipe and OpenCV wheels link. A second run
 # finds all of it done.
@@ -21,7 +24,7 @@ STAMPS := $(VENV)/.stamps
 LIBRARIES := libEGL.so.1 libGLESv2.so.2 libGL.so.1 libglib-2.0.so.0
 PACKAGES := libegl1 libgles2 libgl1 libglib2.0-0
 
-.PHONY: help setup demo test lint gallery clean
+.PHONY: help setup demo test lint gallery licences sbom audit clean
 help:
 	@sed -n 's/^# make/make/p' Makefile
 
@@ -79,6 +82,24 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# Tools that look at the environment live in one of their own, and so are no part of what they list.
+SUPPLY := $(VENV)/supply
+$(SUPPLY)/bin/pip-licenses: | setup
+	$(BIN)/python -m venv --without-pip $(SUPPLY)
+	$(BIN)/python -m pip --python $(SUPPLY)/bin/python install --disable-pip-version-check --no-input -q \
+	  'cyclonedx-bom>=7' 'pip-audit>=2.7' 'pip-licenses>=5'
+
+licences: $(SUPPLY)/bin/pip-licenses
+	{ sed '/^|/,$$d' docs/licences.md; $< --python=$(BIN)/python --format=markdown --with-urls \
+	  --packages $$(sed -n 's/==.*//p' constraints.txt); } > docs/licences.new && mv docs/licences.new docs/licences.md
+
+sbom: $(SUPPLY)/bin/pip-licenses
+	@mkdir -p out
+	$(SUPPLY)/bin/cyclonedx-py environment $(BIN)/python --pyproject pyproject.toml --output-reproducible -o out/sbom.json
+
+audit: $(SUPPLY)/bin/pip-licenses
+	$(SUPPLY)/bin/pip-audit -r constraints.txt --no-deps --disable-pip
 
 clean:
 	rm -rf $(VENV) out .pytest_cache .ruff_cache .mypy_cache
