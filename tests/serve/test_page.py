@@ -231,6 +231,24 @@ def test_microphone_camera_and_faces(page, files):
     assert page["crop"].get_attribute("src").endswith("face=1")
 
 
+def test_live(page, files):
+    page.choose(files["portrait"])
+    page.click("mode-live")
+    page.click("live-start")
+    frames = "return Number(document.getElementById('live-view').dataset.frames ?? 0)"
+    page.wait(lambda: page.script(frames) > 3, "frames", 300)
+    assert page["live-state"].text in ("Idle", "Listening", "Talking")
+    drawn = "return document.getElementById('live-view').getContext('2d').getImageData(256, 256, 1, 1).data[3]"
+    assert page.script(drawn) == 255
+    page.click("emotion-happy")
+    page.wait(lambda: page["live-state"].text == "Talking", "speech to be heard")
+    shown = page.script(frames)
+    page.wait(lambda: page.script(frames) > shown, "more frames")
+    page.click("live-stop")
+    assert page["live-state"].text == "Stopped"
+    assert page["problem-live"].text == ""
+
+
 def test_two_browsers_see_only_their_own(page, real_server, files, tmp_path):
     other = open_browser(tmp_path / "profile")
     try:

@@ -36,7 +36,7 @@ async function start() {
   show("live-start", false);
   show("live-stop");
   show("live-level");
-  $("live-state").textContent = "Connecting …";
+  $("live-state").textContent = "Loading …";
   const source = session.context.createMediaStreamSource(session.stream);
   session.stopMeter = meter(session.context, source, (loudness) => { $("live-level").value = loudness; });
   session.socket = new WebSocket(`${location.origin.replace("http", "ws")}/v1/live`);
@@ -48,7 +48,7 @@ async function start() {
   session.socket.addEventListener("message", ({ data }) => {
     if (live === session) (typeof data === "string" ? hear : receive)(session, data, source);
   });
-  session.socket.addEventListener("close", () => { if (live === session) end("The connection to the server ended."); });
+  session.socket.addEventListener("close", () => { if (live === session) end($("problem-live").textContent || "The connection to the server ended."); });
   return paint(session);
 }
 
@@ -66,7 +66,8 @@ function hear(session, data, source) {
   }
   if (message.type === "state") $("live-state").textContent = STATES[message.state] ?? message.state;
   if (message.type === "fps") session.fps = message.fps;
-  if (message.type === "error") end(new Problem(message));
+  // A refused command does not end the session; what ends it closes the connection.
+  if (message.type === "error") fail("live", new Problem(message));
 }
 
 /** Binary message: kind, time, picture or sound. */

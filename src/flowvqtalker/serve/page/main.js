@@ -27,7 +27,8 @@ async function make() {
   $("make").disabled = true;
   try {
     const more = options.chosenOptions();
-    const feeling = more.emotion_reference ? { intensity: emotion.selectedEmotion().intensity } : emotion.chosenEmotion();
+    const replaced = ["emotion_reference", "valence", "arousal"].some((name) => more[name] !== undefined);
+    const feeling = replaced ? { intensity: emotion.selectedEmotion().intensity } : emotion.chosenEmotion();
     await results.make({
       portrait_id: portrait.id, face: portrait.face, speech_id: speeches.speech.id, consent: "true", ...feeling,
       num_samples: $("num_samples").value, ...more,

@@ -15,6 +15,10 @@ const WORDS = {
   blink_rate: ["Blinks per minute", "Empty is what suits, at most 60."],
   temperature: ["Liveliness", "How much the movement varies, 0 to 2."],
   emotion_reference: ["Emotion from a photo or clip", "Of anyone; it takes the place of the buttons."],
+  reference_neutral: ["The same person, neutral", "Without it, it is estimated."],
+  valence: ["Valence", "How pleasant, −1 to 1; takes the place of the buttons."],
+  arousal: ["Arousal", "How excited, −1 to 1; takes the place of the buttons."],
+  audio_track: ["Sound track", "Which one of a file with several, from 0."],
   transition: ["Seconds of a change", "How long a change of emotion takes."],
 };
 let options = [];
@@ -29,7 +33,7 @@ export function setUp(given) {
     if (input.type === "checkbox") input.checked = Boolean(usual);
     else if (input.type !== "file") input.value = usual ?? "";
     if (input.type === "number") {
-      Object.assign(input, { min: min ?? "", max: max ?? "", step: type === "integer" ? 1 : "any", placeholder: usual ?? "as learnt" });
+      Object.assign(input, { min: min ?? "", max: max ?? "", step: type === "integer" ? 1 : "any", placeholder: usual ?? "automatic" });
     }
     input.addEventListener("input", () => { $("problem-options").textContent = ""; input.removeAttribute("aria-invalid"); });
     return el("label", { className: "option" }, input, el("span", {}, title, el("small", {}, text)));

@@ -20,7 +20,7 @@ export async function make(fields) {
   clear("form", "result", "options");
   const key = Array.from(crypto.getRandomValues(new Uint8Array(16)), (byte) => byte.toString(16).padStart(2, "0")).join("");
   const video = await api("/v1/videos", { fields: form(fields), headers: { "Idempotency-Key": key } });
-  remember(video, fields.emotion ?? (fields.emotion_track ? "changing emotion" : "borrowed emotion"));
+  remember(video, fields.emotion ?? (fields.emotion_track ? "changing emotion" : "other emotion"));
   watch(video);
 }
 
