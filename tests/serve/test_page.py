@@ -123,6 +123,7 @@ def test_photo_and_speech_become_a_video(page, files):
     page.click("emotion-happy")
     page.click("make")
     (take,) = page.result()
+    assert page["said"].get_attribute("textContent") == "The video is ready."
     assert any(text.startswith("Frame ") and text.endswith(" of 25") for text in page.script("return seen"))
     video = take.find_element(By.TAG_NAME, "video")
     page.wait(lambda: page.script("return arguments[0].readyState >= 2", video), "the video")

@@ -3,6 +3,7 @@ import { api, follow, form } from "./api.js";
 import { $, ask, clear, el, fail, show } from "./dom.js";
 import { remember } from "./history.js";
 
+const SAID = { queued: "Waiting", in_progress: "Rendering", completed: "The video is ready.", failed: "The video failed.", cancelled: "Cancelled." };
 let stop = () => {}; // stops following the video before
 let current = null;
 let loading = false; // a preview is on its way
@@ -50,6 +51,8 @@ function update(video) {
   const running = ["queued", "in_progress"].includes(video.status);
   show("job", running);
   document.title = running ? `${video.progress} % · FlowVQTalker` : "FlowVQTalker";
+  // Screen readers are told the turns, not every frame.
+  $("said").textContent = SAID[video.status];
   $("progress").value = video.progress ?? 0;
   $("stage").textContent = stageText(video);
   const pace = video.fps ? `${video.fps.toFixed(1)} fps` : "";
