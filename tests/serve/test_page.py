@@ -15,6 +15,8 @@ from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
+from flowvqtalker.io.audio import stream
+
 from ..browser import BrowserPage, needs_browser, open_browser
 from ..conftest import babble, write_wav
 
@@ -22,22 +24,23 @@ pytestmark = [needs_browser, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory, astronaut) -> dict[str, str]:
+def files(tmp_path_factory, astronaut, sample_speech) -> dict[str, str]:
     """What users choose: good and bad."""
     folder = tmp_path_factory.mktemp("chosen")
     noise = np.random.default_rng(0).integers(0, 255, (256, 256, 3), np.uint8)
     for name, picture in {"portrait": astronaut, "noise": noise, "two": np.hstack([astronaut, astronaut])}.items():
         Image.fromarray(picture).save(folder / f"{name}.png")
     write_wav(folder / "speech.wav", babble(1.0))
+    write_wav(folder / "voice.wav", np.concatenate(list(stream(sample_speech)))[:48_000])
     (folder / "<img src=x onerror=alert(1)>.txt").write_text("neither a picture nor a sound")
     return {path.stem: str(path) for path in folder.iterdir()}
 
 
 @pytest.fixture(scope="module")
 def driver(tmp_path_factory, files) -> Iterator[webdriver.Chrome]:
-    """A browser whose microphone plays the speech over and over and whose camera shows a test picture."""
+    """A browser whose microphone plays a voice over and over and whose camera shows a test picture."""
     fake = ("--use-fake-ui-for-media-stream", "--use-fake-device-for-media-stream")
-    sound = f"--use-file-for-fake-audio-capture={files['speech']}"
+    sound = f"--use-file-for-fake-audio-capture={files['voice']}"
     driver = open_browser(tmp_path_factory.mktemp("chromium") / "profile", *fake, sound)
     yield driver
     driver.quit()
