@@ -172,7 +172,8 @@ def get_preview(video: str, server: TheServer, owner: Owner) -> Response:
     path = preview_path(server.store.video_folder(video))
     if not path.exists():
         raise Problem("not_ready", "There is no frame yet.")
-    return FileResponse(path, media_type="image/jpeg")
+    # As bytes: a file that is replaced while it is sent no longer has the length that was announced.
+    return Response(path.read_bytes(), media_type="image/jpeg")
 
 
 @router.post("/{video}/cancel")
