@@ -6,8 +6,6 @@ import csv
 import json
 import os
 import signal
-import subprocess
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -330,15 +328,3 @@ def test_step_seeds_differ() -> None:
     seeds = {step_seed(s, t, r) for s in range(4) for t in range(-2, 50) for r in range(3)}
     assert len(seeds) == 4 * 52 * 3
     assert all(0 <= s < 2**63 for s in seeds)
-
-
-@pytest.mark.slow
-def test_two_processes_equal_one_with_a_larger_batch(tmp_path: Path) -> None:
-    folder = Path(__file__).parents[2]
-    for devices in (1, 2):
-        command = [sys.executable, str(Path(__file__).with_name("two_processes.py")), str(devices)]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), str(folder / "src")])}
-        subprocess.run([*command, str(tmp_path / str(devices))], check=True, env=environment, timeout=300)
-    one, two = (load_file(tmp_path / str(devices) / "weights.safetensors") for devices in (1, 2))
-    for key, value in one.items():
-        torch.testing.assert_close(value, two[key], atol=1e-3, rtol=1e-3)

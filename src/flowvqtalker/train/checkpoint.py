@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,9 @@ from flowvqtalker.train.stage import Stage
 __all__ = ["export", "load_checkpoint", "save_checkpoint"]
 
 logger = logging.getLogger(__name__)
+
+#: Settings whose product is the number of items that a step reads; as long as it stays, so does the order of the data.
+_ITEMS = ("batch_size", "accumulate", "devices", "nodes")
 
 
 def save_checkpoint(
@@ -62,10 +66,11 @@ def load_checkpoint(path: Path, stage: Stage, config: LoopConfig, parts: Mapping
     changed = ", ".join(sorted(k for k in {*saved, *own} - {"loop"} if saved.get(k) != own.get(k)))
     if changed:
         logger.warning("the configuration differs from the checkpoint's in %s", changed)
-    for key in ("batch_size", "accumulate", "seed", "devices", "nodes"):
-        old, new = loop.get(key), getattr(config, key)
-        if old != new:
-            logger.warning("loop.%s was %s and is %s: the order of the data changes here", key, old, new)
+    if loop.get("seed") != config.seed:
+        logger.warning("loop.seed was %s and is %s: the order of the data changes here", loop.get("seed"), config.seed)
+    old, new = (math.prod(int(values.get(k, 1)) for k in _ITEMS) for values in (loop, to_dict(config)))
+    if old != new:
+        logger.warning("a step read %d items and reads %d: the order of the data changes here", old, new)
     try:
         for key, part in parts.items():
             part.load_state_dict(content["parts"][key])

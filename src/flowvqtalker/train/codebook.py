@@ -196,7 +196,14 @@ class CodebookStage(Stage):
     def on_step_end(self, step: int) -> None:
         if self._latents is not None:
             seed = self.config.loop.seed * 1_000_003 + step
-            self.autoencoder.codebook.revive(self._latents, torch.Generator().manual_seed(seed))
+            codebook = self.autoencoder.codebook
+            several = torch.distributed.is_available() and torch.distributed.is_initialized()
+            if several:  # a code is dead only if no process uses it
+                torch.distributed.all_reduce(codebook.usage)
+                codebook.usage /= torch.distributed.get_world_size()
+            codebook.revive(self._latents, torch.Generator().manual_seed(seed))
+            if several:  # every process revived with latents of its own
+                torch.distributed.broadcast(codebook.weight.data, 0)
             self._latents = None
 
     def validate(self, fabric: Fabric) -> dict[str, float]:

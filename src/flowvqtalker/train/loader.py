@@ -42,9 +42,20 @@ class RangeSampler:
             yield list(range(first, first + self.batch_size))
 
 
-def batches(stage: Stage, config: LoopConfig, fabric: Fabric, start: int, stop: int) -> Iterator[Any]:
-    """Batches on the device for the forward passes from number ``start`` to ``stop``."""
-    sampler = RangeSampler(start, stop, config.batch_size, fabric.global_rank, fabric.world_size, config.overfit)
+def batches(
+    stage: Stage, config: LoopConfig, fabric: Fabric, start: int, stop: int, *, whole: bool = False
+) -> Iterator[Any]:
+    """Batches on the device for the forward passes from number ``start`` to ``stop``.
+
+    Arguments:
+        stage, config, fabric: of the run.
+        start, stop: numbers of forward passes.
+        whole: give every process all items of a step; ``start`` and ``stop`` count steps then.
+    """
+    world, rank, size = fabric.world_size, fabric.global_rank, config.batch_size
+    if whole:
+        world, rank, size = 1, 0, size * world * config.accumulate
+    sampler = RangeSampler(start, stop, size, rank, world, config.overfit)
     workers = min(config.workers, len(sampler))
     loader: DataLoader[Any] = DataLoader(
         stage.dataset("train"),

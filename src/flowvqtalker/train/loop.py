@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -88,10 +88,26 @@ def fit(stage: Stage, config: LoopConfig, out: str | Path, resume: bool = False)
         the numbers of the last validation, and ``step``.
 
     Raises:
-        UserError: if ``out`` holds a run and ``resume`` is false, or its checkpoint does not fit.
+        UserError: if ``out`` holds a run and ``resume`` is false, its checkpoint does not fit, or another process of
+            the training ended.
         FloatingPointError: if the loss stops being finite.
     """
-    return _Run(stage, config, Path(out), resume).train()
+    run = _Run(stage, config, Path(out), resume)
+    try:
+        return run.train()
+    except RuntimeError as error:
+        if not _lost_process(error):
+            raise
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"another process of this training ended ({reason}); start the same command with --resume: "
+            f"it continues from the last checkpoint in {out}"
+        ) from error
+
+
+def _lost_process(error: RuntimeError) -> bool:
+    """Whether a collective operation failed because a process is gone; gloo has no error class of its own."""
+    return isinstance(error, getattr(torch.distributed, "DistError", ())) or "gloo" in str(error)
 
 
 class _Run:
@@ -135,8 +151,8 @@ class _Run:
         self.meter = Meter()
 
     def _start(self) -> None:
-        """Let the stage initialise itself from the first batch."""
-        first = next(iter(batches(self.stage, self.config, self.fabric, 0, 1)))
+        """Let the stage initialise itself from all items of the first step, whoever trains on them."""
+        first = next(iter(batches(self.stage, self.config, self.fabric, 0, 1, whole=True)))
         torch.manual_seed(step_seed(self.config.seed, _START))
         with self.fabric.autocast():
             self.stage.on_start(first)
@@ -241,9 +257,14 @@ class _Run:
                 value.copy_(self.fabric.broadcast(value, src=0))
 
     def _write_log(self, steps: int, seconds: float, waited: float) -> None:
+        """Log the means over the processes since the last row."""
+        means = self.meter.means()
+        if self.fabric.world_size > 1:
+            reduced = self.fabric.all_reduce(torch.tensor(list(means.values())), reduce_op="mean")
+            means = dict(zip(means, cast(Tensor, reduced).tolist(), strict=True))
         speed = steps / seconds
         items = speed * self.config.batch_size * self.config.accumulate * self.fabric.world_size
-        row = {"step": self.step, **self.meter.means(), "lr": learning_rate(self.step - 1, self.config)}
+        row = {"step": self.step, **means, "lr": learning_rate(self.step - 1, self.config)}
         row |= {"steps_per_s": speed, "items_per_s": items, "data_wait": waited / seconds}
         row["memory_mib"] = peak_memory(self.fabric.device) / 2**20
         if self.fabric.is_global_zero:
