@@ -44,6 +44,8 @@ COMMANDS: dict[str, _Command | dict[str, _Command]] = {
     "animate": _Command(f"{_HERE}:Animate", "Animate a portrait with speech."),
     "batch": _Command("flowvqtalker.batch.command:Batch", "Animate many portraits, from a table of jobs."),
     "serve": _Command("flowvqtalker.serve.command:Serve", "Serve a web page and an HTTP API.", "serve"),
+    "live": _Command("flowvqtalker.live.command:Live", "Let a portrait talk in real time."),
+    "say": _Command("flowvqtalker.live.command:Say", "Say a text, as sound or as a video of a portrait."),
     "track": _Command(f"{_HERE}:Track", "Track the face of an image or video."),
     "motion": _Command(f"{_HERE}:Motion", "Make motion from speech, without images."),
     "render": _Command(f"{_HERE}:Render", "Animate a portrait with stored motion."),

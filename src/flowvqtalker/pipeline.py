@@ -109,11 +109,10 @@ class Talker:
         chosen = choose_device(device)
         kind = torch.float32 if exact else choose_dtype(dtype)
         face_model = load_face_model(path) if "face" in wanted else None
-        flows = load_flows(path, exact=exact) if "motion" in wanted else (None, None, None)
+        expflow, poseflow, bank = load_flows(path, exact=exact) if "motion" in wanted else (None, None, None)
         compiled = kind is None and chosen.type == "cpu"
         generator = load_generator(path, compiled=compiled) if "render" in wanted else None
         live_encoder = load_live_encoder(path, exact=exact) if "live" in wanted else None
-        expflow, poseflow, bank = flows
         return cls(face_model, expflow, poseflow, bank, generator, live_encoder, device=chosen, dtype=kind)
 
     @classmethod

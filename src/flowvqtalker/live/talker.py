@@ -288,7 +288,8 @@ class LiveTalker:
         self.dropped += too_late
         self._late.append(too_late)
         if len(self._late) == _OBSERVED and sum(self._late) > _TOO_MANY * _OBSERVED and self.fps > RATES[-1]:
-            self.fps = max(rate for rate in RATES if rate < self.fps)
+            possible = self.fps * (1 - sum(self._late) / _OBSERVED)
+            self.fps = max((rate for rate in RATES if rate <= possible), default=RATES[-1])
             self._late.clear()
             message = "live: this machine is too slow for the rate; it falls to %g frames per second"
             logger.log(self._level("slow"), message, self.fps)

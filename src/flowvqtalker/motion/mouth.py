@@ -35,7 +35,7 @@ _FRAME = SAMPLE_RATE // FPS
 # Samples after a frame's start that decide on it: what the encoder with the shortest look-ahead waits for, too.
 _AHEAD = 1480
 #: Least probability of speech, and windows of which one must reach it: they span the frame and its look-ahead.
-_SPEECH, _WINDOWS = 0.3, 3
+_SPEECH, _WINDOWS = 0.15, 3
 #: Frames in which the lips are released before a sound, and in which they close after it.
 _OPENING, _CLOSING = 2, 3
 #: Frames for which an interruption keeps the mouth shut: until the detector has forgotten the speech.
@@ -81,10 +81,11 @@ class MouthGate:
     def __init__(self, closer: MouthCloser) -> None:
         self.closer = closer
         self._activity = SpeechActivity()
-        self._recent: deque[float] = deque([0.0] * _WINDOWS, _WINDOWS)
+        # At the start there is nothing to judge by yet, so the mouth stays as it is.
+        self._recent: deque[float] = deque([1.0] * _WINDOWS, _WINDOWS)
         self._known: deque[float] = deque()
         self._windows = self._frame = 0
-        self._open = 0.0
+        self._open = 1.0
         self._shut = 0
         #: Whether the last frame was one of speech.
         self.speaking = False
