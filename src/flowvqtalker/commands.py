@@ -152,7 +152,7 @@ class Render(MarkArguments):
     portrait: _Portrait
     """Image with a face (JPEG, PNG, WebP, ...)."""
     motion: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="MOTION")]
-    """Motion file (.npz)."""
+    """Motion file: .npz; or .csv of blendshapes, as `flowvqtalker motion` and Live Link Face write it (approximate)."""
     output: _Output
     """Video to write (.mp4, .mov or .mkv)."""
     speech: File = None
@@ -174,19 +174,19 @@ class Render(MarkArguments):
 
     def run(self) -> None:
         """Write the video and print one line."""
+        from flowvqtalker.face.export import load_motion
         from flowvqtalker.io.atomic import check_output
         from flowvqtalker.io.audio import scan
-        from flowvqtalker.io.coefficients import Coefficients
         from flowvqtalker.pipeline import Talker
 
         check_output(self.output)
         marks = self.marks()
-        _check_inputs(self.portrait, self.speech, self.sign_cert, self.sign_key)
+        _check_inputs(self.portrait, self.motion, self.speech, self.sign_cert, self.sign_key)
         speech = None if self.speech is None else scan(self.speech, self.audio_track)
-        motion = Coefficients.load(self.motion)
         talker = Talker.from_pretrained(
             self.weights, device=self.device, dtype=self.dtype, components=("face", "render")
         )
+        motion = load_motion(self.motion, talker.face_model)
         with _progress("render") as progress:
             result = talker.reenact(
                 self.portrait,
@@ -250,7 +250,7 @@ def _motion_options(given: MotionArguments) -> MotionOptions:
 def _resolve(talker: Talker, options: MotionOptions) -> MotionOptions:
     """The options with clips tracked, behind a progress bar because that takes a while."""
     clip = options.pose_from
-    if not isinstance(clip, Path) or clip.suffix.lower() == ".npz":
+    if not isinstance(clip, Path) or clip.suffix.lower() in (".npz", ".csv"):
         return talker.resolve(options)
     with _progress("pose") as progress:
         return talker.resolve(replace(options, pose_from=talker.track(clip, progress=progress)))

@@ -13,6 +13,7 @@ from torch import Tensor
 from flowvqtalker.constants import FPS
 from flowvqtalker.errors import UserError
 from flowvqtalker.face.crop import crop_box
+from flowvqtalker.face.export import READABLE, load_motion
 from flowvqtalker.face.fit import fit
 from flowvqtalker.face.model import EXPRESSION, IDENTITY, FaceModel
 from flowvqtalker.face.portrait import Portrait, Progress, front_pose, load_portrait, track, track_landmarks
@@ -189,8 +190,9 @@ class Talker:
         read: Any = {name: self.reference(face) for name, face in faces.items() if isinstance(face, str | Path)}
         options = replace(options, **read)
         if poses is not None and not isinstance(poses, Coefficients):
-            stored = Path(poses).suffix.lower() == ".npz"
-            options = replace(options, pose_from=Coefficients.load(poses) if stored else self.track(poses))
+            stored = Path(poses).suffix.lower() in READABLE
+            moved = load_motion(poses, self.face_model) if stored else self.track(poses)
+            options = replace(options, pose_from=moved)
         return options
 
     def motion(

@@ -13,7 +13,7 @@ import torch
 
 from flowvqtalker.errors import UserError
 from flowvqtalker.face.arkit import ARKIT_NAMES
-from flowvqtalker.face.export import COLUMNS, GAZE, export_motion, head_angles, save_live_link
+from flowvqtalker.face.export import COLUMNS, GAZE, export_motion, head_angles, load_motion, save_live_link
 from flowvqtalker.face.gltf import METRES, glb
 from flowvqtalker.face.model import FaceModel, rotation_matrix
 from flowvqtalker.io.coefficients import Coefficients
@@ -227,3 +227,37 @@ def test_nothing_is_left_after_a_failure(tmp_path, motion, model, monkeypatch):
     with pytest.raises(UserError, match="No space left"):
         export_motion(tmp_path / "a.glb", motion, model)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("fps", [25.0, 60.0])
+def test_our_own_csv_is_read_back(model, tmp_path, fps):
+    """The angles exactly, the mouth and lids nearly: what the blendshapes hold of them."""
+    time = np.arange(75) / 25
+    beta = (model.arkit[:, :-1].T.numpy() * np.sin(2 * np.pi * time)[:, None, None]).sum(-1).astype(np.float32)
+    beta *= 1.5 / np.abs(beta).max()
+    pose = np.stack([0.1 * np.sin(time), 0.2 * np.cos(time), 0.05 * time], axis=1)
+    moved = Coefficients(beta, np.hstack([pose, np.zeros((75, 3))]).astype(np.float32), np.zeros(80, np.float32))
+    written = export_motion(tmp_path / "a.csv", moved, model, fps)
+    read = load_motion(tmp_path / "a.csv", model)
+    assert (read.fps, len(read)) == (fps, len(written))
+    np.testing.assert_allclose(read.pose[:, :3], written.pose[:, :3], atol=1e-5)
+    assert np.all(read.pose[:, 5] > 5)
+    given, found = (np.einsum("tk,kvc->tvc", one.expression, model.expression.numpy()) for one in (written, read))
+    for lower, upper in ((14, 13), (145, 159)):  # lips and a lid
+        opening = [vertices[:, lower, 1] - vertices[:, upper, 1] for vertices in (given, found)]
+        assert np.corrcoef(*opening)[0, 1] > 0.9
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a,b\n1,2\n", "no column"),
+        ("", "no column|no motion"),
+        ("Timecode," + ",".join(COLUMNS) + "\n0:0,x\n", "not a csv"),
+    ],
+)
+def test_other_csv_files_say_what_is_allowed(model, tmp_path, text, message):
+    (tmp_path / "a.csv").write_text(text)
+    with pytest.raises(UserError, match=message) as caught:
+        load_motion(tmp_path / "a.csv", model)
+    assert "Live Link Face" in str(caught.value)

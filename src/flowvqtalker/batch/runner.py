@@ -153,9 +153,11 @@ class Runner:
         return _open(self._talker(*models).reference)(path)
 
     def _track(self, path: Path, *models: Any) -> Coefficients:
-        from flowvqtalker.io.coefficients import Coefficients
+        from flowvqtalker.face.export import READABLE, load_motion
 
-        return _open(Coefficients.load if path.suffix.lower() == ".npz" else self._talker(*models).track)(path)
+        talker = self._talker(*models)
+        read = functools.partial(load_motion, model=talker.face_model)
+        return _open(read if path.suffix.lower() in READABLE else talker.track)(path)
 
 
 def make_runner(threads: int, number: int) -> Callable[[tuple[Job, str]], Outcome]:

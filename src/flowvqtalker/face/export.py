@@ -3,23 +3,38 @@
 from __future__ import annotations
 
 import csv
+import itertools
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from scipy.spatial.transform import Rotation
 
+from flowvqtalker.constants import FPS
 from flowvqtalker.errors import UserError
 from flowvqtalker.face.arkit import ARKIT_NAMES
 from flowvqtalker.face.model import FaceModel, rotation_matrix
+from flowvqtalker.face.portrait import front_pose
 from flowvqtalker.io.atomic import atomic_write
 from flowvqtalker.io.coefficients import Coefficients
+from flowvqtalker.io.media import error_text, existing_file
 
-__all__ = ["COLUMNS", "SUFFIXES", "check_fps", "export_motion", "head_angles", "live_link_rows", "save_live_link"]
+__all__ = [
+    "COLUMNS",
+    "READABLE",
+    "SUFFIXES",
+    "check_fps",
+    "export_motion",
+    "head_angles",
+    "live_link_rows",
+    "load_motion",
+    "save_live_link",
+]
 
-#: Suffixes of motion files.
-SUFFIXES = (".npz", ".csv", ".glb")
+#: Suffixes of motion files, and of those that :func:`load_motion` reads.
+SUFFIXES, READABLE = (".npz", ".csv", ".glb"), (".npz", ".csv")
 
 _EYE = ("EyeBlink", "EyeLookDown", "EyeLookIn", "EyeLookOut", "EyeLookUp", "EyeSquint", "EyeWide")
 #: Columns of a recording of Epic's Live Link Face app, after the timecode and the number of values.
@@ -38,6 +53,9 @@ COLUMNS = (
 )
 #: Rotation of an eye in radians at a look blendshape of one. ARKit does not define it; 30 degrees is our choice.
 GAZE = np.pi / 6
+
+# Standard deviation of a blendshape around the model's, for reading a csv.
+_BLENDSHAPE_NOISE = 0.01
 
 Floats = npt.NDArray[np.floating]
 
@@ -140,6 +158,54 @@ def save_live_link(path: str | Path, motion: Coefficients, blendshapes: Floats) 
             rows.writerows(live_link_rows(motion, blendshapes))
 
     atomic_write(path, write)
+
+
+def load_motion(path: str | Path, model: FaceModel) -> Coefficients:
+    """Read a file of motion: ``.npz``, or ``.csv`` as :func:`save_live_link` and Live Link Face write it.
+
+    A csv holds less than the coefficients: β is the likeliest expression with these blendshapes, the head stays in
+    place, and the rate is the number of rows in its first whole second (25 in shorter files).
+
+    Raises:
+        UserError: if the file cannot be read, or is neither.
+    """
+    path = Path(path)
+    if path.suffix.lower() != ".csv":
+        return Coefficients.load(path)
+    file = existing_file(path, "motion file")
+    allowed = "give a recording of Live Link Face, or a file that `flowvqtalker motion` wrote"
+    try:
+        with open(file, newline="", encoding="utf-8-sig") as opened:
+            rows = list(csv.DictReader(opened))
+        values = {name: np.array([float(row[name]) for row in rows]) for name in COLUMNS[:55]}
+        seconds = [row["Timecode"].rsplit(":", 1)[0] for row in rows]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, csv.Error) as error:
+        reason = f"no column {error.args[0]}" if isinstance(error, KeyError) else error_text(error)
+        raise UserError(f"{path} is not a csv of blendshapes ({reason}); {allowed}") from error
+    table = np.stack(list(values.values()), axis=1)
+    if not len(table) or not np.isfinite(table).all():
+        raise UserError(f"{path} holds no motion, or values that are not numbers; {allowed}")
+    counts = [len(list(group)) for _, group in itertools.groupby(seconds)]
+    fps = float(counts[1]) if len(counts) > 2 else float(max(counts)) if len(counts) == 2 else float(FPS)
+    check_fps(fps)
+    shapes = np.stack([values.get(name[0].upper() + name[1:], np.zeros(len(rows))) for name in ARKIT_NAMES], axis=1)
+    return Coefficients(_expression(model, shapes), _pose(model, *table[:, 52:55].T), np.zeros(80, np.float32), fps)
+
+
+def _expression(model: FaceModel, blendshapes: Floats) -> npt.NDArray[np.float32]:
+    """The likeliest β (T, 64) for blendshapes (T, 52), under its prior N(0, I)."""
+    matrix, bias = model.arkit[:, :-1].double().numpy(), model.arkit[:, -1].double().numpy()
+    gain = matrix.T @ np.linalg.inv(matrix @ matrix.T + _BLENDSHAPE_NOISE**2 * np.eye(len(matrix)))
+    return np.asarray((blendshapes - bias) @ gain.T, np.float32)
+
+
+def _pose(model: FaceModel, yaw: Floats, pitch: Floats, roll: Floats) -> npt.NDArray[np.float32]:
+    """Poses (T, 6) in front of the camera with the angles of :func:`head_angles`."""
+    flip = np.diag([1.0, -1.0, -1.0])
+    turn = Rotation.from_euler("YXZ", np.stack([yaw, pitch, roll], axis=1)).as_matrix()
+    angles = Rotation.from_matrix(flip @ turn @ flip).as_euler("ZYX")[:, ::-1]
+    place = np.broadcast_to(front_pose(model).numpy()[3:], (len(angles), 3))
+    return np.concatenate([angles, place], axis=1).astype(np.float32)
 
 
 def _timecode(frame: int, fps: float) -> str:

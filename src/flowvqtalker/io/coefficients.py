@@ -121,7 +121,12 @@ class Coefficients:
                 arrays = {name: np.asarray(content[name], dtype=np.float32) for name in content.files}
         except _DAMAGED as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise UserError(f"{path} is not an .npz file of motion ({reason})") from error
+            if not zipfile.is_zipfile(path):
+                reason = "another kind of file, or damaged"
+            raise UserError(
+                f"{path} is not an .npz file of motion ({reason}); "
+                "make one with `flowvqtalker motion` or `flowvqtalker track`"
+            ) from error
         problems = _problems(arrays)
         if problems:
             raise UserError(

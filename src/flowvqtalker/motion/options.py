@@ -110,7 +110,7 @@ class MotionOptions:
     fixed_pose: bool = False
     """Hold the head still; the face moves and the eyes blink."""
     pose_from: HeadMotion | None = None
-    """Clip or motion file (.npz) to take the movement of the head from; repeated if it is shorter than the speech."""
+    """Clip or motion file (.npz, .csv) to take the movement of the head from; repeated if shorter than the speech."""
 
     def __post_init__(self) -> None:
         if self.emotion is not None:
