@@ -21,6 +21,7 @@ from flowvqtalker.face.crop import Crop, crop_box
 from flowvqtalker.face.detect import MAX_RESIDUAL, Detection, detect_faces, face_turns, turn_back
 from flowvqtalker.face.fit import fit
 from flowvqtalker.face.model import CENTRE, EXPRESSION, FOCAL, IDENTITY, FaceModel
+from flowvqtalker.face.quality import flaws
 from flowvqtalker.face.topology import EYE_CORNERS, LIDS, LIPS
 from flowvqtalker.face.tracker import Face, FaceTracker, largest_face
 from flowvqtalker.io.coefficients import Coefficients
@@ -156,9 +157,12 @@ def prepare_face(model: FaceModel, image: ImageArray, detection: Detection, name
     crop = crop_box(chosen.landmarks)
     fitted = fit(model, crop.points(chosen.landmarks))
     _check(name, image, chosen, fitted.pose[0], detection.residual)
+    shown, (left, _, right, _) = crop.apply(image), chosen.box
+    for text in flaws(shown, crop.points(chosen.landmarks), chosen.blendshapes, right - left):
+        logger.warning(text, name)
     return Portrait(
         picture=image,
-        image=crop.apply(image),
+        image=shown,
         crop=crop,
         landmarks=chosen.landmarks,
         identity=torch.from_numpy(fitted.identity),
