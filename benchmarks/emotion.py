@@ -1,12 +1,13 @@
 """Are emotions recognised by networks that nobody here trained? Generated frames and real clips, side by side.
 
-    python benchmarks/emotion.py DATA [--portraits 20] [--seeds 1] [--intensity 1] [--real]
+    python benchmarks/emotion.py DATA [--portraits 20] [--seeds 1] [--intensity 1 ...] [--real]
 
 DATA holds `faces/`, `faces.csv`, `clips/` and `clips.csv` (`flowvqtalker prepare --help`). Held-out portraits, half of
 them smiling, speak the sample sentence in seven emotions; two frames at each of three moments are rendered and judged
-by both networks of flowvqtalker_eval.metrics.expression_networks, whose probabilities are averaged. `--real` judges
-every emotional clip and one neutral clip per person instead: what the networks recognise at best. `--save` writes one
-frame of each portrait and emotion, to look at.
+by both networks of flowvqtalker_eval.metrics.expression_networks, whose probabilities are averaged. Several intensities
+also give the mean probability of the wanted emotion at each. `--real` judges every emotional clip and one neutral clip
+per person instead: what the networks recognise at best. `--save` writes one frame of each portrait and emotion, to look
+at.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 from importlib.resources import as_file, files
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -62,34 +65,40 @@ def portraits(talker: Talker, data: Path, count: int) -> Iterator[tuple[str, boo
             yield row.file, smiles, portrait
 
 
+def pieces(talker: Talker, speech: Path, portrait: Portrait, **keywords: Any) -> list[Motion]:
+    """The motion at the moments that are judged."""
+    expression, pose = [], []
+    for block in talker.motion(speech, portrait, **keywords):
+        expression.append(block.expression)
+        pose.append(block.pose)
+        if sum(map(len, pose)) >= MOMENTS[-1] + PIECE:
+            break
+    beta, rho = torch.cat(expression), torch.cat(pose)
+    return [Motion(beta[first : first + PIECE], rho[first : first + PIECE]) for first in MOMENTS]
+
+
 def generated(talker: Talker, options: argparse.Namespace, networks: list[ExpressionNetwork]) -> pd.DataFrame:
-    """One row for each portrait, emotion and seed: what was asked for and what is seen."""
+    """One row for each portrait, seed, intensity and emotion: what is seen, and how probable the wanted one is."""
     rows = []
     with as_file(files("flowvqtalker") / "assets" / "sample_speech.ogg") as speech:
         for name, smiles, portrait in portraits(talker, options.data, options.portraits):
-            for seed in range(options.seeds):
+            for seed, intensity in product(range(options.seeds), options.intensity):
                 shown = [cv2.resize(portrait.image, (256, 256), interpolation=cv2.INTER_AREA)]
                 for emotion in CLASSES:
-                    blocks = talker.motion(speech, portrait, emotion=emotion, seed=seed, intensity=options.intensity)
-                    expression, pose = [], []
-                    for block in blocks:
-                        expression.append(block.expression)
-                        pose.append(block.pose)
-                        if sum(map(len, pose)) >= MOMENTS[-1] + PIECE:
-                            break
-                    beta, rho = torch.cat(expression), torch.cat(pose)
                     images, landmarks = [], []
-                    for first in MOMENTS:
-                        piece = Motion(beta[first : first + PIECE], rho[first : first + PIECE])
+                    for piece in pieces(talker, speech, portrait, emotion=emotion, seed=seed, intensity=intensity):
                         images += list(talker.render(portrait, [piece]))
                         points = talker.face_model.project(portrait.identity, piece.expression, piece.pose)
                         landmarks += list(points.numpy())
-                    seen = CLASSES[int(judge(networks, images, landmarks).argmax())]
-                    rows.append({"portrait": name, "smiles": smiles, "seed": seed, "asked": emotion, "seen": seen})
+                    found = judge(networks, images, landmarks)
+                    row = {"portrait": name, "smiles": smiles, "seed": seed, "intensity": intensity, "asked": emotion}
+                    seen = CLASSES[int(found.argmax())]
+                    rows.append({**row, "seen": seen, "probability": found[CLASSES.index(emotion)]})
                     shown.append(cv2.resize(images[PIECE], (256, 256), interpolation=cv2.INTER_AREA))
                 if options.save is not None:
                     options.save.mkdir(parents=True, exist_ok=True)
-                    cv2.imwrite(str(options.save / f"{Path(name).stem}_{seed}.png"), np.hstack(shown)[..., ::-1])
+                    file = options.save / f"{Path(name).stem}_{seed}_{intensity:g}.png"
+                    cv2.imwrite(str(file), np.hstack(shown)[..., ::-1])
     return pd.DataFrame(rows)
 
 
@@ -125,7 +134,7 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, help="folder of weights; default: inside the package")
     parser.add_argument("--portraits", type=int, default=20)
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--intensity", type=float, default=1.0)
+    parser.add_argument("--intensity", type=float, nargs="+", default=[1.0])
     parser.add_argument("--save", type=Path, help="folder for pictures")
     parser.add_argument("--real", action="store_true", help="judge real clips instead")
     options = parser.parse_args()
@@ -134,9 +143,13 @@ def main() -> None:
         report("real clips", real(options.data, networks))
         return
     table = generated(Talker.from_pretrained(options.weights), options, networks)
-    report("neutral portraits", table[~table.smiles])
-    report("smiling portraits", table[table.smiles])
-    report("all", table)
+    if len(options.intensity) > 1:
+        means = table.pivot_table(values="probability", index="asked", columns="intensity")
+        print(f"\nmean probability of the wanted emotion\n{means.round(3).to_markdown()}")
+    for intensity, part in table.groupby("intensity"):
+        for smiles, title in ((False, "neutral"), (True, "smiling")):
+            report(f"intensity {intensity:g}, {title} portraits", part[part.smiles == smiles])
+        report(f"intensity {intensity:g}, all", part)
 
 
 if __name__ == "__main__":
