@@ -27,7 +27,15 @@ from flowvqtalker.errors import UserError
 from flowvqtalker.face.arkit import ARKIT_NAMES, arkit_index
 from flowvqtalker.face.model import FaceModel
 
-__all__ = ["PROTOTYPES", "RetargetConfig", "Retargeter", "acted_differences", "envelope", "solve_expression"]
+__all__ = [
+    "PROTOTYPES",
+    "RetargetConfig",
+    "Retargeter",
+    "acted_differences",
+    "emotion_of",
+    "envelope",
+    "solve_expression",
+]
 
 Floats = npt.NDArray[np.float32]
 
@@ -161,6 +169,17 @@ def _both_sides(listed: Mapping[str | int, tuple[float, float]]) -> dict[int, tu
     return {**mirrored, **moves, **middle}
 
 
+def _unit_vectors(names: Sequence[str]) -> npt.NDArray[np.float64]:
+    """(n, 52) blendshapes per unit of intensity of action units ("AU04_r"); zeros for those without one."""
+    shown = (_UNITS.get(name[:4]) for name in names)
+    return np.stack([_shape_vector({} if name is None else {name: 1 / _UNIT_SCALE}) for name in shown])
+
+
+def emotion_of(name: str) -> str:
+    """Emotion of a recording of RAVDESS by its name; calm is neutral."""
+    return _CODES[int(name.split("-")[2]) - 1]
+
+
 def acted_differences(path: Path) -> dict[str, npt.NDArray[np.float64]]:
     """Differences (n, 52) in blendshapes of RAVDESS's emotional clips from their actor's neutral, by emotion.
 
@@ -172,13 +191,9 @@ def acted_differences(path: Path) -> dict[str, npt.NDArray[np.float64]]:
             names, clips, means = (file[key] for key in ("names", "clips", "means"))
     except (OSError, KeyError, ValueError) as error:
         raise UserError(f"{path} holds no action units of RAVDESS ({error}); give clip_means.npz") from error
-    turn = np.zeros((len(names), len(ARKIT_NAMES)))
-    for row, name in enumerate(names):
-        shown = _UNITS.get(str(name)[:4])
-        if shown is not None:
-            turn[row] = _shape_vector({shown: 1 / _UNIT_SCALE})
+    turn = _unit_vectors([str(name) for name in names])
     fields = [str(clip).split("-") for clip in clips]
-    emotion = np.array([_CODES[int(field[2]) - 1] for field in fields])
+    emotion = np.array([emotion_of(str(clip)) for clip in clips])
     actor = np.array([field[6][:2] for field in fields])
     neutral = {one: means[(actor == one) & (emotion == "neutral")].mean(0) for one in set(actor)}
     found = {}
@@ -289,6 +304,11 @@ class Retargeter:
         opening = None if self._gap is None else (self._gap, _OPENING.get(emotion, 0.0))
         beta: Floats = (strength * solve_expression(self._face, target, moves, opening=opening)).astype(np.float32)
         return beta
+
+    def action_units(self, names: Sequence[str]) -> Floats:
+        """Differences (n, 64) of beta that show one unit of intensity of action units; lips stay as far apart."""
+        opening = None if self._gap is None else (self._gap, 0.0)
+        return np.stack([solve_expression(self._face, one, {}, opening=opening) for one in _unit_vectors(names)])
 
     def __call__(
         self, frames: Floats, emotion: str, random: np.random.Generator, energy: Floats | None = None

@@ -19,7 +19,7 @@ from flowvqtalker.speech.encoder import AudioEncoder, SpeechEncoder
 from flowvqtalker.speech.features import FRONTENDS, MELS
 from flowvqtalker.train.neutral_estimate import NeutralEstimate, estimate_neutral
 
-__all__ = ["NEUTRAL", "NEUTRAL_CLASSES", "Corpus", "MotionClip", "encode_corpus"]
+__all__ = ["NEUTRAL", "NEUTRAL_CLASSES", "Corpus", "MotionClip", "encode_corpus", "ping_pong"]
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
@@ -146,12 +146,17 @@ class Corpus:
         """These clips and emotional versions of the neutral ones with speech, which share their sound and features."""
         made, emotions = [], retarget.emotions()
         for number, clip in enumerate(self.clips):
-            for copy_ in range(retarget.config.copies if clip.speech and self.labels[number] == NEUTRAL else 0):
+            calm = clip.speech and self.labels[number] == NEUTRAL and not clip.retargeted
+            for copy_ in range(retarget.config.copies if calm else 0):
                 random = np.random.default_rng([seed, number, copy_])
                 name = emotions[int(random.integers(len(emotions)))]
                 frames = retarget(clip.frames, name, random, clip.energy)
                 made.append(replace(clip, frames=frames, emotion=EMOTIONS.index(name), retargeted=True))
-        return Corpus([*self.clips, *made], self.lips, self.gap, *self._shares_of_people)
+        return self.extended(made)
+
+    def extended(self, clips: Sequence[MotionClip]) -> Corpus:
+        """These clips and others."""
+        return Corpus([*self.clips, *clips], self.lips, self.gap, *self._shares_of_people)
 
     def neutral_estimate(self) -> NeutralEstimate:
         """Emotions and people apart, from the means of all clips."""
@@ -207,6 +212,14 @@ class Corpus:
             return np.zeros_like(neutral)
         source: Floats = (neutral + noise * random.standard_normal(neutral.shape)).astype(np.float32)
         return source
+
+
+def ping_pong(length: int, count: int, start: int) -> Ints:
+    """``count`` frame numbers of a clip of ``length`` frames, played forwards and backwards in turn."""
+    if length == 1:
+        return np.zeros(count, np.int64)
+    phase = (start + np.arange(count)) % (2 * length - 2)
+    return np.minimum(phase, 2 * length - 2 - phase)
 
 
 def _by_identity(clips: Sequence[MotionClip], numbers: Iterable[int]) -> dict[str, Ints]:

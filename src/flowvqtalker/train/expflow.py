@@ -56,6 +56,9 @@ class Config:
     start: Path | None = None
     """Run of this stage, or its weights, of the same shape, to fine-tune with new settings; None: start anew."""
     retarget: RetargetConfig = field(default_factory=RetargetConfig)
+    performances: Path | None = None
+    """Folder with ravdess_au/frames.npz and speech/ravdess: RAVDESS's performances as clips. None: none. Needs a speech
+    encoder and retarget.copies."""
     features: Features = field(default_factory=Features)
     flow: ExpFlowConfig = field(default_factory=ExpFlowConfig)
     sequences: SequenceConfig = field(default_factory=SequenceConfig)
@@ -70,6 +73,10 @@ class Config:
         check(
             (self.bank > 0, f"bank must be positive, got {self.bank}"),
             (len(self.shards) > 0, "no shards were given"),
+            (
+                self.performances is None or (self.features.speech_encoder is not None and self.retarget.copies > 0),
+                "performances needs features.speech_encoder and retarget.copies above 0; give both or leave it out",
+            ),
         )
 
 
@@ -102,7 +109,7 @@ class ExpFlowStage(FlowStage):
         flow = ExpFlow(config.flow, speech[0] if speech else None)
         if speech and flow.lip_prior is not None:
             flow.lip_prior.load_state_dict(speech[1])
-        super().__init__(config, flow, train, val, retarget)
+        super().__init__(config, flow, train, val, retarget, config.performances)
         self.flow: ExpFlow
         self.lips, self.gap = lip_directions(expression), lip_gap(expression)
         flow.opening.copy_(self.gap)

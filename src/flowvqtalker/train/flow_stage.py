@@ -26,6 +26,7 @@ from flowvqtalker.motion.likelihood import Sequences, consistency, negative_log_
 from flowvqtalker.speech.encoder import SpeechEncoder, SpeechEncoderConfig
 from flowvqtalker.train.config import LoopConfig, check, from_dict
 from flowvqtalker.train.corpus import Corpus, encode_corpus
+from flowvqtalker.train.performances import perform
 from flowvqtalker.train.sequences import SequenceDataset, collate
 from flowvqtalker.train.stage import Stage
 
@@ -132,12 +133,19 @@ class FlowStage(Stage):
         flow: the flow to train.
         train, val: clips of the two splits; without ``val``, validation uses the training clips.
         retarget: adds emotional versions of neutral clips to both splits.
+        performances: folder of RAVDESS's performances, to train on as well (:mod:`flowvqtalker.train.performances`).
     """
 
     monitor = "nll"
 
     def __init__(
-        self, config: Any, flow: Flow, train: Corpus, val: Corpus | None, retarget: Retargeter | None = None
+        self,
+        config: Any,
+        flow: Flow,
+        train: Corpus,
+        val: Corpus | None,
+        retarget: Retargeter | None = None,
+        performances: Path | None = None,
     ) -> None:
         self.config = config
         self.flow = flow
@@ -147,6 +155,8 @@ class FlowStage(Stage):
                 if corpus is not None and corpus.clips[0].features is None:
                     encode_corpus(corpus, flow.audio, copies, config.loop.seed)
         self.retarget = retarget
+        if performances is not None and retarget is not None:
+            train = perform(performances, flow, train, retarget, config.features.copies, config.loop.seed)
         if retarget is not None:  # after encoding: both versions of a clip share its features
             train = train.with_retargeted(retarget, config.loop.seed)
             val = None if val is None else val.with_retargeted(retarget, config.loop.seed)

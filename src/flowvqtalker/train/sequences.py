@@ -30,12 +30,11 @@ from flowvqtalker.motion.likelihood import Sequences
 from flowvqtalker.speech.augment import degrade
 from flowvqtalker.speech.encoder import AudioConfig, SpeechEncoderConfig
 from flowvqtalker.speech.features import log_mel
-from flowvqtalker.train.corpus import NEUTRAL, Corpus, MotionClip
+from flowvqtalker.train.corpus import NEUTRAL, Corpus, MotionClip, ping_pong
 
 __all__ = ["SequenceConfig", "SequenceDataset", "collate", "load_corpus"]
 
 Floats = npt.NDArray[np.float32]
-Ints = npt.NDArray[np.int64]
 
 _DEGRADE_SEED = 7
 
@@ -218,7 +217,7 @@ class SequenceDataset(Dataset[dict[str, Any]]):
         weights[clip.emotion] += strength
         if speaker is not None and corpus.lips is not None:
             spoken = corpus.clips[speaker]
-            frames = frames[_ping_pong(len(frames), len(spoken.frames), int(random.integers(len(frames))))]
+            frames = frames[ping_pong(len(frames), len(spoken.frames), int(random.integers(len(frames))))]
             change = spoken.frames - corpus.means[speaker] - (frames - mean)
             frames = frames + change @ corpus.lips
             if corpus.gap is not None:  # a mouth that is always open would never close on a b, m or p
@@ -229,14 +228,6 @@ class SequenceDataset(Dataset[dict[str, Any]]):
         if strength != 1:
             frames = frames + (strength - 1) * (mean - corpus.neutral(number))
         return replace(clip, frames=frames.astype(np.float32, copy=False)), weights
-
-
-def _ping_pong(length: int, count: int, start: int) -> Ints:
-    """``count`` frame numbers of a clip of ``length`` frames, played forwards and backwards in turn."""
-    if length == 1:
-        return np.zeros(count, np.int64)
-    phase = (start + np.arange(count)) % (2 * length - 2)
-    return np.minimum(phase, 2 * length - 2 - phase)
 
 
 def collate(batch: dict[str, Tensor], source: bool = True) -> Sequences:
