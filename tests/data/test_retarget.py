@@ -54,7 +54,9 @@ def test_differences_part_the_lips_by_a_small_fixed_distance_or_not_at_all(face:
     retarget = Retargeter(face, gap)
     for name in retarget.emotions():
         opening = float(retarget.difference(name) @ gap)
-        assert opening == pytest.approx(0, abs=1e-5) if name in ("contempt", "sad") else 0.02 < opening < 0.07, name
+        assert (
+            opening == pytest.approx(0, abs=1e-5) if name in ("contempt", "disgusted", "sad") else 0.02 < opening < 0.07
+        ), name
         ratio = float(retarget.difference(name, np.random.default_rng(2)) @ gap) / (opening or 1)
         assert opening < 1e-5 or 1.1 <= ratio <= 1.6, "only the strength changes it"
 
@@ -69,7 +71,7 @@ def test_fear_and_surprise_widen_the_eyes_and_neutral_lowers_the_corners_of_the_
         wider = float(move[145] - move[159])  # of the eye left in the image
         assert (wider > 0.02) == (name in ("fear", "surprised")), name
     assert float(moved["neutral"][[61, 291]].min()) > 0.01
-    assert float(moved["sad"][[61, 291]].min()) > 2 * float(moved["neutral"][[61, 291]].max())
+    assert float(moved["sad"][[61, 291]].min()) > 1.2 * float(moved["neutral"][[61, 291]].max())
     assert float(moved["happy"][[61, 291]].max()) < -0.02
 
 

@@ -46,8 +46,8 @@ PROTOTYPES: Mapping[str, Mapping[str, float]] = {
         **{"mouthPress": 0.35, "mouthFrown": 0.35, "mouthSmile": -0.1, "mouthShrugLower": 0.2, "jawOpen": 0.15},
     },
     "disgusted": {
-        **{"noseSneer": 0.8, "mouthUpperUp": 0.6, "browDown": 0.2, "eyeSquint": 0.55, "cheekSquint": 0.45},
-        **{"mouthFrown": 0.3, "mouthShrugUpper": 0.3, "mouthSmile": -0.05, "jawOpen": 0.15},
+        **{"noseSneer": 0.8, "mouthUpperUp": 0.6, "browDown": 0.0, "eyeSquint": 0.3, "cheekSquint": 0.45},
+        **{"mouthFrown": 0.3, "mouthShrugUpper": 0.3, "mouthShrugLower": 0.6, "mouthSmile": -0.05},
     },
     "fear": {
         **{"browInnerUp": 0.85, "browOuterUp": 0.35, "browDown": 0.05, "eyeWide": 0.6, "eyeSquint": -0.2},
@@ -85,14 +85,17 @@ _MOVES: Mapping[str, Mapping[str | int, tuple[float, float]]] = {
         **{"corner": (0.0, 0.075), "upper lip": (0.0, -0.02), "nose": (-0.02, -0.025), "jaw": (0.0, 0.05)},
         **{107: (0.045, 0.085), 55: (0.052, 0.095), 66: (0.026, 0.068), 105: (0.008, 0.04)},
     },
-    "disgusted": {"corner": (0, 0.09), "upper lip": (0, -0.06), "nose": (-0.02, -0.075), "jaw": (0, 0.045)},
+    "disgusted": {
+        **{"corner": (0.01, 0.1), "upper lip": (0, -0.05), "nose": (-0.02, -0.075), "jaw": (0, -0.02)},
+        **{55: (0, 0.01), 107: (0, 0.005), 66: (0, 0), 105: (0, -0.01)},  # lowered brows are anger
+    },
     "fear": {
         **{"corner": (-0.04, 0.11), "upper lid": (0, -0.055), "lower lid": (0, 0.008), "jaw": (0, 0.06)},
         **{55: (0.024, -0.08), 107: (0.024, -0.096)},
     },
     "happy": {"corner": (-0.11, -0.1), 50: (0.0, -0.04), 205: (-0.008, -0.048)},
     "sad": {
-        **{"corner": (0.005, 0.11), 55: (0.024, -0.08), 107: (0.016, -0.08), 46: (0.0, 0.032), 53: (0.0, 0.024)},
+        **{"corner": (0.005, 0.085), 55: (0.024, -0.08), 107: (0.016, -0.08), 46: (0.0, 0.032), 53: (0.0, 0.024)},
         **{17: (0.0, -0.032), 84: (0.0, -0.032)},
     },
     "surprised": {
@@ -104,11 +107,11 @@ _MOVES: Mapping[str, Mapping[str | int, tuple[float, float]]] = {
         **{291: (0.08, -0.08), 287: (0.064, -0.072), 410: (0.064, -0.048), 273: (0.048, -0.064)},
         **{"corner": (0.0, 0.0)},  # one corner alone rises
     },
-    "neutral": {"corner": (0, 0.035), 50: (0, 0.02), 205: (0.004, 0.02)},
+    "neutral": {"corner": (0, 0.055), 50: (0, 0.03), 205: (0.006, 0.03)},
 }
 #: How far it parts the lips, in eye distances; the others not at all. Times the mean strength this is about what real
 #: clips show (0.03 to 0.06 more than neutral ones; in RAVDESS, AU25 and AU26 rise as well). More costs closed sounds.
-_OPENING: Mapping[str, float] = {"angry": 0.05, "disgusted": 0.045, "fear": 0.045, "happy": 0.025, "surprised": 0.065}
+_OPENING: Mapping[str, float] = {"angry": 0.05, "fear": 0.045, "happy": 0.025, "surprised": 0.065}
 _MIRROR: Mapping[int, int] = {
     **{0: 0, 13: 13, 17: 17, 152: 152, 200: 200},  # in the middle
     **{37: 267, 39: 269, 40: 270, 43: 273, 46: 276, 48: 278, 50: 280, 52: 282, 53: 283, 55: 285, 57: 287, 61: 291},

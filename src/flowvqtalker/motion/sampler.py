@@ -26,7 +26,7 @@ from flowvqtalker.speech.encoder import AudioEncoder, AudioStream
 __all__ = ["ARTICULATION", "TEMPERATURE", "MotionGenerator"]
 
 #: Default temperatures of expression and pose; below one, samples stay close to the mode.
-TEMPERATURE, POSE_TEMPERATURE = 0.9, 1.0
+TEMPERATURE, POSE_TEMPERATURE = 1.0, 1.0
 #: Fraction of the flow's fast lip motion to remove, around its mean over ``_SLOW`` frames (ours). Audio cannot explain
 #: it, so viewers see it as noise: lips that open in silence. Smiles, brows and the mouth's slow posture stay.
 LIP_DAMPING, _SLOW = 0.9, 12.5
