@@ -48,7 +48,7 @@ class RayActors:
             ray.init(
                 address=address, log_to_driver=False, logging_level=logging.WARNING, **(_LOCAL if local else {})
             )  # fmt: skip
-        except (ConnectionError, ValueError, RuntimeError) as error:
+        except Exception as error:  # of many kinds
             reason = str(error).strip().splitlines()[0]
             raise UserError(
                 f"no Ray cluster at {address!r} ({reason}); start one with `ray start --head`, or give local"
