@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from flowvqtalker.constants import FPS
 from flowvqtalker.data.shards import Shard
+from flowvqtalker.data.sources import Source
 from flowvqtalker.errors import UserError
 from flowvqtalker.face.geometry import fill_gaps
 from flowvqtalker.face.topology import EYE_CORNERS, MOUTH_CORNERS, VERTICES
@@ -141,18 +142,19 @@ class PrepareMouths:
         Raises:
             UserError: if there is no shard, or none of its clips with speech is in the folder.
         """
-        from flowvqtalker.data.sources import catalogue
+        from flowvqtalker.data.layouts import catalogue
 
         shard = Shard(self.shard)
-        paths = {source.name: source.path for source in catalogue(self.data) if not source.is_image}
-        clips = [int(c) for c in shard.select(speech=True, is_image=False) if str(shard.name[c]) in paths]
+        unpacked = self.shard.with_name(self.shard.name + ".parts") / "unpacked"
+        sources = {s.name: s for s in catalogue(self.data, unpacked=unpacked).sources if not s.is_image}
+        clips = [int(c) for c in shard.select(speech=True, is_image=False) if str(shard.name[c]) in sources]
         if not clips:
             raise UserError(f"no clip with speech of shard {self.shard} is in {self.data}; give the folder it is of")
         start = np.full(len(shard), -1, np.int64)
         beside = self.shard / (_FILE + ".tmp")
         rows = np.lib.format.open_memmap(beside, "w+", np.uint8, (int(shard.length[clips].sum()), HEIGHT, WIDTH))
         count = 0
-        for clip, crops in _cut_clips(shard, clips, paths):
+        for clip, crops in _cut_clips(shard, clips, sources):
             rows[count : count + len(crops)] = crops
             start[clip] = count
             count += len(crops)
@@ -166,33 +168,31 @@ class PrepareMouths:
         return count
 
 
-def _cut_clips(shard: Shard, clips: Sequence[int], paths: dict[str, Path]) -> Iterator[tuple[int, Pixels]]:
+def _cut_clips(shard: Shard, clips: Sequence[int], sources: dict[str, Source]) -> Iterator[tuple[int, Pixels]]:
     for clip in tqdm(clips, desc="cut mouths", dynamic_ncols=True):
         linear = np.linalg.inv(shard.crop[clip][:, :2])
         points = shard.landmarks(shard.rows(clip)).astype(np.float64)
         flat = (points[..., :2] - shard.crop[clip][:, 2]) @ linear.T
         depth = points[..., 2:] * np.hypot(linear[0, 0], linear[1, 0])
         try:
-            yield clip, _clip_mouths(paths[str(shard.name[clip])], np.concatenate([flat, depth], axis=-1))
+            yield clip, _clip_mouths(sources[str(shard.name[clip])], np.concatenate([flat, depth], axis=-1))
         except (UserError, OSError, ValueError) as error:
             logger.warning("%s: left out, %s", shard.name[clip], error)
 
 
-def _clip_mouths(path: Path, landmarks: Floats) -> Pixels:
+def _clip_mouths(source: Source, landmarks: Floats) -> Pixels:
     """Crops (T, 48, 96) of a clip at 25 fps, each of the frame nearest to its tick, like the shard's landmarks."""
-    from flowvqtalker.data.sources import read_frames, read_timing
-
     ticks = len(landmarks)
-    nearest = np.abs(read_timing(path).times[None] - np.arange(ticks)[:, None] / FPS).argmin(1)
+    nearest = np.abs(source.timing().times[None] - np.arange(ticks)[:, None] / FPS).argmin(1)
     seen = np.asarray(np.isfinite(landmarks).all((1, 2)))
     matrices = mouth_matrices(fill_gaps(landmarks[seen], seen))
     crops = np.zeros((ticks, HEIGHT, WIDTH), np.uint8)
     done = 0
-    for number, frame in read_frames(path, set(nearest.tolist())):
+    for number, frame in source.frames(set(nearest.tolist())):
         for tick in np.flatnonzero(nearest == number):
             crops[tick] = _cut(frame, matrices[tick])
             done = max(done, int(tick) + 1)
     if done == 0:
-        raise UserError(f"{path} has no frames that can be decoded")
+        raise UserError(f"{source.path} has no frames that can be decoded")
     crops[done:] = crops[done - 1]  # a container may announce frames that it does not hold
     return crops
