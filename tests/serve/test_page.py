@@ -157,6 +157,8 @@ def test_errors_stand_next_to_their_fields(page, files):
     page.click("make")
     assert "photo first" in page.problem("portrait")
     assert "confirm" in page.problem("consent")
+    assert "speech first" in page.problem("speech")
+    assert page.driver.switch_to.active_element == page["portrait"]
     page.click("consent")
     bad = next(path for name, path in files.items() if name.startswith("<img"))
     for field, path in {"portrait": files["noise"], "speech": bad}.items():
@@ -226,6 +228,12 @@ def test_microphone_camera_and_faces(page, files):
     page.wait(lambda: page.script("return document.getElementById('camera-view').videoWidth"), "the camera")
     page.click("camera-take")
     assert page.problem("portrait")  # the test picture of the fake camera shows no face
+    page.script(
+        """const files = new DataTransfer(); files.items.add(new File(['no sound'], 'dropped.wav'));
+        const drop = new DragEvent('drop', {dataTransfer: files, bubbles: true, cancelable: true});
+        document.getElementById('speech-drop').dispatchEvent(drop);"""
+    )
+    assert page.problem("speech")
     page.choose(files["two"])
     faces = page.driver.find_elements(By.CSS_SELECTOR, "#faces .face input")
     assert len(faces) == 2

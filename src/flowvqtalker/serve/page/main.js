@@ -18,12 +18,17 @@ function setMode() {
 
 /** Ask for a video with what is chosen. */
 async function make() {
-  clear("portrait", "speech", "consent", "emotion", "options", "form");
+  clear("emotion", "options", "form");
   const { portrait } = portraits;
-  if (!portrait.id && !$("problem-portrait").textContent) fail("portrait", "Choose a photo first.");
-  if (!$("consent").checked) fail("consent", "Please confirm that you may use this photo.");
-  else if (portrait.id && !speeches.speech.id) fail("speech", "Choose or record the speech first.");
-  if (!portrait.id || !speeches.speech.id || !$("consent").checked) return;
+  const wanted = [
+    ["speech", speeches.speech.id, "Choose or record the speech first."],
+    ["consent", $("consent").checked, "Please confirm that you may use this photo."],
+    ["portrait", portrait.id, "Choose a photo first."], // the last one gets the focus: it is the first on the page
+  ];
+  const missing = wanted.filter(([, there]) => !there);
+  // What is said already, such as why a photo cannot be used, says more.
+  for (const [field, , text] of missing) fail(field, $(`problem-${field}`).textContent || text);
+  if (missing.length) return;
   $("make").disabled = true;
   try {
     const more = options.chosenOptions();
@@ -77,6 +82,8 @@ async function begin() {
   };
   $("other-seed").addEventListener("click", () => more(1));
   $("four").addEventListener("click", () => more(4));
+  // A file dropped beside the fields must not replace the page.
+  for (const name of ["dragover", "drop"]) document.addEventListener(name, (event) => event.preventDefault());
   $("verify").addEventListener("change", verify);
   $("example").addEventListener("click", example);
   document.documentElement.dataset.ready = "true";
