@@ -81,6 +81,7 @@ _STAGES = {
     "vqig": "The vector-quantized image generator, on a trained codebook.",
     "speech": "The speech encoder.",
     "speech-live": "The speech encoder with a short look-ahead, distilled from the long one.",
+    "voice-emotion": "The emotion of a voice, on the speech encoder.",
     "expflow": "The expression flow.",
     "poseflow": "The head pose flow.",
     "sync": "Evaluator: which sound belongs to which lips.",

@@ -20,6 +20,7 @@ from flowvqtalker.render.renderer import ImageGenerator
 from flowvqtalker.render.vqig import VQIG, VQIGConfig
 from flowvqtalker.speech.encoder import SpeechEncoder, SpeechEncoderConfig
 from flowvqtalker.speech.quantize import quantize
+from flowvqtalker.speech.voice import VoiceEmotion
 
 __all__ = [
     "build_generator",
@@ -34,6 +35,7 @@ __all__ = [
     "load_generator",
     "load_live_encoder",
     "load_speech_encoder",
+    "load_voice",
     "render_dtype",
 ]
 
@@ -142,6 +144,17 @@ def load_live_encoder(path: str | Path | None = None, *, exact: bool = False) ->
         logger.warning("%s holds no speech_encoder_live; live speech is delayed by 252 ms", weights.folder(path))
         return None
     return load_speech_encoder(path, exact=exact, name="speech_encoder_live")
+
+
+def load_voice(path: str | Path | None = None) -> VoiceEmotion | None:
+    """What hears the emotion of a voice; None if the folder holds none."""
+    (name,) = weights.VOICE
+    if f"{name}.safetensors" not in weights.manifest(weights.folder(path)):
+        return None
+    tensors, config = weights.load(name, path)
+    voice = VoiceEmotion(**config)
+    weights.restore(voice, tensors, name, path)
+    return voice.eval()
 
 
 def load_flow(

@@ -12,11 +12,9 @@ from torch import Tensor
 
 from flowvqtalker.constants import FPS
 from flowvqtalker.errors import UserError
-from flowvqtalker.face.crop import crop_box
 from flowvqtalker.face.export import READABLE, load_motion
-from flowvqtalker.face.fit import fit
 from flowvqtalker.face.model import EXPRESSION, IDENTITY, FaceModel
-from flowvqtalker.face.portrait import Portrait, Progress, front_pose, load_portrait, track, track_landmarks
+from flowvqtalker.face.portrait import Portrait, Progress, front_pose, load_portrait, track, track_expression
 from flowvqtalker.io import audio as decode
 from flowvqtalker.io.atomic import check_not_input, check_output, sample_paths
 from flowvqtalker.io.coefficients import Coefficients, Motion
@@ -29,6 +27,7 @@ from flowvqtalker.loading import (
     load_flows,
     load_generator,
     load_live_encoder,
+    load_voice,
     render_dtype,
 )
 from flowvqtalker.motion.emotion import EmotionTrack
@@ -41,13 +40,13 @@ from flowvqtalker.provenance import DEFAULT_MARKS, Marks, write_marked
 from flowvqtalker.render.paste import Paster, limit_pose, paste_frames
 from flowvqtalker.render.renderer import ImageGenerator, Renderer
 from flowvqtalker.speech.encoder import SpeechEncoder
+from flowvqtalker.speech.voice import VoiceEmotion
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 __all__ = ["Result", "Talker"]
 
-_REFERENCE_SECONDS = 30
 _BLOCK_SECONDS = 1.0
 
 P = TypeVar("P")
@@ -60,7 +59,7 @@ class Talker:
         talker.animate("portrait.jpg", "speech.wav", "out.mp4", emotion="happy")
 
     Arguments:
-        face_model, expflow, poseflow, bank, generator, live_encoder: the components; None where one is not needed.
+        face_model, expflow, poseflow, bank, generator, live_encoder, voice: components; None where one is not needed.
         device: where the image generator runs.
         dtype: type of its arithmetic; None chooses the fastest on the device.
     """
@@ -73,12 +72,13 @@ class Talker:
         bank: LatentBank | None = None,
         generator: ImageGenerator | None = None,
         live_encoder: SpeechEncoder | None = None,
+        voice: VoiceEmotion | None = None,
         *,
         device: str | torch.device = "cpu",
         dtype: torch.dtype | None = None,
     ) -> None:
         self._face_model, self._expflow, self._poseflow = face_model, expflow, poseflow
-        self._bank, self._generator, self._live_encoder = bank, generator, live_encoder
+        self._bank, self._generator, self._live_encoder, self._voice = bank, generator, live_encoder, voice
         self.device, self.dtype = torch.device(device), dtype
 
     @classmethod
@@ -110,11 +110,12 @@ class Talker:
         chosen = choose_device(device)
         kind = torch.float32 if exact else choose_dtype(dtype)
         face_model = load_face_model(path) if "face" in wanted else None
-        expflow, poseflow, bank = load_flows(path, exact=exact) if "motion" in wanted else (None, None, None)
+        exp, pose, bank = load_flows(path, exact=exact) if "motion" in wanted else (None, None, None)
         compiled = kind is None and chosen.type == "cpu"
         generator = load_generator(path, compiled=compiled) if "render" in wanted else None
         live_encoder = load_live_encoder(path, exact=exact) if "live" in wanted else None
-        return cls(face_model, expflow, poseflow, bank, generator, live_encoder, device=chosen, dtype=kind)
+        voice = load_voice(path) if "motion" in wanted else None
+        return cls(face_model, exp, pose, bank, generator, live_encoder, voice, device=chosen, dtype=kind)
 
     @classmethod
     def load(
@@ -142,9 +143,7 @@ class Talker:
 
     def reference(self, source: str | Path) -> Tensor:
         """Expression (R, 64) of an image or clip, to take the emotion from; of a clip the first 30 seconds."""
-        landmarks, _ = track_landmarks(source, limit=_REFERENCE_SECONDS * FPS, model=self.face_model)
-        fitted = fit(self.face_model, crop_box(landmarks).points(landmarks), smooth=True)
-        return torch.from_numpy(fitted.expression)
+        return track_expression(self.face_model, source)
 
     def front_pose(self) -> Tensor:
         """Pose (6,) of a face seen from the front; see :func:`flowvqtalker.face.portrait.front_pose`."""
@@ -175,6 +174,7 @@ class Talker:
             pose0=pose0,
             gate=MouthGate(MouthCloser(self.face_model, identity)),
             speech_encoder=self._live_encoder if live else None,
+            voice=self._voice,
         )
 
     def resolve(self, options: MotionOptions) -> MotionOptions:

@@ -38,6 +38,7 @@ __all__ = [
     "load_portrait",
     "prepare_face",
     "track",
+    "track_expression",
     "track_landmarks",
 ]
 
@@ -68,6 +69,7 @@ _SOME_BEYOND, _MAX_BEYOND = 0.02, 0.35
 
 # Frames of a clip that are searched in all orientations until one shows a face; a search in vain takes a second.
 _SEARCHED_FRAMES = range(0, 100, 10)
+_LONGEST_REFERENCE = 30 * FPS
 
 Floats = npt.NDArray[np.float32]
 
@@ -316,3 +318,9 @@ def front_pose(model: FaceModel) -> Tensor:
     depth = _FRONT_DEPTH / crop.scale  # an image s times as large is seen from 1 / s of the distance
     across, down = (crop.points(np.full(2, CENTRE, seen.dtype)) - CENTRE) * depth / FOCAL
     return torch.tensor([0.0, 0.0, 0.0, float(across), float(down), depth])
+
+
+def track_expression(model: FaceModel, source: str | Path) -> Tensor:
+    """Expression (T, 64) of an image or clip; of a clip the first 30 seconds."""
+    landmarks, _ = track_landmarks(source, limit=_LONGEST_REFERENCE, model=model)
+    return torch.from_numpy(fit(model, crop_box(landmarks).points(landmarks), smooth=True).expression)

@@ -19,6 +19,7 @@ from flowvqtalker.motion.flow import ExpFlow
 from flowvqtalker.motion.reference import reference_bias, reference_latent
 
 __all__ = [
+    "AUTO",
     "BLEND",
     "EmotionCondition",
     "EmotionKey",
@@ -29,6 +30,8 @@ __all__ = [
     "smoothstep",
 ]
 
+#: Instead of an emotion: the one that is heard in the voice (:mod:`flowvqtalker.motion.auto`).
+AUTO = "auto"
 #: Seconds of a change of emotion. A face takes 0.3 to 0.7 s from rest to the peak of an expression; a shorter change
 #: looks like a cut.
 BLEND = 0.4

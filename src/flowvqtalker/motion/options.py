@@ -83,7 +83,8 @@ class MotionOptions:
     """
 
     emotion: str | None = None
-    """One of the nine, or a mixture as happy:0.7,surprised:0.3. Default: neutral, or that of the reference."""
+    """One of the nine, a mixture as happy:0.7,surprised:0.3, or auto: heard in the voice. Default: neutral, or that of
+    the reference."""
     emotion_reference: Reference | None = None
     """Image or clip of anyone, to take the emotion from."""
     reference_neutral: Reference | None = None
@@ -114,12 +115,12 @@ class MotionOptions:
 
     def __post_init__(self) -> None:
         if self.emotion is not None:
-            from flowvqtalker.motion.emotion import parse_emotion
+            from flowvqtalker.motion.emotion import AUTO, parse_emotion
 
-            mixed = sum(weight > 0 for weight in parse_emotion(self.emotion)) > 1
-            if mixed and self.emotion_reference is not None:
+            auto = self.emotion == AUTO
+            if self.emotion_reference is not None and (auto or max(parse_emotion(self.emotion)) < 1):
                 raise UserError(
-                    f"emotion {self.emotion!r}: a reference goes with one emotion or with none; leave the mixture out"
+                    f"emotion {self.emotion!r}: a reference goes with one emotion or with none; leave this out"
                 )
         if self.reference_neutral is not None and self.emotion_reference is None:
             raise UserError("reference_neutral needs emotion_reference; give both, of one person")

@@ -215,7 +215,7 @@ class MotionGenerator:
         self._neutral_rollout = None if self._neutral is None else Rollout(self._neutral, self._no_history)
         self._pose_history = torch.zeros(1, pose.history, pose.dim, device=self.device)
         self._first_pose: Tensor | None = None
-        self._heard: Tensor | None = None
+        self.heard: Tensor | None = None
         self._fade_start, self._fade_frames = 0, 1
         self._wanted: tuple[EmotionCondition, int] | None = None
 
@@ -245,7 +245,7 @@ class MotionGenerator:
             return part
         if self._next is not None:
             self._rollout, self._next = self._next, None
-        if self._wanted is None or self._heard is None:
+        if self._wanted is None or self.heard is None:
             return 0.0
         (condition, self._fade_frames), self._wanted = self._wanted, None
         self._fade_start, self._next = self._frame, Rollout(condition, self._no_history)
@@ -257,7 +257,7 @@ class MotionGenerator:
         most_likely = torch.zeros_like(self._no_history[:, 0])
         for _ in range(self._warm_up_frames):
             for rollout in coming:
-                self._advance(rollout, self._heard, most_likely)
+                self._advance(rollout, self.heard, most_likely)
         return 0.0
 
     @torch.inference_mode()
@@ -319,7 +319,7 @@ class MotionGenerator:
 
     def _expression(self, audio: Tensor) -> Tensor:
         part = self._change() if self._track is None else self._follow(self._track)
-        self._heard = audio
+        self.heard = audio
         noise = self.temperature * self.expflow.latent.noise(1, self._generators[0]).to(self.device)
         neutral = None if self._neutral_rollout is None else self._advance(self._neutral_rollout, audio, noise)
         frame = self._intensify(self._rollout, self._advance(self._rollout, audio, noise), neutral)

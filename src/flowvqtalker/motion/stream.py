@@ -12,8 +12,11 @@ import torch
 from torch import Tensor
 
 from flowvqtalker.constants import FPS, SAMPLE_RATE
+from flowvqtalker.errors import UserError
 from flowvqtalker.io.coefficients import Motion
+from flowvqtalker.motion.auto import VoiceFollower
 from flowvqtalker.motion.circumplex import place_emotion
+from flowvqtalker.motion.emotion import AUTO
 from flowvqtalker.motion.flow import ExpFlow, PoseFlow
 from flowvqtalker.motion.head_pose import PoseTrack
 from flowvqtalker.motion.manifold import LatentBank
@@ -22,6 +25,7 @@ from flowvqtalker.motion.options import LIMITS, MotionOptions
 from flowvqtalker.motion.sampler import ARTICULATION, TEMPERATURE, MotionGenerator
 from flowvqtalker.speech import features
 from flowvqtalker.speech.encoder import AudioEncoder
+from flowvqtalker.speech.voice import VoiceEmotion
 
 __all__ = ["MotionStream", "frontend_ms", "open_stream"]
 
@@ -59,7 +63,11 @@ class MotionStream:
     """
 
     def __init__(
-        self, generator: MotionGenerator, pose0: Tensor, pose_scale: float = 1.0, gate: MouthGate | None = None
+        self,
+        generator: MotionGenerator | VoiceFollower,
+        pose0: Tensor,
+        pose_scale: float = 1.0,
+        gate: MouthGate | None = None,
     ) -> None:
         self.generator, self.gate = generator, gate
         self._features = features.FeatureStream(generator.frontend)
@@ -126,6 +134,7 @@ def open_stream(
     pose0: Tensor,
     gate: MouthGate | None = None,
     speech_encoder: AudioEncoder | None = None,
+    voice: VoiceEmotion | None = None,
 ) -> MotionStream:
     """A stream of motion with a user's options.
 
@@ -135,6 +144,7 @@ def open_stream(
         beta0, pose0: expression (64,) and pose (6,) that the motion starts from.
         gate: see :class:`MotionStream`.
         speech_encoder: see :class:`~flowvqtalker.motion.sampler.MotionGenerator`.
+        voice: hears the emotion ``auto``.
     """
     emotion, intensity = options.emotion, options.intensity
     if options.valence is not None or options.arousal is not None:
@@ -147,7 +157,7 @@ def open_stream(
         bank,
         beta0=beta0,
         pose0=pose0,
-        emotion="neutral" if emotion is None and not given else emotion,
+        emotion="neutral" if emotion == AUTO or (emotion is None and not given) else emotion,
         reference=options.emotion_reference,  # type: ignore[arg-type]  # resolved
         calm=options.reference_neutral,  # type: ignore[arg-type]
         track=options.emotion_track,  # type: ignore[arg-type]
@@ -160,7 +170,11 @@ def open_stream(
         speech_encoder=speech_encoder,
         device="cpu",  # small matrices: a GPU would not be faster, and one seed is the same everywhere
     )
-    return MotionStream(generator, pose0, options.pose_scale, gate)
+    if emotion != AUTO:
+        return MotionStream(generator, pose0, options.pose_scale, gate)
+    if voice is None:
+        raise UserError("emotion auto needs the weights voice_emotion; name an emotion, or use the package's weights")
+    return MotionStream(VoiceFollower(generator, voice, intensity), pose0, options.pose_scale, gate)
 
 
 def _pose_track(options: MotionOptions) -> PoseTrack | None:

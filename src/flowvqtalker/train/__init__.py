@@ -23,6 +23,7 @@ STAGES = {
     "vqig": "flowvqtalker.train.vqig",
     "speech": "flowvqtalker.train.speech",
     "speech-live": "flowvqtalker.train.speech_live",
+    "voice-emotion": "flowvqtalker.train.voice_emotion",
     "expflow": "flowvqtalker.train.expflow",
     "poseflow": "flowvqtalker.train.poseflow",
 }

@@ -114,8 +114,8 @@ class WeightsAdd:
     """Copy a run's weights into a folder of weights as float16 and write their manifest entry."""
 
     name: Annotated[str, tyro.conf.Positional]
-    """face_model, codebook, vqig, expflow, poseflow, speech_encoder, speech_encoder_live, or an evaluator: sync,
-    motion_emotion."""
+    """face_model, codebook, vqig, expflow, poseflow, speech_encoder, speech_encoder_live, voice_emotion, or an
+    evaluator: sync, motion_emotion."""
     source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """Folder of a finished training run, or a safetensors file."""
     data: str = ""

@@ -30,6 +30,7 @@ __all__ = [
     "SPEECH_ENCODER",
     "STAGES",
     "TERMS",
+    "VOICE",
     "Entry",
     "folder",
     "load",
@@ -58,6 +59,9 @@ SPEECH_ENCODER = {"speech_encoder": "speech"}
 #: The same with a short look-ahead, for live speech.
 LIVE = {"speech_encoder_live": "speech-live"}
 
+#: What hears the emotion ``auto``.
+VOICE = {"voice_emotion": "voice-emotion"}
+
 #: Networks that only `evaluate` needs, and the training stage of each.
 EVALUATORS = {
     "sync": "sync",
@@ -71,7 +75,7 @@ PUBLISHED = ("expression_face_api", "expression_fer")
 COMPILED = "vqig_openvino"
 
 #: All names but these, and the training stage of each.
-STAGES = {**NAMES, **SPEECH_ENCODER, **LIVE, **EVALUATORS}
+STAGES = {**NAMES, **SPEECH_ENCODER, **LIVE, **VOICE, **EVALUATORS}
 
 #: MediaPipe's Face Landmarker, which ships with the weights (NOTICE.md).
 LANDMARKER = "face_landmarker.task"
