@@ -271,6 +271,34 @@ def test_interrupt_is_clean(tmp_path, tiny_weights, portrait_file, number, code,
     assert [p.name for p in tmp_path.iterdir()] == ["speech.wav"]
 
 
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="this system has no SIGHUP")
+def test_a_closed_terminal_ends_the_program_but_not_under_nohup():
+    former = signal.getsignal(signal.SIGHUP)
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        with pytest.raises(SystemExit) as stopped, cli._terminable():
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert stopped.value.code == 129
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup leaves it
+        with cli._terminable():
+            os.kill(os.getpid(), signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, former)
+
+
+def test_names_that_cannot_be_shown_are_escaped(tmp_path, capsys):
+    name = os.fsdecode(b"a\xff\n.wav")
+    assert main(["motion", str(tmp_path / name), "-o", str(tmp_path / "a.npz")]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "a\\udcff\\n.wav does not exist" in error
+    assert main(["motion", "x" * 300 + ".wav", "-o", str(tmp_path / "a.npz")]) == 2
+    assert "File name too long" in capsys.readouterr().err
+    assert main(["motion", "a.wav", "-o", str(tmp_path / ("x" * 300 + ".npz"))]) == 2
+    assert "File name too long; choose another name" in capsys.readouterr().err
+
+
 def test_a_closed_pipe_is_no_error():
     code = "from flowvqtalker import cli; cli._registry = lambda: print('word ' * 10**6); exit(cli.main([]))"
     line = f'{sys.executable} -c "{code}" | head -c 1 >/dev/null; exit ${{PIPESTATUS[0]}}'
