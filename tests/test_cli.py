@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flowvqtalker import EMOTIONS, __version__
+from flowvqtalker import EMOTIONS, __version__, cli
 from flowvqtalker.cli import main
 from flowvqtalker.face.export import COLUMNS
 from flowvqtalker.io.coefficients import Coefficients

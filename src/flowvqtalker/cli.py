@@ -109,6 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="flowvqtalker: %(levelname)s: %(message)s")
     for package in ("flowvqtalker", "flowvqtalker_eval"):
         logging.getLogger(package).setLevel(logging.INFO)
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # mediapipe imports it; it warns where there is no home
     for level, name in ((logging.WARNING, "warning"), (logging.INFO, "info"), (logging.ERROR, "error")):
         logging.addLevelName(level, name)
     try:

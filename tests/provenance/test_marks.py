@@ -128,6 +128,16 @@ def test_read_only_home_signs_with_a_passing_key(frames, tmp_path, monkeypatch):
     assert verify(tmp_path / "out.mp4").credentials is not None
 
 
+def test_a_user_without_a_home_signs_with_a_passing_key(monkeypatch):
+    """As in a container with a number for a user: platformdirs then knows no folder."""
+
+    def unknown(*_: object, **__: object) -> str:
+        raise RuntimeError("could not determine the home directory")
+
+    monkeypatch.setattr("platformdirs.user_config_dir", unknown)
+    assert "BEGIN CERTIFICATE" in credentials.load_credential().chain
+
+
 def test_own_certificate(frames, tmp_path, user_config):
     credentials.load_credential()
     pem = (user_config / "flowvqtalker" / "signing.pem").rename(tmp_path / "mine.pem")

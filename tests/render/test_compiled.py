@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import subprocess
 import sys
 
 import numpy as np
@@ -91,3 +93,13 @@ def test_int8_without_graphs_is_refused(face: FaceModel, portrait: np.ndarray, g
             Renderer(generator, face, portrait, torch.zeros(80), torch.zeros(64), _POSE, dtype=torch.int8)
     finally:
         generator.compiled = kept
+
+
+def test_openvino_reports_nothing_to_its_makers(tmp_path):
+    """Its telemetry writes an identifier into the home folder at import, and fails where there is no home."""
+    pytest.importorskip("openvino_telemetry")
+    code = "import sys; from flowvqtalker.render.compiled import load_openvino; load_openvino()\n"
+    code += "sys.exit(any(name.startswith('openvino_telemetry') for name in sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "HOME": str(tmp_path)}, check=False)
+    assert done.returncode == 0
+    assert list(tmp_path.iterdir()) == []

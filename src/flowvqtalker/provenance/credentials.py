@@ -79,13 +79,14 @@ def load_credential(cert: str | Path | None = None, key: str | Path | None = Non
         raise UserError("--sign-cert and --sign-key belong together; give both or neither")
     import platformdirs
 
-    path = Path(platformdirs.user_config_dir("flowvqtalker", appauthor=False)) / "signing.pem"
+    path = Path("signing.pem")
     try:
+        path = Path(platformdirs.user_config_dir("flowvqtalker", appauthor=False)) / path
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             _store(path, _make())
         pem = path.read_bytes()
-    except OSError:
+    except (OSError, RuntimeError):  # also for a user without a home folder
         pem = _make()
     return _parse(pem, pem, str(path))
 

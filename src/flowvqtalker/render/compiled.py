@@ -6,6 +6,8 @@ frame is never held as a whole in floating point. Without OpenVINO, on GPUs and 
 
 from __future__ import annotations
 
+import importlib
+import sys
 import threading
 from collections.abc import Mapping
 from typing import Any
@@ -21,7 +23,7 @@ from flowvqtalker.render.mesh_flow import APERTURES, aperture_border
 from flowvqtalker.render.region import RegionConfig
 from flowvqtalker.render.vqig import Source
 
-__all__ = ["GRAPHS", "CompiledGenerator", "CompiledPortrait", "warp_levels"]
+__all__ = ["GRAPHS", "CompiledGenerator", "CompiledPortrait", "load_openvino", "warp_levels"]
 
 #: Names of the graphs, in the order in which a frame passes them.
 GRAPHS = ("warp", "region")
@@ -65,6 +67,21 @@ def warp_levels(image: Levels, flow: Floats, prior: Floats) -> Levels:
     return np.asarray(cv2.remap(image, place, None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE), np.uint8)
 
 
+def load_openvino() -> Any:
+    """The module `openvino` without its telemetry, which would write to the home folder and report to its makers.
+
+    Raises:
+        ImportError: if it is not installed.
+    """
+    name = "openvino_telemetry"
+    held_back = sys.modules.setdefault(name, None) is None  # type: ignore[arg-type]  # OpenVINO then takes its own stub
+    try:
+        return importlib.import_module("openvino")
+    finally:
+        if held_back:
+            del sys.modules[name]
+
+
 class CompiledGenerator:
     """The graphs of :data:`GRAPHS`, compiled for this machine.
 
@@ -74,8 +91,7 @@ class CompiledGenerator:
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], config: RegionConfig) -> None:
-        import openvino
-
+        openvino = load_openvino()
         self.config = config
         self._core = openvino.Core()
         self._models = {}
