@@ -219,7 +219,7 @@ def sign(path: Path, target: Path, credential: Credential, timestamp_url: str | 
     action = {"action": "c2pa.created", "digitalSourceType": _SOURCE, "softwareAgent": agent}
     manifest = {
         "claim_generator_info": [agent],
-        "title": target.name,
+        "title": target.name.encode("utf-8", "replace").decode(),  # JSON has no undecodable bytes
         "assertions": [
             {"label": "c2pa.actions.v2", "data": {"actions": [action]}},
             {"label": "org.flowvqtalker.generator", "data": agent | {"model_card": _MODEL_CARD}},
