@@ -262,10 +262,10 @@ def test_stored_motion_moves_the_portrait(talker, portrait, astronaut, tmp_path)
     seen: list[torch.Tensor] = []
     original = talker.render
 
-    def recorded(given, blocks, *, full=False):
+    def recorded(given, blocks, *, full=False, **options):
         blocks = list(blocks)
         seen.append(Motion.join(blocks).pose)
-        return original(given, blocks, full=full)
+        return original(given, blocks, full=full, **options)
 
     talker.render = recorded
     try:

@@ -14,7 +14,16 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from flowvqtalker.motion.options import FILES
-from flowvqtalker.options import AnimateArguments, AudioTrack, FaceNumber, File, Folder, MarkArguments, MotionArguments
+from flowvqtalker.options import (
+    AnimateArguments,
+    AudioTrack,
+    FaceNumber,
+    File,
+    Folder,
+    MarkArguments,
+    MotionArguments,
+    VideoArguments,
+)
 
 if TYPE_CHECKING:
     from flowvqtalker.motion.options import MotionOptions
@@ -30,7 +39,7 @@ _Speech = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="SPEECH")]
 
 @dataclass(frozen=True, kw_only=True)
 class Animate(AnimateArguments):
-    """Animate a portrait with speech: 512x512, 25 fps, H.264 and AAC, exactly as long as the speech."""
+    """Animate a portrait with speech: 512x512 at 25 fps by default, H.264 and AAC, exactly as long as the speech."""
 
     portrait: _Portrait
     """Image with a face (JPEG, PNG, WebP, ...)."""
@@ -47,7 +56,7 @@ class Animate(AnimateArguments):
 
         for path in sample_paths(self.output, self.num_samples):
             check_output(path)
-        options, marks = _motion_options(self), self.marks()
+        options, marks, video = _motion_options(self), self.marks(), self.video()
         _check_inputs(self.portrait, self.speech, self.sign_cert, self.sign_key)
         speech = scan(self.speech, self.audio_track)
         talker = Talker.from_pretrained(self.weights, device=self.device, dtype=self.dtype, exact=self.exact)
@@ -63,6 +72,7 @@ class Animate(AnimateArguments):
                 full=self.full,
                 progress=progress,
                 marks=marks,
+                video=video,
             )
             written = list(results)
         for result in written:
@@ -146,7 +156,7 @@ class Motion(MotionArguments):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Render(MarkArguments):
+class Render(MarkArguments, VideoArguments):
     """Animate a portrait with stored motion, made by `flowvqtalker motion` or tracked from a video."""
 
     portrait: _Portrait
@@ -180,7 +190,7 @@ class Render(MarkArguments):
         from flowvqtalker.pipeline import Talker
 
         check_output(self.output)
-        marks = self.marks()
+        marks, video = self.marks(), self.video()
         _check_inputs(self.portrait, self.motion, self.speech, self.sign_cert, self.sign_key)
         speech = None if self.speech is None else scan(self.speech, self.audio_track)
         talker = Talker.from_pretrained(
@@ -198,6 +208,7 @@ class Render(MarkArguments):
                 full=self.full,
                 progress=progress,
                 marks=marks,
+                video=video,
             )
         print(f"{result.path}: {result.frames} frames, {result.width}x{result.height}")
 

@@ -11,12 +11,23 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
+from flowvqtalker.errors import UserError
+from flowvqtalker.io.format import VideoFormat
 from flowvqtalker.motion.options import MotionOptions
 
 if TYPE_CHECKING:
     from flowvqtalker.provenance import Marks
 
-__all__ = ["AnimateArguments", "AudioTrack", "FaceNumber", "File", "Folder", "MarkArguments", "MotionArguments"]
+__all__ = [
+    "AnimateArguments",
+    "AudioTrack",
+    "FaceNumber",
+    "File",
+    "Folder",
+    "MarkArguments",
+    "MotionArguments",
+    "VideoArguments",
+]
 
 File = Annotated[Path | None, tyro.conf.arg(metavar="FILE")]
 Folder = Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")]
@@ -90,7 +101,29 @@ class MarkArguments:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AnimateArguments(MarkArguments, MotionArguments):
+class VideoArguments(VideoFormat):
+    """Options of the written video; the base class describes them."""
+
+    fps: _Number = None
+    size: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+
+    def __post_init__(self) -> None:
+        """Checks nothing: tyro would report the error as its own. :meth:`video` checks."""
+
+    def video(self) -> VideoFormat:
+        """The format that :meth:`flowvqtalker.pipeline.Talker.animate` takes.
+
+        Raises:
+            UserError: as the constructor of :class:`~flowvqtalker.io.format.VideoFormat`, or if the options of
+                ``--full`` and ``--size`` exclude each other.
+        """
+        if self.size is not None and getattr(self, "full", False):
+            raise UserError("--size is that of the crop and --full writes the whole image; give one of them")
+        return VideoFormat(preset=self.preset, fps=self.fps, size=self.size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnimateArguments(MarkArguments, VideoArguments, MotionArguments):
     """Options of ``animate`` beside the portrait, the speech and the output."""
 
     face: FaceNumber = None

@@ -17,7 +17,8 @@ from flowvqtalker.face.model import EXPRESSION, IDENTITY, FaceModel
 from flowvqtalker.face.portrait import Portrait, Progress, front_pose, load_portrait, track, track_expression
 from flowvqtalker.io import audio as decode
 from flowvqtalker.io.atomic import check_not_input, check_output, sample_paths
-from flowvqtalker.io.coefficients import Coefficients, Motion
+from flowvqtalker.io.coefficients import Coefficients, Motion, resampled
+from flowvqtalker.io.format import DEFAULT_VIDEO, VideoFormat
 from flowvqtalker.io.image import ImageArray
 from flowvqtalker.io.video import Result
 from flowvqtalker.loading import (
@@ -218,7 +219,7 @@ class Talker:
             UserError: at once, if the speech or an option cannot be used.
         """
         chosen = (options or MotionOptions()).updated(choices)
-        found = _scanned(speech)
+        found = decode.scan(speech)
         return self.stream(portrait, chosen).run(decode.stream(found, _BLOCK_SECONDS))
 
     def renderer(self, portrait: Portrait, *, batch_size: int | None = None, workers: int | None = None) -> Renderer:
@@ -227,18 +228,17 @@ class Talker:
         return Renderer(
             generator,
             self.face_model,
-            portrait.image,
-            portrait.identity,
-            portrait.expression,
-            portrait.pose,
+            *portrait.view,
             batch_size=batch_size,
             device=self.device,
             dtype=self.dtype or render_dtype(generator, self.device),
             workers=workers,
         )
 
-    def render(self, portrait: Portrait, motion: Iterable[Motion], *, full: bool = False) -> Iterator[ImageArray]:
-        """Pictures for motion, one for each frame of it.
+    def render(
+        self, portrait: Portrait, motion: Iterable[Motion], *, full: bool = False, video: VideoFormat = DEFAULT_VIDEO
+    ) -> Iterator[ImageArray]:
+        """Pictures for motion, at the rate of the video one for each frame of it.
 
         Arguments:
             portrait: see :meth:`portrait`.
@@ -246,17 +246,18 @@ class Talker:
             full: paste each face back into the whole image instead of giving the 512x512 crop; of an image larger than
                 :data:`flowvqtalker.face.portrait.MAX_FULL` the reduced one. The pose is held near the portrait's, see
                 :func:`flowvqtalker.render.paste.limit_pose`.
+            video: rate, and size of the crop.
 
         Yields:
             (512, 512, 3), or the size of the picture, uint8 RGB.
         """
         renderer = self.renderer(portrait)
+        if video.rate != FPS:
+            motion = resampled(motion, float(video.rate))
         if not full:
-            return renderer.render(motion)
+            return video.resized(renderer.render(motion))
         whole = portrait.reduced()
-        paster = Paster(
-            self.face_model, whole.crop, whole.picture, whole.image, whole.identity, whole.expression, whole.pose
-        )
+        paster = Paster(self.face_model, whole.crop, whole.picture, *whole.view)
         return paste_frames(paster, renderer.render, limit_pose(motion, whole.pose))
 
     def animate(
@@ -270,6 +271,7 @@ class Talker:
         full: bool = False,
         progress: Progress | None = None,
         marks: Marks = DEFAULT_MARKS,
+        video: VideoFormat = DEFAULT_VIDEO,
         **choices: Unpack[MotionChoices],
     ) -> Result:
         """Animate a portrait with speech into a video as long as the speech.
@@ -285,13 +287,14 @@ class Talker:
             full: write the whole image instead of the 512x512 crop.
             progress: called after each frame with the frames done and in total.
             marks: what says that the video is generated; see :class:`flowvqtalker.provenance.Marks`.
+            video: frame rate and size; see :class:`flowvqtalker.io.format.VideoFormat`.
 
         Raises:
             UserError: if an input cannot be used or the output cannot be written; then there is no output.
         """
         chosen = (options or MotionOptions()).updated(choices)
         (result,) = self.animate_samples(
-            portrait, speech, output, 1, chosen, face=face, full=full, progress=progress, marks=marks
+            portrait, speech, output, 1, chosen, face=face, full=full, progress=progress, marks=marks, video=video
         )
         return result
 
@@ -307,6 +310,7 @@ class Talker:
         full: bool = False,
         progress: Progress | None = None,
         marks: Marks = DEFAULT_MARKS,
+        video: VideoFormat = DEFAULT_VIDEO,
     ) -> Iterator[Result]:
         """Several samples of :meth:`animate`, with the seeds ``seed``, ``seed + 1``, ...
 
@@ -316,7 +320,7 @@ class Talker:
             output: the samples go to ``OUT_1.mp4`` to ``OUT_N.mp4`` (:func:`sample_paths`), each when it is complete.
             num_samples: N.
             progress: called after each frame with the frames of all samples.
-            marks: see :meth:`animate`.
+            marks, video: see :meth:`animate`.
 
         Yields:
             a result after each sample.
@@ -330,7 +334,7 @@ class Talker:
         for path in paths:
             check_not_input(path, *inputs)
             marks.credential(path)
-        found = _scanned(speech)
+        found = decode.scan(speech)
         ready = portrait if isinstance(portrait, Portrait) else self.portrait(portrait, face)
         chosen = self.resolve(chosen)
         # Built before anything is written, so that a seed that is too large is refused at once.
@@ -338,16 +342,16 @@ class Talker:
         first = self.motion(found, ready, every[0])
 
         def write() -> Iterator[Result]:
-            total = found.frames * num_samples
+            each = video.frames(found.frames)
             for number, path in enumerate(paths):
-                motion, before = self.motion(found, ready, every[number]) if number else first, number * found.frames
+                motion, before = self.motion(found, ready, every[number]) if number else first, number * each
 
                 def advance(done: int, of: int, before: int = before) -> None:
                     if progress is not None:
-                        progress(before + done, total)
+                        progress(before + done, each * num_samples)
 
-                frames = self.render(ready, motion, full=full)
-                yield write_marked(frames, path, found, found.frames, advance, marks)
+                frames = self.render(ready, motion, full=full, video=video)
+                yield write_marked(frames, path, found, each, advance, marks, video)
 
         return write()
 
@@ -363,6 +367,7 @@ class Talker:
         full: bool = False,
         progress: Progress | None = None,
         marks: Marks = DEFAULT_MARKS,
+        video: VideoFormat = DEFAULT_VIDEO,
     ) -> Result:
         """Animate a portrait with stored motion.
 
@@ -372,7 +377,7 @@ class Talker:
             output: ``.mp4``, ``.mov`` or ``.mkv``.
             speech: sound for the video; None is silent.
             absolute: take the poses as they are; else their difference to the first one moves the portrait's own pose.
-            face, full, progress, marks: see :meth:`animate`.
+            face, full, progress, marks, video: see :meth:`animate`.
 
         Raises:
             UserError: if an input cannot be used or the output cannot be written; then there is no output.
@@ -381,16 +386,13 @@ class Talker:
         check_not_input(path, portrait, speech)
         marks.credential(path)
         if speech is not None:
-            speech = _scanned(speech)
+            speech = decode.scan(speech)
         ready = portrait if isinstance(portrait, Portrait) else self.portrait(portrait, face)
         moved = motion.motion(FPS)
         if not absolute:
             moved = replace(moved, pose=ready.pose + moved.pose - moved.pose[:1])
-        return write_marked(self.render(ready, [moved], full=full), path, speech, len(moved), progress, marks)
-
-
-def _scanned(speech: str | Path | decode.Speech) -> decode.Speech:
-    return speech if isinstance(speech, decode.Speech) else decode.scan(speech)
+        frames = self.render(ready, [moved], full=full, video=video)
+        return write_marked(frames, path, speech, video.frames(len(moved)), progress, marks, video)
 
 
 def _part(part: P | None, name: str) -> P:

@@ -75,7 +75,9 @@ class Runner:
                 write_record(job, mark)
                 with local_copy(job.speech) as file, uploaded(job.output) as output:
                     speech = scan(file, job.audio_track)
-                    result = talker.animate(portrait, speech, output, options, full=job.full, marks=job.marks())
+                    result = talker.animate(
+                        portrait, speech, output, options, full=job.full, marks=job.marks(), video=job.video()
+                    )
             except Exception as error:  # one job must not end the others
                 with contextlib.suppress(Exception):
                     if not job.output.exists():

@@ -21,7 +21,7 @@ from flowvqtalker.errors import UserError
 from flowvqtalker.io.atomic import VIDEO_SUFFIXES
 from flowvqtalker.io.remote import glob_remote, is_remote, location
 from flowvqtalker.motion.options import FILES, MotionOptions
-from flowvqtalker.options import AnimateArguments, MarkArguments
+from flowvqtalker.options import AnimateArguments, MarkArguments, VideoArguments
 
 __all__ = ["COLUMNS", "Problems", "check_jobs", "product", "read_table"]
 
@@ -263,6 +263,7 @@ def _row_jobs(
 
 def _check_values(values: dict[str, Any], defaults: AnimateArguments, wrong: Any) -> None:
     """Check the options by themselves and together, with the checks that ``animate`` has."""
+    from flowvqtalker.io.format import VideoFormat
     from flowvqtalker.loading import choose_device, choose_dtype
     from flowvqtalker.provenance import Marks
 
@@ -281,12 +282,13 @@ def _check_values(values: dict[str, Any], defaults: AnimateArguments, wrong: Any
         except UserError as error:
             named = [name for name in together if re.search(rf"\b{name}\b", str(error))]
             wrong(", ".join(named) or "emotion", error)
-    own = [f.name for f in fields(MarkArguments)]
-    if any(name in values for name in own):
-        try:
-            Marks(**{name: values.get(name, getattr(defaults, name)) for name in own})
-        except UserError as error:
-            wrong(", ".join(name for name in own if name in values), error)
+    for kind, build in ((MarkArguments, Marks), (VideoArguments, VideoFormat)):
+        own = [f.name for f in fields(kind)]
+        if any(name in values for name in own):
+            try:
+                build(**{name: values.get(name, getattr(defaults, name)) for name in own})
+            except UserError as error:
+                wrong(", ".join(name for name in own if name in values), error)
     checks: dict[str, Any] = {"device": choose_device, "dtype": choose_dtype, "weights": weights_hashes}
     for column, check in checks.items():
         if column in values:

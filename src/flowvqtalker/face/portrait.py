@@ -96,6 +96,11 @@ class Portrait:
     expression: Tensor
     pose: Tensor
 
+    @property
+    def view(self) -> tuple[ImageArray, Tensor, Tensor, Tensor]:
+        """What is drawn from: the crop, α, β0 and ρ0."""
+        return self.image, self.identity, self.expression, self.pose
+
     def reduced(self, side: int = MAX_FULL) -> Portrait:
         """The same portrait with the longer side of its image at most ``side`` pixels, for whole-image video."""
         height, width = self.picture.shape[:2]

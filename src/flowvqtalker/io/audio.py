@@ -236,19 +236,21 @@ def stream(source: str | Path | Speech, seconds: float = 1.0) -> Iterator[npt.ND
         yield np.concatenate(waiting)
 
 
-def scan(path: str | Path, track: int | None = None) -> Speech:
+def scan(path: str | Path | Speech, track: int | None = None) -> Speech:
     """Measure a speech file in one pass, in constant memory, and choose how its channels become one.
 
     Channels are mixed as FFmpeg does, but where they cancel (opposite phase) the loudest is taken alone. Samples on
     another scale than 1 are scaled.
 
     Arguments:
-        path: any file that FFmpeg reads.
+        path: any file that FFmpeg reads; what this function found before is returned as it is.
         track: number of the audio track from 0; None takes the one that a player plays.
 
     Raises:
         UserError: if there is no audio, or it is empty or silent (peak below :data:`SILENCE_DBFS`).
     """
+    if isinstance(path, Speech):
+        return path
     energy, peaks, weights = np.zeros((0, 0)), np.zeros(0), np.ones(1)
 
     def measured() -> Iterator[_Block]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import zipfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from flowvqtalker.constants import FPS
 from flowvqtalker.errors import UserError
 from flowvqtalker.io.atomic import atomic_write
 
-__all__ = ["Coefficients", "Motion"]
+__all__ = ["Coefficients", "Motion", "resampled"]
 
 Array = npt.NDArray[np.float32]
 
@@ -51,6 +52,34 @@ class Motion:
         held = list(parts)
         expression, pose = torch.cat([part.expression for part in held]), torch.cat([part.pose for part in held])
         return cls(expression, pose, held[0].fps)
+
+
+def resampled(motion: Iterable[Motion], fps: float) -> Iterator[Motion]:
+    """Motion at another frame rate, as it arrives: linear between two frames, the last one held.
+
+    T frames become T fps / FPS, rounded up. :meth:`Coefficients.at` is smoother, but needs the whole motion.
+    """
+    done = start = 0  # frames given; the number of the first frame that is held
+    held = torch.empty(0, 70)
+
+    def take(count: int) -> Iterator[Motion]:
+        """The frames up to number ``count`` that were not given yet."""
+        nonlocal done
+        times = torch.arange(done, count, dtype=torch.float64) * (FPS / fps) - start
+        if len(times):
+            done = count
+            before = times.long().clamp(max=len(held) - 1)
+            after = (before + 1).clamp(max=len(held) - 1)
+            frames = torch.lerp(held[before], held[after], (times - before).clamp(max=1)[:, None].float())
+            yield Motion(frames[:, :64], frames[:, 64:], fps)
+
+    for block in motion:
+        held = torch.cat([held, torch.cat([block.expression, block.pose], 1).float().cpu()])
+        yield from take(math.floor((start + len(held) - 1) * fps / FPS + 1e-9) + 1)
+        keep = max(0, min(math.floor(done * FPS / fps) - start, len(held) - 1))
+        start, held = start + keep, held[keep:]
+    if len(held):
+        yield from take(math.ceil((start + len(held)) * fps / FPS - 1e-9))
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from flowvqtalker.constants import FPS
 from flowvqtalker.errors import MissingDependency, UserError
 from flowvqtalker.io.atomic import VIDEO_SUFFIXES, atomic_path, check_output
 from flowvqtalker.io.audio import Speech, resampled, sound_format
+from flowvqtalker.io.format import DEFAULT_VIDEO, VideoFormat
 from flowvqtalker.io.frames import FrameReader
 from flowvqtalker.io.image import ImageArray, animation_length, image_size, read_animation, read_image
 from flowvqtalker.io.media import (
@@ -167,7 +168,7 @@ class Result:
 
     Attributes:
         path: the video.
-        frames: number of frames, 25 a second.
+        frames: number of frames.
         width: pixels.
         height: pixels.
     """
@@ -203,7 +204,7 @@ class VideoWriter:
         path: str | Path,
         speech: str | Path | Speech | None = None,
         *,
-        fps: int = FPS,
+        fps: float | Fraction = FPS,
         crf: int = 18,
         preset: str = "veryfast",
         mark: Callable[[NDArray[np.uint8]], None] | None = None,
@@ -214,7 +215,7 @@ class VideoWriter:
         self._mark, self._seal = mark, seal
         self._temporary = self.path
         self._speech = speech
-        self._fps = fps
+        self._fps = Fraction(fps)
         self._options = {"crf": str(crf), "preset": preset}
         self._file = contextlib.ExitStack()
         self._container: Any = None
@@ -259,7 +260,7 @@ class VideoWriter:
         context = self._video.codec_context
         context.width, context.height = width + width % 2, height + height % 2  # yuv420p needs even sides
         context.pix_fmt = "yuv420p"
-        context.time_base = Fraction(1, self._fps)
+        context.time_base = 1 / self._fps
         self._converter = VideoReformatter()  # one for all frames, see FrameReader
         # Convert to and tag as BT.709, so that every player shows the rendered colours.
         context.color_primaries = context.color_trc = context.colorspace = 1
@@ -286,11 +287,11 @@ class VideoWriter:
         if self._mark is not None:
             luma = image.planes[0]
             self._mark(np.frombuffer(luma, np.uint8).reshape(luma.height, luma.line_size)[:height, :width])
-        image.pts, image.time_base = self.frames, Fraction(1, self._fps)
+        image.pts, image.time_base = self.frames, 1 / self._fps
         try:
             self._container.mux(self._video.encode(image))
             self.frames += 1
-            self._write_sound(self.frames / self._fps)
+            self._write_sound(float(self.frames / self._fps))
         except (av.FFmpegError, OSError) as error:
             raise self._unwritable(error) from error
 
@@ -352,13 +353,14 @@ def write_video(
     speech: str | Path | Speech | None,
     total: int,
     progress: Callable[[int, int], None] | None = None,
+    video: VideoFormat = DEFAULT_VIDEO,
     *,
     mark: Callable[[NDArray[np.uint8]], None] | None = None,
     seal: Callable[[Path, Path], None] | None = None,
 ) -> Result:
     """Stream frames into a file; see :class:`VideoWriter`."""
     height = width = 0
-    with VideoWriter(path, speech, mark=mark, seal=seal) as writer:
+    with VideoWriter(path, speech, fps=video.rate, preset=video.x264, mark=mark, seal=seal) as writer:
         for frame in frames:
             height, width = frame.shape[:2]
             writer.write(frame)

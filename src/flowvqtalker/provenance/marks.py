@@ -10,6 +10,7 @@ from pathlib import Path
 from flowvqtalker.errors import UserError
 from flowvqtalker.io.atomic import check_output
 from flowvqtalker.io.audio import Speech
+from flowvqtalker.io.format import DEFAULT_VIDEO, VideoFormat
 from flowvqtalker.io.image import ImageArray
 from flowvqtalker.io.video import Result, write_video
 from flowvqtalker.provenance.credentials import (
@@ -88,6 +89,7 @@ def write_marked(
     total: int,
     progress: Callable[[int, int], None] | None = None,
     marks: Marks = DEFAULT_MARKS,
+    video: VideoFormat = DEFAULT_VIDEO,
 ) -> Result:
     """Stream frames into a file with marks; see :func:`flowvqtalker.io.video.write_video`.
 
@@ -111,6 +113,7 @@ def write_marked(
         speech,
         total,
         progress,
+        video,
         mark=Watermark(payload(marks.mark_id)) if marks.mark else None,
         seal=seal if credential is not None else None,
     )

@@ -92,8 +92,8 @@ class Renderer:
         Batches are rendered in the background while the caller does something with the frames before them.
 
         Arguments:
-            motion: consecutive blocks of any lengths. Up to ``(workers + 1) * batch_size`` frames are held back for
-                batching; the paper's generator holds back 13 more for its window of motion.
+            motion: consecutive blocks of any lengths. A frame is given as soon as it is drawn and asked for; about 8 to
+                12 are drawn ahead. The paper's generator holds back 13 more for its window of motion.
         """
         pending: deque[Future[npt.NDArray[np.uint8]]] = deque()
         threads = torch.get_num_threads()
@@ -101,7 +101,8 @@ class Renderer:
             with ThreadPoolExecutor(self.workers, "render", torch.set_num_threads, (self._worker_threads,)) as pool:
                 for batch in _batches(motion, self.batch_size, self.generator.config.reach):
                     pending.append(pool.submit(self._batch, batch))
-                    if len(pending) > self.workers:
+                    # Enough work while the caller makes the next block of motion.
+                    while pending and (pending[0].done() or len(pending) > max(self.workers, 8 // self.batch_size)):
                         yield from pending.popleft().result()
                 while pending:
                     yield from pending.popleft().result()

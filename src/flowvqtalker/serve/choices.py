@@ -66,7 +66,9 @@ def check_options(given: Mapping[str, Any], has_track: bool, max_samples: int) -
 
 def _check(values: dict[str, Any], field: str | None) -> None:
     try:
-        replace(AnimateArguments(), **values).motion_options()
+        arguments = replace(AnimateArguments(), **values)
+        arguments.motion_options()
+        arguments.video()
     except UserError as error:
         raise from_user_error(error, field) from error
 

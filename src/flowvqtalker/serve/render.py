@@ -16,6 +16,7 @@ from flowvqtalker.face.portrait import Portrait
 from flowvqtalker.io.atomic import atomic_write
 from flowvqtalker.io.audio import scan
 from flowvqtalker.io.coefficients import Coefficients, Motion
+from flowvqtalker.io.format import DEFAULT_VIDEO, VideoFormat
 from flowvqtalker.io.image import ImageArray
 from flowvqtalker.pipeline import Talker
 from flowvqtalker.serve.tasks import Cancelled, Link, Task, motion_path, preview_path, sample_path
@@ -31,7 +32,9 @@ class _Talker(Talker):
 
     folder: Path | None = None
 
-    def render(self, portrait: Portrait, motion: Iterable[Motion], *, full: bool = False) -> Iterator[ImageArray]:
+    def render(
+        self, portrait: Portrait, motion: Iterable[Motion], *, full: bool = False, video: VideoFormat = DEFAULT_VIDEO
+    ) -> Iterator[ImageArray]:
         """As :meth:`Talker.render`."""
         self.blocks: list[Motion] = []
 
@@ -41,7 +44,7 @@ class _Talker(Talker):
                 yield block
 
         shown = 0.0
-        for frame in super().render(portrait, kept(), full=full):
+        for frame in super().render(portrait, kept(), full=full, video=video):
             if time.monotonic() - shown >= _PREVIEW_SECONDS and self.folder is not None:
                 shown = time.monotonic()
                 _write_preview(frame, preview_path(self.folder))
@@ -98,10 +101,12 @@ class JobRunner(Runner):
         if track is not None and task.transition is not None:
             options = replace(options, emotion_track=replace(track, blend=task.transition))
         speech = scan(job.speech)
-        frames = speech.frames * job.num_samples
+        video = job.video()
+        each = video.frames(speech.frames)
+        frames = each * job.num_samples
         talker.folder = task.folder
         for number in range(1, job.num_samples + 1):
-            before, path = (number - 1) * speech.frames, sample_path(task.folder, number)
+            before, path = (number - 1) * each, sample_path(task.folder, number)
             if path.exists():  # made before the server was killed
                 continue
 
@@ -113,7 +118,7 @@ class JobRunner(Runner):
             sample = replace(options, seed=options.seed + number - 1)
             link.report("rendering", before, frames)
             result = talker.animate(
-                portrait, job.speech, unnamed, sample, full=job.full, progress=advance, marks=job.marks()
+                portrait, job.speech, unnamed, sample, full=job.full, progress=advance, marks=job.marks(), video=video
             )
             identity = portrait.identity.numpy()
             Coefficients.of(Motion.join(talker.blocks), identity).save(motion_path(task.folder, number))
