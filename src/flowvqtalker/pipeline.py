@@ -252,8 +252,7 @@ class Talker:
             (512, 512, 3), or the size of the picture, uint8 RGB.
         """
         renderer = self.renderer(portrait)
-        if video.rate != FPS:
-            motion = resampled(motion, float(video.rate))
+        motion = resampled(motion, float(video.rate))
         if not full:
             return video.resized(renderer.render(motion))
         whole = portrait.reduced()

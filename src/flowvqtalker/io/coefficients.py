@@ -59,6 +59,9 @@ def resampled(motion: Iterable[Motion], fps: float) -> Iterator[Motion]:
 
     T frames become T fps / FPS, rounded up. :meth:`Coefficients.at` is smoother, but needs the whole motion.
     """
+    if fps == FPS:
+        yield from motion
+        return
     done = start = 0  # frames given; the number of the first frame that is held
     held = torch.empty(0, 70)
 
