@@ -134,16 +134,17 @@ def load_speech_encoder(
 def load_live_encoder(path: str | Path | None = None, *, exact: bool = False) -> SpeechEncoder | None:
     """The speech encoder with a short look-ahead, whose features the flows take as they take the long one's.
 
-    None if the flows hear with encoders of their own, or if the folder holds none: then live speech is delayed by the
-    look-ahead of the encoder that there is.
+    None if the flows hear with encoders of their own, or if there is none that was made from theirs: then live speech
+    is delayed by the look-ahead of the encoder that there is.
     """
-    names = {Path(file).stem for file in weights.manifest(weights.folder(path))}
-    if "speech_encoder" not in names:
+    flow = weights.manifest(path).get("expflow.safetensors")
+    if flow is None or flow.config.get("speech_encoder") is not True:
         return None
-    if "speech_encoder_live" not in names:
-        logger.warning("%s holds no speech_encoder_live; live speech is delayed by 252 ms", weights.folder(path))
+    place = weights.place("speech_encoder", path)
+    if "speech_encoder_live.safetensors" not in weights.manifest(place, own=True):
+        logger.warning("%s holds no speech_encoder_live; live speech is delayed by 252 ms", place)
         return None
-    return load_speech_encoder(path, exact=exact, name="speech_encoder_live")
+    return load_speech_encoder(place, exact=exact, name="speech_encoder_live")
 
 
 def load_voice(path: str | Path | None = None) -> VoiceEmotion | None:

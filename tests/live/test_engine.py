@@ -176,3 +176,13 @@ def test_sound_at_an_uneven_pace_stays_whole():
     assert np.array_equal(heard[heard > 0], wave)
     gaps = np.diff(np.flatnonzero(heard > 0)) > 1
     assert gaps.sum() <= 8  # the reserve grows, so the speech soon flows
+
+
+def test_a_stop_of_the_clock_is_made_up_for_in_pauses():
+    queue, speech = SoundQueue(16_000), np.full(6_400, 0.5, np.float32)
+    queue.push(np.concatenate([speech, np.zeros(16_000), speech]), 16_000)
+    queue.skip_pauses(0.6)
+    queue.end()
+    heard = np.concatenate([queue.take() for _ in range(60)])
+    assert (heard > 0).sum() == 12_800  # no speech is lost
+    assert np.flatnonzero(heard)[-1] + 1 == 28_800 - 9_600

@@ -22,7 +22,7 @@ def make(live_talker, live_portrait, **settings):
 
 def test_frames_and_sound_come_in_time(live_talker, live_portrait):
     async def main():
-        frames, times = [], []
+        frames, times = [], [time.monotonic()]
         async with make(live_talker, live_portrait, fps=12.5) as live:
             live.push(babble(0.4), 16_000)
             live.end_of_utterance()

@@ -22,6 +22,8 @@ MAX_SECONDS = 600.0
 _RATES = (8_000, 192_000)
 #: Seconds that a late block may delay the speech: the jitter buffer grows by a step with every gap, up to the most.
 _STEP, _MOST = 0.01, 0.2
+# Below this a block is a pause (-50 dBFS).
+_QUIET = 0.003
 # A float this large was not scaled to [-1, 1].
 _UNSCALED = 8.0
 
@@ -96,6 +98,7 @@ class SoundQueue:
         self._lock = threading.Lock()
         self._blocks: deque[Floats] = deque()
         self._count = self._reserve = 0
+        self._lag = 0
         self._flowing = self._ended = False
         self._resampler: Resampler | None = None
 
@@ -134,8 +137,13 @@ class SoundQueue:
         """Drop what waits."""
         with self._lock:
             self._blocks.clear()
-            self._count, self._resampler = 0, None
+            self._count, self._lag, self._resampler = 0, 0, None
             self._flowing, self._ended = False, True
+
+    def skip_pauses(self, seconds: float) -> None:
+        """After a stop of the clock: leave out as much of the coming pauses, or a microphone stays late for ever."""
+        with self._lock:
+            self._lag += round(seconds * self.rate)
 
     def take(self) -> Floats:
         """The block (rate / 25,) of the next tick; silence where there is no speech."""
@@ -145,6 +153,9 @@ class SoundQueue:
             if not self._flowing:
                 return np.zeros(self.block, np.float32)
             taken = self._pop(self.block)
+            while self._lag >= self.block <= self._count and np.abs(taken).max() < _QUIET:
+                taken = self._pop(self.block)
+                self._lag -= self.block
             if len(taken) < self.block:
                 self._flowing = False
                 if not self._ended:

@@ -102,6 +102,7 @@ class LiveTalker:
         self._thread: threading.Thread | None = None
         self._closed, self._said = False, set[str]()
         self._failure: BaseException | None = None
+        self._drawn = 0  # number of the last tick with an image
         self._late: deque[bool] = deque(maxlen=_OBSERVED)
         self._waiting: dict[asyncio.Event, asyncio.AbstractEventLoop] = {}
 
@@ -250,11 +251,14 @@ class LiveTalker:
         try:
             start, number = self._clock(), 0
             while not self._closed:
-                start += self._pause(start + number / FPS)
-                late = self._clock() - start - number / FPS
+                stopped = self._pause(start + number / FPS)
+                late = self._clock() - start - stopped - number / FPS
                 if late > _LOST:
-                    logger.warning("live: %.1f s behind; the clock starts anew", late)
-                    start += late
+                    logger.log(self._level("lost"), "live: %.1f s behind; the clock starts anew", late)
+                    stopped += late
+                if stopped:
+                    start += stopped
+                    self._engine.sound.skip_pauses(stopped)
                 while self._commands:
                     self._commands.popleft()()
                 self._deliver(self._engine.tick(self._decide(number, late)))
@@ -284,7 +288,9 @@ class LiveTalker:
         wanted = int((number + 1) * self.fps / FPS) > int(number * self.fps / FPS)
         if not wanted:
             return False
-        too_late = late > 1 / FPS
+        too_late = late > 1 / FPS and number - self._drawn < FPS  # one a second even if nothing comes in time
+        if not too_late:
+            self._drawn = number
         self.dropped += too_late
         self._late.append(too_late)
         if len(self._late) == _OBSERVED and sum(self._late) > _TOO_MANY * _OBSERVED and self.fps > RATES[-1]:
