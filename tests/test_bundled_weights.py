@@ -159,3 +159,14 @@ def test_eyes_are_open_from_the_first_frame(talker, portrait, draw):
         ratios.append(float(lids[0] / lids.median()))
     assert 0.85 < np.median(ratios) < 1.15, ratios
     assert min(ratios) > 0.6, ratios
+
+
+@pytest.mark.skipif("speech_encoder_live.safetensors" not in weights.manifest(), reason="without the live encoder")
+def test_the_live_encoder_gives_the_same_lips_sooner(portrait, sample_speech):
+    live = Talker.from_pretrained(device="cpu", components=("face", "motion", "live"))
+    assert live.stream(portrait, live=True).latency_ms == pytest.approx(92.5)
+    wave = audio.load(sample_speech)[: 100 * SAMPLES]
+    beta = [Motion.join(live.stream(portrait, live=short).run([wave])).expression for short in (False, True)]
+    rim = live.face_model.expression[:, 14, 1] - live.face_model.expression[:, 13, 1]
+    opening = torch.stack(beta) @ rim
+    assert torch.corrcoef(opening)[0, 1] > 0.85
