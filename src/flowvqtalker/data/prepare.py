@@ -92,8 +92,8 @@ def make_worker(config: PrepareConfig, threads: int, number: int) -> Callable[[_
     """The function of a worker."""
     import torch
 
-    torch.set_num_threads(threads)
-    cv2.setNumThreads(threads)
+    torch.set_num_threads(1)  # more would change the last digits of a fit
+    cv2.setNumThreads(1)
     return functools.partial(_work, tools=Tools(config))
 
 
@@ -109,7 +109,7 @@ def _work(task: _Task, tools: Tools) -> Drop:
             content = cut_images(source, _read_part(folder / f"{source.key}.fit.npz"), tools.config)
     except Exception as error:
         detail = (str(error).strip().splitlines() or [""])[0]
-        if isinstance(error, UserError) and error.code in _VERDICTS:
+        if kind == "fit" and isinstance(error, UserError) and error.code in _VERDICTS:
             text = json.dumps([error.code, detail])
             atomic_write(_verdict(task), lambda path: path.write_text(text, encoding="utf-8"))
             return error.code, detail
@@ -129,7 +129,7 @@ def _read_part(path: Path) -> dict[str, Any]:
 
 
 def _run(kind: str, sources: Sequence[Source], parts: Path, tools: Tools, backend: Backend | None) -> dict[str, Drop]:
-    """Do what has no result yet, in this process if there is no backend; returns what was dropped, by name."""
+    """Do what has no result yet, in this process if there is no backend; returns what failed, by name."""
     dropped: dict[str, Drop] = {}
     todo: list[_Task] = []
     for source in sources:
@@ -146,7 +146,7 @@ def _run(kind: str, sources: Sequence[Source], parts: Path, tools: Tools, backen
             bar.update()
             result = ("error", str(result)) if isinstance(result, WorkerDied) else result
             if result[0]:
-                dropped[task[1].name] = result
+                dropped[task[1].name] = result if kind == "fit" else ("kept", f"{label}: {result[1]}")
 
         if backend is not None:
             run_tasks(todo, backend, report)
@@ -211,10 +211,10 @@ def prepare(
     return replace(report, dropped=dropped, people=unknown, lookalikes=lookalikes)
 
 
-def _backend(config: PrepareConfig, stack: contextlib.ExitStack) -> Backend | None:
+def _backend(config: PrepareConfig, stack: contextlib.ExitStack) -> Backend:
     make = functools.partial(make_worker, config)
     if config.ray is None:
-        return Processes(config.workers, make) if config.workers > 1 else None
+        return Processes(max(1, config.workers), make)
     from flowvqtalker.workers.cluster import RayActors
 
     return stack.enter_context(RayActors(config.ray, config.workers, make))
