@@ -65,12 +65,12 @@ class Blinks:
 
     Arguments:
         template: (12, 64) from :func:`measure_blinks`.
-        rate: blinks per minute, 0 for none.
+        rate: blinks per minute, 0 for none; times ``factor``, which may change between blinks.
         seed: of times and strengths.
     """
 
     def __init__(self, template: Tensor, rate: float, seed: int) -> None:
-        self.template, self.rate = template, rate
+        self.template, self.rate, self.factor = template, rate, 1.0
         self._generator = torch.Generator().manual_seed(seed)
         self._none = torch.zeros_like(template[:1])
         self._age, self._strength = BLINK_FRAMES, 1.0
@@ -78,7 +78,7 @@ class Blinks:
 
     def _draw_pause(self) -> int:
         """Frames from the start of one blink to the next."""
-        mean = max(60 * FPS / self.rate - BLINK_FRAMES, 1.0)
+        mean = max(60 * FPS / (self.factor * self.rate) - BLINK_FRAMES, 1.0)
         uniform = torch.rand((), generator=self._generator).item()
         return BLINK_FRAMES + int(-mean * np.log1p(-uniform))
 

@@ -72,6 +72,7 @@ class MotionChoices(TypedDict, total=False):
     pose_scale: float | None
     fixed_pose: bool | None
     pose_from: HeadMotion | None
+    emotional_head: bool | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +113,9 @@ class MotionOptions:
     """Hold the head still; the face moves and the eyes blink."""
     pose_from: HeadMotion | None = None
     """Clip or motion file (.npz, .csv) to take the movement of the head from; repeated if shorter than the speech."""
+    emotional_head: bool = False
+    """Let the emotion change head and blinks too: anger lowers the head, happiness and fear move it more, fear and
+    surprise blink less."""
 
     def __post_init__(self) -> None:
         if self.emotion is not None:

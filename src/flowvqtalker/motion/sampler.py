@@ -17,6 +17,7 @@ from flowvqtalker.motion.blink import Blinks
 from flowvqtalker.motion.emotion import BLEND, EmotionCondition, EmotionTrack, encode_emotion, smoothstep
 from flowvqtalker.motion.flow import ExpFlow, PoseFlow
 from flowvqtalker.motion.fused import FusedInverse
+from flowvqtalker.motion.habits import Habits
 from flowvqtalker.motion.head_pose import PoseTrack
 from flowvqtalker.motion.manifold import LatentBank, project
 from flowvqtalker.motion.options import check_limits
@@ -49,8 +50,7 @@ EXCESS = 1.0
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Compute on one thread: a second costs more than it gains on products this small, and sums must not depend on the
-    number of cores."""
+    """Compute on one thread: products this small gain nothing from more, and sums must not depend on their number."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -104,6 +104,7 @@ class MotionGenerator:
         poses: head motion instead of PoseFlow's.
         speech_encoder: takes the place of the flows' own; trained to give the same features with another look-ahead.
         warm_up: frames sampled before the first one, unseen, to fill the history.
+        habits: how the emotion changes head and blinks; None: not at all.
 
     Raises:
         UserError: for an unknown emotion or numbers out of range.
@@ -133,6 +134,7 @@ class MotionGenerator:
         poses: PoseTrack | None = None,
         warm_up: int = WARM_UP,
         speech_encoder: AudioEncoder | None = None,
+        habits: Habits | None = None,
     ) -> None:
         if emotion is None and reference is None and track is None:
             raise UserError("neither an emotion nor a reference was given; give one")
@@ -152,7 +154,7 @@ class MotionGenerator:
             self.source = self.expflow.neutral_face(beta0.to(self.device, torch.float32).reshape(1, -1))
         self.pose0 = pose0.to(self.device, torch.float32).reshape(1, -1)
         self.poses, self._track, self._warm_up_frames = poses, track, warm_up
-        self._encoder = speech_encoder
+        self._encoder, self._habits = speech_encoder, habits
         self._bank = bank if manifold > 0 else None
         self._banks: dict[int, Tensor] = {}
         with torch.inference_mode(), _one_thread():
@@ -198,7 +200,7 @@ class MotionGenerator:
         return [condition.faded() for condition in conditions], neutral
 
     def _start(self, seed: int, blink_rate: float) -> None:
-        self._finished, self._frame = False, 0
+        self._finished, self._frame, self._fade_start, self._fade_frames = False, 0, 0, 1
         flows = [self.expflow] if self.poses is not None else [self.expflow, self.poseflow]
         # A shared speech encoder runs once.
         encoders = list(dict.fromkeys(flow.audio if self._encoder is None else self._encoder for flow in flows))
@@ -216,7 +218,6 @@ class MotionGenerator:
         self._pose_history = torch.zeros(1, pose.history, pose.dim, device=self.device)
         self._first_pose: Tensor | None = None
         self.heard: Tensor | None = None
-        self._fade_start, self._fade_frames = 0, 1
         self._wanted: tuple[EmotionCondition, int] | None = None
 
     @torch.inference_mode()
@@ -275,9 +276,8 @@ class MotionGenerator:
         if self._finished:
             raise RuntimeError("the last windows were given already; make a new MotionGenerator")
         config = self._audio[0].encoder.config
-        expected = (config.mels, config.columns)
-        if windows.ndim != 3 or tuple(windows.shape[1:]) != expected:
-            raise ValueError(f"windows must be (T, {expected[0]}, {expected[1]}), got {tuple(windows.shape)}")
+        if windows.ndim != 3 or windows.shape[1:] != (config.mels, config.columns):
+            raise ValueError(f"windows must be (T, {config.mels}, {config.columns}), got {tuple(windows.shape)}")
         with _one_thread():
             frames = []
             for window in windows.to(self.device, torch.float32):
@@ -320,6 +320,8 @@ class MotionGenerator:
     def _expression(self, audio: Tensor) -> Tensor:
         part = self._change() if self._track is None else self._follow(self._track)
         self.heard = audio
+        if self._habits is not None:
+            self._blinks.factor = self._habits.follow(self._rollout.condition)
         noise = self.temperature * self.expflow.latent.noise(1, self._generators[0]).to(self.device)
         neutral = None if self._neutral_rollout is None else self._advance(self._neutral_rollout, audio, noise)
         frame = self._intensify(self._rollout, self._advance(self._rollout, audio, noise), neutral)
@@ -385,6 +387,7 @@ class MotionGenerator:
             if self.poses is None
             else self.poses.at(self._frame).to(self.device)
         )
+        motion = self._habits.turn(motion) if self._habits is not None and self.poses is None else motion
         if self._first_pose is None:
             self._first_pose = motion
         return self.pose0 + motion - math.exp(-self._frame / (SETTLE * FPS)) * self._first_pose

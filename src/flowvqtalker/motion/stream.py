@@ -18,6 +18,7 @@ from flowvqtalker.motion.auto import VoiceFollower
 from flowvqtalker.motion.circumplex import place_emotion
 from flowvqtalker.motion.emotion import AUTO
 from flowvqtalker.motion.flow import ExpFlow, PoseFlow
+from flowvqtalker.motion.habits import Habits
 from flowvqtalker.motion.head_pose import PoseTrack
 from flowvqtalker.motion.manifold import LatentBank
 from flowvqtalker.motion.mouth import MouthGate
@@ -168,6 +169,7 @@ def open_stream(
         seed=options.seed,
         poses=_pose_track(options),
         speech_encoder=speech_encoder,
+        habits=Habits() if options.emotional_head else None,
         device="cpu",  # small matrices: a GPU would not be faster, and one seed is the same everywhere
     )
     if emotion != AUTO:
