@@ -66,7 +66,7 @@ class Process:
         """End it."""
         self.client.close()
         self.process.send_signal(how)
-        return self.process.wait(30)
+        return self.process.wait(120)
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ import json
 import numpy as np
 import pytest
 from PIL import Image
+from starlette.websockets import WebSocketDisconnect
 
 from flowvqtalker.serve.access import COOKIE
 
@@ -41,6 +42,9 @@ def test_uploads_are_used_by_several_videos(make_client, files):
     speech = client.post("/v1/speech", files={"speech": files["speech"]}).json()
     assert speech["seconds"] == 1.0
     assert client.get(f"/v1/speech/{speech['id']}/content").content == files["speech"]
+    said = client.post("/v1/speech", json={"text": "Good morning", "voice": "en-us"}).json()
+    assert 0.3 < said["seconds"] < 5 and client.delete(f"/v1/speech/{said['id']}").status_code == 204
+    assert client.post("/v1/speech", json={"text": "Hello", "voice": "xx"}).json()["code"] == "invalid"
     ids = {"portrait_id": portrait["id"], "speech_id": speech["id"], "consent": True}
     track = [{"time": 0, "emotion": "happy"}, {"time": 0.5, "emotion": "sad", "intensity": 0.5}]
     answer = client.post("/v1/videos", json={**ids, "emotion_track": track, "transition": 0.2, "seed": 7})
@@ -76,11 +80,13 @@ def test_uploads_are_used_by_several_videos(make_client, files):
         ({"intensity": "3"}, "out_of_range", "intensity"),
         ({"intensity": "much"}, "invalid", "intensity"),
         ({"seed": "-1"}, "invalid", "seed"),
+        ({"emotion": "happy,happy"}, "invalid", "emotion"),
         ({"num_samples": "9"}, "out_of_range", "num_samples"),
         ({"face": "1"}, "out_of_range", "face"),
         ({"transition": "100"}, "out_of_range", "transition"),
         ({"emotion_track": "0,cheerful"}, "unknown_emotion", "emotion_track"),
         ({"emotion_track": '[{"time": 0}]'}, "invalid", "emotion_track"),
+        ({"valence": "0.5", "emotion": "sad"}, "invalid", "valence"),
         ({"emotion_track": "[{"}, "invalid", "emotion_track"),
         ({"emotion_track": "0,happy", "emotion": "sad"}, "invalid", "emotion_track"),
         ({"weights": "/etc"}, "invalid", "weights"),
@@ -230,3 +236,29 @@ def test_information(make_client, files):
     )
     page = client.get("/docs").text
     assert "http://" not in page and "https://" not in page
+
+
+def test_live_sessions_are_refused_with_a_reason(make_client, files):
+    client = make_client(max_live=0)
+    portrait = client.post("/v1/portraits", files={"portrait": files["portrait"]}, data={"consent": "true"}).json()[
+        "id"
+    ]
+    start = {"type": "start", "portrait_id": portrait, "consent": True}
+    cases = [
+        ({"type": "start"}, "consent_required"),
+        (start | {"portrait_id": "portrait_x"}, "not_found"),
+        (start | {"face": 3}, "out_of_range"),
+        (start | {"emotion": "cheerful"}, "unknown_emotion"),
+        (start | {"sample_rate": 1}, "out_of_range"),
+        ([], "invalid"),
+        (start, "busy"),
+    ]
+    for message, code in cases:
+        with client.websocket_connect("/v1/live") as socket:
+            socket.send_json(message)
+            assert socket.receive_json()["code"] == code
+    with (
+        pytest.raises(WebSocketDisconnect),
+        client.websocket_connect("/v1/live", headers={"Origin": "http://x.example"}),
+    ):
+        pass

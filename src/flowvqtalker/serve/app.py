@@ -12,9 +12,9 @@ from fastapi.staticfiles import StaticFiles
 from fastapi_offline import FastAPIOffline
 
 from flowvqtalker import __version__
-from flowvqtalker.serve import problems, routes_assets, routes_info, routes_talks, routes_videos
+from flowvqtalker.serve import problems, routes_assets, routes_info, routes_live, routes_talks, routes_videos
 from flowvqtalker.serve.access import Guard
-from flowvqtalker.serve.server import Server
+from flowvqtalker.serve.server import WEBRTC, Server
 from flowvqtalker.serve.settings import Settings
 
 __all__ = ["create_app"]
@@ -38,6 +38,8 @@ def create_app(settings: Settings) -> FastAPI:
     async def running(app: FastAPI) -> AsyncIterator[None]:
         server.start()
         yield
+        for call in list(server.calls):
+            await call.end()
         server.close()
 
     app = FastAPIOffline(  # documentation that loads nothing from elsewhere
@@ -49,8 +51,12 @@ def create_app(settings: Settings) -> FastAPI:
     )
     app.state.server = server
     problems.install(app)
-    for routes in (routes_videos, routes_assets, routes_talks, routes_info):
+    for routes in (routes_videos, routes_assets, routes_live, routes_talks, routes_info):
         app.include_router(routes.router)
+    if WEBRTC and settings.max_live:
+        from flowvqtalker.serve import routes_webrtc
+
+        app.include_router(routes_webrtc.router)
     app.add_middleware(Guard, settings=settings, meter=server.meter)
 
     @app.get("/", include_in_schema=False)

@@ -7,9 +7,10 @@ import csv
 import inspect
 import itertools
 import json
+import re
 import textwrap
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import Any
@@ -31,12 +32,12 @@ _OPTIONS = {f.name: f for f in fields(AnimateArguments) if f.name not in _NOT_OF
 _TYPES = {bool: "boolean", int: "integer", float: "number", str: "string"}
 
 
-def check_options(given: Mapping[str, Any], has_track: bool, max_samples: int) -> dict[str, Any]:
+def check_options(given: Mapping[str, Any], files: Iterable[str], max_samples: int) -> dict[str, Any]:
     """Values of the options that were given, checked as ``animate`` checks them.
 
     Arguments:
         given: name -> text of a form, or value from JSON.
-        has_track: whether an emotion track comes with them, which excludes an emotion.
+        files: names of the options that came as files.
         max_samples: largest number of samples.
 
     Raises:
@@ -58,19 +59,19 @@ def check_options(given: Mapping[str, Any], has_track: bool, max_samples: int) -
         raise Problem("out_of_range", f"num_samples must be from 1 to {max_samples}.", "num_samples")
     if (values.get("face") or 0) < 0:
         raise Problem("out_of_range", "face must be a number from 0.", "face")
-    if has_track and "emotion" in values:
-        raise Problem("invalid", "emotion and emotion_track exclude each other; give one.", "emotion_track")
-    _check(values, next((name for name in ("seed", "fixed_pose") if name in values), None))
+    _check(values | {name: Path(name) for name in files})
     return values
 
 
-def _check(values: dict[str, Any], field: str | None) -> None:
+def _check(values: dict[str, Any], field: str | None = None) -> None:
     try:
         arguments = replace(AnimateArguments(), **values)
         arguments.motion_options()
         arguments.video()
     except UserError as error:
-        raise from_user_error(error, field) from error
+        # Of two that exclude each other, the one that the message names last.
+        named = [name for name in re.findall(r"\w+", str(error)) if name in values]
+        raise from_user_error(error, field or (named[-1] if named else None)) from error
 
 
 def load_track(path: Path, given: str | list[Any]) -> None:
@@ -85,7 +86,7 @@ def load_track(path: Path, given: str | list[Any]) -> None:
     """
     field = "emotion_track"
     try:
-        if isinstance(given, str) and given.lstrip().startswith("["):
+        if isinstance(given, str) and re.match(r"\s*\[\s*[{\]]", given):
             given = json.loads(given)
         if isinstance(given, list):
             keys = TypeAdapter(list[EmotionKey]).validate_python(given)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import multiprocessing
 import os
 import socket
 from dataclasses import dataclass
@@ -54,6 +55,8 @@ class Serve:
     """Longest speech."""
     max_queue: Annotated[int, tyro.conf.arg(metavar="N")] = 128
     """Jobs that wait or run at most; one client may have a quarter of them."""
+    live: Annotated[int, tyro.conf.arg(metavar="N")] = 1
+    """Live sessions at the same time; each has a process of its own, which stays. 0 offers none."""
     weights: Folder = None
     """Folder of weights with a manifest. Default: those of the package."""
     device: str = "auto"
@@ -79,6 +82,8 @@ class Serve:
         for name in ("workers", "max_upload", "max_seconds", "max_queue"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be a number from 1, got {getattr(self, name):g}")
+        if self.live < 0:
+            raise UserError(f"live must be a number from 0, got {self.live}")
         if self.weights is not None:  # the package's own are known, and looking at them takes seconds
             weights_hashes(self.weights)
         names = self.public_names or (tuple({*_LOOPBACK, self.host}) if _is_loopback(self.host) else ())
@@ -96,6 +101,7 @@ class Serve:
             max_seconds=self.max_seconds,
             max_queue=self.max_queue,
             max_client=max(1, self.max_queue // 4),
+            max_live=self.live,
         )
 
     def run(self) -> None:
@@ -119,7 +125,11 @@ class Serve:
             limit_concurrency=_CONNECTIONS,
             timeout_graceful_shutdown=3,
         )
-        uvicorn.Server(config).run(sockets=[listening])
+        try:
+            uvicorn.Server(config).run(sockets=[listening])
+        finally:  # do not wait for what they do
+            for child in multiprocessing.active_children():
+                child.terminate()
 
 
 def _is_loopback(host: str) -> bool:

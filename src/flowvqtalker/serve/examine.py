@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import io
 import logging
 import multiprocessing
 import os
 import threading
+import wave
 import zipfile
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -32,6 +34,7 @@ __all__ = [
     "examine_speech",
     "export",
     "list_options",
+    "say",
     "verify_file",
 ]
 
@@ -40,6 +43,8 @@ R = TypeVar("R")
 
 #: Longer side of the picture that a client gets back.
 VIEW = 1024
+#: Longest text in characters.
+LONGEST_TEXT = 5000
 #: Shortest speech in seconds.
 SHORTEST = 0.2
 
@@ -220,20 +225,42 @@ def examine_clip(path: Path, field: str, settings: Settings) -> None:
         raise Problem("too_long", f"{field} is too long.", field, allowed=settings.max_seconds)
 
 
-def check_request(options: dict[str, Any], track: Any, path: Path, max_samples: int) -> dict[str, Any]:
+def check_request(
+    options: dict[str, Any], files: list[str], track: Any, path: Path, max_samples: int
+) -> dict[str, Any]:
     """The checked options of a job, see :mod:`flowvqtalker.serve.choices`; a track is written to a file.
 
     Arguments:
         options: as given.
+        files: names of the options that came as files.
         track: emotion track as csv text or a list, or None.
         path: csv file for it.
     """
     from flowvqtalker.serve.choices import check_options, load_track
 
-    values = check_options(options, track is not None, max_samples)
+    values = check_options(options, [*files, *["emotion_track"] * (track is not None)], max_samples)
     if track is not None:
         load_track(path, track)
     return values
+
+
+def say(text: str, voice: str) -> bytes:
+    """Speech for a text as a wav file."""
+    from flowvqtalker.speech.tts import speak
+
+    if len(text) > LONGEST_TEXT:
+        raise Problem("out_of_range", f"A text has at most {LONGEST_TEXT} characters.", "text")
+    try:
+        samples, rate = speak(text, voice)
+    except UserError as error:
+        raise from_user_error(error, "voice" if "voice" in str(error) else "text") from error
+    content = io.BytesIO()
+    with wave.open(content, "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(rate)
+        file.writeframes(samples.astype("<i2").tobytes())
+    return content.getvalue()
 
 
 @functools.cache

@@ -87,7 +87,8 @@ async def order_video(server: Server, owner: str, given: Given, more: dict[str, 
     try:
         asset, path = server.library.track_path()
         made.append(asset)
-        options = await server.examiner(check_request, given.values, track, path, limits.max_samples)
+        clips = [name for name in _CLIPS if name in given.files]
+        options = await server.examiner(check_request, given.values, clips, track, path, limits.max_samples)
         assets = {}
         if track is not None:
             assets["emotion_track"] = server.library.keep_track(asset, owner)["id"]

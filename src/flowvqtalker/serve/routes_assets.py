@@ -9,6 +9,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import FileResponse, Response
 from starlette.concurrency import run_in_threadpool
 
+from flowvqtalker.serve.examine import say
 from flowvqtalker.serve.orders import no_consent
 from flowvqtalker.serve.problems import Problem
 from flowvqtalker.serve.server import Owner, Server, TheServer
@@ -40,7 +41,7 @@ async def add_portrait(request: Request, server: TheServer, owner: Owner, respon
 
 @router.post("/speech", status_code=201, openapi_extra=form_body(speech="file"))
 async def add_speech(request: Request, server: TheServer, owner: Owner, response: Response) -> dict[str, Any]:
-    """Upload speech, any audio or video file with sound."""
+    """Upload speech, any audio or video file with sound; or JSON with text and voice, with the extra tts."""
     return await _add(request, server, owner, response, "speech")
 
 
@@ -49,9 +50,12 @@ async def _add(request: Request, server: Server, owner: str, response: Response,
     consent = given.flag("consent")
     if kind == "portrait" and not consent:
         raise no_consent()
-    if kind not in given.files:
+    source = given.files[kind].file if kind in given.files else None
+    if kind == "speech" and source is None and (text := given.text("text")):
+        source = io.BytesIO(await server.examiner(say, text, given.text("voice") or "en-us"))
+    if source is None:
         raise Problem("missing", f"Send a file as the field {kind}.", kind)
-    row = await server.library.add(owner, kind, given.files[kind].file, consent=consent)
+    row = await server.library.add(owner, kind, source, consent=consent)
     response.headers["Location"] = f"/v1/{_LINKS[kind]}/{row['id']}"
     return server.describe_asset(row)
 

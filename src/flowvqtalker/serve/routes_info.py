@@ -16,7 +16,7 @@ from flowvqtalker.motion.options import LIMITS
 from flowvqtalker.serve.access import COOKIE, cookie_options, open_session
 from flowvqtalker.serve.examine import list_options, verify_file
 from flowvqtalker.serve.problems import Problem
-from flowvqtalker.serve.server import Owner, TheServer, server_of
+from flowvqtalker.serve.server import TTS, WEBRTC, Owner, TheServer, server_of
 from flowvqtalker.serve.store import TEMPORARY
 from flowvqtalker.serve.uploads import read_request, save
 
@@ -67,7 +67,12 @@ def health(server: TheServer) -> dict[str, Any]:
         "status": "ok",
         "version": __version__,
         "token_required": bool(settings.tokens),
-        "features": {"live": False, "webrtc": False, "tts": False, "urls": bool(settings.url_hosts)},
+        "features": {
+            "live": settings.max_live > 0,
+            "webrtc": WEBRTC and settings.max_live > 0,
+            "tts": TTS,
+            "urls": bool(settings.url_hosts),
+        },
         "workers": {
             "total": len(workers),
             "ready": sum(worker.ready for worker in workers),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Annotated
+import importlib.util
+from typing import Annotated, Any
 from weakref import WeakValueDictionary
 
 from fastapi import Depends
@@ -11,6 +12,7 @@ from starlette.requests import HTTPConnection
 
 from flowvqtalker.serve.access import current_owner
 from flowvqtalker.serve.examine import Examiner
+from flowvqtalker.serve.live import Stage
 from flowvqtalker.serve.measure import Meter
 from flowvqtalker.serve.pool import Pool, Progress
 from flowvqtalker.serve.problems import Problem
@@ -19,7 +21,12 @@ from flowvqtalker.serve.store import Row, Store
 from flowvqtalker.serve.tasks import motion_path, sample_path
 from flowvqtalker.serve.uploads import Library
 
-__all__ = ["Owner", "Server", "TheServer", "server_of"]
+__all__ = ["TTS", "WEBRTC", "Owner", "Server", "TheServer", "server_of"]
+
+#: Whether text can be spoken.
+TTS = importlib.util.find_spec("espeakng_loader") is not None
+#: Whether aiortc is installed.
+WEBRTC = importlib.util.find_spec("aiortc") is not None
 
 
 class Server:
@@ -39,6 +46,8 @@ class Server:
         self.library = Library(self.store, self.examiner, settings)
         self.meter = Meter(self.store)
         self.pool = Pool(self.store, settings, self.meter.event)
+        self.stage = Stage(settings)
+        self.calls: set[Any] = set()  # of WebRTC, which live longer than a request
         self._once: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     def start(self) -> None:
@@ -49,6 +58,7 @@ class Server:
     def close(self) -> None:
         """End the workers and let go of the data."""
         self.pool.close()
+        self.stage.close()
         self.examiner.close()
         self.store.close()
 

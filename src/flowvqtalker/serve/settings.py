@@ -32,6 +32,7 @@ class Settings:
         max_samples: of one job.
         max_queue: jobs that wait or run, of all clients.
         max_client: the same, of one client.
+        max_live: live sessions at the same time.
     """
 
     data: Path
@@ -49,6 +50,7 @@ class Settings:
     max_samples: int = 8
     max_queue: int = 128
     max_client: int = 32
+    max_live: int = 1
 
 
 def parse_duration(text: str) -> float:

@@ -32,7 +32,7 @@ def work(connection: Connection, threads: int, number: int, settings: tuple[Path
     threading.Thread(target=end_with_parent, daemon=True).start()
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ[name] = str(threads)
-    os.nice(5)  # answers come before frames
+    os.nice(2)  # answers come before frames
     from flowvqtalker.serve.render import JobRunner  # after the variables, which torch reads once
 
     runner = JobRunner(threads, number)
