@@ -122,7 +122,8 @@ class MotionOptions:
             from flowvqtalker.motion.emotion import AUTO, parse_emotion
 
             auto = self.emotion == AUTO
-            if self.emotion_reference is not None and (auto or max(parse_emotion(self.emotion)) < 1):
+            alone = auto or max(parse_emotion(self.emotion)) < 1  # parsed in any case, so that a wrong name is refused
+            if alone and self.emotion_reference is not None:
                 raise UserError(
                     f"emotion {self.emotion!r}: a reference goes with one emotion or with none; leave this out"
                 )
