@@ -42,6 +42,7 @@ def cluster() -> Iterator[object]:
 
 def test_every_task_ends_once_whatever_dies(cluster, tmp_path: Path):
     lost = cluster.add_node(num_cpus=2, object_store_memory=80_000_000)
+    # Task 3 may lose its own try, one by the kill and one by the node, and is still done in the fourth.
     tasks = [work.Task(str(tmp_path), k, deaths=9 if k == 0 else k == 3, seconds=0.2) for k in range(12)]
     found: dict[work.Task, object] = {}
     node_gone = threading.Event()
@@ -57,14 +58,14 @@ def test_every_task_ends_once_whatever_dies(cluster, tmp_path: Path):
             node_gone.set()
 
     with RayActors(cluster.address, 4, work.make) as backend:
-        backend.tries = 2
         run_tasks(tasks, backend, report, recover=lambda task: task.number if done(task) else None)
     assert node_gone.is_set()
     died = found.pop(tasks[0])
-    assert isinstance(died, WorkerDied) and "2 times" in str(died)
+    assert isinstance(died, WorkerDied) and "4 times" in str(died)
     assert found == {task: task.number for task in tasks[1:]}
     assert [len(list(tmp_path.glob(f"{task.number}-*.done"))) for task in tasks[1:]] == [1] * 11
-    assert work.begun(tasks[0]) == 2 and work.begun(tasks[3]) >= 2
+    # A try does not begin if the worker was killed while it waited.
+    assert 3 <= work.begun(tasks[0]) <= 4 and work.begun(tasks[3]) >= 2
 
 
 def done(task: work.Task) -> bool:
