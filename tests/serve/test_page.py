@@ -213,12 +213,17 @@ def test_emotion_over_time_and_a_gallery(page, files):
     assert page.status(addresses[1]) == 200
 
 
-def test_microphone_camera_and_faces(page, files):
+def test_microphone_text_camera_and_faces(page, files):
     page.click("record")
     page.wait(lambda: page["record-time"].text == "0:01", "a second of recording")
     page.click("record-stop")
     page.wait(page["timeline"].is_displayed, "the recording")
     assert 0.8 < float(page["speech-note"].text.split()[0]) < 10
+    page.click("speech-again")
+    page["text"].send_keys("One, two, three.")
+    page.click("speak")
+    page.wait(page["timeline"].is_displayed, "the spoken text")
+    assert page["speech-name"].text == "One, two, three."
     page.click("speech-again")
     page.click("example")
     page.wait(page["timeline"].is_displayed, "the example")
