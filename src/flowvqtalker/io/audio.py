@@ -256,12 +256,12 @@ def scan(path: str | Path | Speech, track: int | None = None) -> Speech:
     def measured() -> Iterator[_Block]:
         nonlocal energy, peaks, weights
         for block in _blocks(path, track, warn=True):
-            values = block.samples.astype(np.float64)
+            values = block.samples
             if len(values) != len(peaks):
                 energy, peaks = np.zeros((len(values),) * 2), np.zeros(len(values))
                 weights = np.array([_WEIGHTS.get(one.name, _SURROUND) for one in block.layout.channels])
-                weights = weights if len(values) > 1 else np.ones(1)
-            energy += values @ values.T
+            if len(values) > 1:
+                energy += values.astype(np.float64) @ values.T.astype(np.float64)
             peaks = np.maximum(peaks, np.abs(values).max(1, initial=0))
             yield block
 
