@@ -100,7 +100,7 @@ class JobRunner(Runner):
         track: Any = options.emotion_track
         if track is not None and task.transition is not None:
             options = replace(options, emotion_track=replace(track, blend=task.transition))
-        speech = scan(job.speech)
+        speech = scan(job.speech, job.audio_track)
         video = job.video()
         each = video.frames(speech.frames)
         frames = each * job.num_samples
@@ -118,7 +118,7 @@ class JobRunner(Runner):
             sample = replace(options, seed=options.seed + number - 1)
             link.report("rendering", before, frames)
             result = talker.animate(
-                portrait, job.speech, unnamed, sample, full=job.full, progress=advance, marks=job.marks(), video=video
+                portrait, speech, unnamed, sample, full=job.full, progress=advance, marks=job.marks(), video=video
             )
             identity = portrait.identity.numpy()
             Coefficients.of(Motion.join(talker.blocks), identity).save(motion_path(task.folder, number))
