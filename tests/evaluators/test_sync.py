@@ -195,7 +195,7 @@ def test_expert_embeds_windows_of_five_frames():
 def test_expert_from_a_folder_of_weights(tmp_path):
     from safetensors.torch import save_file
 
-    with pytest.raises(UserError, match="train sync"):
+    with pytest.raises(UserError, match="weights are missing"):
         load_sync_expert(tmp_path)
     torch.manual_seed(0)
     expert = SyncExpert(TINY).eval()

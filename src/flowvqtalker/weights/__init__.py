@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from flowvqtalker.errors import UserError
+from flowvqtalker.errors import MissingDependency, UserError
 
 __all__ = [
     "COMPILED",
@@ -126,7 +126,8 @@ def manifest(path: str | Path | None = None, *, own: bool = False) -> dict[str, 
         own: leave out the package's entries; empty where there is no manifest.
 
     Raises:
-        UserError: if the folder does not exist or holds no weights, or the manifest is broken.
+        UserError: if the folder does not exist or the manifest is broken.
+        MissingDependency: if the folder holds no weights.
     """
     place = folder(path)
     if not place.is_dir():
@@ -142,7 +143,9 @@ def manifest(path: str | Path | None = None, *, own: bool = False) -> dict[str, 
     if own or path is None:
         return entries
     if not entries:
-        raise UserError(f"weights are missing: {place} holds no {MANIFEST}; give a folder made by `weights-add`")
+        raise MissingDependency(
+            f"weights are missing: {place} holds no {MANIFEST}; give a folder made by `weights-add`"
+        )
     return {**manifest(), **entries}
 
 
