@@ -55,6 +55,8 @@ def test_uploads_are_used_by_several_videos(make_client, files):
     second = client.post("/v1/videos", data={**ids, "consent": "true", "num_samples": 3, "emotion": "sad"}).json()
     assert [sample["seed"] for sample in second["samples"]] == [0, 1, 2] and second["queue_position"] == 1
     assert second["frames"] == 75
+    fast = client.post("/v1/videos", json={**ids, "preset": "fast"}).json()
+    assert fast["frames"] == 13 and client.delete(f"/v1/videos/{fast['id']}").status_code == 204
     listed = client.get("/v1/videos?limit=1").json()
     assert [one["id"] for one in listed["data"]] == [second["id"]] and listed["has_more"]
     listed = client.get(f"/v1/videos?after={second['id']}").json()
@@ -81,6 +83,7 @@ def test_uploads_are_used_by_several_videos(make_client, files):
         ({"intensity": "much"}, "invalid", "intensity"),
         ({"seed": "-1"}, "invalid", "seed"),
         ({"emotion": "happy,happy"}, "invalid", "emotion"),
+        ({"fps": "24"}, "invalid", "fps"),
         ({"num_samples": "9"}, "out_of_range", "num_samples"),
         ({"face": "1"}, "out_of_range", "face"),
         ({"transition": "100"}, "out_of_range", "transition"),
@@ -130,6 +133,7 @@ def test_inputs_are_checked_without_showing_paths(make_client, files, tmp_path):
         ({"speech": short}, "audio_too_short", "speech"),
         ({"pose_from": b"no clip"}, "invalid", "pose_from"),
         ({"pose_from": ("../../x.npz", b"PK")}, "invalid", "pose_from"),
+        ({"pose_from": ("x.csv", b"a,b")}, "invalid", "pose_from"),
         ({"emotion_track": b"\xff\xfe\x00"}, "invalid", "emotion_track"),
         ({"other": b"x"}, "invalid", "other"),
     ]

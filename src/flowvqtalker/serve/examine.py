@@ -204,6 +204,7 @@ def examine_clip(path: Path, field: str, settings: Settings) -> None:
     Raises:
         Problem: if it is none of these, or too large.
     """
+    from flowvqtalker.face.export import load_motion
     from flowvqtalker.io.coefficients import Coefficients
     from flowvqtalker.io.video import probe
 
@@ -213,6 +214,9 @@ def examine_clip(path: Path, field: str, settings: Settings) -> None:
                 if sum(entry.file_size for entry in content.infolist()) > 4 * settings.max_upload:
                     raise Problem("too_large", f"{field} holds too much data.", field)
             Coefficients.load(path)
+            return
+        if path.suffix == ".csv":
+            load_motion(path, _face_model(settings.weights))
             return
         info = probe(path)
     except zipfile.BadZipFile as error:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
+from dataclasses import fields
 from typing import Any
 
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
 
+from flowvqtalker.io.format import VideoFormat
 from flowvqtalker.motion.options import FILES
 from flowvqtalker.serve.examine import check_request
 from flowvqtalker.serve.problems import Problem
@@ -18,6 +20,7 @@ from flowvqtalker.serve.uploads import Given
 __all__ = ["choose_face", "no_consent", "order_video"]
 
 _CLIPS = tuple(name for name in FILES if name != "emotion_track")
+_FORMAT = tuple(f.name for f in fields(VideoFormat))
 _LONGEST_NAME, _LONGEST_TRACK = 200, 1 << 20
 _LONGEST_TRANSITION = 60.0  # seconds
 
@@ -113,6 +116,7 @@ async def order_video(server: Server, owner: str, given: Given, more: dict[str, 
         if transition is not None:
             options["transition"] = transition
         samples = options.setdefault("num_samples", 1)
+        frames = VideoFormat(**{name: options[name] for name in _FORMAT if name in options}).frames(frames)
         now = time.time()
         video = new_id("video")
         record = {

@@ -135,7 +135,8 @@ class Library:
         asset = new_id("clip")
         folder = self._store.asset_folder(asset)
         # A stored motion is told by the suffix; no other part of the client's name is used.
-        suffix = ".npz" if column == "pose_from" and (upload.filename or "").lower().endswith(".npz") else ""
+        suffix = Path(upload.filename or "").suffix.lower() if column == "pose_from" else ""
+        suffix = suffix if suffix in (".npz", ".csv") else ""
         path = folder / f"{ORIGINAL}{suffix}"
         try:
             await run_in_threadpool(save, upload.file, path)
