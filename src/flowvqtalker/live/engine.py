@@ -109,7 +109,7 @@ class LiveEngine:
         return 1e3 * (_TICK + self._ahead) / SAMPLE_RATE
 
     def _open(self, portrait: Portrait, options: MotionOptions) -> MotionStream:
-        self._renderer = self._talker.renderer(portrait, batch_size=1)
+        self._renderer = self._talker.renderer(portrait, batch_size=1, workers=1)  # one frame at a time, on all cores
         reach = self._renderer.generator.config.reach
         self._window = torch.zeros(0)
         self._reach = reach
