@@ -94,22 +94,22 @@ def _opened(path: Path) -> Iterator[Any]:
     """
     from PIL import Image, UnidentifiedImageError
 
-    heic = _is_heic(path)
-    with suppress(ImportError):
-        if heic:
+    heic, remedy = _is_heic(path), "give a JPEG, PNG or WebP file"
+    if heic:
+        try:
             import pi_heif
 
             pi_heif.register_heif_opener()
+        except ImportError:
+            remedy = f"run `pip install 'flowvqtalker[heic]'`, or {remedy}"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with Image.open(path) as image:
                 yield image
     except UnidentifiedImageError as error:
-        what = "not an image that can be read; give a JPEG, PNG or WebP file"
-        if heic:
-            what = "a HEIC image; run `pip install 'flowvqtalker[heic]'`, or give a JPEG, PNG or WebP file"
-        raise UserError(f"{path} is {what}", code="not_an_image") from error
+        what = "a HEIC image, which cannot be read" if heic else "not an image that can be read"
+        raise UserError(f"{path} is {what}; {remedy}", code="not_an_image") from error
     except Image.DecompressionBombError as error:
         raise UserError(
             f"{path} has too many pixels; scale it down, 512 to 4096 pixels a side are plenty", code="too_large"
