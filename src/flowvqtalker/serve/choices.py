@@ -27,7 +27,6 @@ __all__ = ["check_options", "describe_options", "load_track"]
 
 # The server decides on these.
 _NOT_OFFERED = {"device", "dtype", "weights", "exact", "mark", "mark_id", "sign_cert", "sign_key", "timestamp_url"}
-_NOT_OFFERED |= {"audio_track"}  # an upload is measured by its default track
 _HINTS = typing.get_type_hints(AnimateArguments)
 _OPTIONS = {f.name: f for f in fields(AnimateArguments) if f.name not in _NOT_OFFERED}
 _TYPES = {bool: "boolean", int: "integer", float: "number", str: "string"}

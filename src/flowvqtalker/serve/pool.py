@@ -182,7 +182,7 @@ class Pool:
             self._counted("frames", max(0, progress.done - before))
             self._changed(video)
         elif kind == "size":
-            self._store.run("UPDATE videos SET size = ? WHERE id = ?", message[1], video)
+            self._store.run("UPDATE videos SET size = ?, frames = ? WHERE id = ?", *message[1:], video)
             self._changed(video)
         else:
             worker.video = None

@@ -123,4 +123,4 @@ class JobRunner(Runner):
             identity = portrait.identity.numpy()
             Coefficients.of(Motion.join(talker.blocks), identity).save(motion_path(task.folder, number))
             unnamed.replace(path)
-            link.size(f"{result.width}x{result.height}")
+            link.size(f"{result.width}x{result.height}", frames)

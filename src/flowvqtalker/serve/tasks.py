@@ -72,6 +72,6 @@ class Link:
             self._next = now + _REPORT_SECONDS
             self.connection.send(("progress", stage, done, frames))
 
-    def size(self, text: str) -> None:
-        """Tell the size of the video."""
-        self.connection.send(("size", text))
+    def size(self, text: str, frames: int) -> None:
+        """Tell the size of the video, and its frames: the track may be another than the one that was measured."""
+        self.connection.send(("size", text, frames))

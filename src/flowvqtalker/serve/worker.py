@@ -19,7 +19,7 @@ def work(connection: Connection, threads: int, number: int, settings: tuple[Path
     """Load the models, then render what comes.
 
     It receives :class:`Task` and ``"cancel"``; it sends ``("ready",)``, ``("progress", stage, done, frames)``,
-    ``("size", text)`` and, at the end of a task, ``("done", error code or None, message, warnings)``.
+    ``("size", text, frames)`` and, at the end of a task, ``("done", error code or None, message, warnings)``.
 
     Arguments:
         connection: to the server.
