@@ -19,6 +19,7 @@ from __future__ import annotations
 import csv
 import logging
 import math
+import os
 import re
 import tarfile
 import zipfile
@@ -32,7 +33,7 @@ from flowvqtalker.data.sources import Box, Source
 from flowvqtalker.errors import UserError
 from flowvqtalker.io.atomic import atomic_folder
 
-__all__ = ["LAYOUTS", "Catalogue", "catalogue", "unpack"]
+__all__ = ["LAYOUTS", "Catalogue", "catalogue", "hdtf_person", "unpack"]
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +87,8 @@ def catalogue(
 
     Arguments:
         data: the folder.
-        layout: one of :data:`LAYOUTS`, or ``auto``, the first whose names are found.
+        layout: one of :data:`LAYOUTS`, or ``auto``: the tables; without them every published layout whose names are
+            found; without those any folder of videos.
         views: cameras of MEAD to take.
         unpacked: what :func:`unpack` made of the folder's archives.
 
@@ -99,17 +101,30 @@ def catalogue(
     if layout not in ("auto", *LAYOUTS):
         raise UserError(f"unknown layout {layout!r}; choose from auto, {', '.join(LAYOUTS)}")
     roots = [data] if unpacked is None or not unpacked.is_dir() else [data, unpacked]
-    files = {path.relative_to(root).as_posix(): path for root in reversed(roots) for path in root.rglob("*")}
-    tree = _Tree(data, {name: files[name] for name in sorted(files) if files[name].is_file()}, views)
+    files = {path.relative_to(root).as_posix(): path for root in reversed(roots) for path in _files(root)}
+    tree = _Tree(data, {name: files[name] for name in sorted(files)}, views)
+    found, taken = Catalogue(), ""
     for name in LAYOUTS if layout == "auto" else (layout,):
-        found = LAYOUTS[name](tree)
-        if found.sources:
-            unique = {source.key: source for source in reversed(found.sources)}  # an archive may lie beside its files
-            found.sources = [source for source in found.sources if unique[source.key] is source]
-            logger.info("layout %s: %d sources, %d left out", name, len(found.sources), len(found.left_out))
-            return found
+        if taken == "tables" or (taken and name == "folders"):
+            break
+        more = LAYOUTS[name](tree)
+        known = {source.path for source in found.sources}  # names of one data set can look like another's
+        more.sources = [source for source in more.sources if source.path not in known]
+        if more.sources:
+            logger.info("layout %s: %d sources, %d left out", name, len(more.sources), len(more.left_out))
+            found, taken = Catalogue(found.sources + more.sources, found.left_out | more.left_out), name
+    if found.sources:
+        unique = {source.key: source for source in reversed(found.sources)}  # an archive may lie beside its files
+        found.sources = [source for source in found.sources if unique[source.key] is source]
+        return found
     wanted = "with clips.csv and clips/, or with videos" if layout == "auto" else f"of the layout {layout}"
     raise UserError(f"no clips in {data}; give a folder {wanted} ({', '.join(sorted(_VIDEOS))})")
+
+
+def _files(root: Path) -> Iterator[Path]:
+    """Files below a folder, also behind links: data sets are often linked into one place."""
+    for folder, _, names in os.walk(root, followlinks=True):
+        yield from (Path(folder, name) for name in names)
 
 
 def _tables(tree: _Tree) -> Catalogue:
@@ -170,7 +185,7 @@ def _hdtf(tree: _Tree) -> Catalogue:
     neutral = EMOTIONS.index("neutral")
     cut = r"(?:^|/)(?P<name>(?P<subset>RD|WDA|WRA)_(?P<video>[^/]+)_\d+)\.\w+$"
     for match, file in tree.matches(cut, _VIDEOS):
-        person = _hdtf_person(match["subset"], match["video"])
+        person = hdtf_person(match["subset"], match["video"])
         found.sources.append(Source(f"{match['name']}.mp4", file, "HDTF", person, neutral, True, False))
     videos = {match["name"]: path for match, path in tree.matches(r"(?:^|/)(?P<name>[^/]+)\.\w+$", _VIDEOS)}
     for match, table in tree.matches(r"(?:^|/)(?P<subset>RD|WDA|WRA)_annotion_time\.txt$", {".txt"}):
@@ -198,7 +213,7 @@ def _hdtf(tree: _Tree) -> Catalogue:
                 step = (end - start) / pieces
                 for k in range(pieces):
                     span = start + k * step, start + (k + 1) * step
-                    clip, person = f"{name}_{k:02d}.mp4", _hdtf_person(subset, stem)
+                    clip, person = f"{name}_{k:02d}.mp4", hdtf_person(subset, stem)
                     found.sources.append(Source(clip, path, "HDTF", person, neutral, True, False, span=span, box=box))
     return found
 
@@ -209,8 +224,8 @@ def _hdtf_list(path: Path) -> dict[str, list[str]]:
     return {words[0]: words[1:] for words in map(str.split, lines) if words}
 
 
-def _hdtf_person(subset: str, video: str) -> str:
-    """RD numbers its speakers, the others the videos of a speaker."""
+def hdtf_person(subset: str, video: str) -> str:
+    """Speaker of a video: RD numbers its speakers, WDA and WRA the videos of a speaker."""
     return video if subset == "RD" else video.rstrip("0123456789")
 
 

@@ -204,7 +204,7 @@ def prepare(
         lags = _lags(fitted, aligned, config)
         dropped |= _run("cut", _with_images(fitted, people, parts, config), parts, tools, backend)
     report = _write(fitted, people, aligned, lags, parts, config)
-    rows = [(s.name, s.collection, people[s.key], split_of(people[s.key])) for s in fitted]
+    rows = [(s.name, s.collection, people[s.key], split_of(people[s.key], config.held_out)) for s in fitted]
     _write_table(config.out / "identities.csv", [("file", "source", "identity", "split"), *rows])
     listed = [(name, *drop) for name, drop in sorted(dropped.items())]
     _write_table(config.out / "dropped.csv", [("file", "reason", "detail"), *listed])
@@ -353,7 +353,7 @@ def _write(
                     name=source.name,
                     source=source.collection,
                     identity=identity,
-                    split=split_of(identity),
+                    split=split_of(identity, config.held_out),
                     emotion=_EMOTION_OF_NATURAL.get(source.emotion, source.emotion)
                     if source.collection in config.natural
                     else source.emotion,
