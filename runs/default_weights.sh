@@ -1,0 +1,52 @@
+#!/bin/bash
+# The default weights, from the folder of data that docs/model_card.md describes:
+#   runs/default_weights.sh DATA WHISPER WORK
+# DATA holds clips.csv, faces.csv, clips/, faces/, mouths/, speech/ and ravdess_au/. WHISPER: the weights of Whisper base (MIT) as
+# tf.Variable files, the teacher of the speech encoder. Every step resumes. Codebook and image generator take a day of one core;
+# CODEBOOK=configs/gpu/codebook.yaml VQIG=configs/gpu/vqig.yaml trains them on a GPU in a quarter of an hour.
+set -euo pipefail
+data=$(realpath "$1") whisper=$2 work=$3
+face_model=$work/weights/face_model.safetensors
+shard=$work/shard
+mkdir -p "$work"
+
+train() {
+  local stage=$1 config=$2
+  shift 2
+  flowvqtalker train "$stage" --config "$config" --out "$work/runs/$stage" --resume "$@"
+}
+add() {
+  flowvqtalker weights-add "$1" "$2" --folder "$work/weights" --data "see docs/model_card.md"
+}
+
+# The face model is made of the tracks, and the shard of the face model: so tracks come first, fitted by the present model.
+present=$(python -c 'import flowvqtalker.weights as w; print(w.folder(None))')/face_model.safetensors
+flowvqtalker prepare --data "$data" --out "$work/first" --model "$present" --tracks "$work/tracks" --workers "$(nproc)"
+[ -f "$work/runs/face-model/weights.safetensors" ] || flowvqtalker train face-model --config configs/face-model.yaml \
+  --tracks "$work/tracks" --tables "$data/clips.csv" "$data/faces.csv" --out "$work/runs/face-model"
+[ -f "$face_model" ] || add face_model "$work/runs/face-model"
+flowvqtalker prepare --data "$data" --out "$shard" --model "$face_model" --tracks "$work/tracks" --workers "$(nproc)"
+flowvqtalker identity-split "$shard" "$face_model"
+
+train codebook "${CODEBOOK:-configs/codebook.yaml}" --region.shard "$shard"
+add codebook "$work/runs/codebook"
+train vqig "${VQIG:-configs/vqig.yaml}" --data.shard "$shard" --data.face-model "$face_model" \
+  --data.codebook "$work/runs/codebook/weights.safetensors"
+add vqig "$work/runs/vqig"
+
+# The sync expert finds the lag of each clip, which the speech encoder and the flows need.
+flowvqtalker prepare-mouths --data "$data" --shard "$shard"
+train sync configs/sync.yaml --shards "$shard"
+add sync "$work/runs/sync"
+flowvqtalker sync-clips --shard "$shard" --weights "$work/weights"
+[ -d "$work/speech" ] || flowvqtalker prepare-speech --shards "$shard" --recordings "$data" --teacher "$whisper" -o "$work/speech"
+train speech configs/speech.yaml --sets "$work/speech" --whisper "$whisper"
+add speech_encoder "$work/runs/speech"
+
+train expflow configs/expflow.yaml --shards "$shard" --face-model "$face_model" \
+  --features.speech-encoder "$work/runs/speech" --retarget.action-units "$data/ravdess_au/clip_means.npz"
+add expflow "$work/runs/expflow"
+train poseflow configs/poseflow.yaml --shards "$shard" --features.speech-encoder "$work/runs/speech"
+add poseflow "$work/runs/poseflow"
+train motion-emotion configs/motion-emotion.yaml --shards "$shard"
+add motion_emotion "$work/runs/motion-emotion"
