@@ -70,7 +70,8 @@ def test_weights_of_the_paper(data: Path, work: Path) -> None:
     run("paper_weights.sh", data / "MEAD", data / "HDTF", data / "FFHQ", work, "configs/toy")
     entries = json.loads((work / "weights" / "manifest.json").read_text())
     assert {"codebook.safetensors", "vqig.safetensors", "expflow.safetensors", "poseflow.safetensors"} <= set(entries)
-    people = {row.split(",")[2]: row.strip().split(",")[3] for row in open(work / "shard" / "identities.csv")}
+    rows = [row.split(",") for row in (work / "shard" / "identities.csv").read_text().splitlines()]
+    people = {row[2]: row[3] for row in rows}
     assert people["MEAD_M003"] == "val"  # of the published test list
     assert people["MEAD_M011"] == "train"
 

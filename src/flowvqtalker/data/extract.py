@@ -100,7 +100,7 @@ class PrepareConfig:
     smooth: bool = True
     """Smooth the coefficients of clips over time."""
     held_out: tuple[str, ...] = ()
-    """People who are never trained on, as a published test set has them (MEAD_M003), beside one in ten of the others."""
+    """People who are never trained on (MEAD_M003 of a published test list), beside one in ten of the others."""
     natural: tuple[str, ...] = ("HDTF", "HDTF-like")
     """Collections whose `neutral` clips are natural speech, the ninth class."""
     min_shift: float = 0.25
