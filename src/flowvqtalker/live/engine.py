@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -54,6 +55,7 @@ class LiveFrame:
         pts: seconds from the start of the stream, of both.
         state: what the portrait is doing.
         motion: the coefficients of the frame.
+        spoken: samples of the pushed speech that have sounded by the end of the frame.
     """
 
     image: ImageArray | None
@@ -61,6 +63,7 @@ class LiveFrame:
     pts: float
     state: State
     motion: Motion
+    spoken: int = 0
 
 
 class LiveEngine:
@@ -102,6 +105,8 @@ class LiveEngine:
         self._stream.push(self._recent)
         self._speech: Floats = np.zeros(0, np.float32)
         self._delayed: Floats = np.zeros(round(self._ahead * audio_rate / SAMPLE_RATE), np.float32)
+        #: Samples taken by each tick since the last whose sound is out.
+        self._taken = deque([0] * (self._ahead // _TICK + 2), self._ahead // _TICK + 2)
 
     @property
     def latency_ms(self) -> float:
@@ -149,9 +154,15 @@ class LiveEngine:
         audio, self._delayed = self._delayed[: len(block)], self._delayed[len(block) :]
         motion = self._moved(self._speech_block(block))
         image = self._draw(motion, draw)
-        frame = LiveFrame(image, audio, self.ticks / FPS, self.state, motion)
+        frame = LiveFrame(image, audio, self.ticks / FPS, self.state, motion, self._spoken())
         self.ticks += 1
         return frame
+
+    def _spoken(self) -> int:
+        """The sound is late by the look-ahead, which ends within a block: its share of the samples is out."""
+        self._taken.append(self.sound.taken)
+        out, half = self._taken[0], self._taken[1]
+        return out + round((half - out) * (1 - self._ahead % _TICK / _TICK))
 
     @property
     def state(self) -> State:

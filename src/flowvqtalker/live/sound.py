@@ -101,6 +101,14 @@ class SoundQueue:
         self._lag = 0
         self._flowing = self._ended = False
         self._resampler: Resampler | None = None
+        #: Samples of speech that :meth:`take` has given in all.
+        self.taken = 0
+
+    @property
+    def pushed(self) -> int:
+        """Samples that were taken or wait; what was cleared does not count."""
+        with self._lock:
+            return self.taken + self._count
 
     @property
     def seconds(self) -> float:
@@ -182,4 +190,5 @@ class SoundQueue:
                 self._blocks.appendleft(first[missing:])
             missing -= len(parts[-1])
         self._count -= count - missing
+        self.taken += count - missing
         return np.concatenate(parts)

@@ -145,6 +145,12 @@ class LiveTalker:
         Raises:
             UserError: for an unknown emotion, a number out of range, or if the options hold an emotion track.
         """
+        self.check_emotion(emotion, intensity, fade)
+        self._emotion, self._intensity = emotion, intensity
+        self._commands.append(lambda: self._engine.set_emotion(emotion, intensity, fade))
+
+    def check_emotion(self, emotion: str, intensity: float = 1.0, fade: float = 0.5) -> None:
+        """Raise what :meth:`set_emotion` would."""
         self._check_open()
         parse_emotion(emotion)
         check_limits(intensity=intensity)
@@ -152,8 +158,6 @@ class LiveTalker:
             raise UserError(f"fade must be between 0 and 60 seconds, got {fade:g}")
         if self._engine.follows_track:
             raise UserError("the emotion follows a track; leave the track out to change it")
-        self._emotion, self._intensity = emotion, intensity
-        self._commands.append(lambda: self._engine.set_emotion(emotion, intensity, fade))
 
     def set_portrait(self, portrait: str | Path | ImageArray | Portrait) -> None:
         """Another face, from the next frame on. Finding it takes about a second: call it in a thread
@@ -194,6 +198,12 @@ class LiveTalker:
     def waiting(self) -> float:
         """Seconds of speech that wait to be spoken."""
         return self._engine.sound.seconds
+
+    @property
+    def pushed(self) -> int:
+        """Samples of speech pushed so far, at ``audio_rate``, without what :meth:`interrupt` dropped: the
+        :attr:`LiveFrame.spoken` of the frame in which they have all sounded (after :meth:`end_of_utterance`)."""
+        return self._engine.sound.pushed
 
     def frames(self) -> Iterator[LiveFrame]:
         """The stream for a thread without an event loop; ends when the engine is closed."""
