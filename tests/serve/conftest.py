@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import signal
@@ -24,25 +25,27 @@ from flowvqtalker.serve.examine import Examiner
 from flowvqtalker.serve.settings import Settings
 
 
+async def here(self, function, *args, **kwargs):
+    """Stands in for ``Examiner.__call__``: examines in this process."""
+    return await run_in_threadpool(functools.partial(function, *args, **kwargs))
+
+
+@contextlib.contextmanager
+def here_client(data: Path, weights: Path | None = None, **settings) -> Iterator[TestClient]:
+    """A client of an application whose workers never start and whose uploads are examined in this process."""
+    app = create_app(Settings(data=data, weights=weights, **settings))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Examiner, "__call__", here)
+        yield TestClient(app, base_url="http://127.0.0.1:8000", raise_server_exceptions=False)
+    app.state.server.examiner.close()
+    app.state.server.store.close()
+
+
 @pytest.fixture
-def make_client(tmp_path, tiny_weights, monkeypatch) -> Iterator[Callable[..., TestClient]]:
-    """Makes a client of an application whose workers never start and whose uploads are examined in this process."""
-
-    async def here(self, function, *args, **kwargs):
-        return await run_in_threadpool(functools.partial(function, *args, **kwargs))
-
-    monkeypatch.setattr(Examiner, "__call__", here)
-    servers = []
-
-    def make(**settings) -> TestClient:
-        app = create_app(Settings(data=tmp_path / "data", weights=tiny_weights, **settings))
-        servers.append(app.state.server)
-        return TestClient(app, base_url="http://127.0.0.1:8000", raise_server_exceptions=False)
-
-    yield make
-    for server in servers:
-        server.examiner.close()
-        server.store.close()
+def make_client(tmp_path, tiny_weights) -> Iterator[Callable[..., TestClient]]:
+    """Makes clients, see :func:`here_client`."""
+    with contextlib.ExitStack() as stack:
+        yield lambda **settings: stack.enter_context(here_client(tmp_path / "data", tiny_weights, **settings))
 
 
 class Process:

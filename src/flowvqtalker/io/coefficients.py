@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import zipfile
-import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,12 +20,6 @@ from flowvqtalker.io.atomic import atomic_write
 __all__ = ["Coefficients", "Motion", "resampled"]
 
 Array = npt.NDArray[np.float32]
-
-#: What numpy and zipfile raise for damaged files; the message may be empty.
-_DAMAGED = (
-    *(OSError, ValueError, TypeError, EOFError, AttributeError, LookupError, NotImplementedError, RuntimeError),
-    *(zipfile.BadZipFile, zlib.error, MemoryError, SyntaxError),
-)
 
 
 @dataclass(frozen=True)
@@ -151,7 +144,7 @@ class Coefficients:
         try:
             with np.load(path) as content:
                 arrays = {name: np.asarray(content[name], dtype=np.float32) for name in content.files}
-        except _DAMAGED as error:
+        except Exception as error:  # numpy and zipfile raise errors of many kinds, some without a message
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             if not zipfile.is_zipfile(path):
                 reason = "another kind of file, or damaged"

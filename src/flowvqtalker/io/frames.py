@@ -59,7 +59,10 @@ class FrameReader:
 
 def _turn(frame: Any) -> tuple[int, bool]:
     """How a frame is shown: mirrored left to right first or not, then this many quarter turns counter-clockwise."""
-    data = frame.side_data.get("DISPLAYMATRIX")
+    try:
+        data = frame.side_data.get("DISPLAYMATRIX")
+    except ValueError:  # PyAV does not know a kind of data that FFmpeg found
+        data = None
     if data is None:
         return (getattr(frame, "rotation", 0) // 90) % 4, False
     # FFmpeg's matrix brings (x, y) to (a x + c y, b x + d y), with y downwards.

@@ -116,7 +116,7 @@ def _opened(path: Path) -> Iterator[Any]:
         ) from error
     except UserError:
         raise
-    except (OSError, SyntaxError, ValueError, EOFError, ArithmeticError, LookupError, TypeError) as error:
+    except Exception as error:  # Pillow and its plugins raise errors of many kinds
         reason = error_text(error)
         raise UserError(
             f"{path} is a damaged image ({reason}); give a complete JPEG, PNG or WebP file", code="not_an_image"

@@ -112,6 +112,9 @@ class Timeline:
     Arguments:
         container: the open file.
         video, audio: its tracks that are played; None where there is none.
+
+    Attributes:
+        longest: seconds that a frame or a gap may last; more is damage.
     """
 
     def __init__(self, container: Any, video: Any | None, audio: Any | None) -> None:
@@ -122,7 +125,7 @@ class Timeline:
         self._start = picture
         if picture is not None and sound is not None and sound < picture - _PRIMING:
             self._start = sound
-        self._longest = min(_FORTH, container.duration / 1e6 + 1 if container.duration else _FORTH)
+        self.longest = min(_FORTH, container.duration / 1e6 + 1 if container.duration else _FORTH)
 
     def place(self, stamp: float | None, end: float) -> float:
         """When a frame is played.
@@ -136,7 +139,7 @@ class Timeline:
         if self._start is None:
             self._start = stamp
         time = stamp - self._start
-        if not end - _BACK < time < end + self._longest:
+        if not end - _BACK < time < end + self.longest:
             self._start += time - end
             return end
         return time

@@ -157,7 +157,8 @@ def _decoded(path: Path, fps: float) -> Iterator[tuple[float, float, Callable[[]
             stated = getattr(frame, "duration", 0)
             length = float(stated * frame.time_base) if stated else 1.0 / source_fps
             # With a variable rate, the stated length of the last frame may be one tick of the clock.
-            length = max(length, min(interval, _LONGEST_LAST))
+            # And a damaged file may state centuries.
+            length = min(max(length, min(interval, _LONGEST_LAST)), timeline.longest)
             end = time + length
             yield time, length, functools.partial(reader.image, frame)
 

@@ -158,6 +158,8 @@ def load_yaml(cls: type[T], path: str | Path) -> T:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"configuration {path} cannot be read ({error.strerror}); check the name") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"configuration {path} is not UTF-8 text; save it as UTF-8") from error
     except yaml.YAMLError as error:
         raise UserError(f"configuration {path} is not valid YAML: {' '.join(str(error).split())}") from error
     return from_dict(cls, values if values is not None else {})

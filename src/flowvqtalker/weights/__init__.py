@@ -258,5 +258,8 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     for key in [key for key in result if key.endswith(SCALE)]:
         scale = result.pop(key)
         whole = key.removesuffix(SCALE)
-        result[whole] = result[whole].float() * scale.view(-1, *[1] * (result[whole].ndim - 1))
+        try:
+            result[whole] = result[whole].float() * scale.view(-1, *[1] * (result[whole].ndim - 1))
+        except (KeyError, RuntimeError) as error:
+            raise UserError(f"{file}: the scale {key} has no matrix that it fits; copy the file again") from error
     return result
