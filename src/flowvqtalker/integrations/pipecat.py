@@ -134,8 +134,6 @@ class FlowVQTalkerVideoService(AIService):  # type: ignore[misc]
             height, width = frame.image.shape[:2]
             image = OutputImageRawFrame(image=frame.image.tobytes(), size=(width, height), format="RGB")
             image.pts = pts
-            # The transport shows it when it has played the sound before it.
-            image.sync_with_audio = speaks
             await self.push_frame(image)
         if speaks:
             sound = TTSAudioRawFrame(audio=to_pcm(frame), sample_rate=self._live.audio_rate, num_channels=1)
