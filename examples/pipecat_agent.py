@@ -1,6 +1,6 @@
 """A Pipecat agent with a face, in the browser.
 
-    pip install 'flowvqtalker[pipecat]' 'pipecat-ai[openai,runner,webrtc]'
+    pip install 'flowvqtalker[pipecat,webrtc]' 'pipecat-ai[openai,runner]'
     export OPENAI_API_KEY=... PORTRAIT=portrait.jpg        # OPENAI_BASE_URL for a server of your own
     python examples/pipecat_agent.py                       # then open the address that it prints
 
