@@ -3,6 +3,7 @@
 # make lint   ruff, mypy and the import contracts
 # make gallery FACES=folder   render portraits of every kind into sheets under out/gallery (without FACES, one portrait)
 # make fuzz   read 10,000 damaged files of every kind (about a minute); SEED=N repeats a run
+# make faults  kill commands at KILLS (25) random moments each (several minutes)
 # make licences   write docs/licences.md from the metadata of the pinned packages
 # make sbom   write out/sbom.json, the packages of this environment in CycloneDX's format
 # make audit   look the pinned versions up for known vulnerabilities (needs PyPI's own index)
@@ -25,7 +26,7 @@ STAMPS := $(VENV)/.stamps
 LIBRARIES := libEGL.so.1 libGLESv2.so.2 libGL.so.1 libglib-2.0.so.0
 PACKAGES := libegl1 libgles2 libgl1 libglib2.0-0
 
-.PHONY: help setup demo test lint gallery fuzz licences sbom audit clean
+.PHONY: help setup demo test lint gallery fuzz faults licences sbom audit clean
 help:
 	@sed -n 's/^# make/make/p' Makefile
 
@@ -81,6 +82,9 @@ gallery: setup
 
 fuzz: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzzing --inputs 10000 $(if $(SEED),--seed $(SEED)) --save out/fuzz
+
+faults: setup
+	KILLS=$(or $(KILLS),25) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -s tests/test_faults.py
 
 lint: setup
 	$(BIN)/ruff check .

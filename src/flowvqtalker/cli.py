@@ -7,6 +7,7 @@ import importlib
 import io
 import logging
 import os
+import re
 import signal
 import sys
 import threading
@@ -88,6 +89,9 @@ _STAGES = {
     "motion-emotion": "Evaluator: the emotion of expression coefficients.",
 }
 
+#: What torch, the system and the loader of shared libraries say instead of raising a MemoryError.
+_NO_MEMORY = re.compile(r"out of memory|allocate memory|not enough memory|failed to map segment", re.IGNORECASE)
+
 _DESCRIPTION = (
     "One portrait, a speech recording and an emotion in, an emotional 512x512 talking-face video out. "
     f"Emotions: {', '.join(EMOTIONS)}."
@@ -135,6 +139,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The reader of our output went away; keep Python from complaining about it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except (MemoryError, RuntimeError, OSError, ImportError) as error:
+        if not isinstance(error, MemoryError) and not _NO_MEMORY.search(str(error)):
+            raise
+        print("flowvqtalker: error: not enough memory; close other programs or give shorter input", file=sys.stderr)
+        return 1
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 2
 

@@ -1,0 +1,281 @@
+"""Faults of the machine: a command ends with one line, or is killed, and leaves whole files alone (docs/faults.md).
+
+With KILLS=N (`make faults`) `animate` and `evaluate run` are killed at N random moments as well.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import random
+import resource
+import shutil
+import signal
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from flowvqtalker.cli import main
+from flowvqtalker.commands import Doctor
+from flowvqtalker.data.prepare import PrepareConfig, prepare
+from flowvqtalker.errors import UserError
+from flowvqtalker.io.atomic import atomic_write
+from flowvqtalker.io.video import VideoWriter, read_video
+from flowvqtalker.train.loop import fit
+from tests.conftest import babble, write_wav
+from tests.data.test_prepare import LENIENT, FakeTracker, fake_fit
+from tests.data.test_prepare import data as clips_to_prepare  # noqa: F401
+from tests.tables.test_run import clips as clips_to_evaluate  # noqa: F401
+from tests.train.test_loop import CONFIG, Toy
+
+KILLS = int(os.environ.get("KILLS", "1"))
+long = pytest.mark.skipif("KILLS" not in os.environ, reason="long; `make faults` runs it")
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
+
+
+def start(work: Callable[[], object], said: Path | str = os.devnull) -> int:
+    """Do something in a child process whose output goes to a file."""
+    cv2.setNumThreads(1)  # threads do not survive a fork
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            output = os.open(said, os.O_WRONLY | os.O_CREAT)
+            os.dup2(output, 1)
+            os.dup2(output, 2)
+            sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            warnings.simplefilter("ignore")
+            code = int(work() or 0)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    return child
+
+
+def finish(child: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def content(folder: Path, ignored: tuple[str, ...]) -> dict[str, str]:
+    """Name -> hash of every file but logs with times."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name not in ignored]
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def check(
+    folder: Path, work: Callable[[], object], whole: Callable[[Path], object], ignored: tuple[str, ...] = ()
+) -> None:
+    """Kill a command that writes to a folder at random moments, each time going on from what was there.
+
+    Arguments:
+        folder: where it writes.
+        work: the command; the same one resumes.
+        whole: raises an error if a file in the folder is not whole.
+        ignored: names of files that may differ, since they hold times.
+    """
+    seed = random.SystemRandom().randrange(1 << 32)
+    rng = random.Random(seed)
+    print(f"seed {seed}")
+    folder.mkdir()
+    began = time.monotonic()
+    assert finish(start(work)) == 0
+    seconds = time.monotonic() - began
+    expected = content(folder, ignored)
+    assert expected
+    done = finished = 0
+    while done < KILLS:
+        if set(content(folder, ignored)) == set(expected):
+            finished += 1
+            shutil.rmtree(folder)
+            folder.mkdir()
+        child = start(work)
+        time.sleep(rng.uniform(0, seconds))
+        os.kill(child, signal.SIGKILL)
+        code = finish(child)
+        assert code in (0, -signal.SIGKILL)
+        done += code != 0
+        for path in folder.rglob("*"):
+            assert not path.name.endswith(".part"), f"{path} was left"
+            if path.is_file():
+                whole(path)
+    assert finish(start(work)) == 0
+    assert content(folder, ignored) == expected
+    print(f"{done} kills, {finished} whole runs of {seconds:.1f} s")
+
+
+def whole_video(path: Path) -> None:
+    if path.suffix == ".mp4":
+        assert sum(1 for _ in read_video(path)) > 5
+
+
+@long
+def test_killed_animate(tmp_path, tiny_weights, portrait_file):
+    speech = write_wav(tmp_path / "speech.wav", babble(1.0))
+    line = ["animate", str(portrait_file), str(speech), "-o", str(tmp_path / "out" / "a.mp4"), "--no-mark"]
+    check(tmp_path / "out", lambda: main([*line, "--weights", str(tiny_weights), "--device", "cpu"]), whole_video)
+
+
+@long
+def test_killed_evaluate_run(clips_to_evaluate, tiny_weights):  # noqa: F811
+    out = clips_to_evaluate / "out"
+    line = ["evaluate", "run", "--split", str(clips_to_evaluate / "split.csv"), "-o", str(out), "--no-table"]
+    line += ["--weights", str(tiny_weights), "--device", "cpu", "--method", "copy", "warp"]
+    check(out, lambda: main(line), whole_video)
+
+
+def test_killed_prepare(tmp_path, clips_to_prepare):  # noqa: F811
+    root, tracker = clips_to_prepare
+    out = tmp_path / "out"
+    config = PrepareConfig(root, out / "shard", tmp_path / "none", frames=4, min_native=100, **LENIENT)
+
+    def work() -> None:
+        prepare(config, make_tracker=FakeTracker(tracker.by_length), fit=fake_fit)
+
+    check(out, work, lambda path: None)
+
+
+def test_killed_train(tmp_path):
+    def work() -> None:
+        fit(Toy(), CONFIG, tmp_path / "out", resume=(tmp_path / "out" / "checkpoint.pt").exists())
+
+    def whole(path: Path) -> None:
+        if path.suffix == ".pt":
+            torch.load(path, weights_only=True)
+
+    check(tmp_path / "out", work, whole, ("log.csv",))
+
+
+# ------------------------------------------------------------------------------------------------------- one line each
+
+
+@pytest.fixture
+def motion(tmp_path, tiny_weights):
+    """Runs `motion` in a child, after ``before`` there; returns the exit code and what it said."""
+    speech = write_wav(tmp_path / "speech.wav", babble(1.0))
+    (tmp_path / "out").mkdir()
+
+    def run(before: Callable[[], object] = lambda: None, name: str = "a.npz") -> tuple[int, str]:
+        line = ["motion", str(speech), "-o", str(tmp_path / "out" / name), "--weights", str(tiny_weights)]
+
+        def work() -> int:
+            before()
+            return main(line)
+
+        code = finish(start(work, tmp_path / "said"))
+        return code, (tmp_path / "said").read_text()
+
+    return run
+
+
+def limit(kind: int, value: int) -> None:
+    resource.setrlimit(kind, (value, value))
+
+
+def test_a_full_quota_is_one_line(motion, tmp_path):
+    """Python ignores SIGXFSZ, so a write beyond the limit is an error like that of a full disk."""
+    code, said = motion(lambda: limit(resource.RLIMIT_FSIZE, 1000))
+    assert code == 2 and said.count("\n") == 1 and "cannot be written" in said
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_too_little_memory_leaves_nothing(motion, tmp_path):
+    """As under `ulimit -v`. Native libraries abort the process at some allocations, so the exit code is not told."""
+
+    def before() -> None:
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        limit(resource.RLIMIT_AS, pages * resource.getpagesize() + (4 << 20))
+
+    assert motion(before)[0] != 0
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize("allocate", [lambda: torch.empty(1 << 55), lambda: np.empty(1 << 55)])
+def test_memory_that_is_not_there_is_one_line(allocate, monkeypatch, capsys):
+    monkeypatch.setattr(Doctor, "run", lambda self: allocate())
+    assert main(["doctor"]) == 1
+    assert "not enough memory" in capsys.readouterr().err
+
+
+def test_no_home_and_no_temporary_folder(motion, tmp_path, monkeypatch):
+    def before() -> None:
+        for name in ("HOME", "XDG_CONFIG_HOME", "USER", "LOGNAME"):
+            os.environ.pop(name, None)
+        os.environ["TMPDIR"] = "/nowhere"
+
+    assert motion(before)[0] == 0
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["a.npz"]
+
+
+def test_a_clock_that_jumps_changes_nothing(motion, tmp_path):
+    def before() -> None:
+        jumps = random.Random(0)
+        time.time = lambda: jumps.uniform(0, 4e9)
+
+    assert motion()[0] == motion(before, "b.npz")[0] == 0
+    first, second = (np.load(tmp_path / "out" / name)["expression"] for name in ("a.npz", "b.npz"))
+    assert np.array_equal(first, second)
+
+
+def test_two_processes_write_the_same_file(tmp_path):
+    """The file is one of the two, whole, whoever comes last."""
+
+    def write(letter: bytes) -> None:
+        for _ in range(200):
+            atomic_write(tmp_path / "a", lambda path: path.write_bytes(letter * 100_000))
+
+    children = [start(lambda letter=letter: write(letter)) for letter in (b"x", b"y")]
+    while not (tmp_path / "a").exists():
+        time.sleep(0.001)
+    for _ in range(200):
+        assert set((tmp_path / "a").read_bytes()) in ({ord("x")}, {ord("y")})
+        assert (tmp_path / "a").stat().st_size == 100_000
+    assert [finish(child) for child in children] == [0, 0]
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_control_c_twice_leaves_nothing(tmp_path):
+    def work() -> int:
+        with VideoWriter(tmp_path / "a.mp4") as writer:
+            while True:
+                writer.write(np.zeros((64, 64, 3), np.uint8))
+
+    child = start(work)
+    time.sleep(0.5)
+    os.kill(child, signal.SIGINT)
+    time.sleep(0.005)
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(child, signal.SIGINT)
+    assert finish(child) != 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failing_encoder_is_a_user_error(tmp_path, monkeypatch):
+    import av
+
+    def work() -> None:
+        with VideoWriter(tmp_path / "a.mp4") as writer:
+            writer.write(np.zeros((64, 64, 3), np.uint8))
+
+            class Broken:
+                codec_context = writer._video.codec_context
+
+                def encode(self, frame: object) -> None:
+                    raise av.ExternalError(1, "generic error in an external library")
+
+            writer._video = Broken()
+            writer.write(np.zeros((64, 64, 3), np.uint8))
+
+    with pytest.raises(UserError, match="cannot be written"):
+        work()
+    assert list(tmp_path.iterdir()) == []
