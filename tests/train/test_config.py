@@ -105,7 +105,7 @@ def test_train_runs_a_stage_and_keeps_its_configuration(tmp_path: Path) -> None:
     training.train(module, Config(name="other"), tmp_path, resume=True)
     assert calls == [(Config(name="n"), tmp_path, False), (Config(name="other"), tmp_path, True)]
     assert load_yaml(Config, tmp_path / "config.yaml").name == "n"
-    with pytest.raises(UserError, match="face-model, codebook, vqig, speech, expflow, poseflow"):
+    with pytest.raises(UserError, match="choose one of face-model, codebook, vqig, speech"):
         training.train("sing", Config(), tmp_path)
 
 
@@ -124,5 +124,5 @@ def test_csv_log_widens_and_drops_rows_of_the_future(tmp_path: Path) -> None:
 )
 def test_shipped_configurations_are_valid(path: Path) -> None:
     stages = training.STAGES | evaluators.STAGES
-    stage = next(name for name in stages if path.stem.startswith(name))
+    stage = max((name for name in stages if path.stem.startswith(name)), key=len)
     load_yaml(importlib.import_module(stages[stage]).Config, path)
