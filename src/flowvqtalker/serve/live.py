@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import multiprocessing
+import queue
 import threading
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -56,7 +57,8 @@ class LiveSession:
 
     def __init__(self, connection: Connection, process: Any) -> None:
         self.connection, self.process = connection, process
-        self._lock = threading.Lock()
+        self._lock, self._reading = threading.Lock(), threading.Lock()
+        self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.closed = False
 
     async def open(self, opening: Opening) -> None:
@@ -104,18 +106,20 @@ class LiveSession:
             Problem: if there is none in time, or the process ended.
         """
 
-        def wait() -> Any:
-            if not self.connection.poll(_POLL_SECONDS):
-                return None
-            return self.connection.recv()
+        def fetch() -> None:
+            # A caller that is cancelled leaves its thread behind, so two may read at once, and what the first one gets
+            # belongs to the next caller.
+            with self._reading:
+                if self._inbox.empty() and self.connection.poll(_POLL_SECONDS):
+                    self._inbox.put(self.connection.recv())
 
         for _ in range(round(seconds / _POLL_SECONDS)):
             try:
-                message = await run_in_threadpool(wait)
+                await run_in_threadpool(fetch)
             except (EOFError, OSError) as error:
                 raise Problem("live_unavailable", "The live session ended; start it again.") from error
-            if message is not None:
-                return message
+            with contextlib.suppress(queue.Empty):
+                return self._inbox.get_nowait()
         raise Problem("live_unavailable", "The live session does not answer; start it again.")
 
 
@@ -133,7 +137,7 @@ class Stage:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._context = multiprocessing.get_context("spawn")
-        self._free: list[tuple[Any, Connection]] = []
+        self._free: list[LiveSession] = []
         self._used = 0
 
     async def enter(self) -> LiveSession:
@@ -151,9 +155,10 @@ class Stage:
         self._used += 1
         try:
             while self._free:
-                process, connection = self._free.pop()
-                if process.is_alive():
-                    return LiveSession(connection, process)
+                session = self._free.pop()
+                if session.process.is_alive():
+                    session.closed = False
+                    return session
             process, connection = await run_in_threadpool(self._start)
             session = LiveSession(connection, process)
             await session.receive(_LOADING_SECONDS)  # ready
@@ -183,11 +188,11 @@ class Stage:
         finally:
             self._used -= 1
             if session.closed and session.process.is_alive():
-                self._free.append((session.process, session.connection))
+                self._free.append(session)
             else:
                 session.process.terminate()
 
     def close(self) -> None:
         """End the processes that wait; the others end with the server."""
-        for process, _ in self._free:
-            process.terminate()
+        for session in self._free:
+            session.process.terminate()
