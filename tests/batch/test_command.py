@@ -252,7 +252,7 @@ def test_the_command_resumes_after_kill_9(start):
 @needs_proc
 def test_an_interrupt_ends_the_workers(start):
     process = start("--workers", "2")
-    until(lambda: len(workers(process.pid)) == 2 and record_path(VIDEOS[0]).exists(), process)
+    until(lambda: len(workers(process.pid)) == 2, process)  # later, a fast machine could be done already
     running = workers(process.pid)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
