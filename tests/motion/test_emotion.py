@@ -240,19 +240,18 @@ def test_close_keys_move_one_rollout(tiny):
 
 @pytest.mark.parametrize("frames", [1, 40])
 def test_a_reference_shows_its_difference_from_its_own_calm_face(trained, sample_speech, frames):
-    """Whatever z_ref does by itself, and without what parts the lips."""
+    """Whatever z_ref does by itself, and without what parts the lips. The mean of four seeds: one is noisy."""
     heard = windows_of(decode.load(sample_speech)[: 16_000 * 3], trained[0].audio.config.frontend)
     wanted = torch.randn(64, generator=torch.Generator().manual_seed(0)) / 2
     opening = trained[0].opening / trained[0].opening.norm()
     reference = (wanted + 0.3).expand(frames, -1)
     neutral, shown = (
-        make(trained, blink_rate=0, **choice)(heard, last=True).expression
+        torch.cat([make(trained, blink_rate=0, seed=n, **choice)(heard, last=True).expression for n in range(4)])
         for choice in (
             {"emotion": "neutral"},
             {"emotion": None, "reference": reference, "calm": torch.full((1, 64), 0.3)},
         )
     )
     difference, wanted = (shown - neutral).mean(0), wanted - (wanted @ opening) * opening
-    # By chance about 0; the samples differ in more than the reference.
-    assert float(torch.cosine_similarity(difference, wanted, dim=0)) > 0.6
+    assert float(torch.cosine_similarity(difference, wanted, dim=0)) > 0.7
     assert 0.6 < float(difference @ wanted / wanted.square().sum()) < 1.4

@@ -127,6 +127,8 @@ def parent(path: Path) -> int:
 
 def test_a_job_survives_a_kill_of_its_worker_and_of_the_server(real_server, portrait, tmp_path):
     speech = write_wav(tmp_path / "s.wav", babble(0.4)).read_bytes()
+    folder = Path(real_server.command[real_server.command.index("--data") + 1])
+    others = {path.name for path in folder.glob("videos/*")}  # of the tests before
     video, waiting = (order(real_server.client, portrait, speech, num_samples=2)["id"] for _ in range(2))
     rendering(real_server.client, video)
     os.kill(worker_of(real_server.process.pid), signal.SIGKILL)
@@ -138,10 +140,8 @@ def test_a_job_survives_a_kill_of_its_worker_and_of_the_server(real_server, port
     real_server.start()
     state = finish(real_server.client, video)
     assert state["status"] == "completed" and all(sample["ready"] for sample in state["samples"])
-    folder = Path(real_server.command[real_server.command.index("--data") + 1])
     assert not list(folder.glob("videos/*/unnamed*"))
-    names = {path.name for path in folder.glob("videos/*")}  # the server has videos of other tests, too
-    assert video in names and waiting not in names
+    assert {path.name for path in folder.glob("videos/*")} - others == {video}
     real_server.client.delete(f"/v1/videos/{video}")
 
 

@@ -85,6 +85,7 @@ def test_a_session_speaks_and_another_waits(client, start):
         times = [pts for pts, _ in heard["sound"]]
         assert all(abs(b - a - 0.04) < 1e-6 for a, b in itertools.pairwise(times))
         assert {len(sound) for _, sound in heard["sound"]} == {2 * 640}
+        assert any(np.frombuffer(sound, "<i2").any() for _, sound in heard["sound"])
         assert Image.open(io.BytesIO(heard["image"][0][1])).size == (512, 512)
         socket.send_json({"type": "stop"})
     with client.websocket_connect("/v1/live") as socket:  # the engine stays for the next
