@@ -17,7 +17,9 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -30,6 +32,7 @@ from flowvqtalker.data.prepare import PrepareConfig, prepare
 from flowvqtalker.errors import UserError
 from flowvqtalker.io.atomic import atomic_write
 from flowvqtalker.io.video import VideoWriter, read_video
+from flowvqtalker.train import checkpoint, monitor
 from flowvqtalker.train.loop import fit
 from tests.conftest import babble, write_wav
 from tests.data.test_prepare import LENIENT, FakeTracker, fake_fit
@@ -145,15 +148,46 @@ def test_killed_prepare(tmp_path, clips_to_prepare):  # noqa: F811
     check(out, work, lambda path: None)
 
 
-def test_killed_train(tmp_path):
-    def work() -> None:
-        fit(Toy(), CONFIG, tmp_path / "out", resume=(tmp_path / "out" / "checkpoint.pt").exists())
+def test_killed_train(tmp_path, monkeypatch):
+    """After each file that the training writes, so that no moment is left to luck."""
+    out = tmp_path / "out"
 
-    def whole(path: Path) -> None:
-        if path.suffix == ".pt":
-            torch.load(path, weights_only=True)
+    def train() -> None:
+        fit(Toy(), CONFIG, out, resume=(out / "checkpoint.pt").exists())
 
-    check(tmp_path / "out", work, whole, ("log.csv",))
+    def train_until(last: int) -> None:
+        written = 0
+
+        def write(*arguments: Any) -> None:
+            nonlocal written
+            atomic_write(*arguments)
+            written += 1
+            if written == last:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        for module in (checkpoint, monitor):
+            monkeypatch.setattr(module, "atomic_write", write)
+        train()
+
+    def state() -> tuple[dict[str, str], Any]:
+        """The files to the bit; of the checkpoint the values, since what its pickle shares is not one of them."""
+        kept = torch.load(out / "checkpoint.pt", weights_only=True)
+        return content(out, ("log.csv", "checkpoint.pt")), [kept["progress"], kept["parts"]]
+
+    assert finish(start(train)) == 0
+    files, values = state()
+    killed = 0
+    while True:
+        shutil.rmtree(out)
+        code = finish(start(partial(train_until, killed + 1)))
+        if code == 0:
+            break
+        assert code == -signal.SIGKILL
+        killed += 1
+        assert finish(start(train)) == 0
+        assert state()[0] == files, f"killed after file {killed}"
+        torch.testing.assert_close(state()[1], values, rtol=0, atol=0)
+    assert killed > 10
 
 
 # ------------------------------------------------------------------------------------------------------- one line each

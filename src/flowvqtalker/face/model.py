@@ -145,7 +145,7 @@ class FaceModel(nn.Module):
             else:
                 tensors[name] = tensor.contiguous()
         path.parent.mkdir(parents=True, exist_ok=True)
-        content = save(tensors, metadata={"format": "flowvqtalker.face_model", "version": _VERSION})
+        content = save(tensors, metadata={"format": f"flowvqtalker.face_model {_VERSION}"})
         atomic_write(path, lambda temporary: temporary.write_bytes(content))
 
     @classmethod

@@ -96,7 +96,8 @@ def export(stage: Stage, config: LoopConfig, step: int, path: Path, results: Map
     """Write the stage's weights as fp16 safetensors, and the configuration beside them as JSON."""
     tensors, settings = stage.export()
     about = {"stage": stage.name, "step": step, "scores": dict(results), "config": settings, "loop": to_dict(config)}
-    metadata = {"stage": stage.name, "step": str(step)}
+    # One entry only: safetensors writes several in a random order, and equal runs shall give equal files.
+    metadata = {"stage": stage.name}
     halves = {key: _half(value) for key, value in tensors.items()}
     atomic_write(path, lambda temporary: temporary.write_bytes(save(halves, metadata)))
     beside = path.with_name("config.json" if path.name == "weights.safetensors" else path.stem + ".json")

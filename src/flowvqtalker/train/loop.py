@@ -147,7 +147,8 @@ class _Run:
             logger.info("resumed %s at step %d", self.checkpoint, self.step)
         kept = 0 if self.fresh else self.step + 1
         self.log = CsvLog(out / "log.csv", keep_below=kept)
-        self.scores = CsvLog(out / "validation.csv", keep_below=kept)
+        # A run that had ended validates again.
+        self.scores = CsvLog(out / "validation.csv", keep_below=min(kept, config.steps))
         self.meter = Meter()
 
     def _start(self) -> None:

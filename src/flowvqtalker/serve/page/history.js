@@ -36,8 +36,12 @@ export async function restore() {
   return found.find((one) => one.status === "queued" || one.status === "in_progress") ?? null;
 }
 
+let shown = "";
+
 function render() {
   const list = read();
+  if (JSON.stringify(list) === shown) return; // entries that stay keep the focus, and take the click that is under way
+  shown = JSON.stringify(list);
   show("history-box", list.length > 0);
   $("history-note").textContent = "Known to this browser only.";
   $("history").replaceChildren(...list.map(({ id, made, status, title, first }) => {
