@@ -1,12 +1,13 @@
 """Faults of the machine: a command ends with one line, or is killed, and leaves whole files alone (docs/faults.md).
 
-With KILLS=N (`make faults`) `animate` and `evaluate run` are killed at N random moments as well.
+With KILLS=N (`make faults`) commands are killed at N moments of each kind, `animate` and `evaluate run` too.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import random
 import shutil
@@ -28,11 +29,11 @@ import torch
 
 from flowvqtalker.cli import main
 from flowvqtalker.commands import Doctor
+from flowvqtalker.data.identity import Describer
 from flowvqtalker.data.prepare import PrepareConfig, prepare
 from flowvqtalker.errors import UserError
 from flowvqtalker.io.atomic import atomic_write
 from flowvqtalker.io.video import VideoWriter, read_video
-from flowvqtalker.train import checkpoint, monitor
 from flowvqtalker.train.loop import fit
 from tests.conftest import babble, write_wav
 from tests.data.test_prepare import LENIENT, FakeTracker, fake_fit
@@ -42,6 +43,8 @@ from tests.train.test_loop import CONFIG, Toy
 
 KILLS = int(os.environ.get("KILLS", "1"))
 long = pytest.mark.skipif("KILLS" not in os.environ, reason="long; `make faults` runs it")
+CHANGES = ("os.rename", "os.link", "os.remove", "os.mkdir", "os.rmdir", "os.truncate")  # Python's audit events
+LEFT = ".flowvqtalker.part"
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
 
 
@@ -70,51 +73,108 @@ def finish(child: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def content(folder: Path, ignored: tuple[str, ...]) -> dict[str, str]:
-    """Name -> hash of every file but logs with times."""
-    files = [path for path in folder.rglob("*") if path.is_file() and path.name not in ignored]
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def check(
-    folder: Path, work: Callable[[], object], whole: Callable[[Path], object], ignored: tuple[str, ...] = ()
-) -> None:
-    """Kill a command that writes to a folder at random moments, each time going on from what was there.
+class Check:
+    """A command that writes to a folder, killed again and again; the same command goes on from what was there.
 
     Arguments:
         folder: where it writes.
-        work: the command; the same one resumes.
+        work: the command.
         whole: raises an error if a file in the folder is not whole.
         ignored: names of files that may differ, since they hold times.
+        value: of a file, what equal runs share; by default every byte.
     """
-    seed = random.SystemRandom().randrange(1 << 32)
-    rng = random.Random(seed)
-    print(f"seed {seed}")
-    folder.mkdir()
-    began = time.monotonic()
-    assert finish(start(work)) == 0
-    seconds = time.monotonic() - began
-    expected = content(folder, ignored)
-    assert expected
-    done = finished = 0
-    while done < KILLS:
-        if set(content(folder, ignored)) == set(expected):
-            finished += 1
-            shutil.rmtree(folder)
-            folder.mkdir()
-        child = start(work)
-        time.sleep(rng.uniform(0, seconds))
-        os.kill(child, signal.SIGKILL)
-        code = finish(child)
-        assert code in (0, -signal.SIGKILL)
-        done += code != 0
-        for path in folder.rglob("*"):
-            assert not path.name.endswith(".part"), f"{path} was left"
-            if path.is_file():
-                whole(path)
-    assert finish(start(work)) == 0
-    assert content(folder, ignored) == expected
-    print(f"{done} kills, {finished} whole runs of {seconds:.1f} s")
+
+    def __init__(
+        self,
+        folder: Path,
+        work: Callable[[], object],
+        whole: Callable[[Path], object] = lambda path: None,
+        ignored: tuple[str, ...] = (),
+        value: Callable[[Path], object] = digest,
+    ) -> None:
+        self.folder, self.work, self.whole, self.ignored, self.value = folder, work, whole, ignored, value
+        self.seed = random.SystemRandom().randrange(1 << 32)
+        self.rng = random.Random(self.seed)
+        self.count = folder.with_name(folder.name + ".count")
+
+    def content(self) -> dict[str, object]:
+        files = [path for path in self.folder.rglob("*") if path.is_file() and path.name not in self.ignored]
+        return {str(path.relative_to(self.folder)): self.value(path) for path in files}
+
+    def clear(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir()
+
+    def after_a_kill(self) -> None:
+        for path in self.folder.rglob("*"):
+            assert not path.name.endswith(".part") or path.name == LEFT, f"{path} was left"
+            if path.is_file() and path.name != LEFT:
+                self.whole(path)
+
+    def at_random_moments(self) -> None:
+        self.clear()
+        began = time.monotonic()
+        assert finish(start(self.work)) == 0
+        seconds = time.monotonic() - began
+        expected = self.content()
+        assert expected
+        done = finished = 0
+        while done < KILLS:
+            if set(self.content()) == set(expected):
+                finished += 1
+                self.clear()
+            child = start(self.work)
+            time.sleep(self.rng.uniform(0, seconds))
+            os.kill(child, signal.SIGKILL)
+            code = finish(child)
+            assert code in (0, -signal.SIGKILL)
+            done += code != 0
+            self.after_a_kill()
+        assert finish(start(self.work)) == 0
+        assert self.content() == expected
+        print(f"{done} kills, {finished} whole runs of {seconds:.1f} s, seed {self.seed}")
+
+    def at_changes(self) -> None:
+        """Before KILLS of the changes of its files, or before all of them if there are no more."""
+        self.clear()
+        assert finish(start(partial(self._until, -1))) == 0
+        total, expected = int(self.count.read_text()), self.content()
+        assert total > 5
+        moments = self.rng.sample(range(total), min(KILLS, total))
+        for moment in moments:
+            self.clear()
+            assert finish(start(partial(self._until, moment))) == -signal.SIGKILL
+            self.after_a_kill()
+            assert finish(start(self.work)) == 0
+            assert self.content() == expected, f"killed before change {moment}, seed {self.seed}"
+        print(f"killed before {len(moments)} of {total} changes")
+
+    def _until(self, moment: int) -> object:
+        """Work until a change of files; a file that would be opened under its own name is then empty."""
+        changes = 0
+        deep = str(self.folder)
+
+        def see(event: str, arguments: tuple[Any, ...]) -> None:
+            nonlocal changes
+            opened = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
+            paths = [os.fsdecode(one) for one in arguments[:2] if isinstance(one, str | bytes | os.PathLike)]
+            if not (opened or event in CHANGES) or not any(path.startswith(deep) for path in paths):
+                return
+            changes += 1
+            if changes == moment + 1:
+                if opened and arguments[2] & os.O_TRUNC:
+                    os.close(os.open(paths[0], os.O_WRONLY | os.O_CREAT | os.O_TRUNC))
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(see)
+        result = self.work()
+        if moment < 0:
+            self.count.write_text(str(changes))
+        return result
 
 
 def whole_video(path: Path) -> None:
@@ -122,22 +182,26 @@ def whole_video(path: Path) -> None:
         assert sum(1 for _ in read_video(path)) > 5
 
 
-@long
-def test_killed_animate(tmp_path, tiny_weights, portrait_file):
+@pytest.fixture
+def animation(tmp_path, tiny_weights, portrait_file):
     speech = write_wav(tmp_path / "speech.wav", babble(1.0))
     line = ["animate", str(portrait_file), str(speech), "-o", str(tmp_path / "out" / "a.mp4"), "--no-mark"]
-    check(tmp_path / "out", lambda: main([*line, "--weights", str(tiny_weights), "--device", "cpu"]), whole_video)
+    return Check(
+        tmp_path / "out", lambda: main([*line, "--weights", str(tiny_weights), "--device", "cpu"]), whole_video
+    )
 
 
-@long
-def test_killed_evaluate_run(clips_to_evaluate, tiny_weights):  # noqa: F811
+@pytest.fixture
+def evaluation(clips_to_evaluate, tiny_weights):  # noqa: F811
     out = clips_to_evaluate / "out"
     line = ["evaluate", "run", "--split", str(clips_to_evaluate / "split.csv"), "-o", str(out), "--no-table"]
     line += ["--weights", str(tiny_weights), "--device", "cpu", "--method", "copy", "warp"]
-    check(out, lambda: main(line), whole_video)
+    return Check(out, lambda: main(line), whole_video)
 
 
-def test_killed_prepare(tmp_path, clips_to_prepare):  # noqa: F811
+@pytest.fixture
+def preparation(tmp_path, clips_to_prepare, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(Describer, "__init__", lambda self: setattr(self, "_network", None))  # loads in no time
     root, tracker = clips_to_prepare
     out = tmp_path / "out"
     config = PrepareConfig(root, out / "shard", tmp_path / "none", frames=4, min_native=100, **LENIENT)
@@ -145,49 +209,41 @@ def test_killed_prepare(tmp_path, clips_to_prepare):  # noqa: F811
     def work() -> None:
         prepare(config, make_tracker=FakeTracker(tracker.by_length), fit=fake_fit)
 
-    check(out, work, lambda path: None)
+    return Check(out, work)
 
 
-def test_killed_train(tmp_path, monkeypatch):
-    """After each file that the training writes, so that no moment is left to luck."""
+@pytest.fixture
+def training(tmp_path):
     out = tmp_path / "out"
 
-    def train() -> None:
+    def value(path: Path) -> object:
+        """Of a checkpoint the values, since what its pickle shares is not one of them."""
+        if path.name != "checkpoint.pt":
+            return digest(path)
+        kept = torch.load(path, weights_only=True)
+        return json.dumps([kept["progress"], kept["parts"]], default=torch.Tensor.tolist)
+
+    def work() -> None:
         fit(Toy(), CONFIG, out, resume=(out / "checkpoint.pt").exists())
 
-    def train_until(last: int) -> None:
-        written = 0
+    return Check(out, work, ignored=("log.csv",), value=value)
 
-        def write(*arguments: Any) -> None:
-            nonlocal written
-            atomic_write(*arguments)
-            written += 1
-            if written == last:
-                os.kill(os.getpid(), signal.SIGKILL)
 
-        for module in (checkpoint, monitor):
-            monkeypatch.setattr(module, "atomic_write", write)
-        train()
+@pytest.mark.parametrize("command", ["preparation", "training"])
+def test_killed_before_a_change(command, request):
+    request.getfixturevalue(command).at_changes()
 
-    def state() -> tuple[dict[str, str], Any]:
-        """The files to the bit; of the checkpoint the values, since what its pickle shares is not one of them."""
-        kept = torch.load(out / "checkpoint.pt", weights_only=True)
-        return content(out, ("log.csv", "checkpoint.pt")), [kept["progress"], kept["parts"]]
 
-    assert finish(start(train)) == 0
-    files, values = state()
-    killed = 0
-    while True:
-        shutil.rmtree(out)
-        code = finish(start(partial(train_until, killed + 1)))
-        if code == 0:
-            break
-        assert code == -signal.SIGKILL
-        killed += 1
-        assert finish(start(train)) == 0
-        assert state()[0] == files, f"killed after file {killed}"
-        torch.testing.assert_close(state()[1], values, rtol=0, atol=0)
-    assert killed > 10
+@long
+@pytest.mark.parametrize("command", ["animation", "evaluation"])
+def test_slow_command_killed_before_a_change(command, request):
+    request.getfixturevalue(command).at_changes()
+
+
+@long
+@pytest.mark.parametrize("command", ["animation", "preparation", "training", "evaluation"])
+def test_killed_at_random_moments(command, request):
+    request.getfixturevalue(command).at_random_moments()
 
 
 # ------------------------------------------------------------------------------------------------------- one line each

@@ -97,14 +97,6 @@ def test_a_failed_job_does_not_claim_the_video_of_another(job, monkeypatch):
     assert not finished(job, job.fingerprint())
 
 
-def test_what_a_killed_process_left_is_removed(job):
-    job.output.parent.mkdir()
-    for name in (".a.mp4.12345678.part", ".a.mp4.json.12345678.part", ".b.mp4.12345678.part"):
-        (job.output.parent / name).write_text("half")
-    Runner().run(job)
-    assert sorted(path.name for path in job.output.parent.iterdir()) == [".b.mp4.12345678.part", "a.mp4", "a.mp4.json"]
-
-
 def test_warnings_come_back(job, astronaut, tmp_path):
     both = astronaut.copy()
     both[300:500, 300:500] = np.asarray(Image.fromarray(astronaut[:260, 90:350]).resize((200, 200)))

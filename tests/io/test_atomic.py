@@ -47,6 +47,16 @@ def test_nothing_is_left_after_an_error(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("name, kind", [(".12345678.part", "named"), (".flowvqtalker.part", "unnamed")], indirect=["kind"])
+def test_what_a_killed_process_left_goes(tmp_path, name, kind):
+    for left in (name, ".87654321.part"):
+        (tmp_path / left).write_text("half")
+    os.utime(tmp_path / name, (0, 0))
+    for text in ("older", "new"):
+        atomic_write(tmp_path / "a", lambda path, text=text: path.write_text(text))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".87654321.part", "a"]
+
+
 def test_a_link_stays_a_link(tmp_path):
     (tmp_path / "real").write_text("older")
     (tmp_path / "link").symlink_to("real")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import glob
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from flowvqtalker.batch.job import Job, Outcome, record_path, write_record
 from flowvqtalker.errors import UserError
-from flowvqtalker.io.remote import is_remote, local_copy, uploaded
+from flowvqtalker.io.remote import local_copy, uploaded
 
 if TYPE_CHECKING:  # torch loads when the first job comes
     from torch import Tensor
@@ -71,7 +70,7 @@ class Runner:
             try:
                 mark = fingerprint or job.fingerprint()
                 talker, portrait, options = self._ready(job)
-                _clear(job.output)
+                job.output.unlink(missing_ok=True)
                 write_record(job, mark)
                 with local_copy(job.speech) as file, uploaded(job.output) as output:
                     speech = scan(file, job.audio_track)
@@ -188,16 +187,6 @@ def spread(device: str, number: int) -> str:
 
 def _models(job: Job) -> tuple[Path | None, str, str, bool]:
     return job.weights, job.device, job.dtype, job.exact
-
-
-def _clear(output: Path) -> None:
-    """Remove an older video of that name, and what a killed process left of it where files cannot be unnamed."""
-    output.unlink(missing_ok=True)
-    if is_remote(output):
-        return
-    for name in (output.name, record_path(output).name):
-        for part in output.parent.glob(f".{glob.escape(name)}.*.part"):
-            part.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -221,8 +221,11 @@ def _backend(config: PrepareConfig, stack: contextlib.ExitStack) -> Backend:
 
 
 def _write_table(path: Path, rows: Sequence[Sequence[str]]) -> None:
-    with open(path, "w", newline="", encoding="utf-8") as stream:
-        csv.writer(stream).writerows(rows)
+    def write(temporary: Path) -> None:
+        with open(temporary, "w", newline="", encoding="utf-8") as stream:
+            csv.writer(stream).writerows(rows)
+
+    atomic_write(path, write)
 
 
 def _parts_folder(config: PrepareConfig) -> Path:
@@ -240,7 +243,7 @@ def _parts_folder(config: PrepareConfig) -> Path:
             logger.warning("%d parts are made again: the face model or the settings have changed", len(old))
         for path in old:
             path.unlink()
-    stamp.write_text(settings, encoding="utf-8")
+        atomic_write(stamp, lambda path: path.write_text(settings, encoding="utf-8"))
     return folder
 
 

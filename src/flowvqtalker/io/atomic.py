@@ -1,14 +1,16 @@
 """Output files that appear whole or not at all: written under another name, then renamed.
 
 Where Linux allows it, a file has no name until it is complete, so that even a killed process leaves nothing behind.
-Elsewhere it grows as ``.XXXXXXXX.part`` beside its place.
+Elsewhere it grows as ``.XXXXXXXX.part`` beside its place, and what killed processes left is removed by later ones.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,6 +29,7 @@ __all__ = [
 
 #: Suffixes of the videos that :class:`flowvqtalker.io.video.VideoWriter` writes.
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv")
+_ABANDONED = 3600.0  # seconds after which a half-written file must come from a killed process
 
 
 def check_output(path: str | Path, suffixes: tuple[str, ...] = VIDEO_SUFFIXES) -> Path:
@@ -61,18 +64,45 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     points to is replaced.
     """
     target = Path(os.path.realpath(path))
-    named = target.with_name(f".{uuid.uuid4().hex[:8]}.part")  # no longer than any name may be
     descriptor = _unnamed(target.parent)
+    if descriptor is not None:
+        try:
+            yield Path(f"/proc/{os.getpid()}/fd/{descriptor}")
+            _give_name(descriptor, target)
+        finally:
+            os.close(descriptor)
+        return
+    for left in target.parent.glob(".????????.part"):
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime > _ABANDONED:
+                left.unlink()
+    named = target.with_name(f".{uuid.uuid4().hex[:8]}.part")  # no longer than any name may be
     try:
-        yield named if descriptor is None else Path(f"/proc/{os.getpid()}/fd/{descriptor}")
-        if descriptor is not None:
-            # The folder's descriptor is of no use for an absolute path, but Python follows the link only with one.
-            os.link(f"/proc/self/fd/{descriptor}", named, src_dir_fd=descriptor)
+        yield named
         os.replace(named, target)
     finally:
-        if descriptor is not None:
-            os.close(descriptor)
         named.unlink(missing_ok=True)
+
+
+def _give_name(descriptor: int, target: Path) -> None:
+    """Name an unnamed file. To replace one takes a second name for a moment; whoever is killed then leaves it."""
+    # The descriptor as folder is of no use for an absolute path, but Python follows the link only with one.
+    link = functools.partial(os.link, f"/proc/self/fd/{descriptor}", src_dir_fd=descriptor)
+    with contextlib.suppress(FileExistsError):
+        link(target)
+        return
+    import fcntl
+
+    folder = os.open(target.parent, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a network's file system may have no locks
+            fcntl.flock(folder, fcntl.LOCK_EX)  # so that what has this name now was left by a killed process
+        named = target.with_name(".flowvqtalker.part")
+        named.unlink(missing_ok=True)
+        link(named)
+        os.replace(named, target)
+    finally:
+        os.close(folder)
 
 
 def _unnamed(folder: Path) -> int | None:

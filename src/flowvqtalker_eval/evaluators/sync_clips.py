@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from flowvqtalker.data.extract import save_npz
 from flowvqtalker.data.shards import LAGS, Shard
 from flowvqtalker.errors import UserError
 from flowvqtalker_eval.evaluators.mouths import mouths_of
@@ -57,10 +58,7 @@ class SyncClips:
                 embedded = expert.embed(np.asarray(mouths[number]), shard.wave(number, stored=True))
             score = sync_expert_score(*embedded)
             offset[number], confidence[number] = score.offset, score.confidence
-        beside = self.shard / (LAGS + ".part")
-        with open(beside, "wb") as file:
-            np.savez(file, offset=offset, confidence=confidence)
-        beside.replace(self.shard / LAGS)
+        save_npz(self.shard / LAGS, {"offset": offset, "confidence": confidence})
         shifted = int((Shard(self.shard).lags != 0).sum())
         logger.info("%s: %d of %d clips are shifted", self.shard / LAGS, shifted, len(numbers))
         return shifted

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,8 +30,6 @@ from flowvqtalker_eval.tables.workers import make_all
 __all__ = ["Run"]
 
 logger = logging.getLogger(__name__)
-
-_ABANDONED = 3600.0  # seconds after which a half-written file must come from a killed process
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +76,6 @@ class Run:
         tasks = plan(items, self.output, self.method, self.seeds)
         _same_settings(self.output, self._settings())
         _write_items(self.output / "items.csv", items)
-        _clean(self.output)
         total = sum(len(task.outputs) for task in plan(items, None, self.method, self.seeds))
         left = sum(len(task.outputs) for task in tasks)
         logger.info("%d clips, %d videos to make, %d exist already", len(items), left, total - left)
@@ -187,10 +183,3 @@ def _write_items(path: Path, items: Sequence[Item]) -> None:
     rows = [(item.name, item.emotion, "yes" if item.has_speech else "no", item.clip) for item in items]
     table = pd.DataFrame(rows, columns=["name", "emotion", "voiced", "clip"])
     atomic_write(path, lambda part: table.to_csv(part, index=False))
-
-
-def _clean(folder: Path) -> None:
-    """Remove half-written files that killed processes left."""
-    for path in folder.glob("*/.*.part"):
-        if time.time() - path.stat().st_mtime > _ABANDONED:
-            path.unlink(missing_ok=True)
