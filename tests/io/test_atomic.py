@@ -47,7 +47,10 @@ def test_nothing_is_left_after_an_error(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name, kind", [(".12345678.part", "named"), (".flowvqtalker.part", "unnamed")], indirect=["kind"])
+_LEFT = [(".12345678.part", "named"), (".flowvqtalker.part", "unnamed")]
+
+
+@pytest.mark.parametrize("name, kind", _LEFT, indirect=["kind"])
 def test_what_a_killed_process_left_goes(tmp_path, name, kind):
     for left in (name, ".87654321.part"):
         (tmp_path / left).write_text("half")
