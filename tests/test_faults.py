@@ -143,7 +143,7 @@ class Check:
         self.clear()
         assert finish(start(partial(self._until, -1))) == 0
         total, expected = int(self.count.read_text()), self.content()
-        assert total > 5
+        assert total
         moments = self.rng.sample(range(total), min(KILLS, total))
         for moment in moments:
             self.clear()

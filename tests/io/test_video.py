@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from flowvqtalker.data.sources import read_frames
 from flowvqtalker.errors import UserError
 from flowvqtalker.io import audio
 from flowvqtalker.io.video import MediaInfo, VideoWriter, probe, read_video
@@ -331,6 +332,27 @@ def test_matrix_and_range_are_those_of_the_clip(tmp_path, matrix, full):
         tmp_path / "a.mp4", (200, 120, 60), matrix, full, colorspace=matrix, color_range=2 if full else 1
     )
     assert next(read_video(path))[24, 32].astype(int) == pytest.approx((200, 120, 60), abs=4)
+
+
+def test_fields_of_interlaced_clips_are_taken_apart(tmp_path):
+    """A bar on a ground of a stated matrix and range, which moves by four pixels from field to field."""
+    with av.open(str(tmp_path / "a.mkv"), "w") as container:
+        stream = container.add_stream("libx264", rate=25, options={"crf": "4", "x264-params": "bff=1"})
+        stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv444p"
+        stream.codec_context.colorspace, stream.codec_context.color_range = 1, 2
+        for t in range(6):
+            picture = np.full((64, 96, 3), (200, 120, 60), np.uint8)
+            for late in (0, 1):  # the lower field comes first
+                picture[1 - late :: 2, 8 * t + 4 * late :][:, :20] = 255
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            container.mux(stream.encode(frame.reformat(format="yuv444p", dst_colorspace=1, dst_color_range=2)))
+        container.mux(stream.encode(None))
+    for frames in (list(read_video(tmp_path / "a.mkv")), [image for _, image in read_frames(tmp_path / "a.mkv")]):
+        assert len(frames) == 6
+        for t, frame in enumerate(frames):
+            assert frame[32, 80].astype(int) == pytest.approx((200, 120, 60), abs=4)
+            bar = frame[8:-8, :, 2] > 150
+            assert (bar == bar[0]).all() and np.flatnonzero(bar[0])[0] == pytest.approx(8 * t, abs=1)
 
 
 @pytest.mark.parametrize(("size", "matrix"), [((64, 48), 5), ((1280, 720), 1)])

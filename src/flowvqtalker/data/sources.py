@@ -14,7 +14,7 @@ import numpy.typing as npt
 from flowvqtalker.constants import FPS, SAMPLE_RATE
 from flowvqtalker.data.shards import SAMPLES
 from flowvqtalker.errors import UserError
-from flowvqtalker.io.frames import FrameReader
+from flowvqtalker.io.frames import FrameReader, deinterlaced
 from flowvqtalker.io.image import ImageArray, read_image
 from flowvqtalker.io.media import audio_track, open_media, video_track
 
@@ -176,11 +176,11 @@ def read_frames(
         stream = _video(container, path)
         reader = FrameReader(stream)
         stream.thread_type = "NONE"  # many clips are read at once by processes
-        frames = container.decode(stream)
+        frames = deinterlaced(container.decode(stream))
         if span is not None and stream.time_base is not None:
             start, end = _limits(span, _first(stream))
             container.seek(int(start / stream.time_base), stream=stream)  # to the key frame before
-            after = itertools.dropwhile(lambda frame: (frame.time or 0.0) < start, container.decode(stream))
+            after = itertools.dropwhile(lambda frame: (frame.time or 0.0) < start, frames)
             frames = itertools.takewhile(lambda frame: (frame.time or 0.0) < end, after)
         for number, frame in enumerate(frames):
             if wanted is None or number in wanted:

@@ -1,7 +1,9 @@
-"""Decoded video frames -> upright 8-bit RGB in sRGB colours."""
+"""Decoded video frames -> upright 8-bit RGB in sRGB colours, without interlacing."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from typing import Any
 
@@ -10,7 +12,7 @@ import numpy as np
 from flowvqtalker.io.colour import is_srgb, to_srgb
 from flowvqtalker.io.image import ImageArray
 
-__all__ = ["FrameReader"]
+__all__ = ["FrameReader", "deinterlaced"]
 
 _UNSTATED, _BT709 = 2, 1  # FFmpeg's numbers of matrices
 
@@ -55,6 +57,49 @@ class FrameReader:
         turns, mirrored = _turn(frame)
         pixels = np.ascontiguousarray(np.rot90(pixels[:, ::-1] if mirrored else pixels, turns))
         return to_srgb(pixels, *described) if not plain else np.asarray(pixels, np.uint8)
+
+
+def deinterlaced(frames: Iterable[Any]) -> Iterator[Any]:
+    """Decoded frames, as many as before; of interlaced ones the second field is made from the first (FFmpeg's bwdif)."""
+    import av
+
+    graph: Any = None
+    kind: Any = None
+    for frame in frames:
+        former, kind = kind, (frame.width, frame.height, frame.format.name)
+        if graph is not None and kind != former:
+            yield from _pulled(graph, None)
+            graph = None
+        if graph is None and frame.interlaced_frame:
+            with contextlib.suppress(av.FFmpegError):  # three pixels wide, or a format without fields
+                graph = _bwdif(frame)
+        if graph is None:
+            yield frame
+        else:
+            yield from _pulled(graph, frame)
+    if graph is not None:
+        yield from _pulled(graph, None)
+
+
+def _bwdif(frame: Any) -> Any:
+    from av.filter import Graph
+
+    graph = Graph()
+    base = frame.time_base or Fraction(1, 1000)
+    source = graph.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=base)
+    graph.link_nodes(source, graph.add("bwdif", "mode=send_frame:deint=interlaced"), graph.add("buffersink"))
+    graph.configure()
+    return graph
+
+
+def _pulled(graph: Any, frame: Any) -> Iterator[Any]:
+    """What a filter has ready after a frame, or at the end."""
+    import av
+
+    graph.push(frame)
+    with contextlib.suppress(av.BlockingIOError, av.EOFError):
+        while True:
+            yield graph.pull()
 
 
 def _turn(frame: Any) -> tuple[int, bool]:

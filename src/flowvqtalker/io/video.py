@@ -20,7 +20,7 @@ from flowvqtalker.errors import MissingDependency, UserError
 from flowvqtalker.io.atomic import VIDEO_SUFFIXES, atomic_path, check_output
 from flowvqtalker.io.audio import Speech, resampled, sound_format
 from flowvqtalker.io.format import DEFAULT_VIDEO, VideoFormat
-from flowvqtalker.io.frames import FrameReader
+from flowvqtalker.io.frames import FrameReader, deinterlaced
 from flowvqtalker.io.image import ImageArray, animation_length, image_size, read_animation, read_image
 from flowvqtalker.io.media import (
     Timeline,
@@ -151,7 +151,7 @@ def _decoded(path: Path, fps: float) -> Iterator[tuple[float, float, Callable[[]
         sound = audio_track(container, path) if container.streams.audio else None
         timeline, reader = Timeline(container, stream, sound), FrameReader(stream)
         end = shown = 0.0
-        for frame in decoded_frames(container, stream, path):
+        for frame in deinterlaced(decoded_frames(container, stream, path)):
             time = timeline.place(frame.time, end)
             interval, shown = time - shown, time
             stated = getattr(frame, "duration", 0)
