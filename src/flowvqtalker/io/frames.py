@@ -60,7 +60,7 @@ class FrameReader:
 
 
 def deinterlaced(frames: Iterable[Any]) -> Iterator[Any]:
-    """Decoded frames, as many as before; of interlaced ones the second field is made from the first (FFmpeg's bwdif)."""
+    """Decoded frames, as many as before; interlaced ones keep their first field (FFmpeg's bwdif)."""
     import av
 
     graph: Any = None
