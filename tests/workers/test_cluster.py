@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -45,21 +44,15 @@ def test_every_task_ends_once_whatever_dies(cluster, tmp_path: Path):
     # Task 3 may lose its own try, one by the kill and one by the node, and is still done in the fourth.
     tasks = [work.Task(str(tmp_path), k, deaths=9 if k == 0 else k == 3, seconds=0.2) for k in range(12)]
     found: dict[work.Task, object] = {}
-    node_gone = threading.Event()
-
-    def report(task, result):
-        assert task not in found
-        found[task] = result
-        if len(found) == 5:  # in the middle: a worker process, then a whole node
-            running = [int(file.read_text()) for file in tmp_path.glob("*.pid")]
-            alive = [pid for pid in running if Path(f"/proc/{pid}/stat").exists()]
-            os.kill(alive[-1], signal.SIGKILL)
-            cluster.remove_node(lost, allow_graceful=False)
-            node_gone.set()
-
     with RayActors(cluster.address, 4, work.make) as backend:
-        run_tasks(tasks, backend, report, recover=lambda task: task.number if done(task) else None)
-    assert node_gone.is_set()
+        for task, result in run_tasks(tasks, backend, recover=lambda task: task.number if done(task) else None):
+            assert task not in found
+            found[task] = result
+            if len(found) == 5:  # in the middle: a worker process, then a whole node
+                running = [int(file.read_text()) for file in tmp_path.glob("*.pid")]
+                alive = [pid for pid in running if Path(f"/proc/{pid}/stat").exists()]
+                os.kill(alive[-1], signal.SIGKILL)
+                cluster.remove_node(lost, allow_graceful=False)
     died = found.pop(tasks[0])
     assert isinstance(died, WorkerDied) and "4 times" in str(died)
     assert found == {task: task.number for task in tasks[1:]}
@@ -76,12 +69,8 @@ def test_the_shape_follows_the_cluster_and_actors_end_with_the_command(cluster, 
     with RayActors(cluster.address, None, work.make) as backend:
         assert backend.workers == 1  # nodes with CPUs
         tasks = [work.Task(str(tmp_path), number, seconds=0 if number == 0 else 600) for number in range(2)]
-
-        def stop(task, result):
-            raise KeyboardInterrupt
-
         with pytest.raises(KeyboardInterrupt):
-            run_tasks(tasks, backend, stop)
+            work.interrupt(run_tasks(tasks, backend))
     (file,) = tmp_path.glob("0-*.pid")
     deadline = time.monotonic() + 10
     while Path(f"/proc/{file.read_text()}").exists() and time.monotonic() < deadline:

@@ -40,42 +40,27 @@ def test_tasks_of_a_group_share_a_worker():
     assert helped.take(0) == (1, "a") and not helped
 
 
-@pytest.fixture
-def results():
-    found: dict[object, object] = {}
-
-    def report(task, result):
-        assert task not in found
-        found[task] = result
-
-    return found, report
-
-
-def test_a_worker_that_dies_is_replaced(tmp_path: Path, results):
-    found, report = results
+def test_a_worker_that_dies_is_replaced(tmp_path: Path):
     tasks = [work.Task(str(tmp_path), number, deaths=number if number < 3 else 0) for number in range(6)]
-    run_tasks(tasks, Processes(2, work.make), report)
+    done = list(run_tasks(tasks, Processes(2, work.make)))
+    found = dict(done)
+    assert len(done) == len(found)
     died = found.pop(tasks[2])
     assert isinstance(died, WorkerDied) and str(died) == f"its worker was killed by signal {signal.SIGKILL}, 2 times"
     assert found == {task: task.number for task in tasks if task.number != 2}
     assert [work.begun(task) for task in tasks] == [1, 2, 2, 1, 1, 1]
 
 
-def test_what_a_dying_worker_finished_counts(tmp_path: Path, results):
-    found, report = results
+def test_what_a_dying_worker_finished_counts(tmp_path: Path):
     task = work.Task(str(tmp_path), 1, deaths=1)
-    run_tasks([task], Processes(1, work.make), report, recover=lambda task: "done")
-    assert found == {task: "done"} and work.begun(task) == 1
+    done = list(run_tasks([task], Processes(1, work.make), recover=lambda task: "done"))
+    assert done == [(task, "done")] and work.begun(task) == 1
 
 
 def test_an_interrupt_ends_the_workers(tmp_path: Path):
     tasks = [work.Task(str(tmp_path), number, seconds=0 if number == 0 else 600) for number in range(3)]
-
-    def stop(task, result):
-        raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        run_tasks(tasks, Processes(2, work.make), stop)
+        work.interrupt(run_tasks(tasks, Processes(2, work.make)))
     for file in tmp_path.glob("*.pid"):
         with pytest.raises(ProcessLookupError):
             os.kill(int(file.read_text()), 0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +32,12 @@ def run(task: Task) -> int:
     time.sleep(task.seconds)
     Path(task.folder, f"{task.number}-{time.time_ns()}.done").touch()
     return task.number
+
+
+def interrupt(results: Iterator[object]) -> None:
+    """Ctrl-C after the first result."""
+    for _ in results:
+        raise KeyboardInterrupt
 
 
 def make(threads: int, number: int) -> Callable[[Task], int]:

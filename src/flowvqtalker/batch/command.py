@@ -122,11 +122,6 @@ def run_jobs(
     if not jobs:
         return
 
-    def ended(task: tuple[Job, str], result: Outcome | WorkerDied) -> None:
-        if isinstance(result, WorkerDied):
-            result = Outcome(error=f"{result}, perhaps out of memory; try fewer --workers")
-        report(task[0], result)
-
     with contextlib.ExitStack() as stack:
         if ray is None:
             backend: Backend = Processes(min(workers or 1, len(jobs)), make_runner)
@@ -134,14 +129,17 @@ def run_jobs(
             from flowvqtalker.workers.cluster import RayActors
 
             backend = stack.enter_context(RayActors(ray, workers, make_runner))
-        run_tasks(
+        done = run_tasks(
             jobs,
             backend,
-            ended,
             group=lambda task: (task[0].portrait, task[0].face),
             # The worker may have died between the last frame and its answer.
             recover=lambda task: Outcome() if finished(*task) else None,
         )
+        for (job, _), result in done:
+            if isinstance(result, WorkerDied):
+                result = Outcome(error=f"{result}, perhaps out of memory; try fewer --workers")
+            report(job, result)
 
 
 class _Report:

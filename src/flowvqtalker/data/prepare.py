@@ -140,19 +140,12 @@ def _run(kind: str, sources: Sequence[Source], parts: Path, tools: Tools, backen
         elif not (parts / f"{source.key}.{kind}.npz").exists():
             todo.append(task)
     label = {"who": "describe faces", "fit": "track and fit", "cut": "cut images"}[kind]
-    with tqdm(total=len(todo), desc=label, dynamic_ncols=True) as bar:
-
-        def report(task: _Task, result: Drop | WorkerDied) -> None:
-            bar.update()
-            result = ("error", str(result)) if isinstance(result, WorkerDied) else result
-            if result[0]:
-                dropped[task[1].name] = result if kind == "fit" else ("kept", f"{label}: {result[1]}")
-
-        if backend is not None:
-            run_tasks(todo, backend, report)
-        else:
-            for task in todo:
-                report(task, _work(task, tools))
+    done = ((task, _work(task, tools)) for task in todo) if backend is None else run_tasks(todo, backend)
+    for task, result in tqdm(done, total=len(todo), desc=label, dynamic_ncols=True):
+        if isinstance(result, WorkerDied):
+            result = "error", str(result)
+        if result[0]:
+            dropped[task[1].name] = result if kind == "fit" else ("kept", f"{label}: {result[1]}")
     return dropped
 
 

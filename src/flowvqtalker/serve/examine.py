@@ -10,7 +10,6 @@ import functools
 import io
 import logging
 import multiprocessing
-import os
 import threading
 import wave
 import zipfile
@@ -24,7 +23,7 @@ from flowvqtalker.errors import UserError
 from flowvqtalker.serve.problems import Problem, from_user_error
 from flowvqtalker.serve.settings import Settings
 from flowvqtalker.serve.store import ORIGINAL
-from flowvqtalker.workers import end_with_parent
+from flowvqtalker.workers import prepare_process
 
 __all__ = [
     "Examiner",
@@ -87,9 +86,7 @@ class Examiner:
 
 
 def _prepare_process() -> None:
-    threading.Thread(target=end_with_parent, daemon=True).start()
-    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-        os.environ[name] = "1"
+    prepare_process(1)
     import cv2
     import torch
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import multiprocessing
 import queue
 import threading
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from starlette.concurrency import run_in_threadpool
 from flowvqtalker.serve.live_worker import Opening, live_work
 from flowvqtalker.serve.problems import STATUS, Problem
 from flowvqtalker.serve.settings import Settings
-from flowvqtalker.workers import cores
+from flowvqtalker.workers import Child, cores
 
 __all__ = ["LiveFrame", "LiveSession", "Stage"]
 
@@ -136,7 +135,6 @@ class Stage:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._context = multiprocessing.get_context("spawn")
         self._free: list[LiveSession] = []
         self._used = 0
 
@@ -173,13 +171,9 @@ class Stage:
         return self._settings.max_live - self._used
 
     def _start(self) -> tuple[Any, Connection]:
-        ours, theirs = self._context.Pipe()
         chosen = self._settings
-        arguments = (theirs, cores(), chosen.weights, chosen.device, chosen.dtype)
-        process = self._context.Process(target=live_work, args=arguments, daemon=True, name="live")
-        process.start()
-        theirs.close()  # so that reading ends when the process does
-        return process, ours
+        child = Child(live_work, cores(), chosen.weights, chosen.device, chosen.dtype, name="live")
+        return child.process, child.connection
 
     async def leave(self, session: LiveSession) -> None:
         """Give a session back."""

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import signal
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from flowvqtalker.errors import UserError
-from flowvqtalker.workers import end_with_parent
 
 __all__ = ["Opening", "keep_sessions", "live_work"]
 
@@ -43,11 +40,6 @@ class Opening:
 
 def live_work(connection: Connection, threads: int, weights: Path | None, device: str, dtype: str) -> None:
     """Body of the process: load the models, then :func:`keep_sessions`."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    threading.Thread(target=end_with_parent, daemon=True).start()
-    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-        os.environ[name] = str(threads)
     import cv2
     import torch
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import logging
@@ -12,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import wait
 from typing import Any
 
 from flowvqtalker.batch.job import Job
@@ -21,7 +20,7 @@ from flowvqtalker.serve.settings import Settings
 from flowvqtalker.serve.store import ACTIVE, ORIGINAL, Row, Store
 from flowvqtalker.serve.tasks import Task, sample_path
 from flowvqtalker.serve.worker import work
-from flowvqtalker.workers import cores, share_threads
+from flowvqtalker.workers import Child, WorkerDied, cores, share_threads
 
 __all__ = ["Pool", "Progress"]
 
@@ -65,13 +64,12 @@ class Progress:
         return (self.frames - self.done) / self.fps if self.fps else None
 
 
-@dataclass
-class _Worker:
-    number: int
-    process: Any
-    connection: Connection
-    ready: bool = False
-    video: str | None = None
+class _Worker(Child):
+    def __init__(self, number: int, threads: int, settings: Settings) -> None:
+        chosen = settings.weights, settings.device, settings.dtype
+        super().__init__(work, threads, number, chosen, name=f"render-{number}")
+        self.number, self.ready = number, False
+        self.video: str | None = None
 
 
 class Pool:
@@ -85,9 +83,8 @@ class Pool:
 
     def __init__(self, store: Store, settings: Settings, counted: Callable[[str, float], None]) -> None:
         self._store, self._settings, self._counted = store, settings, counted
-        self._context = multiprocessing.get_context("spawn")
         self._threads = share_threads(settings.workers, cores())
-        self._ours, self._theirs = self._context.Pipe()  # wakes the thread
+        self._ours, self._theirs = multiprocessing.Pipe()  # wakes the thread
         self._lock = threading.Lock()
         self._cancelled: set[str] = set()
         self._served: Counter[str] = Counter()  # owner -> when a job of his was last begun
@@ -110,9 +107,7 @@ class Pool:
         if self._thread.ident:
             self._thread.join(10)
         for worker in self.workers:
-            worker.process.terminate()
-        for worker in self.workers:
-            worker.process.join(5)
+            worker.stop()
 
     def wake(self) -> None:
         """Look at the queue now."""
@@ -137,13 +132,7 @@ class Pool:
         return any(worker.video == video for worker in self.workers)
 
     def _start(self, number: int) -> _Worker:
-        ours, theirs = self._context.Pipe()
-        chosen = self._settings.weights, self._settings.device, self._settings.dtype
-        arguments = (theirs, self._threads[number], number, chosen)
-        process = self._context.Process(target=work, args=arguments, daemon=True, name=f"render-{number}")
-        process.start()
-        theirs.close()  # so that reading ends when the process does
-        return _Worker(number, process, ours)
+        return _Worker(number, self._threads[number], self._settings)
 
     def _run(self) -> None:
         swept = time.monotonic()
@@ -166,8 +155,9 @@ class Pool:
             return
         worker = next(worker for worker in self.workers if worker.connection is ready)
         try:
-            message = worker.connection.recv()
-        except (EOFError, OSError):
+            message = worker.receive()
+        except WorkerDied as error:
+            logger.warning("worker %d %s", worker.number, error)
             self._died(worker)
             return
         kind, video = message[0], worker.video
@@ -205,9 +195,7 @@ class Pool:
 
     def _died(self, worker: _Worker) -> None:
         """Start another worker in place of one that died; its job waits again, once."""
-        worker.process.join()
-        worker.connection.close()
-        logger.warning("worker %d ended with code %s", worker.number, worker.process.exitcode)
+        worker.stop()
         self.workers[self.workers.index(worker)] = self._start(worker.number)
         video = worker.video
         if video is None:
@@ -226,8 +214,7 @@ class Pool:
             for worker in self.workers:
                 if worker.video == video:
                     self._cancelled.discard(video)
-                    with contextlib.suppress(OSError):
-                        worker.connection.send("cancel")
+                    worker.send("cancel")
             if not self.running(video):
                 self._cancelled.discard(video)
 
@@ -248,8 +235,7 @@ class Pool:
                     self._served[row["owner"]] = next(self._turn)
                     self.progress[row["id"]] = Progress("preparing", 0, row["frames"])
                     self._changed(row["id"])
-                    with contextlib.suppress(OSError):  # if the process died, reading tells
-                        worker.connection.send(self._task(row))
+                    worker.send(self._task(row))
 
     def _next(self) -> Row | None:
         """The job to begin now."""

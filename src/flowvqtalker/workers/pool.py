@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, deque
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any, Protocol, TypeVar
 
 from flowvqtalker.errors import UserError
@@ -94,18 +94,17 @@ class TaskQueue:
 def run_tasks(
     tasks: Iterable[T],
     backend: Backend,
-    report: Callable[[T, Any], None],
     *,
     group: Callable[[T], Hashable] = hash,
     recover: Callable[[T], Any] = lambda task: None,
-) -> None:
-    """Run all tasks.
+) -> Iterator[tuple[T, Any]]:
+    """Run all tasks; each comes with its result when it is done.
+
+    The result is a :class:`WorkerDied` if the task's workers died in every try. Closing the iterator ends the workers.
 
     Arguments:
         tasks: what the workers are called with; distinct.
         backend: where they run.
-        report: called in this process with each task and its result, as they come. The result is a
-            :class:`WorkerDied` if its workers died in every try.
         group: tasks with an equal value (not None) share something, see :class:`TaskQueue`.
         recover: the result of a task whose worker died after it had finished the work; None if it had not.
     """
@@ -135,13 +134,13 @@ def run_tasks(
                         queue.put_back(task)
                     elif result is None:
                         result = WorkerDied(f"its worker {error}, {tries[task]} times")
-                if result is not None:
-                    report(task, result)
                 del busy[worker]
                 if dead or not queue:
                     worker.stop()
                 if queue:
                     give(backend.start(number) if dead else worker, number)
+                if result is not None:
+                    yield task, result
     finally:  # after an interrupt, do not wait for the tasks in progress
         for worker in busy:
             worker.stop()

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import logging
-import multiprocessing
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from tqdm import tqdm
 
+from flowvqtalker.workers import Processes, WorkerDied, run_tasks
 from flowvqtalker_eval.tables.plan import Failures, Task
 
 if TYPE_CHECKING:  # brings torch and the networks, which a new process should load once it has a task
@@ -89,72 +87,30 @@ def in_processes(
     if not tasks:
         return
     interval = 0.1 if sys.stderr.isatty() else 60.0  # seconds
-    with tqdm(total=len(tasks), desc=title, unit="clip", mininterval=interval, dynamic_ncols=True) as bar:
-        if jobs == 1 or len(tasks) == 1:
-            work = start(0)
-            done: Iterator[tuple[int, _Result | None]] = ((number, work(task)) for number, task in enumerate(tasks))
-        else:
-            done = _spread(tasks, start, min(jobs, len(tasks)))
-        for found in done:
-            bar.update()
-            yield found
+    if jobs == 1 or len(tasks) == 1:
+        do = _guarded(tasks, start, 1, 0)
+        done: Iterator[tuple[int, Any]] = ((number, do(number)) for number in range(len(tasks)))
+    else:
+        done = run_tasks(range(len(tasks)), Processes(min(jobs, len(tasks)), partial(_guarded, tasks, start)))
+    for number, found in tqdm(
+        done, desc=title, total=len(tasks), unit="clip", mininterval=interval, dynamic_ncols=True
+    ):  # fmt: skip
+        error, result = (None, None) if isinstance(found, WorkerDied) else found
+        if error is not None:
+            raise error
+        yield number, result
 
 
-def _spread(
-    tasks: Sequence[_Task], start: Callable[[int], Callable[[_Task], _Result]], jobs: int
-) -> Iterator[tuple[int, _Result | None]]:
-    """:func:`in_processes` in other processes than this one."""
-    context = multiprocessing.get_context("spawn")
-    waiting = list(reversed(range(len(tasks))))
-    busy: dict[Any, tuple[Any, int, int]] = {}  # connection: process, its number, the task's
-
-    def launch(number: int) -> tuple[Any, Any]:
-        ours, theirs = context.Pipe()
-        process = context.Process(target=_serve, args=(theirs, start, number), daemon=True)
-        process.start()
-        theirs.close()  # so that reading ends when the process does
-        return ours, process
-
-    def give(connection: Any, process: Any, number: int) -> None:
-        task = waiting.pop()
-        busy[connection] = process, number, task
-        with contextlib.suppress(BrokenPipeError):  # if the process died, reading tells
-            connection.send(tasks[task])
-
-    try:
-        for number in range(jobs):
-            give(*launch(number), number)
-        while busy:
-            ready: list[Any] = wait(list(busy))
-            for connection in ready:
-                process, number, task = busy.pop(connection)
-                try:
-                    error, result = connection.recv()
-                except EOFError:
-                    process.join()
-                    error, result = None, None
-                    if waiting:
-                        connection, process = launch(number)
-                if waiting and error is None:
-                    give(connection, process, number)
-                else:
-                    process.terminate()
-                if error is not None:
-                    raise error
-                yield task, result
-    finally:  # after an interrupt, do not wait for the tasks in progress
-        for process, _, _ in busy.values():
-            process.terminate()
-
-
-def _serve(connection: Connection, start: Callable[[int], Callable[[Any], Any]], number: int) -> None:
-    """Body of a worker process: receives tasks, sends (error, None) or (None, result)."""
+def _guarded(
+    tasks: Sequence[Any], start: Callable[[int], Callable[[Any], Any]], threads: int, number: int
+) -> Callable[[int], tuple[Exception | None, Any]]:
+    """What gives error and result of the task of a number."""
     work = start(number)
-    while True:
-        task = connection.recv()
+
+    def do(task: int) -> tuple[Exception | None, Any]:
         try:
-            result = work(task)
+            return None, work(tasks[task])
         except Exception as error:
-            connection.send((error, None))
-        else:
-            connection.send((None, result))
+            return error, None
+
+    return do
