@@ -12,6 +12,7 @@ import pytest
 from flowvqtalker.errors import UserError
 from flowvqtalker.live import LiveTalker
 from flowvqtalker.live import talker as live_module
+from flowvqtalker.live.drawing import Pace
 
 from ..conftest import babble
 
@@ -72,30 +73,67 @@ def test_a_consumer_that_disappears_leaves_nothing_running(live_talker, live_por
     assert "flowvqtalker-live" not in {thread.name for thread in threading.enumerate()}
 
 
-def test_a_machine_that_is_too_slow_lowers_the_rate_once_and_keeps_the_sound(live_talker, live_portrait, caplog):
-    """A clock that each image moves on by 100 ms."""
-    now = 0.0
-    live = make(live_talker, live_portrait, clock=lambda: now)
-    live._engine._draw = lambda motion, draw: draw or None  # type: ignore[method-assign]
-    live._pause = lambda due: 0.0  # type: ignore[method-assign]
-    kept = []
+def simulate(pace, seconds, ticks, start=0):
+    """Ticks with an image, if an image takes so many seconds and nobody draws but one after the other."""
+    drawn, done = [], []
+    for number in range(start, start + ticks):
+        now = number / 25
+        done = [time for time in done if time > now]
+        if pace(number, 0.0, len(done), seconds):
+            drawn.append(number)
+            done.append(max([now, *done]) + seconds)
+    return drawn
 
-    def deliver(frame):
-        nonlocal now
-        now = max(now + (0.1 if frame.image else 0.005), (frame.pts or 0) + 0.04)
-        kept.append(frame)
-        if len(kept) == 800:
-            live._closed = True
 
-    live._deliver = deliver  # type: ignore[method-assign]
-    live.start()
-    live._thread.join(60)
-    assert len(kept) == 800
-    assert live.fps in (10.0, 5.0)
+def test_a_machine_that_is_too_slow_lowers_the_rate_once_and_a_fast_one_keeps_it(caplog):
+    fast = Pace(25.0)
+    assert simulate(fast, 0.036, 500) == list(range(500))
+    assert not caplog.text
+    slow = Pace(25.0)
+    simulate(slow, 0.094, 800)
+    assert slow.fps == 10.0
     assert caplog.text.count("too slow") == 1
+    assert slow.dropped > 0
+    before = slow.dropped
+    assert len(simulate(slow, 0.094, 250, 800)) == 100
+    assert slow.dropped == before
+    assert len(simulate(Pace(25.0), 3.0, 500)) >= 18  # one a second whatever it takes
+
+
+def test_the_rate_rises_again_when_the_machine_is_free_and_waits_longer_each_time(caplog):
+    pace = Pace(20.0)
+    simulate(pace, 0.094, 800)
+    assert pace.fps == 10.0
+    at, waits = 800, []
+    for _ in range(3):
+        begun = at
+        while pace.fps < 20.0:
+            simulate(pace, 0.03, 1, at)
+            at += 1
+        waits.append(at - begun)
+        simulate(pace, 0.094, 400, at)
+        at += 400
+    assert waits[0] < waits[1] < waits[2]
+    simulate(pace, 0.03, 20_000, at)
+    assert pace.fps == 20.0  # not above what was asked for
+    assert caplog.text.count("too slow") == 1
+
+
+def test_the_clock_does_not_wait_for_an_image(live_talker, live_portrait):
+    go_on = threading.Event()
+    with make(live_talker, live_portrait) as live:
+        live._engine._draw = lambda renderer, window: go_on.wait() and np.zeros((8, 8, 3), np.uint8)
+        deadline = time.monotonic() + 60
+        while live._engine.ticks < 10 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert not live._out
+        live.interrupt()  # what is under way loses its sound
+        go_on.set()
+        frames = live.frames()
+        got = [next(frames) for _ in range(10)]
+    assert [round(25 * frame.pts) for frame in got] == list(range(10))
+    assert 1 <= sum(frame.image is not None for frame in got) <= 3
     assert live.dropped > 0
-    last = kept[-100:]
-    assert sum(bool(frame.image) for frame in last) == pytest.approx(4 * live.fps, abs=3)
 
 
 def test_an_interruption_silences_what_was_delivered_but_not_taken(live_talker, live_portrait):
@@ -120,9 +158,13 @@ def test_errors_reach_who_asks(live_talker, live_portrait):
         with pytest.raises(UserError, match=message):
             live.set_emotion(*values)
 
-    def fail(draw=True):
+    def fail(*arguments):
         raise RuntimeError("no more")
 
-    live._engine.tick = fail  # type: ignore[method-assign]
+    live._engine.advance = fail  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError, match="no more"):
+        list(live.frames())
+    live = make(live_talker, live_portrait)
+    live._engine._draw = fail  # type: ignore[method-assign]
     with pytest.raises(RuntimeError, match="no more"):
         list(live.frames())

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import enum
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import cv2
@@ -27,8 +28,12 @@ from flowvqtalker.provenance.watermark import Watermark, payload, to_luma
 
 if TYPE_CHECKING:
     from flowvqtalker.pipeline import Talker
+    from flowvqtalker.render.renderer import Renderer
 
-__all__ = ["LiveEngine", "LiveFrame", "State"]
+__all__ = ["Draw", "LiveEngine", "LiveFrame", "State"]
+
+#: Draws one image (512, 512, 3) uint8 RGB.
+Draw = Callable[[], ImageArray]
 
 _TICK = SAMPLE_RATE // FPS
 #: Frames for which somebody who paused is still talking.
@@ -149,14 +154,20 @@ class LiveEngine:
 
     def tick(self, draw: bool = True) -> LiveFrame:
         """The next 40 ms; ``draw`` whether with an image."""
+        frame, drawing = self.advance()
+        if draw:
+            frame.image = drawing()
+        return frame
+
+    def advance(self) -> tuple[LiveFrame, Draw]:
+        """The next 40 ms without the image, and what draws it: later, in another thread, or never, but in order."""
         block = self.sound.take()
         self._delayed = np.concatenate([self._delayed, block])
         audio, self._delayed = self._delayed[: len(block)], self._delayed[len(block) :]
         motion = self._moved(self._speech_block(block))
-        image = self._draw(motion, draw)
-        frame = LiveFrame(image, audio, self.ticks / FPS, self.state, motion, self._spoken())
+        frame = LiveFrame(None, audio, self.ticks / FPS, self.state, motion, self._spoken())
         self.ticks += 1
-        return frame
+        return frame, partial(self._draw, self._renderer, self._seen(motion))
 
     def _spoken(self) -> int:
         """The sound is late by the look-ahead, which ends within a block: its share of the samples is out."""
@@ -189,16 +200,17 @@ class LiveEngine:
         offset = self._behaviour(self.state is State.TALKING, self.listening)
         return Motion(motion.expression, motion.pose + offset)
 
-    def _draw(self, motion: Motion, draw: bool) -> ImageArray | None:
+    def _seen(self, motion: Motion) -> torch.Tensor:
+        """The generator's window of motion around the frame."""
         frame = torch.cat([motion.expression, motion.pose], dim=1)
         if not len(self._window):
             self._window = frame.expand(self._reach + 1, -1)
         self._window = torch.cat([self._window[1:], frame])
-        if not draw:
-            return None
         # The paper's generator looks half a window ahead, for which nobody can wait: the last frame is repeated.
-        window = torch.cat([self._window, frame.expand(self._reach, -1)])
-        image = self._renderer.draw(window)
+        return torch.cat([self._window, frame.expand(self._reach, -1)])
+
+    def _draw(self, renderer: Renderer, window: torch.Tensor) -> ImageArray:
+        image = renderer.draw(window)
         if self._label is not None:
             self._raw = image
             image = next(self._label)

@@ -19,6 +19,7 @@ from flowvqtalker.constants import FPS
 from flowvqtalker.errors import UserError
 from flowvqtalker.face.portrait import Portrait
 from flowvqtalker.io.image import ImageArray
+from flowvqtalker.live.drawing import RATES, Drawer, Pace
 from flowvqtalker.live.engine import LiveEngine, LiveFrame, State
 from flowvqtalker.motion.emotion import parse_emotion
 from flowvqtalker.motion.options import MotionOptions, check_limits
@@ -29,10 +30,6 @@ __all__ = ["RATES", "LiveTalker"]
 
 logger = logging.getLogger(__name__)
 
-#: Frames per second that the engine chooses from: the share of the 25 ticks per second that get an image.
-RATES = (25.0, 20.0, 15.0, 12.5, 10.0, 5.0)
-#: Ticks over which the share of late frames is taken, and the share from which the rate is lowered.
-_OBSERVED, _TOO_MANY = 50, 0.1
 #: Frames that may wait for a slow consumer before their images are dropped, and before the clock stops.
 _IMAGES, _BACKLOG = 25, 250
 #: Seconds of delay after which the clock starts anew (the machine slept), rather than catching up.
@@ -51,9 +48,9 @@ class LiveTalker:
                 show(frame.image)           # (512, 512, 3) uint8 RGB, or None: the last one stays
                 play(frame.audio)           # (960,) float32, always there
 
-    The clock is that of the sound: each tick of 40 ms gives one block of it, with the frame that belongs to it. A frame
-    that would come late is dropped, sound never; when too many are, the rate is lowered and a warning says so. All
-    methods but :meth:`set_portrait` return at once and may be called from any thread.
+    The clock is that of the sound: each tick of 40 ms gives one block of it, with the frame that belongs to it. Images
+    are drawn beside the clock. One that would come late is dropped, sound never; when too many are, the rate is lowered
+    and a warning says so. All methods but :meth:`set_portrait` return at once and may be called from any thread.
 
     Arguments:
         talker: from ``Talker.from_pretrained(components=LiveTalker.COMPONENTS)``.
@@ -91,19 +88,15 @@ class LiveTalker:
         self._engine = LiveEngine(
             talker, self._ready(portrait), chosen, audio_rate=audio_rate, marks=marks, behave=behave
         )
-        #: Images per second now; falls when the machine is too slow.
-        self.fps = fps
-        #: Frames that were dropped because they would have been late.
-        self.dropped = 0
+        self._pace = Pace(fps)
         self._emotion, self._intensity = chosen.emotion, chosen.intensity
         self._commands: deque[Callable[[], None]] = deque()
         self._out: deque[LiveFrame] = deque()
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
+        self._drawer: Drawer | None = None
         self._closed, self._said = False, set[str]()
         self._failure: BaseException | None = None
-        self._drawn = 0  # number of the last tick with an image
-        self._late: deque[bool] = deque(maxlen=_OBSERVED)
         self._waiting: dict[asyncio.Event, asyncio.AbstractEventLoop] = {}
 
     # ------------------------------------------------------------------------------------------------ what goes in
@@ -131,6 +124,8 @@ class LiveTalker:
         self._check_open()
         self._engine.sound.clear()
         self._commands.append(self._engine.interrupt)
+        if self._drawer is not None:
+            self._drawer.silence()
         with self._changed:
             for frame in self._out:
                 frame.audio = np.zeros_like(frame.audio)
@@ -183,6 +178,16 @@ class LiveTalker:
     def state(self) -> State:
         """Idle, listening or talking."""
         return self._engine.state
+
+    @property
+    def fps(self) -> float:
+        """Images per second now; falls when the machine is too slow, and rises again when it is not."""
+        return self._pace.fps
+
+    @property
+    def dropped(self) -> int:
+        """Images that were dropped because they would have been late."""
+        return self._pace.dropped
 
     @property
     def audio_rate(self) -> int:
@@ -250,7 +255,7 @@ class LiveTalker:
             self._thread.start()
 
     def close(self) -> None:
-        """Stop; a frame that is being drawn is finished first."""
+        """Stop; an image that is being drawn is finished first."""
         with self._changed:
             self._closed = True
         self._wake()
@@ -258,10 +263,11 @@ class LiveTalker:
             self._thread.join()
 
     def _run(self) -> None:
+        self._drawer = drawer = Drawer(self._deliver, self._fail)
         try:
             start, number = self._clock(), 0
             while not self._closed:
-                stopped = self._pause(start + number / FPS)
+                stopped = self._pause(start + number / FPS, drawer)
                 late = self._clock() - start - stopped - number / FPS
                 if late > _LOST:
                     logger.log(self._level("lost"), "live: %.1f s behind; the clock starts anew", late)
@@ -271,45 +277,34 @@ class LiveTalker:
                     self._engine.sound.skip_pauses(stopped)
                 while self._commands:
                     self._commands.popleft()()
-                self._deliver(self._engine.tick(self._decide(number, late)))
+                frame, draw = self._engine.advance()
+                wanted = self._pace(number, late, drawer.waiting, drawer.seconds)
+                drawer.add(frame, draw if wanted else None)
                 number += 1
         except BaseException as error:
-            logger.exception("live: the engine stopped")
-            self._failure = error
+            self._fail(error)
         finally:
+            drawer.close()
             self._closed = True
             self._wake()
 
-    def _pause(self, due: float) -> float:
+    def _fail(self, error: BaseException) -> None:
+        logger.error("live: the engine stopped", exc_info=error)
+        self._failure, self._closed = error, True
+        self._wake()
+
+    def _pause(self, due: float, drawer: Drawer) -> float:
         """Wait until a time, and until somebody takes the frames; returns how long nobody did."""
         with self._changed:
             while not self._closed and (left := due - self._clock()) > 0:
                 self._changed.wait(left)
             stopped = self._clock()
-            if len(self._out) >= _BACKLOG:
+            if len(self._out) + len(drawer) >= _BACKLOG:
                 logger.log(self._level("stopped"), "live: nobody takes the frames; the clock waits")
-                while not self._closed and len(self._out) >= _BACKLOG:
+                while not self._closed and len(self._out) + len(drawer) >= _BACKLOG:
                     self._changed.wait()
                 return self._clock() - stopped
         return 0.0
-
-    def _decide(self, number: int, late: float) -> bool:
-        """Whether to draw a tick's image. Late ones are dropped, and if there are many of them, the rate falls."""
-        wanted = int((number + 1) * self.fps / FPS) > int(number * self.fps / FPS)
-        if not wanted:
-            return False
-        too_late = late > 1 / FPS and number - self._drawn < FPS  # one a second even if nothing comes in time
-        if not too_late:
-            self._drawn = number
-        self.dropped += too_late
-        self._late.append(too_late)
-        if len(self._late) == _OBSERVED and sum(self._late) > _TOO_MANY * _OBSERVED and self.fps > RATES[-1]:
-            possible = self.fps * (1 - sum(self._late) / _OBSERVED)
-            self.fps = max((rate for rate in RATES if rate <= possible), default=RATES[-1])
-            self._late.clear()
-            message = "live: this machine is too slow for the rate; it falls to %g frames per second"
-            logger.log(self._level("slow"), message, self.fps)
-        return not too_late
 
     def _level(self, kind: str) -> int:
         """Say things once: the level of the next message of a kind."""

@@ -1,0 +1,167 @@
+"""Images beside the clock: a thread that draws them, and the rate that the machine can hold."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+
+import numpy as np
+
+from flowvqtalker.constants import FPS
+from flowvqtalker.io.image import ImageArray
+from flowvqtalker.live.engine import Draw, LiveFrame
+
+__all__ = ["RATES", "Drawer", "Pace"]
+
+logger = logging.getLogger(__name__)
+
+#: Frames per second that the engine chooses from: the share of the 25 ticks per second that get an image.
+RATES = (25.0, 20.0, 15.0, 12.5, 10.0, 5.0)
+#: Images over which the share of late ones is taken, and the share from which the rate is lowered.
+_OBSERVED, _TOO_MANY = 50, 0.1
+#: Ticks without a late image after which a higher rate is tried; doubled, up to the most, where it did not hold.
+_CALM, _MOST_CALM = 10 * FPS, 320 * FPS
+#: Share of the time that drawing may take at a rate that is tried.
+_BUSY = 0.95
+
+
+class Pace:
+    """Which ticks get an image. Late images are dropped; if there are many of them, the rate falls; it rises again
+    after a while without any.
+
+    Arguments:
+        fps: the highest rate, one of :data:`RATES`.
+    """
+
+    def __init__(self, fps: float) -> None:
+        #: Images per second now, and images that were dropped because they would have been late.
+        self.fps, self.dropped = fps, 0
+        self._highest = fps
+        self._late: deque[bool] = deque(maxlen=_OBSERVED)
+        self._drawn = 0  # the last tick with an image
+        self._calm, self._quiet, self._held = _CALM, 0, _MOST_CALM  # ticks: to wait, without late ones, at this rate
+        self._said = False
+
+    def __call__(self, number: int, late: float, waiting: int, seconds: float) -> bool:
+        """Whether to draw the image of a tick.
+
+        Arguments:
+            number: of the tick.
+            late: seconds by which the clock is late.
+            waiting: images that are not done: one that is being drawn, and those behind it.
+            seconds: what an image took of late.
+        """
+        self._quiet += 1
+        self._held += 1
+        wanted = int((number + 1) * self.fps / FPS) > int(number * self.fps / FPS)
+        if not wanted:
+            return False
+        behind = late > 1 / FPS or waiting > (1 if self.fps * seconds < 1 else 0)
+        too_late = behind and number - self._drawn < FPS  # one a second even if nothing comes in time
+        if too_late:
+            self.dropped += 1
+            self._quiet = 0
+        else:
+            self._drawn = number
+        self._late.append(too_late)
+        if len(self._late) == _OBSERVED and sum(self._late) > _TOO_MANY * _OBSERVED:
+            self._fall(seconds)
+        else:
+            self._rise(seconds)
+        return not too_late
+
+    def _fall(self, seconds: float) -> None:
+        lower = [rate for rate in RATES if rate < self.fps]
+        if not lower:
+            return
+        self.fps = max((rate for rate in lower if rate * seconds <= _BUSY), default=RATES[-1])
+        self._late.clear()
+        self._calm = _CALM if self._held > _MOST_CALM else min(2 * self._calm, _MOST_CALM)
+        level = logging.DEBUG if self._said else logging.WARNING
+        self._said = True
+        logger.log(level, "live: this machine is too slow for the rate; it falls to %g frames per second", self.fps)
+
+    def _rise(self, seconds: float) -> None:
+        higher = [rate for rate in RATES if self.fps < rate <= self._highest and rate * seconds <= _BUSY]
+        if self._quiet < self._calm or not higher:
+            return
+        self.fps = min(higher)
+        self._late.clear()
+        self._quiet = self._held = 0
+        logger.info("live: the rate rises to %g frames per second", self.fps)
+
+
+class Drawer:
+    """Draws one image after the other in a thread of its own, and passes frames on in their order.
+
+    Arguments:
+        deliver: takes each frame, with its image if it has one.
+        failed: is told what ended the drawing.
+    """
+
+    def __init__(self, deliver: Callable[[LiveFrame], None], failed: Callable[[BaseException], None]) -> None:
+        #: Seconds that an image took of late.
+        self.seconds = 0.0
+        self._deliver, self._failed = deliver, failed
+        self._frames: deque[tuple[LiveFrame, Draw | None]] = deque()
+        self._changed = threading.Condition()
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name="flowvqtalker-draw", daemon=True)
+        self._thread.start()
+
+    def __len__(self) -> int:
+        """Frames that are under way."""
+        return len(self._frames)
+
+    @property
+    def waiting(self) -> int:
+        """Images that are not done."""
+        with self._changed:
+            return sum(draw is not None for _, draw in self._frames)
+
+    def add(self, frame: LiveFrame, draw: Draw | None) -> None:
+        """The next frame, and what draws its image."""
+        with self._changed:
+            self._frames.append((frame, draw))
+            self._changed.notify()
+
+    def silence(self) -> None:
+        """Take the sound out of the frames that are under way."""
+        with self._changed:
+            for frame, _ in self._frames:
+                frame.audio = np.zeros_like(frame.audio)
+
+    def close(self) -> None:
+        """Finish the image that is being drawn; the others are dropped."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            while True:
+                with self._changed:
+                    while not self._frames and not self._closed:
+                        self._changed.wait()
+                    if self._closed:
+                        return
+                    frame, draw = self._frames[0]
+                image = None if draw is None else self._timed(draw)
+                with self._changed:
+                    self._frames.popleft()
+                    frame.image = image
+                    self._deliver(frame)
+        except BaseException as error:
+            self._failed(error)
+
+    def _timed(self, draw: Draw) -> ImageArray:
+        begun = time.perf_counter()
+        image = draw()
+        seconds = time.perf_counter() - begun
+        self.seconds += 0.1 * (seconds - self.seconds)
+        return image
