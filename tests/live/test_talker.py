@@ -144,8 +144,9 @@ def test_an_interruption_silences_what_was_delivered_but_not_taken(live_talker, 
             pass
         live.interrupt()
         assert live.waiting == 0
-        rest = np.concatenate([next(frames).audio for _ in range(5)])
-        assert np.abs(rest[640 + 64 :]).max() == 0  # one tick of 40 ms may be under way
+        rest = np.concatenate([next(frames).audio for _ in range(8)])
+    (loud,) = np.nonzero(rest)
+    assert len(loud) <= 64  # it fades where the clock stood
 
 
 def test_errors_reach_who_asks(live_talker, live_portrait):

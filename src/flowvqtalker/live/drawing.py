@@ -1,4 +1,4 @@
-"""Images beside the clock: a thread that draws them, and the rate that the machine can hold."""
+"""Images beside the clock: threads that draw them, and the rate that the machine can hold."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
+import torch
 
 from flowvqtalker.constants import FPS
 from flowvqtalker.io.image import ImageArray
@@ -51,8 +53,8 @@ class Pace:
         Arguments:
             number: of the tick.
             late: seconds by which the clock is late.
-            waiting: images that are not done: one that is being drawn, and those behind it.
-            seconds: what an image took of late.
+            waiting: images to be done before this one is begun.
+            seconds: between two images of late.
         """
         self._quiet += 1
         self._held += 1
@@ -95,22 +97,29 @@ class Pace:
 
 
 class Drawer:
-    """Draws one image after the other in a thread of its own, and passes frames on in their order.
+    """Draws images beside the clock, and passes frames on in their order.
 
     Arguments:
+        workers: images drawn at the same time.
+        threads: of torch, for each of them.
         deliver: takes each frame, with its image if it has one.
         failed: is told what ended the drawing.
     """
 
-    def __init__(self, deliver: Callable[[LiveFrame], None], failed: Callable[[BaseException], None]) -> None:
-        #: Seconds that an image took of late.
+    def __init__(
+        self,
+        workers: int,
+        threads: int,
+        deliver: Callable[[LiveFrame], None],
+        failed: Callable[[BaseException], None],
+    ) -> None:
+        self.workers = workers
+        #: Seconds between two images of late, if there is always one to draw.
         self.seconds = 0.0
         self._deliver, self._failed = deliver, failed
-        self._frames: deque[tuple[LiveFrame, Draw | None]] = deque()
-        self._changed = threading.Condition()
-        self._closed = False
-        self._thread = threading.Thread(target=self._run, name="flowvqtalker-draw", daemon=True)
-        self._thread.start()
+        self._frames: deque[tuple[LiveFrame, Future[ImageArray] | None]] = deque()
+        self._lock = threading.Lock()
+        self._pool = ThreadPoolExecutor(workers, "flowvqtalker-draw", torch.set_num_threads, (threads,))
 
     def __len__(self) -> int:
         """Frames that are under way."""
@@ -118,43 +127,38 @@ class Drawer:
 
     @property
     def waiting(self) -> int:
-        """Images that are not done."""
-        with self._changed:
-            return sum(draw is not None for _, draw in self._frames)
+        """Images that would have to be done before another one is begun, and that one worker draws anyway."""
+        with self._lock:
+            under_way = sum(image is not None and not image.done() for _, image in self._frames)
+        return max(0, under_way - self.workers + 1)
 
     def add(self, frame: LiveFrame, draw: Draw | None) -> None:
         """The next frame, and what draws its image."""
-        with self._changed:
-            self._frames.append((frame, draw))
-            self._changed.notify()
+        image = None if draw is None else self._pool.submit(self._timed, draw)
+        with self._lock:
+            self._frames.append((frame, image))
+        if image is None:
+            self._pass_on()
+        else:
+            image.add_done_callback(self._pass_on)
 
     def silence(self) -> None:
         """Take the sound out of the frames that are under way."""
-        with self._changed:
+        with self._lock:
             for frame, _ in self._frames:
                 frame.audio = np.zeros_like(frame.audio)
 
     def close(self) -> None:
-        """Finish the image that is being drawn; the others are dropped."""
-        with self._changed:
-            self._closed = True
-            self._changed.notify()
-        if threading.current_thread() is not self._thread:
-            self._thread.join()
+        """Finish the images that are being drawn; the others are dropped."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def _run(self) -> None:
+    def _pass_on(self, _: Future[ImageArray] | None = None) -> None:
+        """Deliver the frames up to the first whose image is not done."""
         try:
-            while True:
-                with self._changed:
-                    while not self._frames and not self._closed:
-                        self._changed.wait()
-                    if self._closed:
-                        return
-                    frame, draw = self._frames[0]
-                image = None if draw is None else self._timed(draw)
-                with self._changed:
-                    self._frames.popleft()
-                    frame.image = image
+            with self._lock:
+                while self._frames and ((image := self._frames[0][1]) is None or image.done()):
+                    frame, _ = self._frames.popleft()
+                    frame.image = None if image is None or image.cancelled() else image.result()
                     self._deliver(frame)
         except BaseException as error:
             self._failed(error)
@@ -162,6 +166,6 @@ class Drawer:
     def _timed(self, draw: Draw) -> ImageArray:
         begun = time.perf_counter()
         image = draw()
-        seconds = time.perf_counter() - begun
+        seconds = (time.perf_counter() - begun) / self.workers
         self.seconds += 0.1 * (seconds - self.seconds)
         return image

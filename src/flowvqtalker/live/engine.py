@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -38,6 +39,8 @@ Draw = Callable[[], ImageArray]
 _TICK = SAMPLE_RATE // FPS
 #: Frames for which somebody who paused is still talking.
 _HOLD = 10
+#: Threads of torch from which on they all draw one image.
+_ENOUGH = 4
 #: Samples over which sound that is cut off fades out.
 _FADE = 64
 
@@ -101,6 +104,9 @@ class LiveEngine:
         self._watermark = Watermark(payload(marks.mark_id)) if marks.mark else None
         self._raw: ImageArray | None = None
         self._label = labelled(self._unlabelled()) if marks.label else None
+        self._finishing = threading.Lock()
+        #: Images drawn at the same time: where cores are few, two on one core each take less than one on both.
+        self.workers = 2 if 2 <= torch.get_num_threads() < _ENOUGH else 1
         self._behaviour = Behaviour(options.seed) if behave else None
         self._since_speech = _HOLD
         self._stream = self._open(portrait, options)
@@ -119,7 +125,7 @@ class LiveEngine:
         return 1e3 * (_TICK + self._ahead) / SAMPLE_RATE
 
     def _open(self, portrait: Portrait, options: MotionOptions) -> MotionStream:
-        self._renderer = self._talker.renderer(portrait, batch_size=1, workers=1)  # one frame at a time, on all cores
+        self._renderer = self._talker.renderer(portrait, batch_size=1, workers=self.workers)
         reach = self._renderer.generator.config.reach
         self._window = torch.zeros(0)
         self._reach = reach
@@ -211,10 +217,11 @@ class LiveEngine:
 
     def _draw(self, renderer: Renderer, window: torch.Tensor) -> ImageArray:
         image = renderer.draw(window)
-        if self._label is not None:
-            self._raw = image
-            image = next(self._label)
-        return image if self._watermark is None else _marked(image, self._watermark)
+        with self._finishing:
+            if self._label is not None:
+                self._raw = image
+                image = next(self._label)
+            return image if self._watermark is None else _marked(image, self._watermark)
 
     def _unlabelled(self) -> Iterator[ImageArray]:
         while self._raw is not None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from flowvqtalker.constants import FPS
 from flowvqtalker.errors import UserError
@@ -89,12 +90,14 @@ class LiveTalker:
             talker, self._ready(portrait), chosen, audio_rate=audio_rate, marks=marks, behave=behave
         )
         self._pace = Pace(fps)
+        self._threads = torch.get_num_threads()
         self._emotion, self._intensity = chosen.emotion, chosen.intensity
         self._commands: deque[Callable[[], None]] = deque()
         self._out: deque[LiveFrame] = deque()
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
         self._drawer: Drawer | None = None
+        self._adding, self._interruptions = threading.Lock(), 0
         self._closed, self._said = False, set[str]()
         self._failure: BaseException | None = None
         self._waiting: dict[asyncio.Event, asyncio.AbstractEventLoop] = {}
@@ -123,9 +126,11 @@ class LiveTalker:
         """Stop speaking: silent within 40 ms, the mouth shut within 200 ms. What waits is dropped."""
         self._check_open()
         self._engine.sound.clear()
-        self._commands.append(self._engine.interrupt)
-        if self._drawer is not None:
-            self._drawer.silence()
+        with self._adding:
+            self._interruptions += 1
+            self._commands.append(self._engine.interrupt)
+            if self._drawer is not None:
+                self._drawer.silence()
         with self._changed:
             for frame in self._out:
                 frame.audio = np.zeros_like(frame.audio)
@@ -263,7 +268,9 @@ class LiveTalker:
             self._thread.join()
 
     def _run(self) -> None:
-        self._drawer = drawer = Drawer(self._deliver, self._fail)
+        workers = self._engine.workers
+        self._drawer = drawer = Drawer(workers, self._threads // workers, self._deliver, self._fail)
+        torch.set_num_threads(1)  # of this thread: motion is made of many small steps
         try:
             start, number = self._clock(), 0
             while not self._closed:
@@ -277,9 +284,13 @@ class LiveTalker:
                     self._engine.sound.skip_pauses(stopped)
                 while self._commands:
                     self._commands.popleft()()
+                interruptions = self._interruptions
                 frame, draw = self._engine.advance()
                 wanted = self._pace(number, late, drawer.waiting, drawer.seconds)
-                drawer.add(frame, draw if wanted else None)
+                with self._adding:
+                    if self._interruptions != interruptions:  # the sound was taken before
+                        frame.audio = np.zeros_like(frame.audio)
+                    drawer.add(frame, draw if wanted else None)
                 number += 1
         except BaseException as error:
             self._fail(error)
