@@ -34,7 +34,6 @@ from flowvqtalker.loading import (
 from flowvqtalker.motion.emotion import EmotionTrack
 from flowvqtalker.motion.flow import ExpFlow, PoseFlow
 from flowvqtalker.motion.manifold import LatentBank
-from flowvqtalker.motion.mouth import MouthCloser, MouthGate
 from flowvqtalker.motion.options import FILES, MotionChoices, MotionOptions
 from flowvqtalker.motion.stream import MotionStream, open_stream
 from flowvqtalker.provenance import DEFAULT_MARKS, Marks, write_marked
@@ -171,9 +170,10 @@ class Talker:
             _part(self._poseflow, "motion"),
             self._bank,
             chosen,
+            self.face_model,
+            identity=identity,
             beta0=torch.zeros(EXPRESSION) if portrait is None else portrait.expression,
             pose0=pose0,
-            gate=MouthGate(MouthCloser(self.face_model, identity)),
             speech_encoder=self._live_encoder if live else None,
             voice=self._voice,
         )

@@ -205,7 +205,7 @@ def heaviest(weights: Sequence[float]) -> int:
     return max(range(len(weights)), key=lambda number: weights[number])
 
 
-_NEUTRAL = EMOTIONS.index("neutral")
+_NEUTRAL, _HAPPY = EMOTIONS.index("neutral"), EMOTIONS.index("happy")
 
 
 @dataclass(frozen=True)
@@ -248,6 +248,7 @@ def encode_emotion(
     reference: Tensor | None = None,
     calm: Tensor | None = None,
     source: Tensor | None = None,
+    correction: Tensor | None = None,
 ) -> EmotionCondition:
     """The condition for a label, a mixture or a reference.
 
@@ -258,6 +259,7 @@ def encode_emotion(
         reference: (R, 64) expression of a clip or image; not with a mixture.
         calm: (N, 64) neutral expression of the reference's person; None: estimated.
         source: (1, 64) neutral face that will be animated; None: the mean face.
+        correction: (64,) added to the samples of every emotion but happy, by its weight; None: nothing.
     """
     weights = None if emotion is None else parse_emotion(emotion)
     label = _NEUTRAL if weights is None else heaviest(weights)
@@ -278,4 +280,6 @@ def encode_emotion(
         expressive, centre = torch.zeros_like(neutral), latent[None]
         expressive[0, label] = 1
         bias = reference_bias(flow, reference, expressive, centre, neutral, calm, source)
+    if correction is not None:
+        bias = bias + (1 - expressive[:, _HAPPY, None]) * correction.to(bias)
     return EmotionCondition(expressive, centre, label, intensity, bias)

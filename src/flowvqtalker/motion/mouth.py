@@ -20,7 +20,7 @@ from flowvqtalker.face.topology import MOUTH_CORNERS
 from flowvqtalker.motion.emotion import smoothstep
 from flowvqtalker.speech.activity import WINDOW, SpeechActivity
 
-__all__ = ["CLOSED", "MouthCloser", "MouthGate"]
+__all__ = ["CLOSED", "MouthCloser", "MouthGate", "ridge_inverse"]
 
 #: Largest distance of shut lips in distances between the outer eye corners; the trackers' shut mouths lie below.
 CLOSED = 0.02
@@ -42,6 +42,12 @@ _OPENING, _CLOSING = 2, 3
 _SHUT = 7
 
 
+def ridge_inverse(rows: Tensor, ridge: float) -> Tensor:
+    """(D, N): times N targets the smallest β whose products with (N, D) rows are near them."""
+    inverse: Tensor = rows.T @ torch.linalg.inv(rows @ rows.T + ridge * torch.eye(len(rows), dtype=rows.dtype))
+    return inverse
+
+
 class MouthCloser:
     """The smallest change of β that closes the lips.
 
@@ -56,8 +62,7 @@ class MouthCloser:
         self._gap = (basis[:, lower, 1] - basis[:, upper, 1]).T
         self._rest = rest[lower, 1] - rest[upper, 1]
         rows = torch.cat([self._gap, basis[:, list(_KEPT)].flatten(1).T])
-        ridge = _RIDGE * torch.eye(len(rows), dtype=rows.dtype)
-        self._close = (rows.T @ torch.linalg.inv(rows @ rows.T + ridge))[:, : len(upper)]
+        self._close = ridge_inverse(rows, _RIDGE)[:, : len(upper)]
 
     def gap(self, expression: Tensor) -> Tensor:
         """Largest distance (T,) between the lips for (T, 64), in distances between the outer eye corners."""

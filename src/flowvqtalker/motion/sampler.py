@@ -6,6 +6,7 @@ import math
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -105,6 +106,7 @@ class MotionGenerator:
         speech_encoder: takes the place of the flows' own; trained to give the same features with another look-ahead.
         warm_up: frames sampled before the first one, unseen, to fill the history.
         habits: how the emotion changes head and blinks; None: not at all.
+        correction: what the portrait's smile needs (:func:`flowvqtalker.motion.smile.smile_correction`); None: nothing.
 
     Raises:
         UserError: for an unknown emotion or numbers out of range.
@@ -135,6 +137,7 @@ class MotionGenerator:
         warm_up: int = WARM_UP,
         speech_encoder: AudioEncoder | None = None,
         habits: Habits | None = None,
+        correction: Tensor | None = None,
     ) -> None:
         if emotion is None and reference is None and track is None:
             raise UserError("neither an emotion nor a reference was given; give one")
@@ -149,12 +152,12 @@ class MotionGenerator:
         self.device = torch.device(device)
         self.expflow, self.poseflow = expflow.to(self.device).eval(), poseflow.to(self.device).eval()
         self.temperature, self.pose_temperature, self.articulation = temperature, pose_temperature, articulation
-        self.manifold, self.neighbours = manifold, neighbours
         with torch.no_grad():
             self.source = self.expflow.neutral_face(beta0.to(self.device, torch.float32).reshape(1, -1))
         self.pose0 = pose0.to(self.device, torch.float32).reshape(1, -1)
         self.poses, self._track, self._warm_up_frames = poses, track, warm_up
-        self._encoder, self._habits = speech_encoder, habits
+        self._encoder, self._habits, self.manifold, self.neighbours = speech_encoder, habits, manifold, neighbours
+        self._encode = partial(encode_emotion, self.expflow, correction=correction)
         self._bank = bank if manifold > 0 else None
         self._banks: dict[int, Tensor] = {}
         with torch.inference_mode(), _one_thread():
@@ -185,16 +188,14 @@ class MotionGenerator:
         self, emotion: str | None, intensity: float, reference: Tensor | None, calm: Tensor | None
     ) -> tuple[list[EmotionCondition], EmotionCondition | None]:
         """The conditions of the keys (one without a track), and neutral if an intensity needs it."""
-        neutral = encode_emotion(self.expflow, "neutral", 1.0)
+        neutral = self._encode("neutral", 1.0)
         if self._track is not None:
             pairs = [(key.emotion, intensity if key.intensity is None else key.intensity) for key in self._track.keys]
-            known = {pair: encode_emotion(self.expflow, *pair) for pair in dict.fromkeys(pairs)}
+            known = {pair: self._encode(*pair) for pair in dict.fromkeys(pairs)}
             conditions = [known[pair] for pair in pairs]
-        elif intensity == 0:
-            encode_emotion(self.expflow, emotion, intensity, reference, calm)  # to refuse what cannot be used
-            conditions = [neutral]
         else:
-            conditions = [encode_emotion(self.expflow, emotion, intensity, reference, calm, self.source)]
+            condition = self._encode(emotion, intensity, reference, calm, self.source)  # refuses what cannot be used
+            conditions = [condition if intensity > 0 else neutral]
         if all(condition.intensity == 1 for condition in conditions):
             return conditions, None
         return [condition.faded() for condition in conditions], neutral
@@ -237,7 +238,7 @@ class MotionGenerator:
             raise UserError(f"fade must be between 0 and 60 seconds, got {fade:g}")
         if self._track is not None:
             raise UserError("the emotion follows a track; leave the track out to change it")
-        self._wanted = encode_emotion(self.expflow, emotion, intensity), max(1, round(fade * FPS))
+        self._wanted = self._encode(emotion, intensity), max(1, round(fade * FPS))
 
     def _change(self) -> float:
         """Begin a change that is wanted, end one that is complete; returns the weight of the coming emotion."""
@@ -252,8 +253,7 @@ class MotionGenerator:
         self._fade_start, self._next = self._frame, Rollout(condition, self._no_history)
         coming = [self._next]
         if condition.intensity != 1 and self._neutral_rollout is None:
-            neutral = encode_emotion(self.expflow, "neutral", 1.0)
-            self._neutral_rollout = Rollout(neutral, self._no_history)
+            self._neutral_rollout = Rollout(self._encode("neutral", 1.0), self._no_history)
             coming.append(self._neutral_rollout)
         most_likely = torch.zeros_like(self._no_history[:, 0])
         for _ in range(self._warm_up_frames):

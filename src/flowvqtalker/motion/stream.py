@@ -13,6 +13,7 @@ from torch import Tensor
 
 from flowvqtalker.constants import FPS, SAMPLE_RATE
 from flowvqtalker.errors import UserError
+from flowvqtalker.face.model import FaceModel
 from flowvqtalker.io.coefficients import Motion
 from flowvqtalker.motion.auto import VoiceFollower
 from flowvqtalker.motion.circumplex import place_emotion
@@ -20,10 +21,12 @@ from flowvqtalker.motion.emotion import AUTO
 from flowvqtalker.motion.flow import ExpFlow, PoseFlow
 from flowvqtalker.motion.habits import Habits
 from flowvqtalker.motion.head_pose import PoseTrack
+from flowvqtalker.motion.lids import LidLimiter
 from flowvqtalker.motion.manifold import LatentBank
-from flowvqtalker.motion.mouth import MouthGate
+from flowvqtalker.motion.mouth import MouthCloser, MouthGate
 from flowvqtalker.motion.options import LIMITS, MotionOptions
 from flowvqtalker.motion.sampler import ARTICULATION, TEMPERATURE, MotionGenerator
+from flowvqtalker.motion.smile import smile_correction
 from flowvqtalker.speech import features
 from flowvqtalker.speech.encoder import AudioEncoder
 from flowvqtalker.speech.voice import VoiceEmotion
@@ -61,6 +64,7 @@ class MotionStream:
         pose0: (6,) pose that the head moves around.
         pose_scale: factor on that movement.
         gate: shuts the mouth where there is no speech; None leaves it as sampled.
+        lids: hold the eyes open; None leaves them as sampled.
     """
 
     def __init__(
@@ -69,8 +73,9 @@ class MotionStream:
         pose0: Tensor,
         pose_scale: float = 1.0,
         gate: MouthGate | None = None,
+        lids: LidLimiter | None = None,
     ) -> None:
-        self.generator, self.gate = generator, gate
+        self.generator, self.gate, self._lids = generator, gate, lids
         self._features = features.FeatureStream(generator.frontend)
         self._pose0, self._scale = pose0, pose_scale
         #: Frames returned so far; the next one is ``frames / 25`` seconds into the speech.
@@ -108,6 +113,7 @@ class MotionStream:
     def _finished(self, block: Motion) -> Motion:
         self.frames += len(block)
         expression = block.expression if self.gate is None else self.gate(block.expression)
+        expression = expression if self._lids is None else self._lids(expression)
         if self._scale == 1:
             return Motion(expression, block.pose)
         return Motion(expression, self._pose0 + self._scale * (block.pose - self._pose0))
@@ -130,10 +136,11 @@ def open_stream(
     poseflow: PoseFlow,
     bank: LatentBank | None,
     options: MotionOptions,
+    face: FaceModel,
     *,
+    identity: Tensor,
     beta0: Tensor,
     pose0: Tensor,
-    gate: MouthGate | None = None,
     speech_encoder: AudioEncoder | None = None,
     voice: VoiceEmotion | None = None,
 ) -> MotionStream:
@@ -142,8 +149,8 @@ def open_stream(
     Arguments:
         expflow, poseflow, bank: the flows and the bank of latents.
         options: with files read and clips tracked (:meth:`flowvqtalker.pipeline.Talker.resolve`).
-        beta0, pose0: expression (64,) and pose (6,) that the motion starts from.
-        gate: see :class:`MotionStream`.
+        face: the face model, to shut lips in pauses and to take off a portrait's smile.
+        identity, beta0, pose0: identity (80,), expression (64,) and pose (6,) of the portrait.
         speech_encoder: see :class:`~flowvqtalker.motion.sampler.MotionGenerator`.
         voice: hears the emotion ``auto``.
     """
@@ -170,13 +177,16 @@ def open_stream(
         poses=_pose_track(options),
         speech_encoder=speech_encoder,
         habits=Habits() if options.emotional_head else None,
+        correction=smile_correction(face, beta0),
         device="cpu",  # small matrices: a GPU would not be faster, and one seed is the same everywhere
     )
-    if emotion != AUTO:
-        return MotionStream(generator, pose0, options.pose_scale, gate)
-    if voice is None:
-        raise UserError("emotion auto needs the weights voice_emotion; name an emotion, or use the package's weights")
-    return MotionStream(VoiceFollower(generator, voice, intensity), pose0, options.pose_scale, gate)
+    follower: MotionGenerator | VoiceFollower = generator
+    if emotion == AUTO:
+        if voice is None:
+            raise UserError("emotion auto needs the weights voice_emotion; name one, or use the package's weights")
+        follower = VoiceFollower(generator, voice, intensity)
+    gate, lids = MouthGate(MouthCloser(face, identity)), LidLimiter(face, identity, generator.source[0].cpu())
+    return MotionStream(follower, pose0, options.pose_scale, gate, lids)
 
 
 def _pose_track(options: MotionOptions) -> PoseTrack | None:

@@ -18,13 +18,14 @@ from flowvqtalker.data.retarget import RetargetConfig, Retargeter
 from flowvqtalker.data.shards import Shard
 from flowvqtalker.errors import UserError
 from flowvqtalker.face.arkit import arkit_index
+from flowvqtalker.face.model import FaceModel
 from flowvqtalker.motion.blink import measure_blinks
 from flowvqtalker.motion.flow import ExpFlow, ExpFlowConfig, Flow
 from flowvqtalker.motion.likelihood import contexts, residual, rollout
 from flowvqtalker.motion.manifold import LatentBank
 from flowvqtalker.speech.encoder import SpeechEncoder
 from flowvqtalker.train.config import LoopConfig, check, to_dict
-from flowvqtalker.train.corpus import Corpus
+from flowvqtalker.train.corpus import Corpus, Floats
 from flowvqtalker.train.emotion_bias import fit_emotion_bias
 from flowvqtalker.train.flow_stage import (
     Features,
@@ -42,7 +43,7 @@ from flowvqtalker.train.identity_split import find_pairs
 from flowvqtalker.train.neutral_map import learn_neutral_map
 from flowvqtalker.train.sequences import SequenceConfig, SequenceDataset, load_corpus
 
-__all__ = ["Config", "ExpFlowStage", "build", "start_from"]
+__all__ = ["Config", "ExpFlowStage", "build", "read", "start_from"]
 
 
 @dataclass(frozen=True)
@@ -197,20 +198,38 @@ class ExpFlowStage(FlowStage):
         return {**self.flow.own_state(), **bank.tensors()}, to_dict(self.flow.config)
 
 
-def build(config: Config) -> ExpFlowStage:
-    """The stage for a configuration; reads the shards."""
+def read(config: Config) -> tuple[Corpus, Corpus]:
+    """The clips of both splits."""
+    basis, gap = _lips(face_model(config.face_model))
+    run = config.features.speech_encoder
+    frontend = config.flow.audio.frontend if run is None else load_speech_encoder(run)[0].config.frontend
+    train, val = (
+        load_corpus(config.shards, split, config.sequences, lips=basis, gap=gap, frontend=frontend)
+        for split in ("train", "val")
+    )
+    return train, val
+
+
+def _lips(face: FaceModel) -> tuple[Floats, Floats]:
+    """Projection (64, 64) on the lips' motion, and the direction (64,) that parts them."""
+    basis = torch.linalg.qr(lip_directions(face.expression))[0]
+    return (basis @ basis.mT).numpy(), lip_gap(face.expression).numpy()
+
+
+def build(config: Config, corpora: tuple[Corpus, Corpus] | None = None) -> ExpFlowStage:
+    """The stage for a configuration.
+
+    Arguments:
+        config: the configuration.
+        corpora: what :func:`read` gives, to read it once for several stages.
+    """
     run = config.features.speech_encoder
     speech = None if run is None else load_speech_encoder(run)
     config = replace(config, flow=replace(config.flow, speech_encoder=speech is not None))
     face = face_model(config.face_model)
     lids = face.arkit[[arkit_index("eyeBlinkLeft"), arkit_index("eyeBlinkRight")]].mean(0)
-    frontend = speech[0].config.frontend if speech else config.flow.audio.frontend
-    basis = torch.linalg.qr(lip_directions(face.expression))[0]
-    lips, gap = (basis @ basis.mT).numpy(), lip_gap(face.expression).numpy()
-    train, val = (
-        load_corpus(config.shards, split, config.sequences, lips=lips, gap=gap, frontend=frontend)
-        for split in ("train", "val")
-    )
+    train, val = corpora or read(config)
+    gap = _lips(face)[1]
     retarget = Retargeter(face, gap, config.retarget) if config.retarget.copies else None
     stage = ExpFlowStage(config, train, val, face.expression, lids, speech, retarget)
     if config.start is not None:
