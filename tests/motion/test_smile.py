@@ -29,7 +29,7 @@ def test_smile_moves_corners_in_and_down_and_keeps_the_eyes(face):
     moved = torch.einsum("d,dvc->vc", change, face.expression)
     assert (moved[[61, 291], 1] > 0.03).all()
     assert moved[61, 0] > 0.01 > -0.01 > moved[291, 0]
-    assert moved[14, 1] - moved[13, 1] < 0  # lips closer
+    assert abs(moved[14, 1] - moved[13, 1]) < 0.008  # the speech opens the lips
     assert moved[[159, 145, 386, 374, 105, 334]].abs().max() < 0.006
 
 

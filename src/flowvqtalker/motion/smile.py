@@ -23,9 +23,9 @@ _LEAST = 0.2
 #: inwards and down for a full smile, in distances between the outer eye corners.
 _LEFT, _RIGHT = (61, 57, 43, 37, 39, 40, 50, 205), (291, 287, 273, 267, 269, 270, 280, 425)
 _MOVES = ((0.03, 0.07), (0.024, 0.063), (0.024, 0.063), *3 * ((0.01, 0.03),), *2 * ((0.003, 0.03),))
-#: Vertices that stay: lids, brows, nose and chin; of these pairs the distance falls by _CLOSING: smiles part the lips.
+#: Vertices that stay (lids, brows, nose and chin), and pairs whose distance does: lips follow the speech.
 _KEPT, _UPPER, _LOWER = (159, 145, 386, 374, 105, 334, 55, 285, 1, 152), (13, 82, 312), (14, 87, 317)
-_CLOSING, _RIDGE = 0.02, 1e-3
+_RIDGE = 1e-3
 
 
 def smile_correction(model: FaceModel, expression: Tensor) -> Tensor:
@@ -39,11 +39,9 @@ def smile_correction(model: FaceModel, expression: Tensor) -> Tensor:
     share = min(max((smile - _LEAST) / (1 - _LEAST), 0.0), 1.0)
     basis = model.expression.cpu().double()
     moved = torch.tensor(_MOVES, dtype=torch.float64)
+    target = torch.cat([moved, moved * moved.new_tensor([-1.0, 1.0])]).flatten()
+    rows = basis[:, [*_LEFT, *_RIGHT], :2].flatten(1).T
     gap = (basis[:, _LOWER, 1] - basis[:, _UPPER, 1]).T
-    rows = [basis[:, list(part), :2].flatten(1).T for part in (_LEFT, _RIGHT)]
-    kept = basis[:, list(_KEPT)].flatten(1).T
-    design = torch.cat([*rows, gap, kept])
-    mirrored = moved * moved.new_tensor([-1.0, 1.0])
-    target = [moved.flatten(), mirrored.flatten(), gap.new_full((len(gap),), -_CLOSING), kept.new_zeros(len(kept))]
-    solved = ridge_inverse(design, _RIDGE) @ torch.cat(target)
+    kept = basis[:, _KEPT].flatten(1).T
+    solved = ridge_inverse(torch.cat([rows, gap, kept]), _RIDGE)[:, : len(target)] @ target
     return (share * solved).to(expression)
