@@ -31,6 +31,7 @@ from flowvqtalker.face.arkit import ARKIT_NAMES as NAMES
 from flowvqtalker.io.coefficients import Coefficients
 from flowvqtalker.loading import load_face_model, load_flows
 from flowvqtalker.motion.sampler import ARTICULATION, TEMPERATURE, MotionGenerator
+from flowvqtalker.motion.smile import smile_correction
 from flowvqtalker.speech.features import windows
 from flowvqtalker_eval.metrics.motion import blink_rate, diversity, head_deviation
 
@@ -81,18 +82,19 @@ class Bench:
     ) -> Coefficients:
         """Motion for a clip's speech, from the expression of its first frame or another."""
         real = self.clip(number)
-        beta = real.expression[0] if beta0 is None else beta0
+        beta = torch.from_numpy(np.array(real.expression[0] if beta0 is None else beta0, np.float32))
         motion = MotionGenerator(
             self.expflow,
             self.poseflow,
             self.bank,
-            beta0=torch.from_numpy(np.array(beta, np.float32)),
+            beta0=beta,
             pose0=torch.from_numpy(real.pose.mean(0)),
             emotion=emotion,
             intensity=intensity,
             temperature=self.options.temperature,
             articulation=self.options.articulation,
             seed=seed,
+            correction=smile_correction(self.face, beta),
             **self.sampling,
         )
         wave = self.wave(number)[: None if frames is None else frames * SAMPLES]
