@@ -172,13 +172,15 @@ def step(which: str) -> None:
         stage.validate = lambda fabric: {}
         counts = {g: sum(p.numel() for p in ps) / 1e6 for g, ps in stage.parameter_groups().items()}
         begun = time.perf_counter()
-        fit(stage, config.loop, scratch / "run")
+        with FlopCounterMode(display=False) as counter:
+            fit(stage, config.loop, scratch / "run")
         took = time.perf_counter() - begun
         header, values = (scratch / "run" / "log.csv").read_text().splitlines()[:2]
     row = dict(zip(header.split(","), values.split(","), strict=True))
     print(f"{which}, paper, {config.loop.precision}, batch 1, 512x512, one CPU core")
     print("trained parameters (M):", ", ".join(f"{key} {value:.2f}" for key, value in counts.items()))
     print(f"one step: {1 / float(row['steps_per_s']):.0f} s (with checkpoints {took:.0f} s)")
+    print(f"one step: {counter.get_total_flops() / 1e9:.0f} GFLOP")
     print(f"peak memory of the process: {float(row['memory_mib']) / 1024:.2f} GiB")
     print(", ".join(f"{key} {value}" for key, value in row.items() if "/" in key))
 
