@@ -276,14 +276,63 @@ def test_a_full_quota_is_one_line(motion, tmp_path):
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_too_little_memory_leaves_nothing(motion, tmp_path):
-    """As under `ulimit -v`. Native libraries abort the process at some allocations, so the exit code is not told."""
+@pytest.fixture
+def disk(tmp_path):
+    """A file system, on which a function mounts anew what is given."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def mount(options: str) -> Path:
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", str(folder)], capture_output=True)
+        if done.returncode:
+            pytest.skip("this user cannot mount a file system")
+        return folder
+
+    try:
+        yield mount
+    finally:
+        subprocess.run(["umount", str(folder)], capture_output=True)
+
+
+@pytest.mark.parametrize("options", ["size=12k", "ro"])
+def test_a_disk_that_is_full_or_read_only(disk, options, clips_to_prepare):  # noqa: F811
+    """Errors that the command line tells in one line; what was there stays, and nothing else."""
+    root, tracker = clips_to_prepare
+    folder = disk(options)
+    rng = np.random.default_rng(0)
+
+    def video() -> None:
+        with VideoWriter(folder / "a.mp4") as writer:
+            for _ in range(20):
+                writer.write(rng.integers(0, 255, (64, 64, 3), np.uint8))
+
+    def shard() -> None:
+        config = PrepareConfig(root, folder / "shard", root / "none", frames=4, min_native=100, **LENIENT)
+        prepare(config, make_tracker=FakeTracker(tracker.by_length), fit=fake_fit)
+
+    for write in (video, shard, lambda: fit(Toy(), CONFIG, folder / "run")):
+        with pytest.raises((UserError, OSError), match=r"cannot be (written|created)|No space|Read-only"):
+            write()
+        assert [path for path in folder.rglob("*") if path.suffix in (".part", ".mp4", ".npz")] == []
+        for left in folder.iterdir():
+            shutil.rmtree(left)
+
+
+def test_a_full_disk_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(Doctor, "run", lambda self: os.write(os.open("/dev/full", os.O_WRONLY), b"x"))
+    assert main(["doctor"]) == 2
+    assert capsys.readouterr().err.endswith("the output cannot be written (No space left on device); check the disk\n")
+
+
+def test_too_little_memory_is_one_line(motion, tmp_path):
+    """As under `ulimit -v`. Native libraries would abort the process, so the limit is looked at first."""
     before = """
 import resource
 pages = int(open("/proc/self/statm").read().split()[0])
 resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (4 << 20),) * 2)
 """
-    assert motion(before)[0] != 0
+    code, said = motion(before)
+    assert code == 2 and said.count("\n") == 1 and "ulimit -v" in said
     assert list((tmp_path / "out").iterdir()) == []
 
 

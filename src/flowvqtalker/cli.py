@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib
 import io
 import logging
@@ -89,8 +90,12 @@ _STAGES = {
     "motion-emotion": "Evaluator: the emotion of expression coefficients.",
 }
 
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 #: What torch, the system and the loader of shared libraries say instead of raising a MemoryError.
-_NO_MEMORY = re.compile(r"out of memory|allocate memory|not enough memory|failed to map segment", re.IGNORECASE)
+_NO_MEMORY = re.compile(
+    r"out of memory|alloc(ate memory|\b)|bad_alloc|not enough memory|failed to map segment|start new thread",
+    re.IGNORECASE,
+)
 
 _DESCRIPTION = (
     "One portrait, a speech recording and an emotion in, an emotional 512x512 talking-face video out. "
@@ -140,6 +145,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (MemoryError, RuntimeError, OSError, ImportError) as error:
+        if isinstance(error, OSError) and error.errno in _NO_SPACE:
+            place = _printable(str(error.filename or "the output"))
+            print(f"flowvqtalker: error: {place} cannot be written ({error.strerror}); check the disk", file=sys.stderr)
+            return 2
         if not isinstance(error, MemoryError) and not _NO_MEMORY.search(str(error)):
             raise
         print("flowvqtalker: error: not enough memory; close other programs or give shorter input", file=sys.stderr)

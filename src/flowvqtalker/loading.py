@@ -43,6 +43,22 @@ logger = logging.getLogger(__name__)
 
 F = TypeVar("F", bound=Flow)
 
+_ADDRESS_SPACE = 2.6  # GB that `animate` takes on two cores
+
+
+def _check_memory() -> None:
+    """Raise a :class:`UserError` under a limit of address space that is surely too small: native libraries abort."""
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit != resource.RLIM_INFINITY and limit < _ADDRESS_SPACE * 1e9:
+        raise UserError(
+            f"the address space is limited to {limit / 1e9:.1f} GB, and at least {_ADDRESS_SPACE} GB are needed; "
+            "raise the limit with `ulimit -v`"
+        )
+
 
 def choose_device(device: str = "auto") -> torch.device:
     """The device for a name.
@@ -51,8 +67,9 @@ def choose_device(device: str = "auto") -> torch.device:
         device: ``auto`` (a GPU if there is one), ``cpu``, ``cuda`` (or ``cuda:1``) or ``mps``.
 
     Raises:
-        UserError: if the name is unknown or there is no such device.
+        UserError: if the name is unknown, there is no such device, or `ulimit -v` leaves too little memory.
     """
+    _check_memory()
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     kind, _, index = device.partition(":")
