@@ -13,7 +13,7 @@ __all__ = ["ADOBE_RGB", "is_srgb", "to_srgb"]
 
 Floats = npt.NDArray[np.float32]
 
-# H.273 numbers. Other primaries and transfers are shown as sRGB, as players do: those of SD video are near enough.
+# H.273 numbers. Other primaries and transfers are shown as sRGB, as most players do (docs/inputs.md).
 _LINEAR, _PQ, _HLG = 8, 16, 18
 #: Chromaticities of red, green and blue by their number; the white is D65.
 _PRIMARIES: dict[int, tuple[float, ...]] = {

@@ -3,7 +3,8 @@
 A frame of any size is reduced to a square of 128x128 and whitened: high-passed, then divided by its local deviation.
 Each code bit is the sign of the correlation between the DCT of that and a fixed pseudo-random carrier. The embedder
 knows how the picture itself correlates and spends its fixed energy where the picture disagrees most, so that all bits
-get the same margin (informed embedding: Cox, Miller, Bloom, "Digital Watermarking", 2002, chapter 5).
+get the same margin (informed embedding: Cox, Miller, Bloom, "Digital Watermarking", 2002, chapter 5). The detector
+divides each DCT coefficient by the size of those around it: what the picture or a codec put into a band weighs less.
 
 Since the carriers belong to the reduced square, the mark survives a change of size; crops are searched for. Besides the
 code word there are *pilot* carriers of known sign, which tell that there is a mark at all.
@@ -34,6 +35,7 @@ _CARRIERS = CODE_BITS + _PILOTS
 _STRENGTH = 1.35  # root mean square of the mark in grey levels: PSNR 45.4 dB
 _FLAT = -0.3  # exponent of the local deviation in the mark's local strength
 _PACE = 0.15  # weight of a new frame in the running correlation; the mark must not flicker
+_SPREAD = 4.0  # of the coefficients that the detector compares one with
 _GAIN = 0.8  # share of the mark that the whitening's high-pass leaves
 
 _TAG_BITS = 16
@@ -41,10 +43,14 @@ _TAG = 0x4656
 _WINDOW = 250  # frames that vote together
 #: Least z-score of the pilots. With the 16 bits of the tag, about two unmarked windows in 10^8 are taken for marked.
 _THRESHOLD = 3.0
-#: The same for the best of many crops; still fewer than one unmarked file in 10^6 is taken for marked.
-_CROP_THRESHOLD = 4.2
+#: The same for the best of many crops; about one unmarked file in 10^6 is taken for marked.
+_CROP_THRESHOLD = 4.0
 _CROP_SIDES = range(127, 106, -1)  # what a crop leaves of the square: 99 to 84 per cent of each side
 _CROP_FRAMES = 50
+_FINE = 2 * _SIDE  # side to which a crop is reduced, so that it can be put at parts of the square's pixels
+_CROP_PLACES = 3  # best ones of whole pixels, which are then moved by these steps
+_CROP_STEPS = (0.5, 0.25, 0.25)
+_Box = tuple[float, ...]  # left, top, right, bottom of a crop in the square
 
 
 def payload(identifier: int = 0) -> int:
@@ -71,19 +77,27 @@ def _carriers() -> tuple[NDArray[np.intp], Floats]:
     return places[: _CARRIERS * each].reshape(_CARRIERS, each), (signs / np.sqrt(each)).astype(np.float32)
 
 
-def _whiten(luma: Luma, width: int = _SIDE, height: int = _SIDE) -> tuple[Floats, Floats]:
-    """The reduced frame, high-passed and divided by its local deviation; and that deviation."""
-    small = cv2.resize(luma, (width, height), interpolation=cv2.INTER_AREA).astype(np.float32)
-    detail = small - cv2.GaussianBlur(small, (0, 0), 1.0)
-    deviation = np.sqrt(cv2.GaussianBlur(detail * detail, (0, 0), 1.5)) + np.float32(0.3)
+def _whiten(luma: Luma, side: int = _SIDE) -> tuple[Floats, Floats]:
+    """The frame reduced to a square, high-passed and divided by its local deviation; and that deviation."""
+    small = cv2.resize(luma, (side, side), interpolation=cv2.INTER_AREA).astype(np.float32)
+    unit = side / _SIDE
+    detail = small - cv2.GaussianBlur(small, (0, 0), unit)
+    deviation = np.sqrt(cv2.GaussianBlur(detail * detail, (0, 0), 1.5 * unit)) + np.float32(0.3)
     return detail / deviation, deviation
 
 
-def _correlate(white: Floats) -> Floats:
-    """Correlation with each carrier, (172,)."""
+def _correlate(spectrum: Floats) -> Floats:
+    """Correlation of a DCT with each carrier, (172,)."""
     places, signs = _carriers()
-    products: Floats = cv2.dct(white).ravel()[places] * signs
+    products: Floats = spectrum.ravel()[places] * signs
     return np.asarray(products.sum(1), np.float32)
+
+
+def _levelled(white: Floats) -> Floats:
+    """DCT of a square, each coefficient relative to those around it."""
+    spectrum = cv2.dct(white)
+    around = cv2.GaussianBlur(spectrum * spectrum, (0, 0), _SPREAD, borderType=cv2.BORDER_REFLECT)
+    return np.asarray(spectrum / np.sqrt(around + np.float32(1e-12)), np.float32)
 
 
 class Watermark:
@@ -100,7 +114,7 @@ class Watermark:
     def __call__(self, luma: Luma) -> None:
         """Mark a luma plane (H, W) uint8 in place."""
         white, deviation = _whiten(luma)
-        agreement = _correlate(white) * self._signs
+        agreement = _correlate(cv2.dct(white)) * self._signs
         if self._agreement is not None:
             agreement = self._agreement + np.float32(_PACE) * (agreement - self._agreement)
         self._agreement = agreement
@@ -172,7 +186,7 @@ def detect(frames: Iterable[Luma]) -> Detection:
     best: Detection | None = None
     crops = _Crops()
     for mean, count in _windows(map(crops.add, frames)):
-        found = _read(_correlate(mean), count)
+        found = _read(_correlate(_levelled(mean)), count)
         if found.found:
             return found
         best = found if best is None or found.score > best.score else best
@@ -199,31 +213,52 @@ class _Crops:
     """Search for the mark in what was cropped by the same share of both sides: the pilots tell scale and place."""
 
     def __init__(self) -> None:
-        self._means = {side: np.zeros((side, side), np.float32) for side in _CROP_SIDES}
+        self._mean = np.zeros((_FINE, _FINE), np.float32)
         self._count = 0
 
     def add(self, luma: Luma) -> Luma:
         """Take a frame into account and pass it on."""
         if self._count < _CROP_FRAMES:
             self._count += 1
-            for side, mean in self._means.items():
-                mean += (_whiten(luma, side, side)[0] - mean) / np.float32(self._count)
+            self._mean += (_whiten(luma, _FINE)[0] - self._mean) / np.float32(self._count)
         return luma
 
     def search(self) -> Detection:
-        """The crop with the highest score."""
+        """The crop with the highest score: the best of whole pixels of the square, then moved by parts of them."""
         places, signs = _carriers()
         spectrum = np.zeros(_SIDE * _SIDE, np.float32)
         spectrum[places[CODE_BITS:]] = signs[CODE_BITS:]
         pilots = cv2.idct(spectrum.reshape(_SIDE, _SIDE))
-        candidates = []
-        for mean in self._means.values():
-            _, _, _, (left, top) = cv2.minMaxLoc(cv2.matchTemplate(pilots, mean, cv2.TM_CCORR))
-            # A crop seldom begins at a whole pixel of the square.
-            for down, right in itertools.product((-0.5, 0, 0.5), repeat=2):
-                shift = np.array([[1, 0, left + right], [0, 1, top + down]], np.float32)
-                candidates.append(_correlate(cv2.warpAffine(mean, shift, (_SIDE, _SIDE), flags=cv2.INTER_CUBIC)))
-        return _read(max(candidates, key=_score), self._count, _CROP_THRESHOLD)
+        levelled = cv2.idct(_levelled(self._mean))
+        self._mean = cv2.GaussianBlur(self._mean, (0, 0), 0.7)  # it is halved from here on
+        found = []
+        for side in _CROP_SIDES:
+            small = cv2.resize(levelled, (side, side), interpolation=cv2.INTER_AREA)
+            _, _, _, (left, top) = cv2.minMaxLoc(cv2.matchTemplate(pilots, small, cv2.TM_CCORR))
+            box = (float(left), float(top), float(left + side), float(top + side))
+            found.append((_presence(self._at(box)), box))
+        best = max(self._refined(*one) for one in sorted(found)[-_CROP_PLACES:])
+        return _read(self._at(best[1]), self._count, _CROP_THRESHOLD)
+
+    def _refined(self, presence: float, box: _Box) -> tuple[float, _Box]:
+        """The best place near one, and the presence of a mark there."""
+        for step, corner, sign in itertools.product(_CROP_STEPS, range(4), (-1, 1)):
+            moved = (*box[:corner], box[corner] + sign * step, *box[corner + 1 :])
+            presence, box = max((presence, box), (_presence(self._at(moved)), moved))
+        return presence, box
+
+    def _at(self, box: _Box) -> Floats:
+        """Correlations if the crop is that box of the square."""
+        corner = np.array(box[:2])
+        scale = _FINE / (np.array(box[2:]) - corner)
+        view = np.column_stack([np.diag(scale), scale * (0.5 - corner) - 0.5])  # from the square to the crop
+        square = cv2.warpAffine(self._mean, view, (_SIDE, _SIDE), flags=cv2.INTER_CUBIC | cv2.WARP_INVERSE_MAP)
+        return _correlate(_levelled(np.asarray(square, np.float32)))
+
+
+def _presence(correlations: Floats) -> float:
+    """How much there is of a mark whose code bits are not known."""
+    return float(correlations[CODE_BITS:].sum() + np.abs(correlations[:CODE_BITS]).sum())
 
 
 def _score(correlations: Floats) -> float:
