@@ -141,6 +141,11 @@ def test_brightness_may_change(frames):
         assert detect(changed).message == MESSAGE
 
 
+def test_survives_mirroring(frames):
+    found = detect(h264([np.ascontiguousarray(frame[:, ::-1]) for frame in marked(frames)], 23))
+    assert found.message == MESSAGE and found.found
+
+
 def test_marks_a_later_window(frames):
     """Ten unmarked seconds do not hide the mark of what follows."""
     small = [cv2.resize(frame, (128, 128), interpolation=cv2.INTER_AREA) for frame in frames]
