@@ -4,7 +4,7 @@
 
 Each clip is marked and written as the product writes it (H.264, crf 18), then damaged and encoded again. Prints the
 mean bit accuracy before error correction, on how many clips the mark was found with the right 64 bits, and the z-score
-of the pilots.
+of the known bits.
 """
 
 from __future__ import annotations

@@ -24,7 +24,8 @@ class Report:
     Attributes:
         path: the file.
         marked: whether it has a watermark of ours, or valid content credentials that state a generated file.
-        watermark: found, identifier (of 48 bits; None without a mark), score (3 is needed) and frames that voted.
+        watermark: found, identifier (of 48 bits; None without a mark), score (4.75 is needed, of a crop 6.3) and frames
+            that voted.
         credentials: see :func:`flowvqtalker.provenance.credentials.read_credentials`; None if there are none.
         note: why content credentials were not looked for; None if they were.
     """

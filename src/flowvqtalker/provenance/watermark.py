@@ -7,7 +7,7 @@ get the same margin (informed embedding: Cox, Miller, Bloom, "Digital Watermarki
 divides each DCT coefficient by the size of those around it: what the picture or a codec put into a band weighs less.
 
 Since the carriers belong to the reduced square, the mark survives a change of size; crops are searched for. Besides the
-code word there are *pilot* carriers of known sign, which tell that there is a mark at all.
+code word there are *pilot* carriers of known sign, which tell with the tag that there is a mark at all.
 """
 
 from __future__ import annotations
@@ -41,10 +41,11 @@ _GAIN = 0.8  # share of the mark that the whitening's high-pass leaves
 _TAG_BITS = 16
 _TAG = 0x4656
 _WINDOW = 250  # frames that vote together
-#: Least z-score of the pilots. With the 16 bits of the tag, about four unmarked windows in 10^8 are taken for marked.
-_THRESHOLD = 3.0
-#: The same for the best of many crops; about one unmarked file in 10^6 is taken for marked.
-_CROP_THRESHOLD = 4.0
+_TAG_CODE = 2 * _TAG_BITS  # code bits that the tag alone decides, which so are known as the pilots are
+#: Least z-score of all known bits; about two unmarked windows in 10^6 are taken for marked.
+_THRESHOLD = 4.75
+#: The same for the best of many crops; about two unmarked files in 10^6 are taken for marked.
+_CROP_THRESHOLD = 6.3
 _CROP_SIDES = range(127, 106, -1)  # what a crop leaves of the square: 99 to 84 per cent of each side
 _CROP_FRAMES = 50
 _FINE = 2 * _SIDE  # side to which a crop is reduced, so that it can be put at parts of the square's pixels
@@ -152,7 +153,7 @@ class Detection:
     Attributes:
         found: whether there is a mark of ours.
         message: the 64 bits read; noise if there is no mark.
-        score: z-score of the pilots; 3 is needed.
+        score: z-score of the pilots and the tag; 4.75 is needed.
         soft: (140,) correlations of the code bits; the sign says which bit.
         frames: number of frames that voted.
     """
@@ -227,14 +228,15 @@ class _Crops:
         """The crop with the highest score: the best of whole pixels of the square, then moved by parts of them."""
         places, signs = _carriers()
         spectrum = np.zeros(_SIDE * _SIDE, np.float32)
-        spectrum[places[CODE_BITS:]] = signs[CODE_BITS:]
-        pilots = cv2.idct(spectrum.reshape(_SIDE, _SIDE))
+        known = _known_signs()
+        spectrum[places] = signs * known[:, None]
+        known_mark = cv2.idct(spectrum.reshape(_SIDE, _SIDE))
         levelled = cv2.idct(_levelled(self._mean))
         self._mean = cv2.GaussianBlur(self._mean, (0, 0), 0.7)  # it is halved from here on
         found = []
         for side in _CROP_SIDES:
             small = cv2.resize(levelled, (side, side), interpolation=cv2.INTER_AREA)
-            _, _, _, (left, top) = cv2.minMaxLoc(cv2.matchTemplate(pilots, small, cv2.TM_CCORR))
+            _, _, _, (left, top) = cv2.minMaxLoc(cv2.matchTemplate(known_mark, small, cv2.TM_CCORR))
             box = (float(left), float(top), float(left + side), float(top + side))
             found.append((_presence(self._at(box)), box))
         best = max(self._refined(*one) for one in sorted(found)[-_CROP_PLACES:])
@@ -258,20 +260,25 @@ class _Crops:
 
 def _presence(correlations: Floats) -> float:
     """How much there is of a mark whose code bits are not known."""
-    return float(correlations[CODE_BITS:].sum() + np.abs(correlations[:CODE_BITS]).sum())
+    known = _known_signs()
+    return float(correlations @ known + np.abs(correlations[known == 0]).sum())
 
 
-def _score(correlations: Floats) -> float:
-    """z-score of the pilots."""
-    spread = float(np.sqrt(np.mean(np.square(correlations)) * _PILOTS))
-    return float(correlations[CODE_BITS:].sum()) / spread if spread > 1e-6 else 0.0
+@functools.cache
+def _known_signs() -> Floats:
+    """Sign of the pilots and of the tag's code bits, 0 for the identifier's, (172,)."""
+    word = np.concatenate([encode(payload()), np.ones(_PILOTS)])
+    word[_TAG_CODE:CODE_BITS] = 0
+    return np.asarray(word, np.float32)
 
 
 def _read(correlations: Floats, frames: int, threshold: float = _THRESHOLD) -> Detection:
-    soft, score = correlations[:CODE_BITS], _score(correlations)
-    message = decode(soft)
-    found = score >= threshold and message >> (MESSAGE_BITS - _TAG_BITS) == _TAG
-    return Detection(found, message, score, soft, frames)
+    known = _known_signs()
+    spread = float(np.linalg.norm(known) * np.sqrt(np.mean(np.square(correlations))))
+    score = float(correlations @ known) / spread if spread > 1e-6 else 0.0
+    soft = correlations[:CODE_BITS]
+    message = decode(soft + known[:CODE_BITS] * 10 * np.abs(soft).max())
+    return Detection(score >= threshold, message, score, soft, frames)
 
 
 def to_luma(frame: NDArray[np.uint8]) -> Luma:
