@@ -75,7 +75,7 @@ demo: setup out/astronaut.png
 	$(BIN)/flowvqtalker animate out/astronaut.png src/flowvqtalker/assets/sample_speech.ogg -o out/demo.mp4 --emotion happy
 
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" -n auto --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" -n auto --dist loadfile --no-loadscope-reorder
 
 gallery: setup
 	$(BIN)/python benchmarks/gallery.py $(FACES)

@@ -8,9 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
-torch.set_num_threads(1)
+# Worker processes import this file for its helpers, so that torch is imported where it is needed.
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that hold slow tests: one that begins last leaves the other processes idle."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 def write_wav(path: Path, samples: np.ndarray, rate: int = 16_000) -> Path:
@@ -30,6 +35,14 @@ def babble(seconds: float, rate: int = 16_000, seed: int = 0) -> np.ndarray:
     time = np.arange(round(seconds * rate)) / rate
     voice = sum(np.sin(2 * np.pi * 140 * k * time) / k for k in range(1, 12))
     return 0.2 * voice * (0.5 + 0.5 * np.sin(2 * np.pi * 4 * time)) + 0.01 * generator.standard_normal(len(time))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """The tests themselves run side by side."""
+    import torch
+
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
@@ -73,6 +86,7 @@ def portrait_file(astronaut: np.ndarray, tmp_path_factory: pytest.TempPathFactor
 @pytest.fixture(scope="session")
 def tiny_weights(astronaut: np.ndarray, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A complete folder of weights: tiny untrained networks, and a face model of the astronaut's own shape."""
+    import torch
     from safetensors.torch import save_file
 
     from flowvqtalker.face.model import FaceModel

@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 import pytest
 
-from flowvqtalker import EMOTIONS, weights
+from flowvqtalker import EMOTIONS
 from flowvqtalker.data import lip_sync
 from flowvqtalker.data.extract import PrepareConfig, Raw, choose_frames, resample
 from flowvqtalker.data.identity import Describer, cluster, merge_known
@@ -25,8 +25,10 @@ from flowvqtalker.data.sources import read_audio, read_frames, read_timing
 from flowvqtalker.data.splits import split_of
 from flowvqtalker.errors import UserError
 from flowvqtalker.face.topology import EYES, MOUTH_CORNERS
+from flowvqtalker.io.video import VideoWriter
 
-SHARED = Path(__file__).parents[3] / "shared" / "data"
+from ..conftest import babble, write_wav
+
 SIDE = 160
 # The toy pictures are flat, and few clips of noise say nothing about lips.
 LENIENT: dict[str, Any] = {"min_sharpness": 0.0, "min_sync": -1.0}
@@ -361,14 +363,19 @@ def test_chosen_frames_differ_and_are_good() -> None:
     assert len(choose_frames(part, 50)) == 19
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the shared clips are not here")
-def test_prepare_real_clips(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_prepare_real_clips(astronaut: np.ndarray, tmp_path: Path) -> None:
+    """With the real tracker and fit, in a worker process."""
+    from flowvqtalker import weights  # imports torch, which the workers of test_layouts do without
+
     model = weights.folder() / "face_model.safetensors"
-    sources = [s for s in catalogue(SHARED).sources if s.collection == "LRW-AR"][:2]
     (tmp_path / "data").mkdir()
-    for source in sources:
-        (tmp_path / "data" / source.name).symlink_to(source.path)
-    report = prepare(PrepareConfig(tmp_path / "data", tmp_path / "out", model, frames=3))
+    speech = write_wav(tmp_path / "speech.wav", babble(0.6))
+    for clip in range(2):
+        with VideoWriter(tmp_path / "data" / f"{clip}.mp4", speech) as writer:
+            for shift in range(15):
+                writer.write(np.roll(astronaut, (shift, 4 * clip * shift), (0, 1)))
+    report = prepare(PrepareConfig(tmp_path / "data", tmp_path / "out", model, frames=3, min_sync=-1.0))
     shard = Shard(tmp_path / "out")
     assert (report.clips, report.dropped) == (2, {})
     assert report.crops == 6

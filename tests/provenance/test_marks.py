@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import stat
 from pathlib import Path
 
@@ -32,6 +33,16 @@ def plain(path: Path, frames: list[np.ndarray]) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def video(frames: list[np.ndarray], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A video with the default marks."""
+    folder = tmp_path_factory.mktemp("video")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CONFIG_HOME", str(folder))
+        write_marked(frames, folder / "out.mp4", None, len(frames))
+    return folder / "out.mp4"
+
+
 def test_default_marks(frames, tmp_path, user_config):
     result = write_marked(frames, tmp_path / "out.mp4", None, len(frames))
     assert result.frames == len(frames)
@@ -58,10 +69,9 @@ def test_sound_stays(frames, tmp_path):
         assert container.streams.audio and sum(1 for _ in container.decode(video=0)) == len(frames)
 
 
-def test_changed_file_is_not_valid(frames, tmp_path):
+def test_changed_file_is_not_valid(video, tmp_path):
     path = tmp_path / "out.mp4"
-    write_marked(frames, path, None, len(frames))
-    data = bytearray(path.read_bytes())
+    data = bytearray(video.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
     found = credentials.read_credentials(path)
@@ -71,7 +81,8 @@ def test_changed_file_is_not_valid(frames, tmp_path):
 def test_credentials_alone_are_a_mark_and_invalid_ones_are_not(frames, tmp_path):
     path = plain(tmp_path / "out.mp4", frames)
     credentials.sign(path, path, credentials.load_credential())
-    assert verify(path).marked and not verify(path).watermark["found"]
+    report = verify(path)
+    assert report.marked and not report.watermark["found"]
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
@@ -189,8 +200,8 @@ def test_label_with_watermark(frames, tmp_path):
     assert corner.max() > 230 and verify(tmp_path / "out.mp4").marked
 
 
-def test_verify_command(frames, tmp_path, capsys):
-    write_marked(frames, tmp_path / "marked.mp4", None, len(frames))
+def test_verify_command(frames, video, tmp_path, capsys):
+    shutil.copyfile(video, tmp_path / "marked.mp4")
     plain(tmp_path / "plain.mp4", frames)
     Image.fromarray(frames[0]).save(tmp_path / "plain.png")
     (tmp_path / "text.mp4").write_text("not a video")
@@ -211,18 +222,17 @@ def test_verify_takes_any_size(tmp_path, size):
     assert main(["verify", str(tmp_path / "a.png")]) == 1
 
 
-def test_verify_takes_names_that_look_like_protocols_and_refuses_cut_files(frames, tmp_path, monkeypatch):
+def test_verify_takes_names_that_look_like_protocols_and_refuses_cut_files(video, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    write_marked(frames, Path("12:30.mp4"), None, len(frames))
+    shutil.copyfile(video, "12:30.mp4")
     assert main(["verify", "12:30.mp4"]) == 0
     data = Path("12:30.mp4").read_bytes()
     Path("cut.mp4").write_bytes(data[: len(data) // 3])
     assert main(["verify", "cut.mp4"]) == 2
 
 
-def test_a_frame_of_a_marked_video_is_marked(frames, tmp_path):
-    write_marked(frames, tmp_path / "out.mp4", None, len(frames))
-    Image.fromarray(next(read_video(tmp_path / "out.mp4"))).save(tmp_path / "frame.png")
+def test_a_frame_of_a_marked_video_is_marked(video, tmp_path):
+    Image.fromarray(next(read_video(video))).save(tmp_path / "frame.png")
     assert main(["verify", str(tmp_path / "frame.png")]) == 0
 
 

@@ -25,7 +25,7 @@ from flowvqtalker_eval.study.key import Key
 from ..browser import BrowserPage, needs_browser, open_browser
 from .study_help import ITEMS, METHODS, quick_clips, write_methods, write_video
 
-pytestmark = needs_browser
+pytestmark = [needs_browser, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")

@@ -178,6 +178,7 @@ def clips(tmp_path, astronaut):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_every_method_on_tiny_weights(clips, tiny_weights, capsys, monkeypatch):
     out, scratch = clips / "out", clips / "scratch"
     scratch.mkdir()

@@ -231,6 +231,7 @@ def test_a_codebook_can_start_from_another(shard: Path, tmp_path: Path) -> None:
         codebook.build(replace(config, data=codebook.Data(start=tmp_path / "start.safetensors"), region=other))
 
 
+@pytest.mark.slow
 def test_the_generator_learns_and_resumes_to_the_last_bit(shard: Path, face: FaceModel, tmp_path: Path) -> None:
     torch.manual_seed(0)
     save_file(RegionVQVAE(BOOK).state_dict(), tmp_path / "codebook.safetensors")

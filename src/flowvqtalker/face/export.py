@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
-from scipy.spatial.transform import Rotation
 
 from flowvqtalker.constants import FPS
 from flowvqtalker.errors import UserError
@@ -201,6 +200,8 @@ def _expression(model: FaceModel, blendshapes: Floats) -> npt.NDArray[np.float32
 
 def _pose(model: FaceModel, yaw: Floats, pitch: Floats, roll: Floats) -> npt.NDArray[np.float32]:
     """Poses (T, 6) in front of the camera with the angles of :func:`head_angles`."""
+    from scipy.spatial.transform import Rotation  # slow to import, and only files of head angles need it
+
     flip = np.diag([1.0, -1.0, -1.0])
     turn = Rotation.from_euler("YXZ", np.stack([yaw, pitch, roll], axis=1)).as_matrix()
     angles = Rotation.from_matrix(flip @ turn @ flip).as_euler("ZYX")[:, ::-1]

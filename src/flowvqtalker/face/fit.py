@@ -9,7 +9,6 @@ import numpy as np
 import numpy.typing as npt
 import scipy.linalg
 import torch
-from scipy.signal import savgol_filter
 
 from flowvqtalker.errors import UserError
 from flowvqtalker.face.geometry import Floats, align, angles_of, fill_gaps, rodrigues, tangents, unproject
@@ -263,6 +262,8 @@ def smooth_clip(model: FaceModel, fit: Fit) -> Fit:
     window = min(_WINDOW, count if count % 2 else count - 1)
     if window <= _ORDER:
         return fit
+    from scipy.signal import savgol_filter  # takes most of a second, and a portrait does without
+
     pose = savgol_filter(fit.pose, window, _ORDER, axis=0)
     fast = fast_directions(model)
     quick = fit.expression @ fast @ fast.T
