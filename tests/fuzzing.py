@@ -102,11 +102,11 @@ def _images() -> Iterator[tuple[str, bytes]]:
         yield f"a.{kind}", file.getvalue()
 
 
-def _clip(container: str, video: str | None, audio: str | None, frames: int = 5) -> bytes:
+def _clip(container: str, video: str | None, audio: str | None, frames: int = 5, **codec: str) -> bytes:
     """A moving pattern with a tone, of 0.2 seconds."""
     file = io.BytesIO()
     with av.open(file, "w", format=container) as out:
-        shown = out.add_stream(video, rate=25, width=64, height=64) if video else None
+        shown = out.add_stream(video, rate=25, width=64, height=64, options=codec) if video else None
         heard = out.add_stream(audio, rate=48_000, layout="mono") if audio else None
         for number in range(frames if shown else 0):
             pixels = np.roll(np.arange(64 * 64 * 3, dtype=np.uint8).reshape(64, 64, 3), 3 * number, 1)
@@ -195,7 +195,9 @@ def kinds(folder: Path) -> dict[str, Kind]:
             lambda path: [0 for _ in stream(scan(path))], {n: _clip(c, None, a) for n, (c, a) in sounds.items()}
         ),
         "clip": Kind(
-            lambda path: (probe(path), [0 for _ in read_video(path)]), {n: _clip(*given) for n, given in clips.items()}
+            lambda path: (probe(path), [0 for _ in read_video(path)]),
+            {n: _clip(*given) for n, given in clips.items()}
+            | {"fields.mkv": _clip("matroska", "libx264", None, **{"x264-params": "tff=1"})},
         ),
         "marks": Kind(provenance.verify, {"a.mp4": _clip("mp4", "libx264", None), "a.png": dict(_images())["a.png"]}),
         "motion": Kind(lambda path: load_motion(path, face).at(30), {"a.npz": motion["a.npz"]}, _mutate_npz),
