@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 
 F = TypeVar("F", bound=Flow)
 
-_ADDRESS_SPACE = 2.6  # GB that `animate` takes on two cores
+_ADDRESS_SPACE = 2.4  # GB; too little for `animate` on two cores, 2.8 were enough
 
 
 def _check_memory() -> None:
@@ -53,9 +53,9 @@ def _check_memory() -> None:
     except ImportError:  # not on Windows
         return
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
-    if limit != resource.RLIM_INFINITY and limit < _ADDRESS_SPACE * 1e9:
+    if limit != resource.RLIM_INFINITY and limit <= _ADDRESS_SPACE * 1e9:
         raise UserError(
-            f"the address space is limited to {limit / 1e9:.1f} GB, and at least {_ADDRESS_SPACE} GB are needed; "
+            f"the address space is limited to {limit / 1e9:.1f} GB, and more than {_ADDRESS_SPACE} GB are needed; "
             "raise the limit with `ulimit -v`"
         )
 
