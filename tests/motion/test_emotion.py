@@ -203,9 +203,26 @@ def test_a_track_is_the_same_however_the_stream_is_cut(tiny, seed):
     assert torch.equal(cut.expression, whole.expression) and torch.equal(cut.pose, whole.pose)
 
 
-def test_a_change_of_emotion_is_no_jump(trained, sample_speech):
+@pytest.fixture(scope="module")
+def three_seconds(trained, sample_speech):
+    return windows_of(decode.load(sample_speech)[: 16_000 * 3], trained[0].audio.config.frontend)
+
+
+def four_seeds(trained, heard, **choice):
+    """Expressions (4, T, 64): one seed is noisy."""
+    drawn = [make(trained, blink_rate=0, seed=n, **choice)(heard, last=True).expression for n in range(4)]
+    return torch.stack(drawn)
+
+
+@pytest.fixture(scope="module")
+def calm(trained, three_seconds):
+    """What the neutral face does at those seconds, by four seeds."""
+    return four_seeds(trained, three_seconds, emotion="neutral")
+
+
+def test_a_change_of_emotion_is_no_jump(trained, three_seconds, calm):
     """Speed from frame to frame during a change lies within that of the unchanged emotions; a cut's does not."""
-    heard = windows_of(decode.load(sample_speech)[: 16_000 * 3], trained[0].audio.config.frontend)
+    heard = three_seconds
 
     def speed(part):
         return part.diff(dim=0).norm(dim=1)
@@ -213,7 +230,7 @@ def test_a_change_of_emotion_is_no_jump(trained, sample_speech):
     def draw(**choice):
         return make(trained, blink_rate=0, **choice)(heard, last=True).expression
 
-    before, after = draw(emotion="neutral"), draw(emotion="surprised")
+    before, after = calm[0], draw(emotion="surprised")
     normal = torch.cat([speed(before)[25:], speed(after)[25:]])
     changed, cut = (
         draw(emotion=None, track=track((0, "neutral"), (2, "surprised"), blend=blend)) for blend in (BLEND, 0.0)
@@ -238,20 +255,14 @@ def test_close_keys_move_one_rollout(tiny):
     assert max(np.diff(weights)) < 0.05
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("frames", [1, 40])
-def test_a_reference_shows_its_difference_from_its_own_calm_face(trained, sample_speech, frames):
-    """Whatever z_ref does by itself, and without what parts the lips. The mean of four seeds: one is noisy."""
-    heard = windows_of(decode.load(sample_speech)[: 16_000 * 3], trained[0].audio.config.frontend)
+def test_a_reference_shows_its_difference_from_its_own_calm_face(trained, three_seconds, calm, frames):
+    """Whatever z_ref does by itself, and without what parts the lips."""
     wanted = torch.randn(64, generator=torch.Generator().manual_seed(0)) / 2
     opening = trained[0].opening / trained[0].opening.norm()
     reference = (wanted + 0.3).expand(frames, -1)
-    neutral, shown = (
-        torch.cat([make(trained, blink_rate=0, seed=n, **choice)(heard, last=True).expression for n in range(4)])
-        for choice in (
-            {"emotion": "neutral"},
-            {"emotion": None, "reference": reference, "calm": torch.full((1, 64), 0.3)},
-        )
-    )
-    difference, wanted = (shown - neutral).mean(0), wanted - (wanted @ opening) * opening
+    shown = four_seeds(trained, three_seconds, emotion=None, reference=reference, calm=torch.full((1, 64), 0.3))
+    difference, wanted = (shown - calm).mean((0, 1)), wanted - (wanted @ opening) * opening
     assert float(torch.cosine_similarity(difference, wanted, dim=0)) > 0.7
     assert 0.6 < float(difference @ wanted / wanted.square().sum()) < 1.4

@@ -72,7 +72,7 @@ def test_the_shape_follows_the_cluster_and_actors_end_with_the_command(cluster, 
         with pytest.raises(KeyboardInterrupt):
             work.interrupt(run_tasks(tasks, backend))
     (file,) = tmp_path.glob("0-*.pid")
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while Path(f"/proc/{file.read_text()}").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not Path(f"/proc/{file.read_text()}").exists()
