@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import cv2
@@ -16,6 +17,7 @@ from flowvqtalker.io import audio
 from flowvqtalker.io.video import VideoWriter
 
 from .conftest import write_wav
+from .forked import commands
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -56,17 +58,27 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("work") / "paper"
 
 
-def run(script: str, *arguments: str | Path, zoom: str = "mouth") -> str:
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ZOOM": zoom, "PATH": path}
-    command = ["bash", str(REPOSITORY / "runs" / script), *map(str, arguments)]
-    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., None]]:
+    """Runs a script."""
+    folder = tmp_path_factory.mktemp("bin")
+    path = f"{folder}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+
+    def call(script: str, *arguments: str | Path, zoom: str = "mouth") -> None:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "ZOOM": zoom, "PATH": path}
+        command = ["bash", str(REPOSITORY / "runs" / script), *map(str, arguments)]
+        done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr[-3000:]
+
+    one = folder / "nproc"  # every worker of `prepare` imports everything anew
+    one.write_text("#!/bin/sh\necho 1\n")
+    one.chmod(0o755)
+    with commands(folder):
+        yield call
 
 
 @pytest.mark.slow
-def test_weights_of_the_paper(data: Path, work: Path) -> None:
+def test_weights_of_the_paper(data: Path, work: Path, run: Callable[..., None]) -> None:
     run("paper_weights.sh", data / "MEAD", data / "HDTF", data / "FFHQ", work, "configs/toy")
     entries = json.loads((work / "weights" / "manifest.json").read_text())
     assert {"codebook.safetensors", "vqig.safetensors", "expflow.safetensors", "poseflow.safetensors"} <= set(entries)
@@ -77,7 +89,7 @@ def test_weights_of_the_paper(data: Path, work: Path) -> None:
 
 
 @pytest.mark.slow
-def test_tables_and_figures(data: Path, work: Path) -> None:
+def test_tables_and_figures(data: Path, work: Path, run: Callable[..., None]) -> None:
     run("table1.sh", data / "MEAD", data / "HDTF", work, "--limit", "1", "--seconds", "1", "--jobs", "1")
     assert "animate" in (work / "table1" / "mead" / "table1.md").read_text()
     assert "animate" in (work / "table1" / "hdtf" / "table1.md").read_text()
