@@ -324,10 +324,11 @@ def test_a_full_disk_is_one_line(monkeypatch, capsys):
     assert capsys.readouterr().err.endswith("the output cannot be written (No space left on device); check the disk\n")
 
 
-def test_a_small_address_space_is_one_line(tmp_path, speech, tiny_weights, monkeypatch, capsys):
+def test_a_small_address_space_is_one_line(tmp_path, speech, portrait_file, tiny_weights, monkeypatch, capsys):
     """As under `ulimit -v`. Native libraries would abort the process, so the limit is looked at first."""
     monkeypatch.setattr(resource, "getrlimit", lambda kind: (2_000_000_000, resource.RLIM_INFINITY))
-    assert main(["motion", str(speech), "-o", str(tmp_path / "a.npz"), "--weights", str(tiny_weights)]) == 2
+    line = ["animate", str(portrait_file), str(speech), "-o", str(tmp_path / "a.mp4"), "--weights", str(tiny_weights)]
+    assert main(line) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "limited to 2.0 GB" in said and "ulimit -v" in said
 

@@ -90,11 +90,7 @@ def _torch() -> Iterator[Finding]:
     except (ImportError, OSError) as error:
         yield Finding("torch", False, _short(error), "pip install torch")
         return
-    try:
-        device = choose_device("auto")
-    except UserError as error:
-        yield Finding("torch", False, str(error))
-        return
+    device = choose_device("auto")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     kind = str(fast_dtype(device)).removeprefix("torch.")
     yield Finding("torch", True, f"{torch.__version__}, {device} ({name}), images in {kind}")

@@ -67,9 +67,8 @@ def choose_device(device: str = "auto") -> torch.device:
         device: ``auto`` (a GPU if there is one), ``cpu``, ``cuda`` (or ``cuda:1``) or ``mps``.
 
     Raises:
-        UserError: if the name is unknown, there is no such device, or `ulimit -v` leaves too little memory.
+        UserError: if the name is unknown or there is no such device.
     """
-    _check_memory()
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     kind, _, index = device.partition(":")
@@ -226,7 +225,11 @@ def load_generator(path: str | Path | None = None, *, compiled: bool = False) ->
 
     Arguments:
         compiled: give it its compiled graphs (:func:`load_compiled`), which draw in int8 on CPUs.
+
+    Raises:
+        UserError: if the weights cannot be used, or `ulimit -v` leaves too little memory.
     """
+    _check_memory()
     codebook, codebook_config = weights.load("codebook", path)
     tensors, config = weights.load("vqig", path)
     try:
