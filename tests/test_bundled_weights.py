@@ -14,6 +14,7 @@ from flowvqtalker.face.tracker import FaceTracker
 from flowvqtalker.io import audio
 from flowvqtalker.io.coefficients import Motion
 from flowvqtalker.io.video import read_video
+from flowvqtalker.motion.options import MotionOptions
 from flowvqtalker.pipeline import Talker
 
 from .conftest import write_wav
@@ -38,13 +39,14 @@ def portrait(talker, astronaut):
 
 @pytest.fixture(scope="module")
 def draw(talker, portrait, sample_speech):
-    """(emotion, seed, options) -> expression (250, 64) and pose (250, 6) for the bundled speech, drawn once."""
-    known: dict[object, Motion] = {}
+    """(emotion, seed, frames) -> motion for the beginning of the bundled speech, drawn once."""
+    wave, known = audio.load(sample_speech), {}
 
-    def motion(emotion: str, seed: int = 0, **options: object) -> Motion:
-        key = (emotion, seed, *sorted(options.items()))
+    def motion(emotion: str, seed: int = 0, frames: int = 250, **options: object) -> Motion:
+        key = (emotion, seed, frames, *options.items())
         if key not in known:
-            known[key] = Motion.join(talker.motion(sample_speech, portrait, emotion=emotion, seed=seed, **options))
+            stream = talker.stream(portrait, MotionOptions(emotion=emotion, seed=seed, **options))
+            known[key] = Motion.join(stream.run([wave[: frames * SAMPLES]]))
         return known[key]
 
     return motion
@@ -136,9 +138,9 @@ def test_emotion_moves_the_face_in_its_direction(talker, draw, emotion):
     columns = [ARKIT_NAMES.index(name) for name in names]
 
     def mean(label: str) -> float:
-        return float(
-            np.mean([talker.face_model.blendshapes(draw(label, s).expression)[:, columns].mean() for s in range(3)])
-        )
+        known = 250 if label == "neutral" else 125  # frames; the neutral ones have been drawn
+        drawn = [draw(label, seed, known).expression[:125] for seed in range(3)]
+        return float(np.mean([talker.face_model.blendshapes(one)[:, columns].mean() for one in drawn]))
 
     assert mean(emotion) - mean("neutral") > least
 
@@ -153,8 +155,8 @@ def test_eyes_are_open_from_the_first_frame(talker, portrait, draw):
     """They used to open from half shut during the first frames: the flow's history was empty."""
     ratios = []
     for seed in range(6):
-        motion = draw("neutral", seed, blink_rate=0.0)
-        points = talker.face_model.shape(portrait.identity.expand(25, -1), motion.expression[:25])
+        motion = draw("neutral", seed, 25, blink_rate=0.0)
+        points = talker.face_model.shape(portrait.identity.expand(25, -1), motion.expression)
         lids = (points[:, [159, 386]] - points[:, [145, 374]]).norm(dim=-1).mean(1)
         ratios.append(float(lids[0] / lids.median()))
     assert 0.85 < np.median(ratios) < 1.15, ratios
