@@ -30,7 +30,7 @@ def main() -> int:
     parser.add_argument("--best", action="store_true", help="take best.safetensors where there is one")
     options = parser.parse_args()
     try:
-        for name, stage in {**weights.NAMES, **weights.SPEECH_ENCODER, **weights.VOICE, **weights.EVALUATORS}.items():
+        for name, stage in weights.STAGES.items():
             run = options.runs / stage
             if not run.is_dir():
                 continue

@@ -48,6 +48,8 @@ class Config:
     """Sources of clips.csv whose speakers act the emotion with their voice too."""
     ordinary: int = 40
     """Clips of each other source with speech, as neutral: ordinary talk is livelier than an actor's neutral."""
+    weights: Path | None = None
+    """Folder of weights with the speech encoder; None: the package's own."""
     l2: float = 0.02
     """Weight of half the squared coefficients beside the mean cross-entropy."""
     folds: int = 4
@@ -160,7 +162,7 @@ def run(config: Config, out: Path, resume: bool = False) -> dict[str, float]:
     Raises:
         UserError: if there is no recording.
     """
-    encoder = load_speech_encoder(exact=True)
+    encoder = load_speech_encoder(config.weights, exact=True)
     voices = []
     for path, source, speaker, emotion in tqdm(list(_recordings(config)), desc="listen", disable=None):
         heard = windows(load(path), encoder.config.frontend)
