@@ -58,7 +58,8 @@ train expflow configs/expflow.yaml --shards "$shard" --face-model "$face_model" 
 add expflow "$work/runs/expflow"
 train poseflow configs/poseflow.yaml --shards "$shard" --features.speech-encoder "$work/runs/speech"
 add poseflow "$work/runs/poseflow"
-train motion-emotion configs/motion-emotion.yaml --shards "$shard"
+[ -f "$work/runs/motion-emotion/weights.safetensors" ] || flowvqtalker train motion-emotion \
+  --config configs/motion-emotion.yaml --shards "$shard" --out "$work/runs/motion-emotion"
 add motion_emotion "$work/runs/motion-emotion"
 # Optional, needs openvino and nncf: the image generator in int8.
 if python -c 'import nncf' 2>/dev/null; then
