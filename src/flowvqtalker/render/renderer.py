@@ -98,6 +98,8 @@ class Renderer:
         pending: deque[Future[npt.NDArray[np.uint8]]] = deque()
         threads = torch.get_num_threads()
         try:
+            # The caller's motion too: threads that wait for the next of its many small steps take the workers' time.
+            torch.set_num_threads(self._worker_threads)
             with ThreadPoolExecutor(self.workers, "render", torch.set_num_threads, (self._worker_threads,)) as pool:
                 for batch in _batches(motion, self.batch_size, self.generator.config.reach):
                     pending.append(pool.submit(self._batch, batch))
