@@ -67,7 +67,7 @@ def test_the_archive_trains_both_stages_without_pyav_and_mediapipe(archive: Path
         f"sys.argv[0] = {str(TOOL)!r}; runpy.run_path(sys.argv[0], run_name='__main__')"
     )
     command = [
-        sys.executable, "-c", code, "train", str(archive), "--minutes", "0.3", "--measured-steps", "1",
+        sys.executable, "-c", code, "train", str(archive), "--minutes", "0.1", "--measured-steps", "1",
         "-o", str(tmp_path / "results"), "--work", str(tmp_path / "work"),
         "--codebook", str(tmp_path / "codebook.yaml"), "--vqig", str(tmp_path / "vqig.yaml"),
     ]  # fmt: skip
