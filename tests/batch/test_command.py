@@ -176,6 +176,8 @@ def start(place, tiny_weights) -> Iterator[Callable[..., subprocess.Popen[str]]]
     for number in range(2):
         write_wav(place / f"s{number}.wav", babble(2.0, seed=number))
     begun: list[subprocess.Popen[str]] = []
+    # Tests that a shell runs in the background would else pass on that Ctrl-C is ignored.
+    former = signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def run(*options: str) -> subprocess.Popen[str]:
         line = [sys.executable, "-m", "flowvqtalker", "batch", "--portraits", "a.png", "--speech", "s0.wav", "s1.wav"]
@@ -184,6 +186,7 @@ def start(place, tiny_weights) -> Iterator[Callable[..., subprocess.Popen[str]]]
         return begun[-1]
 
     yield run
+    signal.signal(signal.SIGINT, former)
     for process in begun:
         process.kill()
         process.communicate()
@@ -256,6 +259,6 @@ def test_an_interrupt_ends_the_workers(start):
     running = workers(process.pid)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == 130, err
     assert "interrupted" in err and "Traceback" not in err
     assert not any(Path(f"/proc/{worker}").exists() for worker in running)

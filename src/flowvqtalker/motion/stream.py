@@ -112,8 +112,9 @@ class MotionStream:
 
     def _finished(self, block: Motion) -> Motion:
         self.frames += len(block)
-        expression = block.expression if self.gate is None else self.gate(block.expression)
-        expression = expression if self._lids is None else self._lids(expression)
+        # Lids first: what opens them moves the lips a little, and those shall be shut.
+        expression = block.expression if self._lids is None else self._lids(block.expression)
+        expression = expression if self.gate is None else self.gate(expression)
         if self._scale == 1:
             return Motion(expression, block.pose)
         return Motion(expression, self._pose0 + self._scale * (block.pose - self._pose0))
