@@ -13,21 +13,18 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import subprocess
-import sys
 import tempfile
 import time
 import wave
 from pathlib import Path
 
-import httpx
 import numpy as np
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 
 from flowvqtalker.io import audio
-from serve import RATE, family
+from serve import RATE, family, serving
 
 #: Put into the page before its own code: notes when loud samples leave and when the state becomes "talking".
 WATCH = """
@@ -131,14 +128,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--weights", type=Path)
     given = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "flowvqtalker", "serve", "--port", "0", "--data", f"{folder}/data"]
-        command += ["--weights", str(given.weights)] if given.weights else []
-        server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        assert server.stdout is not None
-        url = server.stdout.readline().split()[3]
-        while not httpx.get(f"{url}/health").json()["workers"]["ready"]:
-            time.sleep(0.5)
+    with tempfile.TemporaryDirectory() as folder, serving(given.weights) as (url, pid):
         sound = Path(folder) / "microphone.wav"
         microphone(sound, given.speech)
         options = webdriver.ChromeOptions()
@@ -152,11 +142,9 @@ def main() -> None:
         options.binary_location = shutil.which("chromium") or ""
         driver = webdriver.Chrome(options=options, service=Service(executable_path=shutil.which("chromedriver")))
         try:
-            print(json.dumps(measure(driver, url, given.portrait, given.repeats, server.pid)))
+            print(json.dumps(measure(driver, url, given.portrait, given.repeats, pid)))
         finally:
             driver.quit()
-            server.terminate()
-            server.wait(30)
 
 
 if __name__ == "__main__":

@@ -9,16 +9,17 @@ watermark. docs/serve.md shows the figures.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import os
-import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 import wave
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -106,6 +107,24 @@ def rss(pid: int) -> int:
         return 0
 
 
+@contextlib.contextmanager
+def serving(weights: Path | None, workers: int = 1) -> Iterator[tuple[str, int]]:
+    """Address and process id of a server with a folder of its own, once it has loaded its models."""
+    with tempfile.TemporaryDirectory() as data:
+        command = [sys.executable, "-m", "flowvqtalker", "serve", "--port", "0", "--data", data]
+        command += ["--workers", str(workers), *(["--weights", str(weights)] if weights else [])]
+        server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        try:
+            assert server.stdout is not None
+            url = server.stdout.readline().split()[3]
+            while not httpx.get(f"{url}/health").json()["workers"]["ready"]:
+                time.sleep(0.5)
+            yield url, server.pid
+        finally:
+            server.terminate()
+            server.wait(30)
+
+
 def main() -> None:
     """Run the benchmark and print one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -115,36 +134,16 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--weights", type=Path)
     given = parser.parse_args()
-    with tempfile.TemporaryDirectory() as data:
-        command = [
-            sys.executable,
-            "-m",
-            "flowvqtalker",
-            "serve",
-            "--port",
-            "0",
-            "--data",
-            data,
-            "--workers",
-            str(given.workers),
-        ]
-        command += ["--weights", str(given.weights)] if given.weights else []
-        server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        assert server.stdout is not None
-        url = server.stdout.readline().split()[3]
-        while not httpx.get(f"{url}/health").json()["workers"]["ready"]:
-            time.sleep(0.5)
+    with serving(given.weights, given.workers) as (url, pid):
         stop = threading.Event()
         with ThreadPoolExecutor(given.clients + 1) as pool:
-            watcher = pool.submit(watch, url, server.pid, stop)
+            watcher = pool.submit(watch, url, pid, stop)
             began = time.monotonic()
             portrait = given.portrait.read_bytes()
             results = list(pool.map(lambda number: one(url, portrait, number, given.seconds), range(given.clients)))
             wall = time.monotonic() - began
             stop.set()
             times, memory = watcher.result()
-        server.send_signal(signal.SIGTERM)
-        server.wait(30)
     print(json.dumps({
         "clients": given.clients,
         "right": sum(bool(result["right"]) for result in results),
