@@ -106,7 +106,7 @@ class LiveEngine:
         self._label = labelled(self._unlabelled()) if marks.label else None
         self._finishing = threading.Lock()
         #: Images drawn at the same time: where cores are few, two on one core each take less than one on both.
-        self.workers = 2 if 2 <= torch.get_num_threads() < _ENOUGH else 1
+        self.workers = 2 if talker.device.type == "cpu" and 2 <= torch.get_num_threads() < _ENOUGH else 1
         self._behaviour = Behaviour(options.seed) if behave else None
         self._since_speech = _HOLD
         self._stream = self._open(portrait, options)
