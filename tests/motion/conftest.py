@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flowvqtalker.io.coefficients import Motion
-from flowvqtalker.loading import load_flows
+from flowvqtalker.loading import load_face_model, load_flows
 from flowvqtalker.motion.sampler import MotionGenerator
 from flowvqtalker.pipeline import Talker
 from flowvqtalker.speech.features import COLUMNS, MELS
@@ -15,6 +15,11 @@ from flowvqtalker.speech.features import COLUMNS, MELS
 @pytest.fixture(scope="module")
 def talker(tiny_weights):
     return Talker.from_pretrained(tiny_weights, device="cpu", components=("face", "motion"))
+
+
+@pytest.fixture(scope="module")
+def face():
+    return load_face_model()
 
 
 @pytest.fixture(scope="module")

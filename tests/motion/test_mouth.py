@@ -8,14 +8,8 @@ import torch
 
 from flowvqtalker.face.topology import LIDS, MOUTH_CORNERS
 from flowvqtalker.io import audio as decode
-from flowvqtalker.loading import load_face_model
 from flowvqtalker.motion.mouth import CLOSED, MouthCloser, MouthGate
 from flowvqtalker.speech.activity import SpeechActivity
-
-
-@pytest.fixture(scope="module")
-def face():
-    return load_face_model()
 
 
 @pytest.fixture(scope="module")

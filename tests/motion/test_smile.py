@@ -1,4 +1,4 @@
-"""Corrections for portraits: a smile that stays in the image, and eyes that an emotion would shut."""
+"""What a portrait's smile needs so that another emotion shows."""
 
 from __future__ import annotations
 
@@ -6,16 +6,9 @@ import pytest
 import torch
 
 from flowvqtalker.face.arkit import arkit_index
-from flowvqtalker.loading import load_face_model
-from flowvqtalker.motion.lids import LidLimiter
 from flowvqtalker.motion.smile import smile_correction
 
 from .test_sampler import flows, run, windows  # noqa: F401  # fixtures
-
-
-@pytest.fixture(scope="module")
-def face():
-    return load_face_model()
 
 
 def shape(face, name):
@@ -58,31 +51,3 @@ def test_every_emotion_but_happy_is_corrected(flows, windows):  # noqa: F811
         found = added(**settings) / correction
         assert torch.allclose(found, found[:1, :1].expand_as(found), atol=1e-4)
         assert share is None or float(found.mean()) == pytest.approx(share, abs=1e-5)
-
-
-@pytest.fixture
-def lids(face):
-    return LidLimiter(face, torch.zeros(80), torch.zeros(64))
-
-
-def closing(face, lids):
-    """The opening at rest, and the β that shuts the eyes exactly."""
-    rest, blink = float(lids.opening(torch.zeros(64)).mean()), shape(face, "eyeBlink")
-    return rest, blink * rest / (rest - float(lids.opening(blink).mean()))
-
-
-def test_narrow_eyes_are_held_open_and_blinks_still_shut_them(face, lids):
-    rest, shut = closing(face, lids)
-    narrow = (0.9 * shut).expand(50, -1).clone()
-    narrow[30:34] += 0.8 * shut
-    opening = lids.opening(lids(narrow)).mean(1) / rest
-    assert opening[:30] == pytest.approx(0.45 * torch.ones(30).double(), abs=0.03)
-    assert opening[30:34].max() < 0
-    assert opening[34:].max() < 0.8
-
-
-def test_open_eyes_and_single_blinks_are_left_alone(face, lids):
-    motion = 0.1 * torch.randn(60, 64, generator=torch.Generator().manual_seed(0))
-    motion[20:24] += closing(face, lids)[1]
-    cut = torch.cat([lids(part) for part in motion.split([1, 0, 22, 37])])
-    assert torch.equal(cut, motion)

@@ -18,10 +18,10 @@ from flowvqtalker.io.coefficients import Motion
 from flowvqtalker.motion.auto import VoiceFollower
 from flowvqtalker.motion.circumplex import place_emotion
 from flowvqtalker.motion.emotion import AUTO
+from flowvqtalker.motion.eyes import EyeLimiter
 from flowvqtalker.motion.flow import ExpFlow, PoseFlow
 from flowvqtalker.motion.habits import Habits
 from flowvqtalker.motion.head_pose import PoseTrack
-from flowvqtalker.motion.lids import LidLimiter
 from flowvqtalker.motion.manifold import LatentBank
 from flowvqtalker.motion.mouth import MouthCloser, MouthGate
 from flowvqtalker.motion.options import LIMITS, MotionOptions
@@ -64,7 +64,7 @@ class MotionStream:
         pose0: (6,) pose that the head moves around.
         pose_scale: factor on that movement.
         gate: shuts the mouth where there is no speech; None leaves it as sampled.
-        lids: hold the eyes open; None leaves them as sampled.
+        eyes: holds lids and brows; None leaves them as sampled.
     """
 
     def __init__(
@@ -73,9 +73,9 @@ class MotionStream:
         pose0: Tensor,
         pose_scale: float = 1.0,
         gate: MouthGate | None = None,
-        lids: LidLimiter | None = None,
+        eyes: EyeLimiter | None = None,
     ) -> None:
-        self.generator, self.gate, self._lids = generator, gate, lids
+        self.generator, self.gate, self._eyes = generator, gate, eyes
         self._features = features.FeatureStream(generator.frontend)
         self._pose0, self._scale = pose0, pose_scale
         #: Frames returned so far; the next one is ``frames / 25`` seconds into the speech.
@@ -112,8 +112,8 @@ class MotionStream:
 
     def _finished(self, block: Motion) -> Motion:
         self.frames += len(block)
-        # Lids first: what opens them moves the lips a little, and those shall be shut.
-        expression = block.expression if self._lids is None else self._lids(block.expression)
+        # Eyes first: what opens them moves the lips a little, and those shall be shut.
+        expression = block.expression if self._eyes is None else self._eyes(block.expression)
         expression = expression if self.gate is None else self.gate(expression)
         if self._scale == 1:
             return Motion(expression, block.pose)
@@ -186,8 +186,8 @@ def open_stream(
         if voice is None:
             raise UserError("emotion auto needs the weights voice_emotion; name one, or use the package's weights")
         follower = VoiceFollower(generator, voice, intensity)
-    gate, lids = MouthGate(MouthCloser(face, identity)), LidLimiter(face, identity, generator.source[0].cpu())
-    return MotionStream(follower, pose0, options.pose_scale, gate, lids)
+    gate, eyes = MouthGate(MouthCloser(face, identity)), EyeLimiter(face, identity, generator.source[0].cpu())
+    return MotionStream(follower, pose0, options.pose_scale, gate, eyes)
 
 
 def _pose_track(options: MotionOptions) -> PoseTrack | None:

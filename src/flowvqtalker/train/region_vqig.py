@@ -51,6 +51,9 @@ class RegionVQIGTraining:
     """What the region's generator is, and how it is trained. Of two weights, the second is the image level's."""
 
     model: RegionConfig = field(default_factory=RegionConfig)
+    only: tuple[str, ...] = ()
+    """Parts of the generator that are trained, such as transformer, fuse and attention; none named: all but the
+    codebook."""
     image_from: float = 0.35
     """Fraction of the steps after which image-level losses join."""
     adversarial_from: float = 0.42
@@ -131,9 +134,15 @@ class RegionVQIGStage(Stage):
         if perceptual is not None:
             self.monitor = "perceptual"
         self._patches: tuple[Tensor, Tensor, Tensor] | None = None
+        if training.only:
+            parts = sorted(set(dict(generator.named_children())) - {"autoencoder"})
+            for part in training.only:
+                check((part in parts, f"region.only: {part!r} is no part; allowed: {', '.join(parts)}"))
+            for name, child in generator.named_children():
+                child.requires_grad_(name in training.only)
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        learned = [p for n, p in self.generator.named_parameters() if not n.startswith("autoencoder.")]
+        learned = [p for p in self.generator.parameters() if p.requires_grad]
         return {"generator": learned, "discriminator": list(self.discriminator.parameters())}
 
     def lr_scale(self, group: str) -> float:

@@ -1,0 +1,117 @@
+"""Keep the eyes open and the brows above them (ours).
+
+Anger, disgust and laughter narrow the eyes. On a face whose eyes are narrow at rest they would stay shut for the whole
+video, and brows that lie low at rest would sink into them. So lids are held apart by a share of their distance at rest,
+on average over time: blinks still close them. Brows come down ever less, the nearer they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from flowvqtalker.face.model import FaceModel
+from flowvqtalker.face.topology import MOUTH_CORNERS
+from flowvqtalker.motion.mouth import ridge_inverse
+
+__all__ = ["EyeLimiter", "Gaps"]
+
+#: Frames (time constant) of the mean that is limited.
+_SLOW = 10.0
+#: Least mean opening of an eye, as a share of its opening at rest.
+_LIDS = 0.45
+#: Share of the distance at rest from which on brows are held back, and the share that they never reach.
+_BROWS, _BROWS_LEAST = 0.65, 0.3
+# Vertices above and below each gap: the lids of both eyes; the inner brow and the inner eye corner, the middle of the
+# brow and both eye corners, which a blink does not move.
+_LID_GAPS = (((159, 158, 160), (145, 153, 144)), ((386, 385, 387), (374, 380, 373)))
+_BROW_GAPS = (((55,), (133,)), ((285,), (362,)), ((52, 65), (133, 33)), ((282, 295), (362, 263)))
+# What stays in place: corners of eyes and mouth, brows and cheeks; for the brows lids, nose and lips.
+_LID_KEPT = (33, 133, 263, 362, 105, 334, 55, 285, 50, 280, *MOUTH_CORNERS)
+_BROW_KEPT = (33, 133, 263, 362, 159, 145, 386, 374, 50, 280, 1, 4, 13, 14, *MOUTH_CORNERS)
+_RIDGE = 1e-5
+
+
+def _hold_lids(gap: Tensor, rest: Tensor) -> Tensor:
+    return torch.maximum(gap, _LIDS * rest)
+
+
+def _hold_brows(gap: Tensor, rest: Tensor) -> Tensor:
+    """Equal down to ``_BROWS``, from there on monotone towards ``_BROWS_LEAST``."""
+    span = (_BROWS - _BROWS_LEAST) * rest
+    held = _BROWS_LEAST * rest + span * torch.exp(((gap - _BROWS * rest) / span).clamp(max=0))
+    return torch.where(gap < _BROWS * rest, held, gap)
+
+
+class Gaps:
+    """Vertical distances on a face, and the smallest change of β that widens them.
+
+    Arguments:
+        model: the face model.
+        identity: (80,) α of the person.
+        gaps: vertices above and below each gap, whose means are compared.
+        kept: vertices that a change leaves in place.
+    """
+
+    def __init__(
+        self,
+        model: FaceModel,
+        identity: Tensor,
+        gaps: Sequence[tuple[Sequence[int], Sequence[int]]],
+        kept: Sequence[int],
+    ) -> None:
+        basis = model.expression.cpu().double()
+        mean = (model.mean.flatten() + identity.to(model.mean) @ model.identity.flatten(1)).view(-1, 3).cpu().double()
+        pairs = [(list(above), list(below)) for above, below in gaps]
+        self._slope = torch.stack([basis[:, low, 1].mean(1) - basis[:, up, 1].mean(1) for up, low in pairs], dim=1)
+        self._mean = torch.stack([mean[low, 1].mean() - mean[up, 1].mean() for up, low in pairs])
+        rows = torch.cat([self._slope.T, basis[:, list(kept)].flatten(1).T])
+        self._widen = ridge_inverse(rows, _RIDGE)[:, : len(pairs)].T
+
+    def measure(self, expression: Tensor) -> Tensor:
+        """The gaps (..., G) for β (..., 64), in distances between the outer eye corners."""
+        return expression.double() @ self._slope + self._mean
+
+    def widen(self, expression: Tensor, by: Tensor) -> Tensor:
+        """β (T, 64) with gaps wider by (T, G); frames without a change stay bit for bit."""
+        wider = expression + (by @ self._widen).to(expression.dtype)
+        return torch.where(by.any(1, keepdim=True), wider, expression)
+
+
+class EyeLimiter:
+    """Holds lids and brows of a stream of expressions.
+
+    Arguments:
+        model: the face model.
+        identity: (80,) α of the person.
+        neutral: (64,) β of the person's neutral face.
+    """
+
+    def __init__(self, model: FaceModel, identity: Tensor, neutral: Tensor) -> None:
+        brows, lids = (
+            Gaps(model, identity, gaps, kept) for gaps, kept in ((_BROW_GAPS, _BROW_KEPT), (_LID_GAPS, _LID_KEPT))
+        )
+        self._limits = [_Limit(brows, neutral, _hold_brows), _Limit(lids, neutral, _hold_lids)]
+
+    def __call__(self, expression: Tensor) -> Tensor:
+        """The next frames (T, 64)."""
+        for limit in self._limits:
+            expression = limit(expression)
+        return expression
+
+
+class _Limit:
+    """Moves the mean over time of gaps to where ``hold(gaps, gaps at rest)`` wants it."""
+
+    def __init__(self, gaps: Gaps, neutral: Tensor, hold: Callable[[Tensor, Tensor], Tensor]) -> None:
+        self._gaps, self._hold, self._rest = gaps, hold, gaps.measure(neutral)
+        self._level: Tensor | None = None
+
+    def __call__(self, expression: Tensor) -> Tensor:
+        lifts = []
+        for gap in self._gaps.measure(expression):
+            self._level = gap if self._level is None else torch.lerp(self._level, gap, 1 / _SLOW)
+            lifts.append(self._hold(self._level, self._rest) - self._level)
+        return self._gaps.widen(expression, torch.stack(lifts)) if lifts else expression
