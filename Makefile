@@ -84,7 +84,7 @@ fuzz: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzzing --inputs 10000 $(if $(SEED),--seed $(SEED)) --save out/fuzz
 
 faults: setup
-	KILLS=$(or $(KILLS),25) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -s tests/test_faults.py
+	KILLS=$(or $(KILLS),25) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -s -m "" tests/test_faults.py
 
 lint: setup
 	$(BIN)/ruff check .

@@ -63,6 +63,7 @@ def lips(talker, portrait, motion: Motion) -> np.ndarray:
     return gap(talker.face_model.shape(portrait.identity.expand(len(motion), -1), motion.expression).numpy())
 
 
+@pytest.mark.slow
 def test_lips_open_with_the_speech(talker, portrait, draw, sample_speech):
     """Opening against loudness, averaged over seeds; the control is the same opening shifted by 1 to 9 seconds."""
     wave = audio.load(sample_speech)[: 250 * SAMPLES].reshape(250, SAMPLES)

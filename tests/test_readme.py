@@ -44,6 +44,7 @@ def place(tmp_path, monkeypatch, portrait_file, astronaut, tiny_weights):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_commands_run(place):
     ran = [shlex.split(line)[1:] for line in COMMANDS if line.startswith("flowvqtalker ")]
     names = ["animate", "animate", "motion", "track", "render", "verify", "doctor", "train", "evaluate"]

@@ -180,6 +180,7 @@ def test_wrong_options_are_refused_at_once(talker, portrait, speech, options, me
         talker.motion(speech, portrait, **options)
 
 
+@pytest.mark.slow
 def test_memory_of_motion_does_not_grow_with_the_speech(talker, portrait, tmp_path):
     """The path to two hours of speech, at small scale: decoding, features, flows."""
 

@@ -233,6 +233,7 @@ def toy_worker(config: PrepareConfig, threads: int, number: int) -> Any:
     return functools.partial(module._work, tools=Tools(config, FakeTracker(lips), fake_fit))
 
 
+@pytest.mark.slow
 def test_workers_and_parts_do_not_change_the_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lips = mead(tmp_path / "data")
     (tmp_path / "model").write_bytes(b"")

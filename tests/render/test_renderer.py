@@ -73,6 +73,7 @@ def _motion(frames: int) -> Motion:
     return Motion(beta, _POSE.expand(frames, 6))
 
 
+@pytest.mark.slow
 def test_workers_give_the_same_frames_in_the_same_order(generator: VQIG, face: FaceModel) -> None:
     def frames(workers: int) -> npt.NDArray[np.uint8]:
         return np.stack(list(_renderer(generator, face, workers).render([_motion(5)])))

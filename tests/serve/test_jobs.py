@@ -50,6 +50,7 @@ def portrait(portrait_file) -> bytes:
     return portrait_file.read_bytes()
 
 
+@pytest.mark.slow
 def test_a_job_from_upload_to_deletion(real_server, portrait, tmp_path):
     client = real_server.client
     speech = write_wav(tmp_path / "s.wav", babble(0.4)).read_bytes()
@@ -87,6 +88,7 @@ def test_a_job_from_upload_to_deletion(real_server, portrait, tmp_path):
     assert client.get(f"/v1/portraits/{video['portrait_id']}").status_code == 404
 
 
+@pytest.mark.slow
 def test_a_running_job_is_cancelled_by_closing_its_events(real_server, portrait, tmp_path):
     client = real_server.client
     long = write_wav(tmp_path / "long.wav", babble(20.0)).read_bytes()
@@ -145,6 +147,7 @@ def test_a_job_survives_a_kill_of_its_worker_and_of_the_server(real_server, port
     real_server.client.delete(f"/v1/videos/{video}")
 
 
+@pytest.mark.slow
 def test_clients_at_the_same_time_get_their_own_videos(real_server, portrait, tmp_path):
     """Each sends speech of its own length, and gets a video of that length."""
 

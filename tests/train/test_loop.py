@@ -247,6 +247,7 @@ def test_error_in_the_data_is_raised(tmp_path: Path, workers: int) -> None:
         fit(stage, replace(CONFIG, workers=workers), tmp_path)
 
 
+@pytest.mark.slow
 def test_workers_read_the_same_items(tmp_path: Path) -> None:
     losses = []
     threads = cv2.getNumThreads()
