@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from flowvqtalker.face.portrait import Portrait
 from flowvqtalker.io.coefficients import Motion
@@ -67,20 +67,19 @@ def drawing(talker: Talker, portrait: Portrait, motion: Motion) -> dict[str, flo
     renderer = talker.renderer(portrait, workers=1)
     now = torch.cat([motion.expression, motion.pose], 1)[len(motion) // 2]
     whole = {"draw a frame": core_ms(lambda: renderer.draw(now[None]))}
-    mesh, compiled = renderer.mesh, renderer._compiled
-    if mesh is None or compiled is None:
+    compiled = renderer._compiled
+    if compiled is None:
         return whole
-    target = renderer.face.project(renderer.alpha[None], now[None, :64], now[None, 64:])
-    prior: Tensor = mesh(renderer._start, target)
-    levels, side = prior[0].numpy(), compiled._small.shape[-1]
+    given = now[None].numpy()
+    prior, coarse = (value.copy() for value in compiled._infer("mesh", given, *compiled._view))
+    levels = prior[0]
     rows, columns = compiled._roi
     apertures = levels[None, 2:8, rows.start // 4 : rows.stop // 4, columns.start // 4 : columns.stop // 4].copy()
     sigma = np.zeros((1, renderer.generator.config.warp.descriptor), np.float32)
     region = portrait.image[compiled._roi][None].copy()
-    coarse = np.zeros((1, 2, side, side), np.float32)
     return {
-        "mesh flow": core_ms(lambda: mesh(renderer._start, target)),
-        "psi, W": core_ms(lambda: compiled._infer("warp", now[None].numpy(), coarse, compiled._small)),
+        "mesh flow": core_ms(lambda: compiled._infer("mesh", given, *compiled._view)),
+        "psi, W": core_ms(lambda: compiled._infer("warp", given, coarse, compiled._small)),
         "warp 512x512": core_ms(lambda: warp_levels(portrait.image, levels[:2], levels)),
         "E_w to D_h": core_ms(lambda: compiled._infer("region", region, apertures, sigma, compiled._codes)),
         **whole,

@@ -2,8 +2,9 @@
 
     python tools/compile_generator.py SHARD [--weights FOLDER] [--pairs 64]
 
-Needs openvino and nncf. Run it after every change of ``vqig`` or ``codebook``: a compiled file that was made of other
-weights is not used. Prints the PSNR of held-out regions to float32's. Attention stays in bfloat16: int8 was slower.
+Needs openvino and nncf. Run it after every change of ``vqig``, ``codebook`` or ``face_model``: a compiled file that was
+made of other weights is not used. Prints the PSNR of held-out regions to float32's. Attention stays in bfloat16: int8
+was slower.
 """
 
 from __future__ import annotations
@@ -25,15 +26,30 @@ from torch.nn import functional as F
 from flowvqtalker import weights
 from flowvqtalker.data.pairs import PairDataset, PairMix
 from flowvqtalker.data.shards import Shard
+from flowvqtalker.face.model import FaceModel
 from flowvqtalker.io.atomic import atomic_write
 from flowvqtalker.loading import compiled_from, load_face_model, load_generator
-from flowvqtalker.render.mesh_flow import APERTURES, MeshFlow, warp
+from flowvqtalker.render import mesh_flow
+from flowvqtalker.render.mesh_flow import APERTURES, MeshFlow, MeshSource, warp
 from flowvqtalker.render.region import RegionPrediction, RegionVQIG
 from flowvqtalker.render.region_vqvae import ChannelNorm, RegionAttention
 from flowvqtalker.train.image_stage import make_views
 from flowvqtalker.train.release import write_entry
 
 Arrays = list[np.ndarray[Any, Any]]
+
+
+class Mesh(nn.Module):
+    """Graph ``mesh``: coefficients and the portrait's view to the mesh flow, and its field as W sees it."""
+
+    def __init__(self, face: FaceModel, mesh: MeshFlow, side: int) -> None:
+        super().__init__()
+        self.face, self.mesh, self.side = face, mesh, side
+
+    def forward(self, motion: Tensor, identity: Tensor, surface: Tensor, apertures: Tensor) -> tuple[Tensor, Tensor]:
+        target = self.face.project(identity, motion[:, :64], motion[:, 64:])
+        prior = self.mesh(MeshSource(surface, apertures), target)
+        return prior, F.avg_pool2d(prior[:, :2], self.mesh.size // self.side)
 
 
 class Warp(nn.Module):
@@ -71,6 +87,11 @@ def _norm(self: ChannelNorm, x: Tensor) -> Tensor:
     return x if self.weight is None else x * self.weight[:, None, None] + self.bias[:, None, None]
 
 
+def _everywhere(values: Tensor, size: int, image_size: int) -> tuple[slice, Tensor]:
+    """mesh_flow._near for all values: a graph is the same for every frame."""
+    return slice(0, size), (torch.arange(size, dtype=torch.float32) + 0.5) * (image_size / size)
+
+
 def _attend(self: RegionAttention, x: Tensor, memory: Tensor | None = None) -> Tensor:
     """RegionAttention with positions before heads, which OpenVINO computes as one operation."""
     b, c, h, w = x.shape
@@ -84,10 +105,10 @@ def _attend(self: RegionAttention, x: Tensor, memory: Tensor | None = None) -> T
 
 
 @torch.inference_mode()
-def inputs(generator: RegionVQIG, shard: Path, split: str, count: int) -> Iterator[tuple[Arrays, Arrays]]:
-    """What graph ``warp`` and graph ``region`` see of pairs of a split."""
-    face = load_face_model()
-    mesh = MeshFlow(face, generator.config.mesh_size, apertures=True)
+def inputs(
+    generator: RegionVQIG, face: FaceModel, mesh: MeshFlow, shard: Path, split: str, count: int
+) -> Iterator[tuple[Arrays, Arrays, Arrays]]:
+    """What the graphs see of pairs of a split."""
     pairs = PairDataset(Shard(shard), split, PairMix(synthetic=0.3, hard_candidates=4), seed=5, limit=count)
     for i in range(min(count, len(pairs))):
         batch = {key: value[None] for key, value in pairs[i].items()}
@@ -99,8 +120,12 @@ def inputs(generator: RegionVQIG, shard: Path, split: str, count: int) -> Iterat
         warped = generator.cut(warp(image, generator.flow(source, sigma, prior), prior))
         levels = ((warped + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
         apertures = generator.cut(prior[:, 2 : 2 + 2 * APERTURES])
-        first, second = (motion, coarse, source.small), (levels, apertures, sigma, source.codes)
-        yield [x.contiguous().numpy() for x in first], [x.contiguous().numpy() for x in second]
+        identity = batch["source_identity"]
+        start = mesh.prepare(face.project(identity, batch["source_expression"], batch["source_pose"]))
+        view, given = (motion, identity, *start), (motion, coarse, source.small)
+        yield tuple(
+            [x.contiguous().numpy() for x in each] for each in (view, given, (levels, apertures, sigma, source.codes))
+        )
 
 
 def trace(module: nn.Module, example: Arrays) -> Any:
@@ -116,11 +141,11 @@ def outputs(model: Any, data: list[Arrays], precision: str) -> np.ndarray[Any, A
     return np.stack([np.array(ready(item)[0], np.float64) for item in data])
 
 
-def stored(model: Any, name: str) -> dict[str, Tensor]:
-    """A graph's two files as tensors."""
+def stored(model: Any, name: str, exact: bool = False) -> dict[str, Tensor]:
+    """A graph's two files as tensors, numbers that are not int8 in float16 unless they shall stay exact."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"{name}.xml"
-        openvino.save_model(model, path)  # what is not int8 in float16
+        openvino.save_model(model, path, compress_to_fp16=not exact)
         files = (path, path.with_suffix(".bin"))
         return {file.name: torch.from_numpy(np.fromfile(file, np.uint8)) for file in files}
 
@@ -135,25 +160,32 @@ def main() -> None:
     generator = load_generator(options.weights)
     if not isinstance(generator, RegionVQIG):
         parser.exit(2, "the weights hold the paper's generator; only the default one is compiled\n")
-    seen = list(inputs(generator, options.shard, "train", options.pairs))
-    held = [region for _, region in inputs(generator, options.shard, "val", 16)]
+    face = load_face_model(options.weights)
+    mesh = MeshFlow(face, generator.config.mesh_size, apertures=True)
+    seen = list(inputs(generator, face, mesh, options.shard, "train", options.pairs))
+    held = [region for *_, region in inputs(generator, face, mesh, options.shard, "val", 16)]
     ChannelNorm.forward, RegionAttention.forward = _norm, _attend  # type: ignore[method-assign]
+    mesh_flow._near = _everywhere
+    # What OpenVINO does not know.
+    torch.Tensor.mT = property(lambda x: x.transpose(-1, -2))  # type: ignore[assignment]
+    torch.hypot = lambda x, y: (x * x + y * y).sqrt()  # type: ignore[assignment]
     torch.backends.mha.set_fastpath_enabled(False)
-    first, second = trace(Warp(generator).eval(), seen[0][0]), trace(Region(generator).eval(), seen[0][1])
+    modules = (Mesh(face, mesh, generator.config.warp.flow_size), Warp(generator), Region(generator))
+    flow, warping, region = (trace(part.eval(), given) for part, given in zip(modules, seen[0], strict=True))
     ignored = nncf.IgnoredScope(types=["ScaledDotProductAttention"])
-    data = nncf.Dataset([region for _, region in seen])
-    quantised = nncf.quantize(second, data, subset_size=len(seen), preset=nncf.QuantizationPreset.MIXED,
+    data = nncf.Dataset([given for *_, given in seen])
+    quantised = nncf.quantize(region, data, subset_size=len(seen), preset=nncf.QuantizationPreset.MIXED,
                               ignored_scope=ignored)  # fmt: skip
-    exact = outputs(second, held, "f32")
+    exact = outputs(region, held, "f32")
     error = ((outputs(quantised, held, "bf16") - exact) ** 2).mean((1, 2, 3, 4))
     fidelity = float(np.mean(10 * np.log10(255**2 / error)))
     print(f"int8 against float32 on {len(held)} held-out regions: {fidelity:.2f} dB")
     place = weights.folder(options.weights)
     file = place / f"{weights.COMPILED}.safetensors"
-    tensors = stored(first, "warp") | stored(quantised, "region")
+    tensors = stored(flow, "mesh", exact=True) | stored(warping, "warp") | stored(quantised, "region")
     atomic_write(file, lambda temporary: temporary.write_bytes(save(tensors)))
     config = {**compiled_from(weights.manifest(place)), "psnr": round(fidelity, 2), "pairs": len(seen)}
-    about = f"vqig and codebook, compiled with openvino {openvino.__version__} and nncf {nncf.__version__}"
+    about = f"vqig, codebook and face model, compiled with openvino {openvino.__version__} and nncf {nncf.__version__}"
     write_entry(file, weights.Entry(weights.sha256(file), "", config, about))
     print(f"{file}: {file.stat().st_size / 2**20:.1f} MiB")
 

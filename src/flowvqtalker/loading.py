@@ -249,7 +249,8 @@ def load_generator(path: str | Path | None = None, *, compiled: bool = False) ->
 
 def compiled_from(entries: Mapping[str, weights.Entry]) -> dict[str, str]:
     """What a compiled generator must have been made from: file name -> sha256."""
-    return {name: entries[name].sha256 for name in ("codebook.safetensors", "vqig.safetensors") if name in entries}
+    names = (f"{name}.safetensors" for name in ("codebook", "vqig", "face_model"))
+    return {name: entries[name].sha256 for name in names if name in entries}
 
 
 def load_compiled(path: str | Path | None = None) -> CompiledGenerator | None:

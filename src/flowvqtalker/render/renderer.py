@@ -79,9 +79,11 @@ class Renderer:
         self._compiled: CompiledPortrait | None = None
         if dtype == torch.int8:
             compiled = getattr(generator, "compiled", None)
-            if compiled is None or self.device.type != "cpu":
+            if compiled is None or self._start is None or self.device.type != "cpu":
                 raise ValueError("int8 needs a CPU and a generator with compiled graphs; choose float32 or bfloat16")
-            self._compiled = CompiledPortrait(compiled, portrait, self.source, workers=self.workers, threads=threads)
+            self._compiled = CompiledPortrait(
+                compiled, portrait, self.source, self.alpha, self._start, workers=self.workers, threads=threads
+            )
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype in (torch.bfloat16, torch.float16))
@@ -121,12 +123,12 @@ class Renderer:
         """(B, 2 * reach + 1, 70) windows to (B, 512, 512, 3) frames."""
         motion = motion.to(self.device, torch.float32)
         now = motion[:, self.generator.config.reach]
+        if self._compiled is not None:
+            return np.stack([self._compiled(each) for each in now])
         prior = None
         if self.mesh is not None and self._start is not None:
             target = self.face.project(self.alpha.expand(len(motion), -1), now[:, :64], now[:, 64:])
             prior = self.mesh(self._start, target)
-        if self._compiled is not None and prior is not None:
-            return np.stack([self._compiled(*each) for each in zip(now, prior, strict=True)])
         with self._autocast():
             image = self._image(motion, prior)
         levels = image.permute(0, 2, 3, 1).float().add(1).mul_(127.5).round_().clamp_(0, 255)
