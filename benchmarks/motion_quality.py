@@ -28,8 +28,9 @@ from flowvqtalker import EMOTIONS
 from flowvqtalker.data.shards import SAMPLES, Shard
 from flowvqtalker.errors import UserError
 from flowvqtalker.face.arkit import ARKIT_NAMES as NAMES
-from flowvqtalker.io.coefficients import Coefficients
+from flowvqtalker.io.coefficients import Coefficients, Motion
 from flowvqtalker.loading import load_face_model, load_flows
+from flowvqtalker.motion.eyes import EyeLimiter
 from flowvqtalker.motion.sampler import ARTICULATION, TEMPERATURE, MotionGenerator
 from flowvqtalker.motion.smile import smile_correction
 from flowvqtalker.speech.features import windows
@@ -83,7 +84,7 @@ class Bench:
         """Motion for a clip's speech, from the expression of its first frame or another."""
         real = self.clip(number)
         beta = torch.from_numpy(np.array(real.expression[0] if beta0 is None else beta0, np.float32))
-        motion = MotionGenerator(
+        generator = MotionGenerator(
             self.expflow,
             self.poseflow,
             self.bank,
@@ -98,7 +99,10 @@ class Bench:
             **self.sampling,
         )
         wave = self.wave(number)[: None if frames is None else frames * SAMPLES]
-        return Coefficients.of(motion(windows(wave, motion.frontend), last=True), real.identity)
+        identity = torch.from_numpy(np.array(real.identity, np.float32))
+        motion = generator(windows(wave, generator.frontend), last=True)
+        eyes = EyeLimiter(self.face, identity, generator.source[0].cpu())
+        return Coefficients.of(Motion(eyes(motion.expression), motion.pose), real.identity)
 
     def portraits(self) -> list[np.ndarray]:
         """Expressions (64,) of held-out pictures."""

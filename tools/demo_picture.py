@@ -24,8 +24,9 @@ SIDE = 180
 def labelled(picture: ImageArray, text: str) -> np.ndarray:
     """The picture at the sheet's size with a line of text."""
     small = cv2.resize(picture, (SIDE, SIDE), interpolation=cv2.INTER_AREA)
-    cv2.putText(small, text, (8, SIDE - 10), cv2.FONT_HERSHEY_SIMPLEX, 0.55, (0, 0, 0), 3, cv2.LINE_AA)
-    cv2.putText(small, text, (8, SIDE - 10), cv2.FONT_HERSHEY_SIMPLEX, 0.55, (255, 255, 255), 1, cv2.LINE_AA)
+    for shift, level in ((1, 0), (0, 255)):  # with its shadow
+        place = (8 + shift, SIDE - 10 + shift)
+        cv2.putText(small, text, place, cv2.FONT_HERSHEY_SIMPLEX, 0.55, (level,) * 3, 1, cv2.LINE_AA)
     return small
 
 
