@@ -58,7 +58,7 @@ class StreamWriter:
         self._rate, self._samples = audio_rate, 0
 
     def _add_tracks(self, audio_rate: int) -> None:
-        settings = {"preset": "veryfast", "tune": "zerolatency", "crf": "20"}
+        settings = {"preset": "superfast", "tune": "zerolatency", "crf": "20"}
         self._video: Any = self._container.add_stream("libx264", rate=FPS, options=settings)
         self._video.width = self._video.height = CROP
         self._video.pix_fmt, self._video.gop_size = "yuv420p", 2 * FPS
