@@ -61,7 +61,7 @@ class Pace:
         wanted = int((number + 1) * self.fps / FPS) > int(number * self.fps / FPS)
         if not wanted:
             return False
-        behind = late > 1 / FPS or waiting > (1 if self.fps * seconds < 1 else 0)
+        behind = late > 1 / FPS or waiting > (2 if self.fps * seconds < 1 else 0)
         too_late = behind and number - self._drawn < FPS  # one a second even if nothing comes in time
         if too_late:
             self.dropped += 1
