@@ -266,6 +266,29 @@ def test_the_generator_learns_and_resumes_to_the_last_bit(shard: Path, face: Fac
         vqig.build(replace(config, region=RegionVQIGTraining(replace(MODEL, codebook=replace(BOOK, codes=8)))))
 
 
+def test_chosen_parts_alone_learn(shard: Path, face: FaceModel, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    save_file(RegionVQVAE(BOOK).state_dict(), tmp_path / "codebook.safetensors")
+    face.save(tmp_path / "face.safetensors")
+    region = RegionVQIGTraining(
+        replace(MODEL, warped_maps=True), ("openings", "transformer"), image_from=0.5, adversarial_from=0.5
+    )
+    config = vqig.Config(
+        data=vqig.Data(shard, tmp_path / "codebook.safetensors", tmp_path / "face.safetensors", None, PairMix(), 1),
+        region=region,
+        loop=LoopConfig(steps=4, batch_size=2, lr=3e-3, ema=0.5, threads=1, workers=0, validate_every=0),
+        perceptual="none",
+        discriminator_width=4,
+    )
+    stage = _seeded(vqig, config)
+    before = {name: p.clone() for name, p in stage.module.named_parameters()}
+    fit(stage, config.loop, tmp_path / "run")
+    moved = {name.split(".")[1] for name, p in stage.module.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == {"openings", "transformer", "region", "mouth", "eyes"}
+    with pytest.raises(ConfigError, match=r"region.only: 'lips' is no part; allowed: attention, decoder"):
+        vqig.build(replace(config, region=replace(region, only=("lips",))))
+
+
 @pytest.mark.parametrize("stage", ["codebook", "vqig"])
 def test_the_region_can_be_set_on_the_command_line(stage: str, capsys: pytest.CaptureFixture[str]) -> None:
     from flowvqtalker.cli import main
