@@ -158,8 +158,8 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=64, help="training pairs whose activations set the scales")
     options = parser.parse_args()
     generator = load_generator(options.weights)
-    if not isinstance(generator, RegionVQIG):
-        parser.exit(2, "the weights hold the paper's generator; only the default one is compiled\n")
+    if not isinstance(generator, RegionVQIG) or generator.config.warped_maps:
+        parser.exit(2, "the weights hold another generator than the default one, which alone is compiled\n")
     face = load_face_model(options.weights)
     mesh = MeshFlow(face, generator.config.mesh_size, apertures=True)
     seen = list(inputs(generator, face, mesh, options.shard, "train", options.pairs))
