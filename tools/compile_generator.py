@@ -158,7 +158,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=64, help="training pairs whose activations set the scales")
     options = parser.parse_args()
     generator = load_generator(options.weights)
-    if not isinstance(generator, RegionVQIG) or generator.config.warped_maps:
+    if not isinstance(generator, RegionVQIG) or generator.config.warped_map:
         parser.exit(2, "the weights hold another generator than the default one, which alone is compiled\n")
     face = load_face_model(options.weights)
     mesh = MeshFlow(face, generator.config.mesh_size, apertures=True)

@@ -271,7 +271,7 @@ def test_chosen_parts_alone_learn(shard: Path, face: FaceModel, tmp_path: Path) 
     save_file(RegionVQVAE(BOOK).state_dict(), tmp_path / "codebook.safetensors")
     face.save(tmp_path / "face.safetensors")
     region = RegionVQIGTraining(
-        replace(MODEL, warped_maps=True), ("openings", "transformer"), image_from=0.5, adversarial_from=0.5
+        replace(MODEL, warped_map=True), ("aperture", "transformer"), image_from=0.5, adversarial_from=0.5
     )
     config = vqig.Config(
         data=vqig.Data(shard, tmp_path / "codebook.safetensors", tmp_path / "face.safetensors", None, PairMix(), 1),
@@ -284,8 +284,8 @@ def test_chosen_parts_alone_learn(shard: Path, face: FaceModel, tmp_path: Path) 
     before = {name: p.clone() for name, p in stage.module.named_parameters()}
     fit(stage, config.loop, tmp_path / "run")
     moved = {name.split(".")[1] for name, p in stage.module.named_parameters() if not torch.equal(p, before[name])}
-    assert moved == {"openings", "transformer", "region", "mouth", "eyes"}
-    with pytest.raises(ConfigError, match=r"region.only: 'lips' is no part; allowed: attention, decoder"):
+    assert moved == {"aperture", "transformer", "region", "mouth", "eyes"}
+    with pytest.raises(ConfigError, match=r"region.only: 'lips' is no part; allowed: aperture, attention"):
         vqig.build(replace(config, region=replace(region, only=("lips",))))
 
 

@@ -9,7 +9,7 @@ descriptor sigma comes from the frame's own coefficients instead of 27 frames, s
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,6 @@ from torch.nn import functional as F
 
 from flowvqtalker.render.mesh_flow import APERTURES, PRIOR, warp
 from flowvqtalker.render.region_vqvae import (
-    STRIDE,
     ChannelNorm,
     RegionAttention,
     RegionCodebookConfig,
@@ -53,8 +52,8 @@ class RegionConfig:
     """How much E_w's maps modulate D_h, from 0 (codes alone) to 1."""
     temperature: float = 1.0
     """Temperature of the softmax over T's logits; lower is sharper and flickers more."""
-    warped_maps: bool = False
-    """E_w sees the portrait once, and its maps are warped for each frame, instead of seeing each I_w."""
+    warped_map: bool = False
+    """E_w's first level sees the portrait once, and its map is warped for each frame, instead of seeing each I_w."""
 
     def __post_init__(self) -> None:
         if not (0 <= self.strength <= 1 and self.temperature > 0):
@@ -188,21 +187,9 @@ class RegionVQIG(nn.Module):
         self.mapping = nn.Sequential(nn.Linear(MOTION, dim), nn.SiLU(), nn.Linear(dim, descriptor))
         self.warping = WarpingNetwork(config.warp)
         self.encoder = RegionEncoder(book)
+        self.aperture = nn.Conv2d(2 * APERTURES, fine, 3, padding=1)
         self.motion = nn.Linear(descriptor, 2 * coarse)
-        added: list[nn.Conv2d | nn.Linear] = [self.motion]
-        if config.warped_maps:
-            cells = (STRIDE // 4) ** 2
-            self.openings = nn.ModuleDict(
-                {
-                    "fine": nn.Conv2d(2 * APERTURES, fine, 3, padding=1),
-                    "coarse": nn.Conv2d(2 * APERTURES * cells, coarse, 3, padding=1),
-                }
-            )
-            added += [cast("nn.Conv2d", layer) for layer in self.openings.values()]
-        else:
-            self.aperture = nn.Conv2d(2 * APERTURES, fine, 3, padding=1)
-            added.append(self.aperture)
-        for layer in added:  # start without effect
+        for layer in (self.aperture, self.motion):  # start without effect
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
         self.fuse = nn.Sequential(nn.Conv2d(2 * dim, dim, 1), nn.SiLU(), nn.Conv2d(dim, dim, 1))
@@ -234,8 +221,8 @@ class RegionVQIG(nn.Module):
         """Encode and quantise the source picture (B, 3, 512, 512) in [-1, 1]."""
         _, indices = self.autoencoder.encode(self.cut(image))
         codes = self.autoencoder.codes.lookup(indices).to(image.dtype)
-        maps = self.encoder.maps(image) if self.config.warped_maps else ()
-        return Source(image, codes, self.warping.reduce(image), maps)
+        fine = self.encoder.features(image)[2] if self.config.warped_map else None
+        return Source(image, codes, self.warping.reduce(image), fine)
 
     def reconstruct(self, image: Tensor) -> Tensor:
         """Pictures (B, 3, 512, 512) with the region through the frozen codebook."""
@@ -263,17 +250,10 @@ class RegionVQIG(nn.Module):
         flow = self.flow(source, sigma, prior)
         warped = warp(source.image, flow, prior)
         apertures = self.cut(prior[:, 2 : 2 + 2 * APERTURES])
-        if self.config.warped_maps:
-            maps = self._warp_maps(source.maps, flow, apertures.to(sigma.dtype))
-            return RegionPrediction(warped, *self._code(maps, sigma, source.codes))
-        return RegionPrediction(warped, *self.encode(self.cut(warped), apertures, sigma, source.codes))
-
-    def _warp_maps(self, maps: tuple[Tensor, ...], flow: Tensor, apertures: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """E_w's maps of the region at 1/16, 1/8 and 1/4 from those of I_0: warped, and told where openings are."""
-        coarse, middle, fine = (self.cut(warp(x, F.interpolate(flow, x.shape[-2:], mode="area"))) for x in maps)
-        cells = F.pixel_unshuffle(apertures, STRIDE // 4)
-        coarse = self.encoder.level16(coarse + self.openings["coarse"](cells))
-        return coarse, middle, fine + self.openings["fine"](apertures)
+        if source.fine is None:
+            return RegionPrediction(warped, *self.encode(self.cut(warped), apertures, sigma, source.codes))
+        fine = self.cut(warp(source.fine, flow)) + self.aperture(apertures.to(sigma.dtype))
+        return RegionPrediction(warped, *self._code(self.encoder.further(fine), sigma, source.codes))
 
     def encode(
         self, region: Tensor, apertures: Tensor, sigma: Tensor, codes: Tensor

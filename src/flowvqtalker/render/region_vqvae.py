@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from flowvqtalker.constants import CROP
 from flowvqtalker.render.layers import silu
 
-__all__ = ["STRIDE", "Block", "ChannelNorm", "Codes", "RegionAttention", "RegionCodebookConfig", "RegionVQVAE"]
+__all__ = ["Block", "ChannelNorm", "Codes", "RegionAttention", "RegionCodebookConfig", "RegionVQVAE"]
 
 #: Pixels that one code covers along a side.
 STRIDE = 16
@@ -137,17 +137,13 @@ class RegionEncoder(nn.Module):
             image: (B, 3, H, W) in [-1, 1].
             extra: (B, C, H / 4, W / 4), added to the stem's map.
         """
-        coarse, middle, fine = self.maps(image, extra)
-        return self.level16(coarse), middle, fine
-
-    def maps(self, image: Tensor, extra: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """The same, that at 1/16 before its residual block."""
         x = self.stem(F.pixel_unshuffle(image, 4))
-        if extra is not None:
-            x = x + extra
-        fine = self.level4(x)
+        return self.further(self.level4(x if extra is None else x + extra))
+
+    def further(self, fine: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Feature maps at 1/16, 1/8 and 1/4, given the last."""
         middle = self.level8(self.down8(fine))
-        return self.down16(middle), middle, fine
+        return self.level16(self.down16(middle)), middle, fine
 
     def forward(self, image: Tensor) -> Tensor:
         latent: Tensor = self.out(self.features(image)[0])

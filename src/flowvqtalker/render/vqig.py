@@ -115,13 +115,12 @@ class Source(NamedTuple):
     """z_c = q(E_h(I_0)), (B, d, 16, 16)."""
     small: Tensor
     """I_0 as W sees it, (B, 3, h, w)."""
-    maps: tuple[Tensor, ...] = ()
-    """E_w's maps of I_0 at 1/16, 1/8 and 1/4, where these are warped for each frame instead of I_w encoded."""
+    fine: Tensor | None = None
+    """E_w's map of I_0 at 1/4, (B, C, 128, 128), where it is warped for each frame."""
 
     def expand(self, batch: int) -> Source:
         """The same source for a batch of frames."""
-        image, codes, small, *maps = (value.expand(batch, -1, -1, -1) for value in (*self[:3], *self.maps))
-        return Source(image, codes, small, tuple(maps))
+        return Source(*(value if value is None else value.expand(batch, -1, -1, -1) for value in self))
 
 
 class Generated(NamedTuple):
