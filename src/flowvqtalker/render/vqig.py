@@ -120,7 +120,8 @@ class Source(NamedTuple):
 
     def expand(self, batch: int) -> Source:
         """The same source for a batch of frames."""
-        return Source(*(value if value is None else value.expand(batch, -1, -1, -1) for value in self))
+        fine = None if self.fine is None else self.fine.expand(batch, -1, -1, -1)
+        return Source(*(value.expand(batch, -1, -1, -1) for value in self[:3]), fine)
 
 
 class Generated(NamedTuple):
