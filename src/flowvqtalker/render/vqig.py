@@ -120,8 +120,8 @@ class Source(NamedTuple):
 
     def expand(self, batch: int) -> Source:
         """The same source for a batch of frames."""
-        fine = None if self.fine is None else self.fine.expand(batch, -1, -1, -1)
-        return Source(*(value.expand(batch, -1, -1, -1) for value in self[:3]), fine)
+        image, codes, small = (value.expand(batch, -1, -1, -1) for value in self[:3])
+        return Source(image, codes, small, None if self.fine is None else self.fine.expand(batch, -1, -1, -1))
 
 
 class Generated(NamedTuple):
