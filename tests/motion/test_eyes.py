@@ -7,6 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 
+from flowvqtalker.face.arkit import ARKIT_NAMES, arkit_index
 from flowvqtalker.motion.eyes import _BROW_GAPS, _LID_GAPS, EyeLimiter, Gaps
 
 from .test_smile import shape
@@ -57,18 +58,21 @@ def test_open_eyes_and_single_blinks_are_left_alone(face):
     assert torch.equal(cut, motion)
 
 
-def test_brows_come_down_ever_less_and_never_reach_the_eyes(face):
-    down = shape(face, "browDown")
+@pytest.mark.parametrize(("name", "free", "end"), [("browDown", 0.65, 0.3), ("browInnerUp", 1.3, 1.6)])
+def test_brows_move_ever_less_and_only_so_far(face, name, free, end):
+    rows = face.arkit[[arkit_index(n) for n in ARKIT_NAMES if n.startswith(name)], :-1]
+    shape = torch.linalg.pinv(rows) @ torch.ones(len(rows))
+    sign = 1 if end > 1 else -1
     found = []
     for strength in (0.2, 0.5, 1.0, 2.0, 4.0):
-        motion = (strength * down).expand(12, -1)
+        motion = (strength * shape).expand(12, -1)
         held = make(face)(motion)
         before, after = (measure(face, _BROW_GAPS, x[-1:])[0] for x in (motion, held))
-        found.append(after)
-        assert torch.equal(held, motion) == bool((before >= 0.65).all())
+        found.append(sign * after)
+        assert torch.equal(held, motion) == bool((sign * before <= sign * free).all())
         if strength <= 2:
             points = torch.einsum("d,dvc->vc", held[-1] - motion[-1], face.expression)
             assert points[[61, 291, 13, 14, 159, 386]].abs().max() < 0.02
-    assert all((low < high).all() for high, low in pairwise(found))
-    assert before.min() < -0.5
-    assert found[-1].min() > 0.25
+    assert all((low < high).all() for low, high in pairwise(gaps[:2] for gaps in found))  # of the inner brows
+    assert (sign * before).max() > sign * end + 0.4
+    assert (found[-1] < sign * end + 0.1).all()

@@ -1,8 +1,9 @@
-"""Keep the eyes open and the brows above them (ours).
+"""Keep the eyes open and the brows on the forehead, above the eyes (ours).
 
 Anger, disgust and laughter narrow the eyes. On a face whose eyes are narrow at rest they would stay shut for the whole
 video, and brows that lie low at rest would sink into them. So lids are held apart by a share of their distance at rest,
-on average over time: blinks still close them. Brows come down ever less, the nearer they are.
+on average over time: blinks still close them. Brows move ever less, the lower or the higher they are: surprise would
+stretch some foreheads.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ __all__ = ["EyeLimiter", "Gaps"]
 _SLOW = 10.0
 #: Least mean opening of an eye, as a share of its opening at rest.
 _LIDS = 0.45
-#: Share of the distance at rest from which on brows are held back, and the share that they never reach.
-_BROWS, _BROWS_LEAST = 0.65, 0.3
+#: Shares of the distance at rest between which brows move freely, and those that they never reach.
+_BROWS_FREE, _BROWS_ENDS = (0.65, 1.3), (0.3, 1.6)
 # Vertices above and below each gap: the lids of both eyes; the inner brow and the inner eye corner, the middle of the
 # brow and both eye corners, which a blink does not move.
 _LID_GAPS = (((159, 158, 160), (145, 153, 144)), ((386, 385, 387), (374, 380, 373)))
@@ -39,10 +40,12 @@ def _hold_lids(gap: Tensor, rest: Tensor) -> Tensor:
 
 
 def _hold_brows(gap: Tensor, rest: Tensor) -> Tensor:
-    """Equal down to ``_BROWS``, from there on monotone towards ``_BROWS_LEAST``."""
-    span = (_BROWS - _BROWS_LEAST) * rest
-    held = _BROWS_LEAST * rest + span * torch.exp(((gap - _BROWS * rest) / span).clamp(max=0))
-    return torch.where(gap < _BROWS * rest, held, gap)
+    """Equal within ``_BROWS_FREE``, from there on monotone towards ``_BROWS_ENDS``."""
+    held = gap
+    for free, end in zip(_BROWS_FREE, _BROWS_ENDS, strict=True):
+        beyond = ((gap / rest - free) / (end - free)).clamp(min=0)
+        held = torch.where(beyond > 0, (free + (end - free) * -torch.expm1(-beyond)) * rest, held)
+    return held
 
 
 class Gaps:
