@@ -58,7 +58,7 @@ def test_open_eyes_and_single_blinks_are_left_alone(face):
     assert torch.equal(cut, motion)
 
 
-@pytest.mark.parametrize(("name", "free", "end"), [("browDown", 0.65, 0.3), ("browInnerUp", 1.3, 1.6)])
+@pytest.mark.parametrize(("name", "free", "end"), [("browDown", 0.65, 0.3), ("browInnerUp", 1.4, 1.65)])
 def test_brows_move_ever_less_and_only_so_far(face, name, free, end):
     rows = face.arkit[[arkit_index(n) for n in ARKIT_NAMES if n.startswith(name)], :-1]
     shape = torch.linalg.pinv(rows) @ torch.ones(len(rows))

@@ -24,7 +24,7 @@ _SLOW = 10.0
 #: Least mean opening of an eye, as a share of its opening at rest.
 _LIDS = 0.45
 #: Shares of the distance at rest between which brows move freely, and those that they never reach.
-_BROWS_FREE, _BROWS_ENDS = (0.65, 1.3), (0.3, 1.6)
+_BROWS_FREE, _BROWS_ENDS = (0.65, 1.4), (0.3, 1.65)
 # Vertices above and below each gap: the lids of both eyes; the inner brow and the inner eye corner, the middle of the
 # brow and both eye corners, which a blink does not move.
 _LID_GAPS = (((159, 158, 160), (145, 153, 144)), ((386, 385, 387), (374, 380, 373)))
