@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import partial
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from flowvqtalker.face.model import FaceModel
 from flowvqtalker.face.topology import INNER_LIPS, IRISES, LEFT_EYE, RIGHT_EYE
+from flowvqtalker.render.fill import double, fill
 
 __all__ = [
     "APERTURES",
@@ -149,7 +150,7 @@ class MeshFlow(nn.Module):
         for side in (self.upper, self.lower) if ours is not None else ():
             sums.append(self._splat(cell[..., side], share[..., side], values[..., side]))
         whole = torch.cat(sums)
-        filled = _fill(whole[:, :2], whole[:, 2:]).view(len(sums), batch, 2, size, size)
+        filled = fill(whole[:, :2], whole[:, 2:]).view(len(sums), batch, 2, size, size)
 
         low, high = target[..., :2].amin(1), target[..., :2].amax(1)
         centre, half = (low + high) / self.image_size - 1, (high - low) / self.image_size
@@ -171,7 +172,7 @@ class MeshFlow(nn.Module):
 
     def _maps(self, vertices: Tensor) -> Tensor:
         """Aperture maps (B, 3, size, size). Distances bear being enlarged, and cost much at full size."""
-        return _double(aperture_maps(vertices, self.size // 2, self.image_size))
+        return double(aperture_maps(vertices, self.size // 2, self.image_size))
 
     def _surface(self, vertices: Tensor) -> Tensor:
         """(B, 478, k) values at the vertices to (B, P, k) at the surface samples."""
@@ -355,30 +356,6 @@ def _inside(rim: Tensor, x: Tensor, y: Tensor) -> Tensor:
     crosses = ((down < 0) != (down < dy)) & (right < down * slope)
     distance = squared.amin(1).sqrt_()
     return torch.where(crosses.sum(1) % 2 == 1, distance, -distance)
-
-
-def _fill(sums: Tensor, weights: Tensor) -> Tensor:
-    """Normalise splatted sums and fill empty cells from ever coarser averages (push-pull)."""
-    if sums.shape[-1] == 1:
-        return sums / weights.clamp(min=1e-12)
-    known = weights > 1e-10
-    value = torch.where(known, sums / weights.clamp(min=1e-12), 0.0)
-    presence = known.to(value)
-    coarse = _fill(F.avg_pool2d(value * presence, 2), F.avg_pool2d(presence, 2))
-    return torch.where(known, value, _double(coarse))
-
-
-def _double(maps: Tensor) -> Tensor:
-    """Square maps (B, C, s, s) enlarged bilinearly to (B, C, 2 s, 2 s), as two products: twice as fast at this size."""
-    shares = _shares(maps.shape[-1], maps.device)
-    return shares @ maps @ shares.mT
-
-
-@lru_cache(maxsize=32)
-def _shares(size: int, device: torch.device) -> Tensor:
-    """(2 s, s): what every value contributes to the values of a line of twice the length."""
-    unit = torch.eye(size, device=device)[:, None]
-    return F.interpolate(unit, scale_factor=2, mode="linear", align_corners=False)[:, 0].mT.contiguous()
 
 
 def _sample_surface(model: FaceModel, samples: int) -> tuple[Tensor, Tensor, Tensor]:
