@@ -9,10 +9,10 @@ import torch
 
 from flowvqtalker.errors import UserError
 from flowvqtalker.motion.flow import ExpFlow, ExpFlowConfig
-from flowvqtalker.motion.fused import FusedInverse
+from flowvqtalker.motion.fused import FusedFlow
 from flowvqtalker.motion.likelihood import rollout
 
-from .flows import EXP, FLOWS, POSE, context_of, make, shake
+from .flows import EXP, FLOWS, context_of, make, shake
 
 
 @pytest.mark.parametrize("config", FLOWS)
@@ -51,15 +51,29 @@ def test_flow_logdet_matches_autograd(config):
         assert float(torch.linalg.slogdet(jacobian)[1]) == pytest.approx(float(logdet[row].detach()), abs=1e-8)
 
 
-@pytest.mark.parametrize("config", [EXP, replace(EXP, layers=2), POSE])
-def test_fused_inverse_equals_the_flow(config):
-    flow = make(config, torch.float32)
+@pytest.mark.parametrize("config", [*FLOWS, replace(EXP, layers=2, soft_clamp=0.5)])
+@pytest.mark.parametrize("frames", [0, 1, 4])
+def test_fused_flow_equals_the_flow(config, frames):
+    """With an empty history, one that begins and a full one, and after a change of the emotion."""
+    flow = make(config, torch.float64)
     flow.data_std.copy_(torch.linspace(0.5, 2, config.dim))
-    context = context_of(flow, 1)
-    weights = torch.full((1, config.classes), 1 / config.classes)
-    context = replace(context, emotion=weights)
-    z = torch.randn(1, config.dim)
-    assert torch.allclose(FusedInverse(flow, weights)(z, context), flow.inverse(z, context), atol=1e-5)
+    source = torch.randn(1, config.dim).double() if config.source else None
+    audio, z = torch.randn(1, config.audio.width).double(), torch.randn(1, config.dim).double()
+    history = torch.randn(1, config.history, config.dim).double()
+    history[:, : config.history - frames] = 0
+    first, second = torch.full((2, 1, config.classes), 1 / config.classes).double()
+    if config.classes > 1:
+        second = torch.tensor([[1.5, -0.5, 0.0]]).double()
+    fused = FusedFlow(flow, first, source)
+    for emotion in (first, second):
+        fused.set_emotion(emotion)
+        expected = flow.soft_clamp(flow.inverse(z, flow.encode(audio, history, emotion, source=source)))
+        assert torch.allclose(fused(z, audio, history), expected, atol=1e-10)
+
+
+def test_fused_flow_needs_its_source():
+    with pytest.raises(ValueError, match="give source"):
+        FusedFlow(make(EXP), torch.ones(1, 3))
 
 
 def test_soft_clamp_is_the_identity_inside():

@@ -17,7 +17,7 @@ from flowvqtalker.io.coefficients import Motion
 from flowvqtalker.motion.blink import Blinks
 from flowvqtalker.motion.emotion import BLEND, EmotionCondition, EmotionTrack, encode_emotion, smoothstep
 from flowvqtalker.motion.flow import ExpFlow, PoseFlow
-from flowvqtalker.motion.fused import FusedInverse
+from flowvqtalker.motion.fused import FusedFlow
 from flowvqtalker.motion.habits import Habits
 from flowvqtalker.motion.head_pose import PoseTrack
 from flowvqtalker.motion.manifold import LatentBank, project
@@ -98,7 +98,6 @@ class MotionGenerator:
         articulation: gain on the lip prior (ours), 0 to 3.
         blink_rate: blinks per minute added to the expression, 0 to 60; None is most of the training clips' rate.
         seed: of the noise.
-        device: where to compute. The noise is sampled on the CPU, so it is the same everywhere.
         pose_temperature: of the pose.
         manifold: 0 (no projection) to 1.
         neighbours: 𝒦 of the projection.
@@ -129,7 +128,6 @@ class MotionGenerator:
         articulation: float = ARTICULATION,
         blink_rate: float | None = None,
         seed: int = 0,
-        device: str | torch.device = "cpu",
         pose_temperature: float = POSE_TEMPERATURE,
         manifold: float = MANIFOLD,
         neighbours: int = 10,
@@ -149,12 +147,12 @@ class MotionGenerator:
             pose_temperature=pose_temperature,
             manifold=manifold,
         )
-        self.device = torch.device(device)
-        self.expflow, self.poseflow = expflow.to(self.device).eval(), poseflow.to(self.device).eval()
+        # On the CPU: small matrices, for which a GPU would not be faster, and one seed is the same everywhere.
+        self.expflow, self.poseflow = expflow.cpu().eval(), poseflow.cpu().eval()
         self.temperature, self.pose_temperature, self.articulation = temperature, pose_temperature, articulation
         with torch.no_grad():
-            self.source = self.expflow.neutral_face(beta0.to(self.device, torch.float32).reshape(1, -1))
-        self.pose0 = pose0.to(self.device, torch.float32).reshape(1, -1)
+            self.source = self.expflow.neutral_face(beta0.cpu().float().reshape(1, -1))
+        self.pose0 = pose0.cpu().float().reshape(1, -1)
         self.poses, self._track, self._warm_up_frames = poses, track, warm_up
         self._encoder, self._habits, self.manifold, self.neighbours = speech_encoder, habits, manifold, neighbours
         self._encode = partial(encode_emotion, self.expflow, correction=correction)
@@ -163,10 +161,9 @@ class MotionGenerator:
         with torch.inference_mode(), _one_thread():
             self._conditions, self._neutral = self._encode_emotions(emotion, intensity, reference, calm)
             self._fused_for = self._conditions[0].weights
-            self._inverse = FusedInverse(self.expflow, self._fused_for)
-            single = torch.ones(1, self.poseflow.config.classes, device=self.device)
-            self._pose_weights = single / self.poseflow.config.classes
-            self._pose_inverse = FusedInverse(self.poseflow, self._pose_weights)
+            self._fused = FusedFlow(self.expflow, self._fused_for, self.source)
+            self._pose_weights = torch.full((1, self.poseflow.config.classes), 1 / self.poseflow.config.classes)
+            self._fused_pose = FusedFlow(self.poseflow, self._pose_weights)
         self._start(seed, BLINKS * float(expflow.blink_rate) if blink_rate is None else blink_rate)
 
     @property
@@ -212,11 +209,11 @@ class MotionGenerator:
         self._generators = tuple(torch.Generator().manual_seed(2 * seed + which) for which in (0, 1))
         self._blinks = Blinks(self.expflow.blink, blink_rate, 2 * seed + 1)
         exp, pose = self.expflow.config, self.poseflow.config
-        self._no_history = torch.zeros(1, exp.history, exp.dim, device=self.device)
+        self._no_history = torch.zeros(1, exp.history, exp.dim)
         self._rollout = Rollout(self._conditions[0], self._no_history)
         self._next: Rollout | None = None
         self._neutral_rollout = None if self._neutral is None else Rollout(self._neutral, self._no_history)
-        self._pose_history = torch.zeros(1, pose.history, pose.dim, device=self.device)
+        self._pose_history = torch.zeros(1, pose.history, pose.dim)
         self._first_pose: Tensor | None = None
         self.heard: Tensor | None = None
         self._wanted: tuple[EmotionCondition, int] | None = None
@@ -280,7 +277,7 @@ class MotionGenerator:
             raise ValueError(f"windows must be (T, {config.mels}, {config.columns}), got {tuple(windows.shape)}")
         with _one_thread():
             frames = []
-            for window in windows.to(self.device, torch.float32):
+            for window in windows.cpu().float():
                 window = window.clone()  # the same memory alignment, and so the same sums, however the stream is cut
                 frames += self._sample([stream.push(window) for stream in self._audio])
             if last:
@@ -288,7 +285,7 @@ class MotionGenerator:
                 frames += self._sample([stream.finish() for stream in self._audio])
         if not frames:
             return Motion(torch.zeros(0, self.expflow.config.dim), torch.zeros(0, self.poseflow.config.dim))
-        expression, pose = (torch.cat(parts).cpu() for parts in zip(*frames, strict=True))
+        expression, pose = (torch.cat(parts) for parts in zip(*frames, strict=True))
         return Motion(expression.clone(), pose.clone())
 
     def _sample(self, features: list[list[Tensor]]) -> list[tuple[Tensor, Tensor]]:
@@ -322,7 +319,7 @@ class MotionGenerator:
         self.heard = audio
         if self._habits is not None:
             self._blinks.factor = self._habits.follow(self._rollout.condition)
-        noise = self.temperature * self.expflow.latent.noise(1, self._generators[0]).to(self.device)
+        noise = self.temperature * self.expflow.latent.noise(1, self._generators[0])
         neutral = None if self._neutral_rollout is None else self._advance(self._neutral_rollout, audio, noise)
         frame = self._intensify(self._rollout, self._advance(self._rollout, audio, noise), neutral)
         if self._next is not None:
@@ -350,15 +347,14 @@ class MotionGenerator:
         """The next frame (1, D) of a rollout, with damped lips and its emotion's bias."""
         condition = rollout.condition
         if condition.weights is not self._fused_for:
-            self._inverse.set_emotion(condition.weights)
+            self._fused.set_emotion(condition.weights)
             self._fused_for = condition.weights
-        context = self.expflow.encode(audio, rollout.history, condition.weights, source=self.source)
         if self._bank is not None:
             if condition.label not in self._banks:
-                offsets = self._bank.offsets(condition.label, self.expflow.latent.mean.cpu())  # around any centre
-                self._banks[condition.label] = offsets.to(self.device)
+                offsets = self._bank.offsets(condition.label, self.expflow.latent.mean)  # around any centre
+                self._banks[condition.label] = offsets
             noise = project(noise, self._banks[condition.label], self.neighbours, self.manifold)
-        frame = self.expflow.soft_clamp(self._inverse(condition.centre + noise, context))
+        frame = self._fused(condition.centre + noise, audio, rollout.history)
         rollout.history = torch.cat([rollout.history[:, 1:], frame[None]], dim=1)
         return self._damp_lips(rollout, frame) + condition.emotion_bias
 
@@ -383,9 +379,9 @@ class MotionGenerator:
 
     def _pose(self, audio: Tensor) -> Tensor:
         motion = (
-            self._sample_pose(audio, self.poseflow.latent.noise(1, self._generators[1]).to(self.device))
+            self._sample_pose(audio, self.poseflow.latent.noise(1, self._generators[1]))
             if self.poses is None
-            else self.poses.at(self._frame).to(self.device)
+            else self.poses.at(self._frame)
         )
         motion = self._habits.turn(motion) if self._habits is not None and self.poses is None else motion
         if self._first_pose is None:
@@ -393,8 +389,7 @@ class MotionGenerator:
         return self.pose0 + motion - math.exp(-self._frame / (SETTLE * FPS)) * self._first_pose
 
     def _sample_pose(self, audio: Tensor, noise: Tensor) -> Tensor:
-        context = self.poseflow.encode(audio, self._pose_history, self._pose_weights)
         z = self.poseflow.latent.place(noise, self._pose_weights, self.pose_temperature)
-        motion = self.poseflow.soft_clamp(self._pose_inverse(z, context))
+        motion = self._fused_pose(z, audio, self._pose_history)
         self._pose_history = torch.cat([self._pose_history[:, 1:], motion[None]], dim=1)
         return motion

@@ -179,7 +179,6 @@ def open_stream(
         speech_encoder=speech_encoder,
         habits=Habits() if options.emotional_head else None,
         correction=smile_correction(face, beta0),
-        device="cpu",  # small matrices: a GPU would not be faster, and one seed is the same everywhere
     )
     follower: MotionGenerator | VoiceFollower = generator
     if emotion == AUTO:
