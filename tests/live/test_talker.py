@@ -12,7 +12,8 @@ import pytest
 from flowvqtalker.errors import UserError
 from flowvqtalker.live import LiveTalker
 from flowvqtalker.live import talker as live_module
-from flowvqtalker.live.drawing import Pace
+from flowvqtalker.live.drawing import Drawer, Pace
+from flowvqtalker.live.engine import LiveFrame, State
 
 from ..conftest import babble
 
@@ -118,6 +119,23 @@ def test_the_rate_rises_again_when_the_machine_is_free_and_waits_longer_each_tim
     simulate(pace, 0.03, 20_000, at)
     assert pace.fps == 20.0  # not above what was asked for
     assert caplog.text.count("too slow") == 1
+
+
+def test_frames_are_held_for_as_many_ticks_as_images_are_drawn_at_once():
+    """With or without an image, and until it is drawn; at the end nothing is held."""
+    passed, drawn = [], threading.Event()
+    drawer = Drawer(2, 1, lambda frame: passed.append(frame.pts), pytest.fail)
+    for number in range(4):
+        drawer.begin(number)
+        frame = LiveFrame(None, np.zeros(640, np.float32), number / 25, State.IDLE, None)  # type: ignore[arg-type]
+        drawer.add(number, frame, (lambda: drawn.wait() and np.zeros(3)) if number == 2 else None)
+    assert passed == [0, 1 / 25]
+    drawer.begin(4)
+    assert passed == [0, 1 / 25]  # the image of the third is not there
+    drawn.set()
+    drawer.close()
+    assert passed == [0, 1 / 25, 2 / 25, 3 / 25]
+    assert Drawer(1, 1, passed.append, pytest.fail).hold == 0
 
 
 def test_the_clock_does_not_wait_for_an_image(live_talker, live_portrait):

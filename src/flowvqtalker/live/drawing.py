@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections import deque
@@ -99,6 +100,9 @@ class Pace:
 class Drawer:
     """Draws images beside the clock, and passes frames on in their order.
 
+    Where several images are drawn at once, each has as many ticks. So all frames wait that long, with or without an
+    image: sound and picture come out evenly, however the drawing goes. A later image holds up the frames after it.
+
     Arguments:
         workers: images drawn at the same time.
         threads: of torch, for each of them.
@@ -117,7 +121,10 @@ class Drawer:
         #: Seconds between two images of late, if there is always one to draw.
         self.seconds = 0.0
         self._deliver, self._failed = deliver, failed
-        self._frames: deque[tuple[LiveFrame, Future[ImageArray] | None]] = deque()
+        #: Ticks from the one that makes a frame to the one at whose beginning the frame is passed on.
+        self.hold = workers if workers > 1 else 0
+        self._frames: deque[tuple[float, LiveFrame, Future[ImageArray] | None]] = deque()
+        self._released = -math.inf
         self._lock = threading.Lock()
         self._pool = ThreadPoolExecutor(workers, "flowvqtalker-draw", torch.set_num_threads, (threads,))
 
@@ -129,14 +136,20 @@ class Drawer:
     def waiting(self) -> int:
         """Images that would have to be done before another one is begun, and that one worker draws anyway."""
         with self._lock:
-            under_way = sum(image is not None and not image.done() for _, image in self._frames)
+            under_way = sum(image is not None and not image.done() for *_, image in self._frames)
         return max(0, under_way - self.workers + 1)
 
-    def add(self, frame: LiveFrame, draw: Draw | None) -> None:
-        """The next frame, and what draws its image."""
+    def begin(self, number: float) -> None:
+        """A tick begins: the frame that was held until then may go."""
+        with self._lock:
+            self._released = number - self.hold
+        self._pass_on()
+
+    def add(self, number: int, frame: LiveFrame, draw: Draw | None) -> None:
+        """The frame of a tick, and what draws its image."""
         image = None if draw is None else self._pool.submit(self._timed, draw)
         with self._lock:
-            self._frames.append((frame, image))
+            self._frames.append((number, frame, image))
         if image is None:
             self._pass_on()
         else:
@@ -145,19 +158,23 @@ class Drawer:
     def silence(self) -> None:
         """Take the sound out of the frames that are under way."""
         with self._lock:
-            for frame, _ in self._frames:
+            for _, frame, _ in self._frames:
                 frame.audio = np.zeros_like(frame.audio)
 
     def close(self) -> None:
         """Finish the images that are being drawn; the others are dropped."""
+        self.begin(math.inf)
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def _pass_on(self, _: Future[ImageArray] | None = None) -> None:
-        """Deliver the frames up to the first whose image is not done."""
+        """Deliver the frames up to the first that is held or whose image is not done."""
         try:
             with self._lock:
-                while self._frames and ((image := self._frames[0][1]) is None or image.done()):
-                    frame, _ = self._frames.popleft()
+                while self._frames:
+                    number, frame, image = self._frames[0]
+                    if number > self._released or (image is not None and not image.done()):
+                        break
+                    self._frames.popleft()
                     frame.image = None if image is None or image.cancelled() else image.result()
                     self._deliver(frame)
         except BaseException as error:

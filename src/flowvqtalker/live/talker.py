@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import threading
 import time
 from collections import deque
@@ -275,6 +276,7 @@ class LiveTalker:
             start, number = self._clock(), 0
             while not self._closed:
                 stopped = self._pause(start + number / FPS, drawer)
+                drawer.begin(number)
                 late = self._clock() - start - stopped - number / FPS
                 if late > _LOST:
                     logger.log(self._level("lost"), "live: %.1f s behind; the clock starts anew", late)
@@ -290,7 +292,7 @@ class LiveTalker:
                 with self._adding:
                     if self._interruptions != interruptions:  # the sound was taken before
                         frame.audio = np.zeros_like(frame.audio)
-                    drawer.add(frame, draw if wanted else None)
+                    drawer.add(number, frame, draw if wanted else None)
                 number += 1
         except BaseException as error:
             self._fail(error)
@@ -309,13 +311,15 @@ class LiveTalker:
         with self._changed:
             while not self._closed and (left := due - self._clock()) > 0:
                 self._changed.wait(left)
-            stopped = self._clock()
-            if len(self._out) + len(drawer) >= _BACKLOG:
-                logger.log(self._level("stopped"), "live: nobody takes the frames; the clock waits")
-                while not self._closed and len(self._out) + len(drawer) >= _BACKLOG:
-                    self._changed.wait()
-                return self._clock() - stopped
-        return 0.0
+        stopped = self._clock()
+        if len(self._out) + len(drawer) < _BACKLOG:
+            return 0.0
+        logger.log(self._level("stopped"), "live: nobody takes the frames; the clock waits")
+        drawer.begin(math.inf)
+        with self._changed:
+            while not self._closed and len(self._out) + len(drawer) >= _BACKLOG:
+                self._changed.wait()
+        return self._clock() - stopped
 
     def _level(self, kind: str) -> int:
         """Say things once: the level of the next message of a kind."""
