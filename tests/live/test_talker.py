@@ -121,6 +121,14 @@ def test_the_rate_rises_again_when_the_machine_is_free_and_waits_longer_each_tim
     assert caplog.text.count("too slow") == 1
 
 
+def test_a_machine_that_is_slow_now_and_then_has_the_full_rate_most_of_the_time():
+    pace, drawn = Pace(25.0), 0
+    for minute in range(30):  # five seconds of each minute
+        drawn += len(simulate(pace, 0.094, 125, 1500 * minute))
+        drawn += len(simulate(pace, 0.03, 1375, 1500 * minute + 125))
+    assert drawn / 1800 > 21
+
+
 def test_frames_are_held_for_as_many_ticks_as_images_are_drawn_at_once():
     """With or without an image, and until it is drawn; at the end nothing is held."""
     passed, drawn = [], threading.Event()

@@ -25,7 +25,8 @@ logger = logging.getLogger(__name__)
 RATES = (25.0, 20.0, 15.0, 12.5, 10.0, 5.0)
 #: Images over which the share of late ones is taken, and the share from which the rate is lowered.
 _OBSERVED, _TOO_MANY = 50, 0.1
-#: Ticks without a late image after which a higher rate is tried; doubled, up to the most, where it did not hold.
+#: Ticks without a late image after which a higher rate is tried. Doubled, up to the most, where that did not hold for
+#: twice the wait: so most of the time goes to the higher rate, or few attempts are made.
 _CALM, _MOST_CALM = 10 * FPS, 320 * FPS
 #: Share of the time that drawing may take at a rate that is tried.
 _BUSY = 0.95
@@ -82,7 +83,8 @@ class Pace:
             return
         self.fps = max((rate for rate in lower if rate * seconds <= _BUSY), default=RATES[-1])
         self._late.clear()
-        self._calm = _CALM if self._held > _MOST_CALM else min(2 * self._calm, _MOST_CALM)
+        worth_it = self._held > 2 * self._calm
+        self._calm = max(self._calm // 2, _CALM) if worth_it else min(2 * self._calm, _MOST_CALM)
         level = logging.DEBUG if self._said else logging.WARNING
         self._said = True
         logger.log(level, "live: this machine is too slow for the rate; it falls to %g frames per second", self.fps)
@@ -91,7 +93,7 @@ class Pace:
         higher = [rate for rate in RATES if self.fps < rate <= self._highest and rate * seconds <= _BUSY]
         if self._quiet < self._calm or not higher:
             return
-        self.fps = min(higher)
+        self.fps = max(higher)
         self._late.clear()
         self._quiet = self._held = 0
         logger.info("live: the rate rises to %g frames per second", self.fps)
