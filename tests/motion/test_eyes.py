@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from flowvqtalker.face.arkit import ARKIT_NAMES, arkit_index
-from flowvqtalker.motion.eyes import _BROW_GAPS, _LID_GAPS, EyeLimiter, Gaps
+from flowvqtalker.motion.eyes import _BROW_GAPS, _LID_GAPS, EyeLimiter
+from flowvqtalker.motion.gaps import Gaps
 
 from .test_smile import shape
 
@@ -27,7 +28,7 @@ def measure(face, gaps, expression):
 
 def test_gaps_are_distances_between_vertices(face):
     motion = 0.1 * torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
-    gaps = Gaps(face, torch.zeros(80), _BROW_GAPS, (1, 4))
+    gaps = Gaps(face, torch.zeros(80), _BROW_GAPS, (1, 4), 1e-5)
     shares = gaps.measure(motion) / gaps.measure(torch.zeros(64))
     assert torch.allclose(shares.float(), measure(face, _BROW_GAPS, motion), atol=1e-4)
     by = torch.tensor([[0.02, 0.02, 0.01, 0.01]]).double().expand(5, -1)

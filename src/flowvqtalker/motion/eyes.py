@@ -8,16 +8,16 @@ stretch some foreheads.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from flowvqtalker.face.model import FaceModel
 from flowvqtalker.face.topology import MOUTH_CORNERS
-from flowvqtalker.motion.mouth import ridge_inverse
+from flowvqtalker.motion.gaps import Gaps
 
-__all__ = ["EyeLimiter", "Gaps"]
+__all__ = ["EyeLimiter"]
 
 #: Frames (time constant) of the mean that is limited.
 _SLOW = 10.0
@@ -48,41 +48,6 @@ def _hold_brows(gap: Tensor, rest: Tensor) -> Tensor:
     return held
 
 
-class Gaps:
-    """Vertical distances on a face, and the smallest change of β that widens them.
-
-    Arguments:
-        model: the face model.
-        identity: (80,) α of the person.
-        gaps: vertices above and below each gap, whose means are compared.
-        kept: vertices that a change leaves in place.
-    """
-
-    def __init__(
-        self,
-        model: FaceModel,
-        identity: Tensor,
-        gaps: Sequence[tuple[Sequence[int], Sequence[int]]],
-        kept: Sequence[int],
-    ) -> None:
-        basis = model.expression.cpu().double()
-        mean = (model.mean.flatten() + identity.to(model.mean) @ model.identity.flatten(1)).view(-1, 3).cpu().double()
-        pairs = [(list(above), list(below)) for above, below in gaps]
-        self._slope = torch.stack([basis[:, low, 1].mean(1) - basis[:, up, 1].mean(1) for up, low in pairs], dim=1)
-        self._mean = torch.stack([mean[low, 1].mean() - mean[up, 1].mean() for up, low in pairs])
-        rows = torch.cat([self._slope.T, basis[:, list(kept)].flatten(1).T])
-        self._widen = ridge_inverse(rows, _RIDGE)[:, : len(pairs)].T
-
-    def measure(self, expression: Tensor) -> Tensor:
-        """The gaps (..., G) for β (..., 64), in distances between the outer eye corners."""
-        return expression.double() @ self._slope + self._mean
-
-    def widen(self, expression: Tensor, by: Tensor) -> Tensor:
-        """β (T, 64) with gaps wider by (T, G); frames without a change stay bit for bit."""
-        wider = expression + (by @ self._widen).to(expression.dtype)
-        return torch.where(by.any(1, keepdim=True), wider, expression)
-
-
 class EyeLimiter:
     """Holds lids and brows of a stream of expressions.
 
@@ -94,7 +59,8 @@ class EyeLimiter:
 
     def __init__(self, model: FaceModel, identity: Tensor, neutral: Tensor) -> None:
         brows, lids = (
-            Gaps(model, identity, gaps, kept) for gaps, kept in ((_BROW_GAPS, _BROW_KEPT), (_LID_GAPS, _LID_KEPT))
+            Gaps(model, identity, gaps, kept, _RIDGE)
+            for gaps, kept in ((_BROW_GAPS, _BROW_KEPT), (_LID_GAPS, _LID_KEPT))
         )
         self._limits = [_Limit(brows, neutral, _hold_brows), _Limit(lids, neutral, _hold_lids)]
 

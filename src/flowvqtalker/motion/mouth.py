@@ -18,9 +18,10 @@ from flowvqtalker.constants import FPS, SAMPLE_RATE
 from flowvqtalker.face.model import FaceModel
 from flowvqtalker.face.topology import MOUTH_CORNERS
 from flowvqtalker.motion.emotion import smoothstep
+from flowvqtalker.motion.gaps import Gaps
 from flowvqtalker.speech.activity import WINDOW, SpeechActivity
 
-__all__ = ["CLOSED", "MouthCloser", "MouthGate", "ridge_inverse"]
+__all__ = ["CLOSED", "MouthCloser", "MouthGate"]
 
 #: Largest distance of shut lips in distances between the outer eye corners; the trackers' shut mouths lie below.
 CLOSED = 0.02
@@ -42,12 +43,6 @@ _OPENING, _CLOSING = 2, 3
 _SHUT = 7
 
 
-def ridge_inverse(rows: Tensor, ridge: float) -> Tensor:
-    """(D, N): times N targets the smallest β whose products with (N, D) rows are near them."""
-    inverse: Tensor = rows.T @ torch.linalg.inv(rows @ rows.T + ridge * torch.eye(len(rows), dtype=rows.dtype))
-    return inverse
-
-
 class MouthCloser:
     """The smallest change of β that closes the lips.
 
@@ -57,22 +52,17 @@ class MouthCloser:
     """
 
     def __init__(self, model: FaceModel, identity: Tensor) -> None:
-        basis, upper, lower = model.expression.cpu().double(), list(_UPPER), list(_LOWER)
-        rest = (model.mean.flatten() + identity.to(model.mean) @ model.identity.flatten(1)).view(-1, 3).cpu().double()
-        self._gap = (basis[:, lower, 1] - basis[:, upper, 1]).T
-        self._rest = rest[lower, 1] - rest[upper, 1]
-        rows = torch.cat([self._gap, basis[:, list(_KEPT)].flatten(1).T])
-        self._close = ridge_inverse(rows, _RIDGE)[:, : len(upper)]
+        lips = [((upper,), (lower,)) for upper, lower in zip(_UPPER, _LOWER, strict=True)]
+        self._gaps = Gaps(model, identity, lips, _KEPT, _RIDGE)
 
     def gap(self, expression: Tensor) -> Tensor:
         """Largest distance (T,) between the lips for (T, 64), in distances between the outer eye corners."""
-        return (expression.double() @ self._gap.T + self._rest).amax(1).to(expression.dtype)
+        return self._gaps.measure(expression).amax(1).to(expression.dtype)
 
     def __call__(self, expression: Tensor, share: Tensor) -> Tensor:
         """(T, 64) with the given share (T,) of the way to shut lips; 0 returns the same values."""
-        excess = (expression.double() @ self._gap.T + self._rest - _TARGET).clamp_min(0)
-        closed = expression - (share[:, None] * (excess @ self._close.T)).to(expression.dtype)
-        return torch.where(share[:, None] > 0, closed, expression)
+        excess = (self._gaps.measure(expression) - _TARGET).clamp_min(0)
+        return self._gaps.widen(expression, -share[:, None] * excess)
 
 
 class MouthGate:

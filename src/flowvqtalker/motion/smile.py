@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flowvqtalker.face.arkit import arkit_index
 from flowvqtalker.face.model import FaceModel
-from flowvqtalker.motion.mouth import ridge_inverse
+from flowvqtalker.motion.gaps import ridge_inverse
 
 __all__ = ["smile_correction"]
 
