@@ -32,6 +32,7 @@ from flowvqtalker.train.region_losses import (
     backward_through,
     balanced_gradient,
     band_loss,
+    detail_loss,
     feature_weights,
     mouth_crop,
 )
@@ -162,6 +163,9 @@ def test_losses() -> None:
     l1, band = band_loss(a, b)
     assert l1.item() == pytest.approx((a - b).abs().mean().item())
     assert band_loss(a, a)[1] == 0 and band_loss(a, a + 0.5)[1].item() == pytest.approx(0.5, abs=1e-6) and band > 0
+    checks = (torch.arange(32)[:, None] + torch.arange(32)).remainder(2).float().expand(2, 3, 32, 32)
+    assert detail_loss(checks, checks.flip(-1)).item() == pytest.approx(0, abs=1e-6)  # as much of it elsewhere
+    assert detail_loss(0.25 * checks + 3, checks).item() == pytest.approx(0.75, abs=1e-3)
     points = torch.tensor([[[16.0, 20.0], [8.0, 8.0], [24.0, 8.0]]])
     weights = feature_weights(points, 64, 64)
     assert weights.argmax() // 64 < 32 and weights.min() >= 1 and weights[0, 0, 19, 15] > weights[0, 0, 63, 63]

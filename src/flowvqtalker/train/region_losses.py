@@ -13,8 +13,8 @@ from flowvqtalker.face.topology import LEFT_EYE, LIPS, RIGHT_EYE
 from flowvqtalker.train.gan import PatchDiscriminator
 
 __all__ = [
-    "RegionDiscriminator", "backward_through", "balanced_gradient", "band_loss", "eye_crop", "feature_points",
-    "feature_weights", "mouth_crop",
+    "RegionDiscriminator", "backward_through", "balanced_gradient", "band_loss", "detail_loss", "eye_crop",
+    "feature_points", "feature_weights", "mouth_crop",
 ]  # fmt: skip
 
 #: Extra weight and spread (x, y in pixels) of the mouth and of both eyes.
@@ -73,8 +73,26 @@ def band_loss(image: Tensor, target: Tensor, weight: Tensor | None = None) -> tu
     difference = image.float() - target.float()
     size = difference.abs()
     l1 = size.mean() if weight is None else (size * weight).mean() / weight.mean()
-    fine = difference - F.interpolate(F.avg_pool2d(difference, 2), scale_factor=2, mode="nearest")
-    return l1, F.avg_pool2d(difference, 4).abs().mean() + fine.abs().mean()
+    return l1, F.avg_pool2d(difference, 4).abs().mean() + _fine(difference).abs().mean()
+
+
+def detail_loss(image: Tensor, target: Tensor) -> Tensor:
+    """Difference of the local energies of the fine band, relative to the target's mean: is there as much detail?
+
+    The other losses ask whether it is in the right place. Where that cannot be known, they prefer none at all.
+
+    Arguments:
+        image, target: (B, 3, H, W).
+    """
+    energies = [
+        (F.avg_pool2d(_fine(x.float()).square().mean(1, keepdim=True), 8) + 1e-6).sqrt() for x in (image, target)
+    ]
+    return ((energies[0] - energies[1]).abs().mean((1, 2, 3)) / energies[1].mean((1, 2, 3))).mean()
+
+
+def _fine(image: Tensor) -> Tensor:
+    """What averages over 2x2 pixels lose."""
+    return image - F.interpolate(F.avg_pool2d(image, 2), scale_factor=2, mode="nearest")
 
 
 def balanced_gradient(

@@ -27,6 +27,7 @@ from flowvqtalker.train.region_losses import (
     backward_through,
     balanced_gradient,
     band_loss,
+    detail_loss,
     eye_crop,
     feature_points,
     feature_weights,
@@ -68,6 +69,8 @@ class RegionVQIGTraining:
     """Weight of I_w's own loss, which is what trains psi and W."""
     band_weight: float = 0.5
     """Weight of the coarse and the fine band of the L1 loss."""
+    detail_weight: float = 0.0
+    """Weight of the difference in local detail, which keeps pictures sharp without discriminators."""
     perceptual_weight: float = 1.0
     """Weight of L_per on the region."""
     mouth_weight: float = 0.8
@@ -87,7 +90,8 @@ class RegionVQIGTraining:
 
     def __post_init__(self) -> None:
         fractions = ("image_from", "adversarial_from", "ramp", "no_maps", "some_maps", "true_codes")
-        weights = ("band_weight", "perceptual_weight", "mouth_weight", "eye_weight", "adversarial_ratio")
+        losses = ("band", "detail", "perceptual", "mouth", "eye")
+        weights = (*(f"{name}_weight" for name in losses), "adversarial_ratio")
         check(
             *((0 <= getattr(self, n) <= 1, f"{n} must be in [0, 1], got {getattr(self, n)}") for n in fractions),
             *((getattr(self, n) >= 0, f"{n} must not be negative, got {getattr(self, n)}") for n in weights),
@@ -211,6 +215,9 @@ class RegionVQIGStage(Stage):
         l1, band = band_loss(seen, target, feature_weights(points, *target.shape[-2:]))
         reconstruction = l1 + training.band_weight * band
         logs: dict[str, float | Tensor] = {"l1": l1.detach()}
+        if training.detail_weight:
+            detail = detail_loss(seen, target)
+            reconstruction, logs["detail"] = reconstruction + training.detail_weight * detail, detail.detach()
         weights = (training.perceptual_weight, training.mouth_weight, training.eye_weight)
         far_weights = dict(zip(_DISTANCES, weights, strict=True))
         for name, far in self._perceptual(seen, target, points).items():
