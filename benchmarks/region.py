@@ -70,7 +70,8 @@ def pictures(generator: RegionVQIG, source: Tensor, target: Tensor, motion: Tens
         "random codes": book.lookup(random),
         "the target's codes (T's upper bound)": book.lookup(true),
     }
-    drawn = {"VQIG": generator.draw(expected, found), "codes alone": generator.draw(expected, found, 0.0)}
+    strengths = {"VQIG": None, "VQIG, strength 1": 1.0, "codes alone": 0.0}
+    drawn = {name: generator.draw(expected, found, strength) for name, strength in strengths.items()}
     drawn |= {name: generator.draw(codes, found) for name, codes in other.items()}
     return {
         "copied source": generator.cut(source),

@@ -30,6 +30,7 @@ from flowvqtalker.face.model import FaceModel
 from flowvqtalker.io.atomic import atomic_write
 from flowvqtalker.loading import compiled_from, load_face_model, load_generator
 from flowvqtalker.render import mesh_flow
+from flowvqtalker.render import warp as render_warp
 from flowvqtalker.render.mesh_flow import APERTURES, MeshFlow, MeshSource, warp
 from flowvqtalker.render.region import RegionPrediction, RegionVQIG
 from flowvqtalker.render.region_vqvae import ChannelNorm, RegionAttention
@@ -66,16 +67,18 @@ class Warp(nn.Module):
 
 
 class Region(nn.Module):
-    """Graph ``region``: levels of I_w (1, H, W, 3) to levels of the frame."""
+    """Graph ``region``: levels of I_w (1, H, W, 3), and the warped map (1, H / 4, W / 4, C) of a generator with
+    ``warped_map``, to levels of the frame."""
 
     def __init__(self, generator: RegionVQIG) -> None:
         super().__init__()
         self.generator = generator
 
-    def forward(self, region: Tensor, apertures: Tensor, sigma: Tensor, codes: Tensor) -> Tensor:
+    def forward(self, region: Tensor, apertures: Tensor, sigma: Tensor, codes: Tensor, *known: Tensor) -> Tensor:
         warped = region.permute(0, 3, 1, 2).float() / 127.5 - 1
-        logits, z, middle, fine = self.generator.encode(warped, apertures, sigma, codes)
-        drawn = self.generator.draw(self.generator.codes(logits), RegionPrediction(warped, logits, z, middle, fine))
+        maps = [value.permute(0, 3, 1, 2) for value in known]
+        found = RegionPrediction(warped, *self.generator.encode(warped, apertures, sigma, codes, *maps))
+        drawn = self.generator.draw(self.generator.codes(found.logits), found)
         image = warped + (drawn - warped) * self.generator.feather
         return ((image + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
 
@@ -92,16 +95,53 @@ def _everywhere(values: Tensor, size: int, image_size: int) -> tuple[slice, Tens
     return slice(0, size), (torch.arange(size, dtype=torch.float32) + 0.5) * (image_size / size)
 
 
+def _instance_norm(x: Tensor) -> Tensor:
+    """Instance norm without GroupNormalization, whose float32 form crashes OpenVINO 2026.4."""
+    x = x - x.mean((2, 3), keepdim=True)
+    return x * torch.rsqrt((x * x).mean((2, 3), keepdim=True) + 1e-5)
+
+
+def _heads(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+    """Attention over positions (B, N, C), with positions before heads: OpenVINO computes it as one operation."""
+    b, n, c = q.shape
+    parts = (x.reshape(b, n, heads, c // heads).transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(*parts).transpose(1, 2).reshape(b, n, c)
+
+
 def _attend(self: RegionAttention, x: Tensor, memory: Tensor | None = None) -> Tensor:
-    """RegionAttention with positions before heads, which OpenVINO computes as one operation."""
+    """RegionAttention with a product each for keys and values: OpenVINO is slow to split their maps."""
     b, c, h, w = x.shape
-    kv = self.key_value(self.norm_memory(x if memory is None else memory)).chunk(2, 1)
-    maps = (self.query(self.norm_query(x)), *kv)
-    q, k, v = (
-        m.flatten(2).transpose(1, 2).reshape(b, h * w, self.heads, c // self.heads).transpose(1, 2) for m in maps
-    )
-    found = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, h * w, c)
+    memory = self.norm_memory(x if memory is None else memory)
+    parts = zip(self.key_value.weight.detach().chunk(2), self.key_value.bias.detach().chunk(2), strict=True)
+    maps = (self.query(self.norm_query(x)), *(F.conv2d(memory, *part) for part in parts))
+    found = _heads(*(m.flatten(2).transpose(1, 2) for m in maps), self.heads)
     return x + self.out(found.transpose(1, 2).reshape(b, c, h, w))
+
+
+def _layer(self: nn.TransformerEncoderLayer, x: Tensor) -> Tensor:
+    """A layer of T, with a product each for queries, keys and values."""
+    attention, y = self.self_attn, self.norm1(x)
+    parts = zip(attention.in_proj_weight.detach().chunk(3), attention.in_proj_bias.detach().chunk(3), strict=True)
+    x = x + attention.out_proj(_heads(*(F.linear(y, *part) for part in parts), attention.num_heads))
+    return x + self.linear2(F.gelu(self.linear1(self.norm2(x))))
+
+
+def _blocks_first(convolution: nn.Conv2d) -> None:
+    """Sort the channels for :func:`_shuffle`."""
+    for part in (convolution.weight, convolution.bias):
+        part.data = part.data.unflatten(0, (-1, 4)).transpose(0, 1).flatten(0, 1).contiguous()
+
+
+_pixel_shuffle = F.pixel_shuffle
+
+
+def _shuffle(x: Tensor, factor: int) -> Tensor:
+    """D_h's pixel shuffles, for channels sorted by places in the block: whole pixels are copied, not channel by
+    channel."""
+    if factor != 2:  # W's last layer
+        return _pixel_shuffle(x, factor)
+    b, c, h, w = x.shape
+    return x.reshape(b, 2, 2, c // 4, h, w).permute(0, 3, 4, 1, 5, 2).reshape(b, c // 4, 2 * h, 2 * w)
 
 
 @torch.inference_mode()
@@ -117,15 +157,17 @@ def inputs(
         motion = torch.cat([batch["target_expression"], batch["target_pose"]], 1)
         sigma = generator.mapping((motion - generator.motion_mean) / generator.motion_std)
         coarse = F.interpolate(prior[:, :2], source.small.shape[-2:], mode="area")
-        warped = generator.cut(warp(image, generator.flow(source, sigma, prior), prior))
+        flow = generator.flow(source, sigma, prior)
+        warped = generator.cut(warp(image, flow, prior))
         levels = ((warped + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
         apertures = generator.cut(prior[:, 2 : 2 + 2 * APERTURES])
         identity = batch["source_identity"]
         start = mesh.prepare(face.project(identity, batch["source_expression"], batch["source_pose"]))
-        view, given = (motion, identity, *start), (motion, coarse, source.small)
-        yield tuple(
-            [x.contiguous().numpy() for x in each] for each in (view, given, (levels, apertures, sigma, source.codes))
-        )
+        view, given, drawn = (motion, identity, *start), (motion, coarse, source.small), [levels, apertures, sigma]
+        drawn.append(source.codes)
+        if source.fine is not None:
+            drawn.append(generator.cut(warp(source.fine, flow)).permute(0, 2, 3, 1))
+        yield tuple([x.contiguous().numpy() for x in each] for each in (view, given, drawn))
 
 
 def trace(module: nn.Module, example: Arrays) -> Any:
@@ -158,14 +200,19 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=64, help="training pairs whose activations set the scales")
     options = parser.parse_args()
     generator = load_generator(options.weights)
-    if not isinstance(generator, RegionVQIG) or generator.config.warped_map:
+    if not isinstance(generator, RegionVQIG):
         parser.exit(2, "the weights hold another generator than the default one, which alone is compiled\n")
     face = load_face_model(options.weights)
     mesh = MeshFlow(face, generator.config.mesh_size, apertures=True)
     seen = list(inputs(generator, face, mesh, options.shard, "train", options.pairs))
     held = [region for *_, region in inputs(generator, face, mesh, options.shard, "val", 16)]
     ChannelNorm.forward, RegionAttention.forward = _norm, _attend  # type: ignore[method-assign]
-    mesh_flow._near = _everywhere
+    nn.TransformerEncoderLayer.forward = _layer  # type: ignore[assignment]
+    decoder = generator.decoder
+    for convolution in (decoder.up8, decoder.up4, decoder.up2, decoder.out):
+        _blocks_first(convolution)
+    F.pixel_shuffle = _shuffle
+    mesh_flow._near, render_warp.instance_norm = _everywhere, _instance_norm
     # What OpenVINO does not know.
     torch.Tensor.mT = property(lambda x: x.transpose(-1, -2))  # type: ignore[assignment]
     torch.hypot = lambda x, y: (x * x + y * y).sqrt()  # type: ignore[assignment]

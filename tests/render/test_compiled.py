@@ -15,7 +15,7 @@ from flowvqtalker import weights
 from flowvqtalker.face.model import FaceModel
 from flowvqtalker.io.coefficients import Motion
 from flowvqtalker.loading import load_compiled, load_face_model, load_generator, render_dtype
-from flowvqtalker.render.compiled import warp_levels
+from flowvqtalker.render.compiled import CompiledGenerator, warp_levels
 from flowvqtalker.render.mesh_flow import MeshFlow, warp
 from flowvqtalker.render.region import RegionVQIG
 from flowvqtalker.render.renderer import Renderer
@@ -56,6 +56,17 @@ def test_frames_are_those_of_torch(generator: RegionVQIG, face: FaceModel, portr
     fast = _frames(generator, face, portrait, torch.int8)
     assert (10 * np.log10(255**2 / ((fast - exact) ** 2).mean((1, 2, 3))) > 42).all()
     assert np.array_equal(fast, _frames(generator, face, portrait, torch.int8, workers=2))
+
+
+def test_processors_without_bfloat16_draw_in_float32(
+    generator: RegionVQIG, face: FaceModel, portrait: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """OpenVINO chooses other kernels there."""
+    monkeypatch.setattr(CompiledGenerator, "_bfloat16", lambda self: False)
+    expected = _frames(generator, face, portrait, torch.float32)
+    monkeypatch.setattr(generator, "compiled", load_compiled())
+    frames = _frames(generator, face, portrait, torch.int8)
+    assert (10 * np.log10(255**2 / ((frames - expected) ** 2).mean((1, 2, 3))) > 42).all()
 
 
 def test_warped_levels_are_those_of_torch(face: FaceModel, portrait: np.ndarray) -> None:

@@ -293,6 +293,33 @@ def test_chosen_parts_alone_learn(shard: Path, face: FaceModel, tmp_path: Path) 
         vqig.build(replace(config, region=replace(region, only=("lips",))))
 
 
+def test_the_warped_map_learns_what_the_warped_pictures_map_was(shard: Path, face: FaceModel, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    save_file(RegionVQVAE(BOOK).state_dict(), tmp_path / "codebook.safetensors")
+    face.save(tmp_path / "face.safetensors")
+    config = vqig.Config(
+        data=vqig.Data(shard, tmp_path / "codebook.safetensors", tmp_path / "face.safetensors", None, PairMix(), 1),
+        region=RegionVQIGTraining(replace(MODEL, warped_map=True), ("encoder",), distil=True),
+        loop=LoopConfig(
+            steps=30, batch_size=2, lr=5e-4, warmup=0, threads=1, workers=0, validate_every=0, precision="bf16-mixed"
+        ),
+        perceptual="none",
+        discriminator_width=4,
+    )
+    stage = _seeded(vqig, config)
+    before = {name: p.clone() for name, p in stage.generator.named_parameters()}
+    batch = {key: value[None] for key, value in stage.data["train"][0].items()}
+    first, _ = stage.loss("generator", batch, 0)
+    fit(stage, config.loop, tmp_path / "run")
+    last, logs = stage.loss("generator", batch, 0)
+    assert set(logs) == {"fine", "middle", "latent", "codes"}
+    assert 0 < last < 0.9 * first
+    moved = {name for name, p in stage.generator.named_parameters() if not torch.equal(p, before[name])}
+    assert {"encoder.stem.weight", "encoder.level4.conv1.weight", "encoder.down16.weight"} <= moved
+    assert {name.split(".")[0] for name in moved} == {"encoder"}
+    assert all(torch.equal(p, before[name]) for name, p in stage.teacher.named_parameters())
+
+
 @pytest.mark.parametrize("stage", ["codebook", "vqig"])
 def test_the_region_can_be_set_on_the_command_line(stage: str, capsys: pytest.CaptureFixture[str]) -> None:
     from flowvqtalker.cli import main

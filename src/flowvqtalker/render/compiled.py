@@ -11,6 +11,7 @@ import importlib
 import sys
 import threading
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 import cv2
@@ -32,13 +33,17 @@ Levels = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
 
 
-def _identity() -> Floats:
-    """(512, 512, 2) x and y of every pixel."""
-    place = np.arange(CROP, dtype=np.float32)
+@lru_cache(maxsize=2)
+def _identity(size: int = CROP) -> Floats:
+    """(size, size, 2) x and y of every pixel."""
+    place = np.arange(size, dtype=np.float32)
     return np.stack(np.meshgrid(place, place), -1)
 
 
-_GRID = _identity()
+def _channels_last(maps: Tensor) -> Floats:
+    """Maps (1, C, h, w) as (h, w, C)."""
+    array: Floats = maps[0].movedim(0, -1).float().contiguous().numpy()
+    return array
 
 
 def warp_levels(image: Levels, flow: Floats, prior: Floats) -> Levels:
@@ -51,7 +56,7 @@ def warp_levels(image: Levels, flow: Floats, prior: Floats) -> Levels:
     """
     half, scale = np.float32(CROP / 2), CROP // flow.shape[-1]
     place = _enlarged(flow * half, scale)
-    place += _GRID
+    place += _identity()
     lines = prior[2 + 2 * APERTURES :]
     moved = np.abs(lines[:4]).max(0) > 1e-5
     rows, columns = (np.flatnonzero(moved.any(axis)) for axis in (1, 0))
@@ -163,6 +168,7 @@ class CompiledPortrait:
             raise ValueError("the compiled generator needs a mesh flow with apertures")
         known = (source.codes, source.small, identity[None], start.surface, start.apertures)
         self._codes, self._small, *self._view = (value.float().contiguous().numpy() for value in known)
+        self._fine = None if source.fine is None else _channels_last(source.fine)
         top, left, height, width = generator.config.codebook.roi
         self._roi = slice(top, top + height), slice(left, left + width)
         self._local = threading.local()
@@ -186,6 +192,14 @@ class CompiledPortrait:
         frame = warp_levels(self._image, flow, maps)
         rows, columns = (slice(s.start * size // CROP, s.stop * size // CROP) for s in self._roi)
         apertures = np.ascontiguousarray(maps[2 : 2 + 2 * APERTURES, rows, columns])[None]
-        (region,) = self._infer("region", frame[self._roi][None].copy(), apertures, sigma, self._codes)
+        known = () if self._fine is None else (self._warped_map(flow, rows, columns)[None],)
+        (region,) = self._infer("region", frame[self._roi][None].copy(), apertures, sigma, self._codes, *known)
         frame[self._roi] = region[0]
         return frame
+
+    def _warped_map(self, flow: Floats, rows: slice, columns: slice) -> Floats:
+        """The region of E_w's map of the portrait, warped (h, w, C)."""
+        place = flow[:, rows, columns].transpose(1, 2, 0) * np.float32(flow.shape[-1] / 2)
+        place += _identity(flow.shape[-1])[rows, columns]
+        warped = cv2.remap(self._fine, place, None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+        return np.asarray(warped, np.float32)

@@ -216,12 +216,12 @@ class RegionVQIG(nn.Module):
         """The region of maps (B, C, s, s) of the whole crop."""
         return self.autoencoder.cut(image)
 
-    @torch.no_grad()
     def prepare(self, image: Tensor) -> Source:
         """Encode and quantise the source picture (B, 3, 512, 512) in [-1, 1]."""
-        _, indices = self.autoencoder.encode(self.cut(image))
-        codes = self.autoencoder.codes.lookup(indices).to(image.dtype)
-        fine = self.encoder.features(image)[2] if self.config.warped_map else None
+        with torch.no_grad():
+            _, indices = self.autoencoder.encode(self.cut(image))
+            codes = self.autoencoder.codes.lookup(indices).to(image.dtype)
+        fine = self.encoder.first(image) if self.config.warped_map else None
         return Source(image, codes, self.warping.reduce(image), fine)
 
     def reconstruct(self, image: Tensor) -> Tensor:
@@ -250,13 +250,11 @@ class RegionVQIG(nn.Module):
         flow = self.flow(source, sigma, prior)
         warped = warp(source.image, flow, prior)
         apertures = self.cut(prior[:, 2 : 2 + 2 * APERTURES])
-        if source.fine is None:
-            return RegionPrediction(warped, *self.encode(self.cut(warped), apertures, sigma, source.codes))
-        fine = self.cut(warp(source.fine, flow)) + self.aperture(apertures.to(sigma.dtype))
-        return RegionPrediction(warped, *self._code(self.encoder.further(fine), sigma, source.codes))
+        fine = None if source.fine is None else self.cut(warp(source.fine, flow))
+        return RegionPrediction(warped, *self.encode(self.cut(warped), apertures, sigma, source.codes, fine))
 
     def encode(
-        self, region: Tensor, apertures: Tensor, sigma: Tensor, codes: Tensor
+        self, region: Tensor, apertures: Tensor, sigma: Tensor, codes: Tensor, fine: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """E_w, phi, MHCA and T: logits, z_f, and E_w's maps at 1/8 and 1/4.
 
@@ -265,14 +263,10 @@ class RegionVQIG(nn.Module):
             apertures: (B, 6, H / 4, W / 4) of the mesh flow.
             sigma: (B, 256) motion descriptor.
             codes: (B, d, h, w) of the source.
+            fine: (B, C, H / 4, W / 4), E_w's first map of the source, warped: takes the place of the region's.
         """
         extra = self.aperture(apertures.to(sigma.dtype))
-        return self._code(self.encoder.features(region, extra), sigma, codes)
-
-    def _code(
-        self, maps: tuple[Tensor, Tensor, Tensor], sigma: Tensor, codes: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """phi, MHCA and T on E_w's maps."""
+        maps = self.encoder.features(region, extra) if fine is None else self.encoder.further(fine + extra)
         coarse, middle, fine = maps
         gamma, beta = self.motion(sigma)[..., None, None].chunk(2, dim=1)
         z = self.encoder.out(torch.addcmul(beta, coarse.to(gamma.dtype), 1 + gamma))

@@ -137,8 +137,13 @@ class RegionEncoder(nn.Module):
             image: (B, 3, H, W) in [-1, 1].
             extra: (B, C, H / 4, W / 4), added to the stem's map.
         """
+        return self.further(self.first(image, extra))
+
+    def first(self, image: Tensor, extra: Tensor | None = None) -> Tensor:
+        """The feature map at 1/4; arguments as :meth:`features`."""
         x = self.stem(F.pixel_unshuffle(image, 4))
-        return self.further(self.level4(x if extra is None else x + extra))
+        fine: Tensor = self.level4(x if extra is None else x + extra)
+        return fine
 
     def further(self, fine: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Feature maps at 1/16, 1/8 and 1/4, given the last."""
