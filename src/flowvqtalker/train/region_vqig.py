@@ -184,8 +184,8 @@ class RegionVQIGStage(Stage):
         found = self._predict(self.generator, batch, source, prior)
         if self.teacher is not None:
             with torch.no_grad():
-                wanted = self._predict(self.teacher, batch, source, prior)
-            return _distance(found, wanted)
+                shown = self._predict(self.teacher, batch, source, prior)
+            return _distance(found, shown)
         with torch.no_grad():
             _, indices = self.generator.autoencoder.encode(target)
             codes = self.generator.autoencoder.codes.lookup(indices)
