@@ -30,7 +30,7 @@ from flowvqtalker.render.mesh_flow import MeshFlow
 from flowvqtalker.render.perceptual import PerceptualLoss
 from flowvqtalker.render.region import RegionVQIG
 from flowvqtalker.train.image_stage import make_views
-from flowvqtalker.train.region_losses import eye_crop, feature_points, mouth_crop
+from flowvqtalker.train.region_losses import distances, feature_points
 from flowvqtalker_eval.metrics.reenactment import to_image
 from flowvqtalker_eval.metrics.ssim import ssim
 
@@ -89,11 +89,11 @@ def sharpness(image: np.ndarray) -> float:
 def scores(image: Tensor, target: Tensor, points: Tensor, distance: Callable[..., Tensor]) -> dict[str, float]:
     """The columns for one region."""
     levels, real = to_image(image[0]), to_image(target[0])
-    crops = {"mouth": (mouth_crop, 2.0), "eyes": (eye_crop, 1.4)}
-    near = {name: distance(*(crop(x, points, zoom) for x in (image, target))) for name, (crop, zoom) in crops.items()}
+    far = distances(distance, image, target, points)
     return {
-        "region": float(distance(image, target)),
-        **{name: float(value) for name, value in near.items()},
+        "region": float(far["perceptual"]),
+        "mouth": float(far["mouth"]),
+        "eyes": float(far["eyes"]),
         "ssim": float(ssim(real, levels)[0]),
         "sharpness": sharpness(levels) / sharpness(real),
     }

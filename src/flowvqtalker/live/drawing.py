@@ -125,7 +125,7 @@ class Drawer:
         self._deliver, self._failed = deliver, failed
         #: Ticks from the one that makes a frame to the one at whose beginning the frame is passed on.
         self.hold = workers if workers > 1 else 0
-        self._frames: deque[tuple[float, LiveFrame, Future[ImageArray] | None]] = deque()
+        self._frames: deque[tuple[int, LiveFrame, Future[ImageArray] | None]] = deque()
         self._released = -math.inf
         self._lock = threading.Lock()
         self._pool = ThreadPoolExecutor(workers, "flowvqtalker-draw", torch.set_num_threads, (threads,))

@@ -61,7 +61,7 @@ class FusedFlow:
         self._width, self._heads, self._layers = config.width, config.heads, config.layers
         self._first = config.dim // 2
         self._std = _array(flow.data_std)
-        self._clamp = config.soft_clamp * self._std
+        self._soft_clamp = flow.soft_clamp
         self._encoder = _FusedEncoder(flow, source)
         blocks = [block for step in steps for block in step.coupling.net.each_block()]
         reads = [_attention(block, *_affine(block.norm_attention)) for block in blocks]
@@ -139,7 +139,7 @@ class FusedFlow:
             x = np.concatenate((x[:first], other)) @ matrix
             x += offset
         x = (x * scale + centre) * self._std
-        return torch.from_numpy(self._held(x))[None]
+        return self._soft_clamp(torch.from_numpy(x)[None])
 
     def _read(self, y: Array, ask: Array, tell: Array) -> Array:
         """What a coupling's token reads from the context's tokens."""
@@ -152,14 +152,6 @@ class FusedFlow:
         weights /= weights.sum(1, keepdims=True)
         read: Array = weights.ravel() @ tell
         return read
-
-    def _held(self, x: Array) -> Array:
-        """:meth:`Flow.soft_clamp`."""
-        size, start, room = np.abs(x), 0.6 * self._clamp, 0.4 * self._clamp
-        if (size <= start).all():
-            return x
-        bent = np.copysign(start + room * np.tanh((size - start) / room), x)
-        return np.where(size > start, bent, x)
 
 
 class _FusedEncoder:

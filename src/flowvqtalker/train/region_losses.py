@@ -5,6 +5,8 @@ Points are the centres (B, 3, 2) of the mouth, the right eye and the left eye in
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -13,10 +15,12 @@ from flowvqtalker.face.topology import LEFT_EYE, LIPS, RIGHT_EYE
 from flowvqtalker.train.gan import PatchDiscriminator
 
 __all__ = [
-    "RegionDiscriminator", "backward_through", "balanced_gradient", "band_loss", "detail_loss", "eye_crop",
+    "RegionDiscriminator", "backward_through", "balanced_gradient", "band_loss", "detail_loss", "distances", "eye_crop",
     "feature_points", "feature_weights", "mouth_crop",
 ]  # fmt: skip
 
+#: Enlargement of the mouth's and the eyes' crops for the perceptual loss: teeth and lashes are few pixels.
+_MOUTH_ZOOM, _EYE_ZOOM = 2.0, 1.4
 #: Extra weight and spread (x, y in pixels) of the mouth and of both eyes.
 _FEATURES = ((3.0, 48, 30), (2.0, 34, 20), (2.0, 34, 20))
 
@@ -61,6 +65,15 @@ def mouth_crop(image: Tensor, points: Tensor, zoom: float = 1.0) -> Tensor:
 def eye_crop(image: Tensor, points: Tensor, zoom: float = 1.0) -> Tensor:
     """96x240 pixels around both eyes and the brows, enlarged by ``zoom``."""
     return _crop(image, points[:, 1:].mean(1) - points.new_tensor([0.0, 8.0]), 96, 240, zoom)
+
+
+def distances(
+    perceptual: Callable[[Tensor, Tensor], Tensor], image: Tensor, target: Tensor, points: Tensor
+) -> dict[str, Tensor]:
+    """L_per on the region (``perceptual``), the enlarged ``mouth`` and the enlarged ``eyes``: (B, 3, H, W) each."""
+    mouths = (mouth_crop(x, points, _MOUTH_ZOOM) for x in (image, target))
+    eyes = (eye_crop(x, points, _EYE_ZOOM) for x in (image, target))
+    return {"perceptual": perceptual(image, target), "mouth": perceptual(*mouths), "eyes": perceptual(*eyes)}
 
 
 def band_loss(image: Tensor, target: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:

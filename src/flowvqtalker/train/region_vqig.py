@@ -29,10 +29,9 @@ from flowvqtalker.train.region_losses import (
     balanced_gradient,
     band_loss,
     detail_loss,
-    eye_crop,
+    distances,
     feature_points,
     feature_weights,
-    mouth_crop,
 )
 from flowvqtalker.train.stage import Stage
 
@@ -40,8 +39,6 @@ __all__ = ["RegionVQIGStage", "RegionVQIGTraining"]
 
 Batch = dict[str, Tensor]
 
-#: Enlargement of the mouth's and the eyes' crops for the perceptual loss: teeth and lashes are few pixels.
-_MOUTH_ZOOM, _EYE_ZOOM = 2.0, 1.4
 #: Names of the perceptual distances on the region, the mouth and the eyes.
 _DISTANCES = ("perceptual", "mouth", "eyes")
 #: Weights of the adversarial losses of region, mouth and eyes.
@@ -74,7 +71,7 @@ class RegionVQIGTraining:
     band_weight: float = 0.5
     """Weight of the coarse and the fine band of the L1 loss."""
     detail_weight: float = 0.0
-    """Weight of the difference in local detail, which keeps pictures sharp without discriminators."""
+    """Weight of the difference in local detail: without discriminators the image level blurs."""
     perceptual_weight: float = 1.0
     """Weight of L_per on the region."""
     mouth_weight: float = 0.8
@@ -184,7 +181,7 @@ class RegionVQIGStage(Stage):
         found = self._predict(self.generator, batch, source, prior)
         if self.teacher is not None:
             with torch.no_grad():
-                shown = self._predict(self.teacher, batch, source, prior)
+                shown = self._predict(self.teacher.to(target.device), batch, source, prior)
             return _distance(found, shown)
         with torch.no_grad():
             _, indices = self.generator.autoencoder.encode(target)
@@ -250,10 +247,7 @@ class RegionVQIGStage(Stage):
         """L_per on the region, the enlarged mouth and the enlarged eyes; nothing without a network."""
         if self.perceptual is None:
             return {}
-        distance = self.perceptual.to(target.device)
-        mouths = (mouth_crop(x, points, _MOUTH_ZOOM) for x in (image, target))
-        eyes = (eye_crop(x, points, _EYE_ZOOM) for x in (image, target))
-        return dict(zip(_DISTANCES, (distance(image, target), distance(*mouths), distance(*eyes)), strict=True))
+        return distances(self.perceptual.to(target.device), image, target, points)
 
     def _discriminator_loss(self) -> tuple[Tensor, dict[str, float | Tensor]]:
         assert self._patches is not None
