@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
 
 from flowvqtalker.data.gaps import eye_gap, feature_centres, lip_gap
 from flowvqtalker.data.pairs import PairDataset, PairMix
@@ -25,10 +26,12 @@ from flowvqtalker.render.region_vqvae import RegionCodebookConfig, RegionVQVAE
 from flowvqtalker.render.warp import WarpConfig
 from flowvqtalker.train import codebook, vqig
 from flowvqtalker.train.config import ConfigError, LoopConfig
+from flowvqtalker.train.gan import discriminator_loss
 from flowvqtalker.train.image_stage import make_views, shut_lips
 from flowvqtalker.train.loop import fit
 from flowvqtalker.train.region_codebook import CodeAverages, RegionCodebookTraining, kmeans
 from flowvqtalker.train.region_losses import (
+    RegionDiscriminator,
     backward_through,
     balanced_gradient,
     band_loss,
@@ -178,6 +181,22 @@ def test_losses() -> None:
     loss = backward_through(seen, gradient, torch.tensor(3.0))
     loss.backward()
     assert loss.item() == 3 and torch.allclose(seen.grad, gradient)
+
+
+def test_discriminators_soon_tell_faint_detail_from_its_absence() -> None:
+    torch.manual_seed(0)
+    discriminator = RegionDiscriminator(width=16, layers=2)
+    optimizer = torch.optim.Adam(discriminator.parameters(), 1e-3, (0.8, 0.98))
+    points = torch.tensor([[48.0, 70], [30, 30], [66, 30]]).expand(4, -1, -1)
+    for _ in range(25):
+        smooth = F.interpolate(torch.rand(4, 3, 6, 6) * 2 - 1, (96, 96), mode="bicubic")
+        sharp = smooth + 0.02 * torch.randn_like(smooth)
+        pairs = zip(discriminator(sharp, points), discriminator(smooth, points), strict=True)
+        losses = torch.stack([discriminator_loss(real, fake) for real, fake in pairs])
+        optimizer.zero_grad()
+        losses.sum().backward()
+        optimizer.step()
+    assert losses.max() < 0.5  # 1 is chance, and what the image alone reaches
 
 
 def test_kmeans_finds_clusters_and_dead_codes_restart() -> None:
