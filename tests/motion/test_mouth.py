@@ -80,3 +80,14 @@ def test_music_and_noise_are_not_speech(spoken):
     heard = {name: np.mean(np.array(SpeechActivity().push(wave.astype(np.float32))) > 0.15) for name, wave in
              (("speech", spoken[8_000:40_000]), ("music", chord), ("noise", noise))}  # fmt: skip
     assert heard["speech"] > 0.8 and heard["music"] < 0.3 and heard["noise"] < 0.1
+
+
+def test_speech_after_a_rest_in_zeros_is_heard_as_before(spoken):
+    pause = np.zeros(40 * 512, np.float32)
+    activity = SpeechActivity()
+    activity.push(spoken)
+    rest = activity.push(pause)
+    again = np.array(activity.push(spoken)) > 0.15
+    fresh = np.array(SpeechActivity().push(spoken)) > 0.15
+    assert max(rest[8:]) < 0.05 and set(rest[16:]) == {0.0}
+    assert fresh.any() and np.mean(again == fresh) > 0.98

@@ -60,6 +60,9 @@ class RegionVQIGTraining:
     """Fraction of the steps after which image-level losses join."""
     adversarial_from: float = 0.42
     """Fraction of the steps after which the discriminators and their loss set in."""
+    discriminators_first: float = 0.0
+    """Fraction of the steps after ``adversarial_from`` in which the discriminators alone learn. A generator that starts
+    from good weights would fool young ones before they see anything, and blur."""
     ramp: float = 0.07
     """Fraction of the steps over which the adversarial gradient grows to its full size."""
     code_weight: tuple[float, float] = (0.5, 0.25)
@@ -90,7 +93,15 @@ class RegionVQIGTraining:
     """Largest factor that this scaling gives the adversarial loss."""
 
     def __post_init__(self) -> None:
-        fractions = ("image_from", "adversarial_from", "ramp", "no_maps", "some_maps", "true_codes")
+        fractions = (
+            "image_from",
+            "adversarial_from",
+            "discriminators_first",
+            "ramp",
+            "no_maps",
+            "some_maps",
+            "true_codes",
+        )
         losses = ("band", "detail", "perceptual", "mouth", "eye")
         weights = (*(f"{name}_weight" for name in losses), "adversarial_ratio")
         check(
@@ -171,27 +182,30 @@ class RegionVQIGStage(Stage):
         return generator.predict(generator.prepare(source), motion, prior)
 
     def loss(self, group: str, batch: Batch, step: int) -> tuple[Tensor | None, dict[str, float | Tensor]]:
-        progress = step / self.loop.steps
-        image_level = progress >= self.training.image_from
-        adversarial = progress >= self.training.adversarial_from
+        training, progress = self.training, step / self.loop.steps
+        image_level = progress >= training.image_from
+        adversarial = progress >= training.adversarial_from
         if group == "discriminator":
             return self._discriminator_loss() if adversarial and self._patches is not None else (None, {})
         source, prior, points = self._views(batch)
         target = self.generator.cut(batch["target"])
+        if adversarial and progress < training.adversarial_from + training.discriminators_first:
+            with torch.no_grad():
+                found = self._predict(self.generator, batch, source, prior)
+                self._patches = target, self._draw(found, self._codes(target)[1]), points
+            return None, {}
         found = self._predict(self.generator, batch, source, prior)
         if self.teacher is not None:
             with torch.no_grad():
                 shown = self._predict(self.teacher.to(target.device), batch, source, prior)
             return _distance(found, shown)
-        with torch.no_grad():
-            _, indices = self.generator.autoencoder.encode(target)
-            codes = self.generator.autoencoder.codes.lookup(indices)
+        indices, codes = self._codes(target)
         entropy = F.cross_entropy(found.logits.float().flatten(0, 1), indices.flatten())
         feature = F.mse_loss(found.latent.float(), codes)
         # At half the size: W moves what is there, so its loss needs no fine texture.
         warped, wanted = (F.avg_pool2d(x.float(), 2) for x in (self.generator.cut(found.warped), target))
         near, band = band_loss(warped, wanted)
-        warp = near + self.training.band_weight * band
+        warp = near + training.band_weight * band
         hits = (found.logits.argmax(-1) == indices.flatten(1)).float().mean()
         logs: dict[str, float | Tensor] = {
             "code": entropy.detach(),
@@ -199,9 +213,9 @@ class RegionVQIGStage(Stage):
             "warp": warp.detach(),
             "hits": hits,
         }
-        terms = ((self.training.code_weight, entropy), (self.training.feature_weight, feature))
+        terms = ((training.code_weight, entropy), (training.feature_weight, feature))
         loss = sum(
-            (weights[image_level] * term for weights, term in (*terms, (self.training.warp_weight, warp))),
+            (weights[image_level] * term for weights, term in (*terms, (training.warp_weight, warp))),
             start=entropy.new_zeros(()),
         )
         if image_level:
@@ -209,17 +223,28 @@ class RegionVQIGStage(Stage):
             loss, logs = loss + image, logs | more
         return loss, logs
 
-    def _image_loss(
-        self, found: RegionPrediction, true: Tensor, target: Tensor, points: Tensor, progress: float | None
-    ) -> tuple[Tensor, dict[str, float | Tensor]]:
-        """Image-level losses; ``progress`` is that of the run once the discriminators take part."""
-        training, size = self.training, len(target)
-        draw = torch.rand(2, size, 1, 1, 1, device=target.device)
+    @torch.no_grad()
+    def _codes(self, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Indices (B, h, w) and vectors (B, dim, h, w) of a region's own codes."""
+        _, indices = self.generator.autoencoder.encode(target)
+        return indices, self.generator.autoencoder.codes.lookup(indices)
+
+    def _draw(self, found: RegionPrediction, true: Tensor) -> Tensor:
+        """Regions drawn from T's codes, or from ``true`` ones, with E_w's maps, without them or in between."""
+        training = self.training
+        draw = torch.rand(2, len(true), 1, 1, 1, device=true.device)
         partial = ((draw[0] - training.no_maps) / max(training.some_maps, 1e-6)).clamp(0, 1)
         strength = torch.where(draw[0] < training.no_maps + training.some_maps, partial, 1.0)
         expected = self.generator.codes(found.logits)
         codes = torch.where(draw[1] < training.true_codes, true.to(expected.dtype), expected)
-        drawn = self.generator.draw(codes, found, strength)
+        return self.generator.draw(codes, found, strength)
+
+    def _image_loss(
+        self, found: RegionPrediction, true: Tensor, target: Tensor, points: Tensor, progress: float | None
+    ) -> tuple[Tensor, dict[str, float | Tensor]]:
+        """Image-level losses; ``progress`` is that of the run once the discriminators take part."""
+        training = self.training
+        drawn = self._draw(found, true)
         seen = drawn.detach().float().requires_grad_()
         l1, band = band_loss(seen, target, feature_weights(points, *target.shape[-2:]))
         reconstruction = l1 + training.band_weight * band
@@ -236,7 +261,8 @@ class RegionVQIGStage(Stage):
         if progress is not None:
             scores = [adversarial_loss(logits.float()) for logits in self.discriminator(seen, points)]
             adv = torch.stack([weight * score for weight, score in zip(_ADVERSARIAL, scores, strict=True)]).sum()
-            ramp = (progress - training.adversarial_from) / max(training.ramp, 1e-6)
+            begun = training.adversarial_from + training.discriminators_first
+            ramp = (progress - begun) / max(training.ramp, 1e-6)
             ratio = training.adversarial_ratio * min(1.0, ramp)
             self._patches = target, drawn.detach(), points
             logs["adversarial"] = adv.detach()
