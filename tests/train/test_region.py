@@ -312,6 +312,26 @@ def test_chosen_parts_alone_learn(shard: Path, face: FaceModel, tmp_path: Path) 
         vqig.build(replace(config, region=replace(region, only=("lips",))))
 
 
+def test_discriminators_can_learn_first(shard: Path, face: FaceModel, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    save_file(RegionVQVAE(BOOK).state_dict(), tmp_path / "codebook.safetensors")
+    face.save(tmp_path / "face.safetensors")
+    region = RegionVQIGTraining(MODEL, image_from=0, adversarial_from=0, ramp=0)
+    config = vqig.Config(
+        data=vqig.Data(shard, tmp_path / "codebook.safetensors", tmp_path / "face.safetensors", None, PairMix(), 1),
+        region=region,
+        loop=LoopConfig(steps=4, batch_size=2, lr=3e-3, ema=0.5, threads=1, workers=0, validate_every=0),
+        perceptual="none",
+        discriminator_width=4,
+    )
+    for first, learned in ((1.0, {"discriminator"}), (0.5, {"discriminator", "generator"})):
+        stage = _seeded(vqig, replace(config, region=replace(region, discriminators_first=first)))
+        before = {name: p.clone() for name, p in stage.module.named_parameters()}
+        fit(stage, config.loop, tmp_path / str(first))
+        moved = {name.split(".")[0] for name, p in stage.module.named_parameters() if not torch.equal(p, before[name])}
+        assert moved == learned
+
+
 def test_the_warped_map_learns_what_the_warped_pictures_map_was(shard: Path, face: FaceModel, tmp_path: Path) -> None:
     torch.manual_seed(0)
     save_file(RegionVQVAE(BOOK).state_dict(), tmp_path / "codebook.safetensors")
