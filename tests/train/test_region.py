@@ -191,7 +191,7 @@ def test_discriminators_soon_tell_faint_detail_from_its_absence() -> None:
     for _ in range(25):
         smooth = F.interpolate(torch.rand(4, 3, 6, 6) * 2 - 1, (96, 96), mode="bicubic")
         sharp = smooth + 0.02 * torch.randn_like(smooth)
-        pairs = zip(discriminator(sharp, points), discriminator(smooth, points), strict=True)
+        pairs = zip(*(discriminator(image, smooth, points) for image in (sharp, smooth)), strict=True)
         losses = torch.stack([discriminator_loss(real, fake) for real, fake in pairs])
         optimizer.zero_grad()
         losses.sum().backward()

@@ -133,11 +133,12 @@ def backward_through(image: Tensor, gradient: Tensor, value: Tensor) -> Tensor:
 
 
 class RegionDiscriminator(nn.Module):
-    """Three patch discriminators: of the region, of the mouth and of the eyes.
+    """Three patch discriminators: of the region, of the mouth and of the eyes, given I_w.
 
     Each sees the image and beside it, enlarged, what averages over 3x3 pixels lose. What gives a drawn picture away is
     there and small: without it a discriminator of our size is no better than chance for hundreds of steps, and the
-    generator blurs meanwhile.
+    generator blurs meanwhile. I_w shows how sharp the portrait is: among real pictures, soft and sharp ones, a drawing
+    of a sharp portrait could hide as a soft one.
 
     Arguments:
         width: channels of their first layers.
@@ -146,10 +147,11 @@ class RegionDiscriminator(nn.Module):
 
     def __init__(self, width: int = 40, layers: int = 3) -> None:
         super().__init__()
-        self.region, self.mouth, self.eyes = (PatchDiscriminator(width, layers, 6) for _ in range(3))
+        self.region, self.mouth, self.eyes = (PatchDiscriminator(width, layers, 12) for _ in range(3))
 
-    def forward(self, region: Tensor, points: Tensor) -> list[Tensor]:
-        """Maps of logits of the region, the mouth and the eyes."""
-        near = F.avg_pool2d(region, 3, 1, 1, count_include_pad=False)
-        seen = torch.cat([region, _FINE_GAIN * (region - near)], 1)
+    def forward(self, region: Tensor, warped: Tensor, points: Tensor) -> list[Tensor]:
+        """Maps of logits of the region, the mouth and the eyes of regions (B, 3, H, W) and of I_w there."""
+        images = torch.cat([region, warped], 1)
+        near = F.avg_pool2d(images, 3, 1, 1, count_include_pad=False)
+        seen = torch.cat([images, _FINE_GAIN * (images - near)], 1)
         return [self.region(seen), self.mouth(mouth_crop(seen, points)), self.eyes(eye_crop(seen, points))]

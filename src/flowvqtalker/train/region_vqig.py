@@ -149,7 +149,7 @@ class RegionVQIGStage(Stage):
         self.module = nn.ModuleDict({"generator": generator, "discriminator": discriminator})
         if perceptual is not None:
             self.monitor = "perceptual"
-        self._patches: tuple[Tensor, Tensor, Tensor] | None = None
+        self._patches: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
         self.teacher: RegionVQIG | None = None
         if training.distil:
             self.teacher = copy.deepcopy(generator).requires_grad_(False).eval()
@@ -192,7 +192,8 @@ class RegionVQIGStage(Stage):
         if adversarial and progress < training.adversarial_from + training.discriminators_first:
             with torch.no_grad():
                 found = self._predict(self.generator, batch, source, prior)
-                self._patches = target, self._draw(found, self._codes(target)[1]), points
+                drawn = self._draw(found, self._codes(target)[1])
+                self._patches = target, drawn, self.generator.cut(found.warped), points
             return None, {}
         found = self._predict(self.generator, batch, source, prior)
         if self.teacher is not None:
@@ -259,12 +260,13 @@ class RegionVQIGStage(Stage):
             logs[name] = far.detach()
         adv, ratio = None, 0.0
         if progress is not None:
-            scores = [adversarial_loss(logits.float()) for logits in self.discriminator(seen, points)]
+            warped = self.generator.cut(found.warped).detach().float()
+            scores = [adversarial_loss(logits.float()) for logits in self.discriminator(seen, warped, points)]
             adv = torch.stack([weight * score for weight, score in zip(_ADVERSARIAL, scores, strict=True)]).sum()
             begun = training.adversarial_from + training.discriminators_first
             ramp = (progress - begun) / max(training.ramp, 1e-6)
             ratio = training.adversarial_ratio * min(1.0, ramp)
-            self._patches = target, drawn.detach(), points
+            self._patches = target, drawn.detach(), warped, points
             logs["adversarial"] = adv.detach()
         gradient, logs["balance"] = balanced_gradient(seen, reconstruction, adv, ratio, training.adversarial_most)
         return backward_through(drawn, gradient, reconstruction), logs
@@ -277,8 +279,10 @@ class RegionVQIGStage(Stage):
 
     def _discriminator_loss(self) -> tuple[Tensor, dict[str, float | Tensor]]:
         assert self._patches is not None
-        real, fake, points = self._patches
-        parts = zip(self.discriminator(real.float(), points), self.discriminator(fake.float(), points), strict=True)
+        *images, points = self._patches
+        real, fake, warped = (image.float() for image in images)
+        logits = (self.discriminator(image, warped, points) for image in (real, fake))
+        parts = zip(*logits, strict=True)
         losses = [discriminator_loss(a.float(), b.float()) for a, b in parts]
         names = ("region", "mouth", "eyes")
         return torch.stack(losses).sum(), {n: x.detach() for n, x in zip(names, losses, strict=True)}
