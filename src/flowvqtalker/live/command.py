@@ -53,7 +53,7 @@ class Live(MarkArguments):
     seed: int = 0
     """Another seed gives other motion."""
     fps: float = 25.0
-    """Images per second: 25, 20, 15, 12.5, 10 or 5. It falls by itself on a machine that is too slow."""
+    """Images per second: 25, 22.5, 20, 15, 12.5, 10 or 5. It falls by itself on a machine that is too slow."""
     weights: Folder = None
     """Folder of weights with a manifest. Default: those of the package."""
     device: str = "auto"

@@ -22,7 +22,7 @@ __all__ = ["RATES", "Drawer", "Pace"]
 logger = logging.getLogger(__name__)
 
 #: Frames per second that the engine chooses from: the share of the 25 ticks per second that get an image.
-RATES = (25.0, 20.0, 15.0, 12.5, 10.0, 5.0)
+RATES = (25.0, 22.5, 20.0, 15.0, 12.5, 10.0, 5.0)
 #: Images over which the share of late ones is taken, and the share from which the rate is lowered.
 _OBSERVED, _TOO_MANY = 50, 0.1
 #: Ticks without a late image after which a higher rate is tried. Doubled, up to the most, where that did not hold for
