@@ -177,7 +177,7 @@ def test_an_interruption_silences_what_was_delivered_but_not_taken(live_talker, 
 
 
 def test_errors_reach_who_asks(live_talker, live_portrait):
-    with pytest.raises(UserError, match="fps must be one of 25, 22.5, 20"):
+    with pytest.raises(UserError, match=r"fps must be one of 25, 22\.5, 20"):
         make(live_talker, live_portrait, fps=24)
     with pytest.raises(UserError, match="audio_rate must be a multiple of 25"):
         LiveTalker(live_talker, live_portrait, audio_rate=11_111)
