@@ -37,15 +37,7 @@ train codebook "${CODEBOOK:-configs/codebook.yaml}" --region.shard "$shard"
 add codebook "$work/runs/codebook"
 train vqig "${VQIG:-configs/vqig.yaml}" --data.shard "$shard" --data.face-model "$face_model" \
   --data.codebook "$work/runs/codebook/weights.safetensors"
-# Then E_w's first level learns to see the portrait once, and discriminators sharpen what that costs.
-start=$work/runs/vqig
-for part in vqig-warped-map vqig-sharp; do
-  flowvqtalker train vqig --config "configs/$part.yaml" --out "$work/runs/$part" --resume ${STEPS:+--loop.steps "$STEPS"} \
-    --data.shard "$shard" --data.face-model "$face_model" --data.codebook "$work/runs/codebook/weights.safetensors" \
-    --data.start "$start/weights.safetensors"
-  start=$work/runs/$part
-done
-add vqig "$start"
+add vqig "$work/runs/vqig"
 
 # The sync expert finds the lag of each clip, which the speech encoder and the flows need.
 flowvqtalker prepare-mouths --data "$data" --shard "$shard"
