@@ -23,8 +23,9 @@ logger = logging.getLogger(__name__)
 
 #: Frames per second that the engine chooses from: the share of the 25 ticks per second that get an image.
 RATES = (25.0, 22.5, 20.0, 15.0, 12.5, 10.0, 5.0)
-#: Images over which the share of late ones is taken, and the share from which the rate is lowered.
-_OBSERVED, _TOO_MANY = 50, 0.1
+#: Images among which late ones are counted, and how many of them are borne before the rate is lowered: a rate may lose
+#: one image of sixty, and one that cannot be held at all falls as soon.
+_OBSERVED, _BORNE = 300, 5
 #: Ticks without a late image after which a higher rate is tried. Doubled, up to the most, where that did not hold for
 #: twice the wait: so most of the time goes to the higher rate, or few attempts are made.
 _CALM, _MOST_CALM = 10 * FPS, 320 * FPS
@@ -71,7 +72,7 @@ class Pace:
         else:
             self._drawn = number
         self._late.append(too_late)
-        if len(self._late) == _OBSERVED and sum(self._late) > _TOO_MANY * _OBSERVED:
+        if sum(self._late) > _BORNE:
             self._fall(seconds)
         else:
             self._rise(seconds)
