@@ -289,20 +289,25 @@ def test_the_generator_learns_and_resumes_to_the_last_bit(shard: Path, face: Fac
         vqig.build(replace(config, region=RegionVQIGTraining(replace(MODEL, codebook=replace(BOOK, codes=8)))))
 
 
-def test_chosen_parts_alone_learn(shard: Path, face: FaceModel, tmp_path: Path) -> None:
+def _generator(shard: Path, face: FaceModel, folder: Path, region: RegionVQIGTraining) -> vqig.Config:
+    """Four steps of the generator on a random codebook, whose file and the face model's are put into the folder."""
     torch.manual_seed(0)
-    save_file(RegionVQVAE(BOOK).state_dict(), tmp_path / "codebook.safetensors")
-    face.save(tmp_path / "face.safetensors")
-    region = RegionVQIGTraining(
-        replace(MODEL, warped_map=True), ("aperture", "transformer"), image_from=0.5, adversarial_from=0.5
-    )
-    config = vqig.Config(
-        data=vqig.Data(shard, tmp_path / "codebook.safetensors", tmp_path / "face.safetensors", None, PairMix(), 1),
+    save_file(RegionVQVAE(BOOK).state_dict(), folder / "codebook.safetensors")
+    face.save(folder / "face.safetensors")
+    return vqig.Config(
+        data=vqig.Data(shard, folder / "codebook.safetensors", folder / "face.safetensors", None, PairMix(), 1),
         region=region,
         loop=LoopConfig(steps=4, batch_size=2, lr=3e-3, ema=0.5, threads=1, workers=0, validate_every=0),
         perceptual="none",
         discriminator_width=4,
     )
+
+
+def test_chosen_parts_alone_learn(shard: Path, face: FaceModel, tmp_path: Path) -> None:
+    region = RegionVQIGTraining(
+        replace(MODEL, warped_map=True), ("aperture", "transformer"), image_from=0.5, adversarial_from=0.5
+    )
+    config = _generator(shard, face, tmp_path, region)
     stage = _seeded(vqig, config)
     before = {name: p.clone() for name, p in stage.module.named_parameters()}
     fit(stage, config.loop, tmp_path / "run")
@@ -313,17 +318,8 @@ def test_chosen_parts_alone_learn(shard: Path, face: FaceModel, tmp_path: Path) 
 
 
 def test_discriminators_can_learn_first(shard: Path, face: FaceModel, tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    save_file(RegionVQVAE(BOOK).state_dict(), tmp_path / "codebook.safetensors")
-    face.save(tmp_path / "face.safetensors")
     region = RegionVQIGTraining(MODEL, image_from=0, adversarial_from=0, ramp=0)
-    config = vqig.Config(
-        data=vqig.Data(shard, tmp_path / "codebook.safetensors", tmp_path / "face.safetensors", None, PairMix(), 1),
-        region=region,
-        loop=LoopConfig(steps=4, batch_size=2, lr=3e-3, ema=0.5, threads=1, workers=0, validate_every=0),
-        perceptual="none",
-        discriminator_width=4,
-    )
+    config = _generator(shard, face, tmp_path, region)
     for first, learned in ((1.0, {"discriminator"}), (0.5, {"discriminator", "generator"})):
         stage = _seeded(vqig, replace(config, region=replace(region, discriminators_first=first)))
         before = {name: p.clone() for name, p in stage.module.named_parameters()}
@@ -333,18 +329,11 @@ def test_discriminators_can_learn_first(shard: Path, face: FaceModel, tmp_path: 
 
 
 def test_the_warped_map_learns_what_the_warped_pictures_map_was(shard: Path, face: FaceModel, tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    save_file(RegionVQVAE(BOOK).state_dict(), tmp_path / "codebook.safetensors")
-    face.save(tmp_path / "face.safetensors")
-    config = vqig.Config(
-        data=vqig.Data(shard, tmp_path / "codebook.safetensors", tmp_path / "face.safetensors", None, PairMix(), 1),
-        region=RegionVQIGTraining(replace(MODEL, warped_map=True), ("encoder",), distil=True),
-        loop=LoopConfig(
-            steps=30, batch_size=2, lr=5e-4, warmup=0, threads=1, workers=0, validate_every=0, precision="bf16-mixed"
-        ),
-        perceptual="none",
-        discriminator_width=4,
+    region = RegionVQIGTraining(replace(MODEL, warped_map=True), ("encoder",), distil=True)
+    loop = LoopConfig(
+        steps=30, batch_size=2, lr=5e-4, warmup=0, threads=1, workers=0, validate_every=0, precision="bf16-mixed"
     )
+    config = replace(_generator(shard, face, tmp_path, region), loop=loop)
     stage = _seeded(vqig, config)
     before = {name: p.clone() for name, p in stage.generator.named_parameters()}
     batch = {key: value[None] for key, value in stage.data["train"][0].items()}

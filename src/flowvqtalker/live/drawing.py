@@ -23,8 +23,8 @@ logger = logging.getLogger(__name__)
 
 #: Frames per second that the engine chooses from: the share of the 25 ticks per second that get an image.
 RATES = (25.0, 22.5, 20.0, 15.0, 12.5, 10.0, 5.0)
-#: Images among which late ones are counted, and how many of them are borne before the rate is lowered: a rate may lose
-#: one image of sixty, and one that cannot be held at all falls as soon.
+#: Images among which late ones are counted, and how many late ones are borne; one more, and the rate is lowered. Twelve
+#: seconds at 25 a second: a shorter window would bear a few per cent of late images for ever.
 _OBSERVED, _BORNE = 300, 5
 #: Ticks without a late image after which a higher rate is tried. Doubled, up to the most, where that did not hold for
 #: twice the wait: so most of the time goes to the higher rate, or few attempts are made.
