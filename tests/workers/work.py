@@ -26,7 +26,10 @@ def begun(task: Task) -> int:
 
 
 def run(task: Task) -> int:
-    Path(task.folder, f"{task.number}-{time.time_ns()}.pid").write_text(str(os.getpid()))
+    file = Path(task.folder, f"{task.number}-{time.time_ns()}.pid")
+    written = file.with_suffix(".part")
+    written.write_text(str(os.getpid()))
+    written.rename(file)  # whole or not at all: a worker may be stopped in between
     if begun(task) <= task.deaths:
         os.kill(os.getpid(), signal.SIGKILL)
     time.sleep(task.seconds)
