@@ -34,7 +34,7 @@ VARIANTS = ("random_codes", "source_codes", "no_codes", "warp_only")
 def regions(generator: RegionVQIG, source: Source, motion: Tensor, prior: Tensor, seed: int = 0) -> dict[str, Tensor]:
     """The region (B, 3, H, W), normal and with each of :data:`VARIANTS`; arguments as :meth:`RegionVQIG.predict`."""
     found = generator.predict(source, motion, prior)
-    codes, book = generator.codes(found.logits), generator.autoencoder.codes
+    codes, book = generator.codes(found), generator.autoencoder.codes
     chance = torch.Generator().manual_seed(seed)
     indices = torch.randint(len(book.weight), (len(codes), *codes.shape[2:]), generator=chance).to(codes.device)
     every = {
@@ -43,8 +43,9 @@ def regions(generator: RegionVQIG, source: Source, motion: Tensor, prior: Tensor
         "source_codes": source.codes,
         "no_codes": torch.zeros_like(codes),
     }
+    warped = generator.cut(found.warped).float()
     drawn = {name: generator.draw(given.to(codes.dtype), found).float() for name, given in every.items()}
-    return {**drawn, "warp_only": generator.cut(found.warped).float()}
+    return {**{name: generator.refine(image, warped) for name, image in drawn.items()}, "warp_only": warped}
 
 
 def change(image: Tensor, normal: Tensor) -> tuple[float, float]:

@@ -60,7 +60,7 @@ def pictures(generator: RegionVQIG, source: Tensor, target: Tensor, motion: Tens
     known = generator.prepare(source)
     found = generator.predict(known, motion, prior)
     book, grid = generator.autoencoder.codes, generator.config.codebook.grid
-    expected = generator.codes(found.logits)
+    expected = generator.codes(found)
     _, true = generator.autoencoder.encode(target)
     random = torch.randint(len(book.weight), (1, *grid), generator=torch.Generator().manual_seed(0))
     other = {
@@ -73,10 +73,12 @@ def pictures(generator: RegionVQIG, source: Tensor, target: Tensor, motion: Tens
     strengths = {"VQIG": None, "VQIG, strength 1": 1.0, "codes alone": 0.0}
     drawn = {name: generator.draw(expected, found, strength) for name, strength in strengths.items()}
     drawn |= {name: generator.draw(codes, found) for name, codes in other.items()}
+    warped = generator.cut(found.warped)
     return {
         "copied source": generator.cut(source),
-        "I_w alone": generator.cut(found.warped),
-        **drawn,
+        "I_w alone": warped,
+        **{name: generator.refine(image, warped) for name, image in drawn.items()},
+        "VQIG, D_h's own fine band": drawn["VQIG"],
         "codebook of the target": generator.autoencoder.decode(true),
     }
 

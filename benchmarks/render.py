@@ -167,7 +167,7 @@ def region_parts(model: RegionVQIG, batch: int) -> Parts:
     source = model.prepare(image)
     sigma = model.mapping((motion - model.motion_mean) / model.motion_std)
     found = model.predict(source, motion, prior)
-    codes, region = model.codes(found.logits), model.cut(found.warped)
+    codes, region = model.codes(found), model.cut(found.warped)
     side = model.config.warp.flow_size
     coarse = nn.functional.interpolate(prior[:, :2], (side, side), mode="area")
     return {
@@ -214,9 +214,8 @@ class Networks(nn.Module):
         self.generator = generator
 
     def forward(self, region: Tensor, apertures: Tensor, sigma: Tensor, codes: Tensor) -> Tensor:
-        logits, z, middle, fine = self.generator.encode(region, apertures, sigma, codes)
-        found = RegionPrediction(region, logits, z, middle, fine)
-        return self.generator.draw(self.generator.codes(logits), found)
+        found = RegionPrediction(region, *self.generator.encode(region, apertures, sigma, codes))
+        return self.generator.draw(self.generator.codes(found), found)
 
 
 def openvino_rows(

@@ -78,7 +78,7 @@ class Region(nn.Module):
         warped = region.permute(0, 3, 1, 2).float() / 127.5 - 1
         maps = [value.permute(0, 3, 1, 2) for value in known]
         found = RegionPrediction(warped, *self.generator.encode(warped, apertures, sigma, codes, *maps))
-        drawn = self.generator.draw(self.generator.codes(found.logits), found)
+        drawn = self.generator.refine(self.generator.draw(self.generator.codes(found), found), warped)
         image = warped + (drawn - warped) * self.generator.feather
         return ((image + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
 

@@ -13,9 +13,11 @@ from safetensors.torch import load_file, save_file
 
 from flowvqtalker.errors import UserError
 from flowvqtalker.face.model import FaceModel
+from flowvqtalker.render.region import RegionConfig
 from flowvqtalker.render.vqig import ABLATION, VQIG
 from flowvqtalker.render.vqvae import VQAutoencoder
 from flowvqtalker.train.config import LoopConfig, save_yaml
+from flowvqtalker.train.region_vqig import RegionVQIGTraining
 from flowvqtalker.train.vqig import Config, Data, build
 from flowvqtalker_eval.figures import ablation
 from flowvqtalker_eval.figures.ablation import Ablation, configuration, load_variant, make, train_missing
@@ -80,6 +82,15 @@ def test_a_variant_begins_with_what_it_shares_with_the_given_weights(base: Confi
         build(replace(config, data=replace(config.data, start=tmp_path / "nowhere.safetensors")))
     with pytest.raises(UserError, match="holds no image generator of this size"):
         build(replace(config, data=replace(config.data, start=base.data.face_model)))
+
+
+def test_variants_of_the_default_generator() -> None:
+    base = Config(region=RegionVQIGTraining())
+    region = configuration(base, "phi").region
+    assert region is not None and region.model == replace(RegionConfig(), use_attention=False, use_codes=False)
+    assert configuration(base, "mobilenet").region == base.region
+    with pytest.raises(UserError, match="needs the mesh; omit no-mesh"):
+        configuration(base, "no-mesh")
 
 
 def test_what_is_missing_is_trained_once_and_loads_again(

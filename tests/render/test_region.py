@@ -12,6 +12,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+from scipy.ndimage import convolve
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -20,8 +21,9 @@ from flowvqtalker.face.topology import INNER_LIPS
 from flowvqtalker.loading import build_generator, load_generator
 from flowvqtalker.pipeline import Talker
 from flowvqtalker.render.mesh_flow import PRIOR, MeshFlow, aperture_maps, warp
-from flowvqtalker.render.region import RegionConfig, RegionVQIG, feather
+from flowvqtalker.render.region import RegionConfig, RegionPrediction, RegionVQIG, feather
 from flowvqtalker.render.region_vqvae import ChannelNorm, Codes, RegionCodebookConfig, RegionVQVAE
+from flowvqtalker.render.vqig import ABLATION
 from flowvqtalker.render.warp import WarpConfig
 
 TINY = RegionConfig(
@@ -72,8 +74,8 @@ def test_bad_regions_are_refused(roi: tuple[int, int, int, int]) -> None:
 
 
 def test_bad_strengths_and_temperatures_are_refused() -> None:
-    for wrong in ({"strength": 1.5}, {"strength": -0.1}, {"temperature": 0.0}):
-        with pytest.raises(ValueError, match="strength must be from 0 to 1"):
+    for wrong in ({"strength": 1.5}, {"strength": -0.1}, {"temperature": 0.0}, {"fine_band": -1.0}):
+        with pytest.raises(ValueError, match="strength is from 0 to 1"):
             replace(TINY, **wrong)
 
 
@@ -131,12 +133,35 @@ def test_strength_scales_the_modulation_alone(tiny: RegionVQIG) -> None:
     assert 0 < (half - none).abs().mean() < (full - none).abs().mean()
 
 
+def test_the_fine_band_is_the_warped_picture_s() -> None:
+    drawn, warped = torch.rand(2, 3, 256, 256), torch.rand(2, 3, 256, 256)
+    assert torch.equal(RegionVQIG(TINY).refine(drawn, warped), drawn)
+    kernel = np.outer([1, 2, 1], [1, 2, 1])[None, None] / 16
+
+    def low(x: Tensor) -> Tensor:
+        return torch.from_numpy(convolve(x.numpy(), kernel, mode="nearest"))
+
+    refined = RegionVQIG(replace(TINY, fine_band=1.5)).refine(drawn, warped)
+    assert torch.allclose(refined, low(drawn) + 1.5 * (warped - low(warped)), atol=1e-5)
+
+
+def test_frames_have_the_fine_band(tiny: RegionVQIG) -> None:
+    image, motion, prior = _inputs()
+    fine = RegionVQIG(replace(TINY, fine_band=1.5)).eval()
+    fine.load_state_dict(tiny.state_dict())
+    with torch.no_grad():
+        plain, found = (model(model.prepare(image), motion, prior) for model in (tiny, fine))
+    assert torch.equal(found.region, fine.refine(plain.region, fine.cut(plain.warped)))
+    assert not torch.equal(found.region, plain.region)
+
+
 def test_a_low_temperature_picks_the_likeliest_code(tiny: RegionVQIG) -> None:
-    logits = torch.randn(1, 256, 32)
+    logits, rest = torch.randn(1, 256, 32), torch.empty(0)
+    found = RegionPrediction(rest, logits, rest, rest, rest)
     sharp = RegionVQIG(replace(TINY, temperature=1e-4)).eval()
     expected = sharp.autoencoder.codes.lookup(logits.argmax(-1).view(1, 16, 16))
-    assert torch.allclose(sharp.codes(logits), expected, atol=1e-4)
-    assert not torch.allclose(tiny.codes(logits), expected, atol=1e-2)
+    assert torch.allclose(sharp.codes(found), expected, atol=1e-4)
+    assert not torch.allclose(tiny.codes(found), expected, atol=1e-2)
 
 
 @torch.inference_mode()
@@ -153,6 +178,26 @@ def test_the_portrait_s_map_moves_with_the_flow() -> None:
     moved = generator.predict(source, motion, prior).fine
     assert torch.allclose(moved[..., :-4], still[..., 4:], atol=1e-5)
     assert not torch.allclose(moved, still, atol=0.1)
+
+
+@pytest.mark.parametrize("variant", ABLATION)
+def test_a_variant_of_the_ablation_uses_its_parts_alone(variant: str) -> None:
+    torch.manual_seed(0)
+    model = RegionVQIG(TINY.ablated(variant)).eval()
+    for parameter in model.parameters():  # layers that start at zero have no effect
+        if parameter.requires_grad and not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.1)
+    image, motion, prior = _inputs()
+    found = model(model.prepare(image), motion, prior)
+    found.region.square().mean().backward()
+    used = {part for part in ("warping", "mapping", "fuse", "attention", "transformer")
+            if any(p.grad is not None and p.grad.any() for p in getattr(model, part).parameters())}  # fmt: skip
+    parts = {"W": {"warping", "mapping"}, "phi": {"fuse"}, "M": {"attention"}, "C": {"transformer"}}
+    present = list(ABLATION)[1 : list(ABLATION).index(variant) + 1]
+    assert used == set().union(*(parts[name] for name in present))
+    with torch.no_grad():
+        other = model(model.prepare(image), motion + 1, prior + 0.01)
+    assert torch.equal(found.region, other.region) == (variant == "B")
 
 
 def test_everything_learns_but_the_codebook() -> None:

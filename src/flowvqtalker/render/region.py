@@ -8,7 +8,7 @@ descriptor sigma comes from the frame's own coefficients instead of 27 frames, s
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -24,7 +24,7 @@ from flowvqtalker.render.region_vqvae import (
     RegionEncoder,
     RegionVQVAE,
 )
-from flowvqtalker.render.vqig import Source
+from flowvqtalker.render.vqig import Source, ablation_switches
 from flowvqtalker.render.warp import MOTION, WarpConfig, WarpingNetwork
 
 if TYPE_CHECKING:
@@ -54,10 +54,21 @@ class RegionConfig:
     """Temperature of the softmax over T's logits; lower is sharper and flickers more."""
     warped_map: bool = False
     """E_w's first level sees the portrait once, and its map is warped for each frame, instead of seeing each I_w."""
+    fine_band: float = 0.0
+    """How much of I_w's fine band (what a 3x3 binomial filter takes off) takes the place of D_h's; 0 leaves D_h's."""
+    use_warp: bool = True
+    """psi, W and the mesh: off, E_w sees the source unmoved. These switches are those of the paper's ablation (fig. 7);
+    a part that is off keeps its weights and does nothing."""
+    use_fuse: bool = True
+    """phi: add the source's codes z_c to E_w's latents."""
+    use_attention: bool = True
+    """M: cross-attention to z_c."""
+    use_codes: bool = True
+    """C: draw the codes that T predicts; off, D_h draws z_f itself."""
 
     def __post_init__(self) -> None:
-        if not (0 <= self.strength <= 1 and self.temperature > 0):
-            raise ValueError("image generator: strength must be from 0 to 1 and temperature above 0")
+        if not (0 <= self.strength <= 1 and self.temperature > 0 and self.fine_band >= 0):
+            raise ValueError("image generator: strength is from 0 to 1, temperature above 0, fine_band at least 0")
 
     @property
     def reach(self) -> int:
@@ -68,6 +79,14 @@ class RegionConfig:
     def apertures(self) -> bool:
         """Whether it needs the aperture channels of the mesh flow."""
         return True
+
+    def ablated(self, variant: str) -> RegionConfig:
+        """This configuration with the parts of one variant of fig. 7.
+
+        Raises:
+            UserError: if there is no such variant.
+        """
+        return replace(self, **ablation_switches(variant))
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> RegionConfig:
@@ -87,11 +106,11 @@ class RegionGenerated(NamedTuple):
     image: Tensor
     """Generated frames (B, 3, 512, 512) in about [-1, 1]: I_w with the region in it."""
     region: Tensor
-    """D_h's output (B, 3, H, W)."""
+    """D_h's output (B, 3, H, W), with the fine band of I_w."""
     warped: Tensor
     """I_w (B, 3, 512, 512)."""
     logits: Tensor
-    """Code predictions (B, h w, N)."""
+    """Code predictions (B, h w, N); without C none, (B, 0, N)."""
     latent: Tensor
     """z_f after fusion and attention, (B, d, h, w)."""
 
@@ -102,7 +121,7 @@ class RegionPrediction(NamedTuple):
     warped: Tensor
     """I_w (B, 3, 512, 512)."""
     logits: Tensor
-    """Code predictions (B, h w, N)."""
+    """Code predictions (B, h w, N); without C none, (B, 0, N)."""
     latent: Tensor
     """z_f, (B, d, h, w)."""
     middle: Tensor
@@ -164,6 +183,11 @@ def feather(height: int, width: int, border: int = 24) -> Tensor:
         x = torch.minimum(place, length - place).div(border).clamp(max=1)
         ramps.append(x * x * (3 - 2 * x))
     return (ramps[0][:, None] * ramps[1])[None, None]
+
+
+def _binomial(x: Tensor) -> Tensor:
+    """Maps (B, C, H, W) through the filter [1, 2, 1] / 4 along both axes; the border repeats."""
+    return F.avg_pool2d(F.avg_pool2d(F.pad(x, (1, 1, 1, 1), "replicate"), 2, 1), 2, 1)
 
 
 class RegionVQIG(nn.Module):
@@ -247,10 +271,14 @@ class RegionVQIG(nn.Module):
             raise ValueError("the region's generator needs a mesh flow with apertures (MeshFlow(apertures=True))")
         motion = motion if motion.ndim == 2 else motion[:, motion.shape[1] // 2]
         sigma = self.mapping((motion - self.motion_mean) / self.motion_std)
-        flow = self.flow(source, sigma, prior)
-        warped = warp(source.image, flow, prior)
         apertures = self.cut(prior[:, 2 : 2 + 2 * APERTURES])
-        fine = None if source.fine is None else self.cut(warp(source.fine, flow))
+        if self.config.use_warp:
+            flow = self.flow(source, sigma, prior)
+            warped, fine = warp(source.image, flow, prior), None if source.fine is None else warp(source.fine, flow)
+        else:
+            warped, fine = source.image, source.fine
+            sigma, apertures = torch.zeros_like(sigma), torch.zeros_like(apertures)
+        fine = None if fine is None else self.cut(fine)
         return RegionPrediction(warped, *self.encode(self.cut(warped), apertures, sigma, source.codes, fine))
 
     def encode(
@@ -271,14 +299,18 @@ class RegionVQIG(nn.Module):
         gamma, beta = self.motion(sigma)[..., None, None].chunk(2, dim=1)
         z = self.encoder.out(torch.addcmul(beta, coarse.to(gamma.dtype), 1 + gamma))
         codes = codes.to(z.dtype)
-        z = z + self.fuse(torch.cat([z, codes], 1))
-        z = self.attention(z, codes)
-        return self.transformer(z, sigma), z, middle, fine
+        if self.config.use_fuse:
+            z = z + self.fuse(torch.cat([z, codes], 1))
+        if self.config.use_attention:
+            z = self.attention(z, codes)
+        empty = z.new_zeros(len(z), 0, self.config.codebook.codes)
+        return self.transformer(z, sigma) if self.config.use_codes else empty, z, middle, fine
 
-    def codes(self, logits: Tensor) -> Tensor:
-        """Logits (B, h w, N) to the codes (B, d, h, w) that D_h draws: their expectation, which does not flicker."""
-        book = self.config.codebook
-        return self.autoencoder.codes.expect(logits / self.config.temperature, book.grid)
+    def codes(self, found: RegionPrediction) -> Tensor:
+        """What D_h draws, (B, d, h, w): the codes' expectation, which does not flicker. Without C it is z_f."""
+        if not self.config.use_codes:
+            return found.latent
+        return self.autoencoder.codes.expect(found.logits / self.config.temperature, self.config.codebook.grid)
 
     def draw(self, codes: Tensor, found: RegionPrediction, strength: Tensor | float | None = None) -> Tensor:
         """D_h: codes (B, d, h, w) to the region (B, 3, H, W).
@@ -298,6 +330,16 @@ class RegionVQIG(nn.Module):
         image: Tensor = self.decoder(codes, modulate)
         return image
 
+    def refine(self, region: Tensor, warped: Tensor) -> Tensor:
+        """D_h's picture with the fine band of I_w, both (B, 3, H, W): pores, hairs and grain, which no code holds.
+
+        Warping softens that band, so a ``fine_band`` above 1 makes up for it.
+        """
+        if not self.config.fine_band:
+            return region
+        detail = self.config.fine_band * warped.to(region.dtype)
+        return detail + _binomial(region - detail)
+
     def paste(self, region: Tensor, warped: Tensor) -> Tensor:
         """I_w (B, 3, 512, 512) with the region (B, 3, H, W) in it."""
         image = warped.clone(memory_format=torch.contiguous_format)
@@ -310,5 +352,5 @@ class RegionVQIG(nn.Module):
     ) -> RegionGenerated:
         """Frames; arguments as :meth:`predict` and :meth:`draw`."""
         found = self.predict(source, motion, prior)
-        region = self.draw(self.codes(found.logits), found, strength)
+        region = self.refine(self.draw(self.codes(found), found, strength), self.cut(found.warped))
         return RegionGenerated(self.paste(region, found.warped), region, found.warped, found.logits, found.latent)

@@ -15,7 +15,7 @@ from flowvqtalker.render.mesh_flow import warp
 from flowvqtalker.render.vqvae import CodebookConfig, Encoder, VQAutoencoder
 from flowvqtalker.render.warp import MOTION, WINDOW, MappingNetwork, WarpConfig, WarpingNetwork
 
-__all__ = ["ABLATION", "VQIG", "Generated", "Source", "VQIGConfig"]
+__all__ = ["ABLATION", "VQIG", "Generated", "Source", "VQIGConfig", "ablation_switches"]
 
 #: Variants of the paper's ablation (fig. 7) and their labels there. B keeps E_w, AdaIN and D_h alone; each of the
 #: others adds one part to the variant before it, and the last is the whole generator.
@@ -94,16 +94,19 @@ class VQIGConfig:
         Raises:
             UserError: if there is no such variant.
         """
-        if variant not in ABLATION:
-            raise UserError(f"unknown variant {variant!r} of the image generator; choose one of {', '.join(ABLATION)}")
-        parts = list(ABLATION).index(variant)
-        return replace(
-            self,
-            use_warp=parts >= 1,
-            use_fuse=parts >= 2,
-            use_attention=parts >= 3,
-            use_codes=parts >= 4,
-        )
+        return replace(self, **ablation_switches(variant))
+
+
+def ablation_switches(variant: str) -> dict[str, Any]:
+    """Which parts a variant of fig. 7 has, a key of :data:`ABLATION`.
+
+    Raises:
+        UserError: if there is no such variant.
+    """
+    if variant not in ABLATION:
+        raise UserError(f"unknown variant {variant!r} of the image generator; choose one of {', '.join(ABLATION)}")
+    parts = list(ABLATION).index(variant)
+    return {name: parts > i for i, name in enumerate(("use_warp", "use_fuse", "use_attention", "use_codes"))}
 
 
 class Source(NamedTuple):

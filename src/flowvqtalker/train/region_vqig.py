@@ -201,24 +201,18 @@ class RegionVQIGStage(Stage):
                 shown = self._predict(self.teacher.to(target.device), batch, source, prior)
             return _distance(found, shown)
         indices, codes = self._codes(target)
-        entropy = F.cross_entropy(found.logits.float().flatten(0, 1), indices.flatten())
         feature = F.mse_loss(found.latent.float(), codes)
         # At half the size: W moves what is there, so its loss needs no fine texture.
         warped, wanted = (F.avg_pool2d(x.float(), 2) for x in (self.generator.cut(found.warped), target))
         near, band = band_loss(warped, wanted)
         warp = near + training.band_weight * band
-        hits = (found.logits.argmax(-1) == indices.flatten(1)).float().mean()
-        logs: dict[str, float | Tensor] = {
-            "code": entropy.detach(),
-            "feature": feature.detach(),
-            "warp": warp.detach(),
-            "hits": hits,
-        }
-        terms = ((training.code_weight, entropy), (training.feature_weight, feature))
-        loss = sum(
-            (weights[image_level] * term for weights, term in (*terms, (training.warp_weight, warp))),
-            start=entropy.new_zeros(()),
-        )
+        terms = {"feature": (training.feature_weight, feature), "warp": (training.warp_weight, warp)}
+        if training.model.use_codes:
+            entropy = F.cross_entropy(found.logits.float().flatten(0, 1), indices.flatten())
+            terms["code"] = training.code_weight, entropy
+        logs: dict[str, float | Tensor] = {name: term.detach() for name, (_, term) in terms.items()}
+        logs["hits"] = (found.logits.argmax(-1) == indices.flatten(1)).float().mean() if "code" in terms else 0.0
+        loss = torch.stack([weights[image_level] * term for weights, term in terms.values()]).sum()
         if image_level:
             image, more = self._image_loss(found, codes, target, points, progress if adversarial else None)
             loss, logs = loss + image, logs | more
@@ -236,7 +230,7 @@ class RegionVQIGStage(Stage):
         draw = torch.rand(2, len(true), 1, 1, 1, device=true.device)
         partial = ((draw[0] - training.no_maps) / max(training.some_maps, 1e-6)).clamp(0, 1)
         strength = torch.where(draw[0] < training.no_maps + training.some_maps, partial, 1.0)
-        expected = self.generator.codes(found.logits)
+        expected = self.generator.codes(found)
         codes = torch.where(draw[1] < training.true_codes, true.to(expected.dtype), expected)
         return self.generator.draw(codes, found, strength)
 
@@ -296,7 +290,7 @@ class RegionVQIGStage(Stage):
             batch = {key: value[None].to(fabric.device) for key, value in data[i].items()}
             source, prior, points = self._views(batch)
             found = self._predict(self.generator, batch, source, prior)
-            target, codes = self.generator.cut(batch["target"]), self.generator.codes(found.logits)
+            target, codes = self.generator.cut(batch["target"]), self.generator.codes(found)
             images = {
                 "": self.generator.draw(codes, found),
                 "codes_": self.generator.draw(codes, found, 0.0),

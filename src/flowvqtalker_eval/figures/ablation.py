@@ -68,10 +68,18 @@ def configuration(base: Config, variant: str) -> Config:
     """The training configuration (:class:`flowvqtalker.train.vqig.Config`) of a variant.
 
     Arguments:
-        base: the configuration that all variants share.
+        base: the configuration that all variants share, of the default generator or of the paper's.
         variant: a key of :data:`flowvqtalker.render.vqig.ABLATION` or of :data:`EXTRA`.
+
+    Raises:
+        UserError: if there is no such variant of that generator.
     """
-    model = base.model.ablated("C" if variant in EXTRA else variant)
+    parts = "C" if variant in EXTRA else variant
+    if base.region is not None and variant == "no-mesh":
+        raise UserError("the default generator needs the mesh; omit no-mesh, or give --config of the paper's generator")
+    if base.region is not None:
+        base = replace(base, region=replace(base.region, model=base.region.model.ablated(parts)))
+    model = base.model.ablated(parts)
     if variant == "no-mesh":
         model = replace(model, warp=replace(model.warp, prior="none"))
     elif variant in EXTRA:
