@@ -328,24 +328,17 @@ def test_discriminators_can_learn_first(shard: Path, face: FaceModel, tmp_path: 
         assert moved == learned
 
 
-def test_the_warped_map_learns_what_the_warped_pictures_map_was(shard: Path, face: FaceModel, tmp_path: Path) -> None:
-    region = RegionVQIGTraining(replace(MODEL, warped_map=True), ("encoder",), distil=True)
-    loop = LoopConfig(
-        steps=30, batch_size=2, lr=5e-4, warmup=0, threads=1, workers=0, validate_every=0, precision="bf16-mixed"
-    )
-    config = replace(_generator(shard, face, tmp_path, region), loop=loop)
+def test_a_variant_without_codes_learns_to_draw_latents(shard: Path, face: FaceModel, tmp_path: Path) -> None:
+    region = RegionVQIGTraining(replace(MODEL, warped_map=True).ablated("M"), image_from=0, adversarial_from=1)
+    config = _generator(shard, face, tmp_path, region)
     stage = _seeded(vqig, config)
     before = {name: p.clone() for name, p in stage.generator.named_parameters()}
     batch = {key: value[None] for key, value in stage.data["train"][0].items()}
-    first, _ = stage.loss("generator", batch, 0)
+    _, logs = stage.loss("generator", batch, 0)
+    assert "code" not in logs and logs["hits"] == 0 and logs["l1"] > 0
     fit(stage, config.loop, tmp_path / "run")
-    last, logs = stage.loss("generator", batch, 0)
-    assert set(logs) == {"fine", "middle", "latent", "codes"}
-    assert 0 < last < 0.9 * first
-    moved = {name for name, p in stage.generator.named_parameters() if not torch.equal(p, before[name])}
-    assert {"encoder.stem.weight", "encoder.level4.conv1.weight", "encoder.down16.weight"} <= moved
-    assert {name.split(".")[0] for name in moved} == {"encoder"}
-    assert all(torch.equal(p, before[name]) for name, p in stage.teacher.named_parameters())
+    moved = {name.split(".")[0] for name, p in stage.generator.named_parameters() if not torch.equal(p, before[name])}
+    assert {"encoder", "attention", "decoder"} <= moved and "transformer" not in moved
 
 
 @pytest.mark.parametrize("stage", ["codebook", "vqig"])

@@ -6,8 +6,7 @@ draw from codes alone and to trust them. When each level begins is a fraction of
 
 from __future__ import annotations
 
-import copy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -53,9 +52,6 @@ class RegionVQIGTraining:
     only: tuple[str, ...] = ()
     """Parts of the generator that are trained, such as transformer, fuse and attention; none named: all but the
     codebook."""
-    distil: bool = False
-    """Learn only to reproduce what the weights at the start find with E_w on each I_w. For ``model.warped_map``: it
-    keeps pictures as they are, sharpness from discriminators too."""
     image_from: float = 0.35
     """Fraction of the steps after which image-level losses join."""
     adversarial_from: float = 0.42
@@ -150,10 +146,6 @@ class RegionVQIGStage(Stage):
         if perceptual is not None:
             self.monitor = "perceptual"
         self._patches: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
-        self.teacher: RegionVQIG | None = None
-        if training.distil:
-            self.teacher = copy.deepcopy(generator).requires_grad_(False).eval()
-            self.teacher.config = replace(generator.config, warped_map=False)
         if training.only:
             parts = sorted(set(dict(generator.named_children())) - {"autoencoder"})
             for part in training.only:
@@ -177,9 +169,9 @@ class RegionVQIGStage(Stage):
         source, prior, vertices = make_views(self.face.to(device), self.mesh.to(device), batch)
         return source, prior, feature_points(vertices, self.training.model.codebook.roi)
 
-    def _predict(self, generator: RegionVQIG, batch: Batch, source: Tensor, prior: Tensor) -> RegionPrediction:
+    def _predict(self, batch: Batch, source: Tensor, prior: Tensor) -> RegionPrediction:
         motion = torch.cat([batch["target_expression"], batch["target_pose"]], 1)
-        return generator.predict(generator.prepare(source), motion, prior)
+        return self.generator.predict(self.generator.prepare(source), motion, prior)
 
     def loss(self, group: str, batch: Batch, step: int) -> tuple[Tensor | None, dict[str, float | Tensor]]:
         training, progress = self.training, step / self.loop.steps
@@ -191,15 +183,11 @@ class RegionVQIGStage(Stage):
         target = self.generator.cut(batch["target"])
         if adversarial and progress < training.adversarial_from + training.discriminators_first:
             with torch.no_grad():
-                found = self._predict(self.generator, batch, source, prior)
+                found = self._predict(batch, source, prior)
                 drawn = self._draw(found, self._codes(target)[1])
                 self._patches = target, drawn, self.generator.cut(found.warped), points
             return None, {}
-        found = self._predict(self.generator, batch, source, prior)
-        if self.teacher is not None:
-            with torch.no_grad():
-                shown = self._predict(self.teacher.to(target.device), batch, source, prior)
-            return _distance(found, shown)
+        found = self._predict(batch, source, prior)
         indices, codes = self._codes(target)
         feature = F.mse_loss(found.latent.float(), codes)
         # At half the size: W moves what is there, so its loss needs no fine texture.
@@ -289,7 +277,7 @@ class RegionVQIGStage(Stage):
         for i in range(len(data)):
             batch = {key: value[None].to(fabric.device) for key, value in data[i].items()}
             source, prior, points = self._views(batch)
-            found = self._predict(self.generator, batch, source, prior)
+            found = self._predict(batch, source, prior)
             target, codes = self.generator.cut(batch["target"]), self.generator.codes(found)
             images = {
                 "": self.generator.draw(codes, found),
@@ -308,15 +296,3 @@ class RegionVQIGStage(Stage):
         """The generator without E_h, C and D_h, which the codebook's file holds."""
         state = {k: v for k, v in self.generator.state_dict().items() if not k.startswith("autoencoder.")}
         return state, self.training.model.to_dict()
-
-
-def _distance(found: RegionPrediction, wanted: RegionPrediction) -> tuple[Tensor, dict[str, float | Tensor]]:
-    """Squared distances of maps and latents as shares of their variance, and the divergence of the codes in nats."""
-    logs: dict[str, float | Tensor] = {}
-    for name in ("fine", "middle", "latent"):
-        value, goal = getattr(found, name).float(), getattr(wanted, name).float()
-        logs[name] = F.mse_loss(value, goal) / goal.var()
-    own, teacher = (x.logits.float().log_softmax(-1) for x in (found, wanted))
-    logs["codes"] = F.kl_div(own, teacher, reduction="none", log_target=True).sum(-1).mean()
-    loss = torch.stack([torch.as_tensor(value) for value in logs.values()]).sum()
-    return loss, {name: value.detach() for name, value in logs.items() if isinstance(value, Tensor)}
