@@ -45,7 +45,8 @@ def regions(generator: RegionVQIG, source: Source, motion: Tensor, prior: Tensor
     }
     warped = generator.cut(found.warped).float()
     drawn = {name: generator.draw(given.to(codes.dtype), found).float() for name, given in every.items()}
-    return {**{name: generator.refine(image, warped) for name, image in drawn.items()}, "warp_only": warped}
+    refined = {name: generator.refine(image, warped, found.apertures) for name, image in drawn.items()}
+    return {**refined, "warp_only": warped}
 
 
 def change(image: Tensor, normal: Tensor) -> tuple[float, float]:

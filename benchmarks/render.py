@@ -214,7 +214,7 @@ class Networks(nn.Module):
         self.generator = generator
 
     def forward(self, region: Tensor, apertures: Tensor, sigma: Tensor, codes: Tensor) -> Tensor:
-        found = RegionPrediction(region, *self.generator.encode(region, apertures, sigma, codes))
+        found = RegionPrediction(region, *self.generator.encode(region, apertures, sigma, codes), apertures)
         return self.generator.draw(self.generator.codes(found), found)
 
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -74,8 +75,8 @@ def test_bad_regions_are_refused(roi: tuple[int, int, int, int]) -> None:
 
 
 def test_bad_strengths_and_temperatures_are_refused() -> None:
-    for wrong in ({"strength": 1.5}, {"strength": -0.1}, {"temperature": 0.0}, {"fine_band": -1.0}):
-        with pytest.raises(ValueError, match="strength is from 0 to 1"):
+    for wrong in ({"strength": 1.5}, {"strength": -0.1}, {"temperature": 0.0}, {"fine_band": -1.0}, {"colour": 2.0}):
+        with pytest.raises(ValueError, match="strength and colour are from 0 to 1"):
             replace(TINY, **wrong)
 
 
@@ -134,30 +135,41 @@ def test_strength_scales_the_modulation_alone(tiny: RegionVQIG) -> None:
 
 
 def test_the_fine_band_is_the_warped_picture_s() -> None:
-    drawn, warped = torch.rand(2, 3, 256, 256), torch.rand(2, 3, 256, 256)
-    assert torch.equal(RegionVQIG(TINY).refine(drawn, warped), drawn)
+    drawn, warped, apertures = torch.rand(2, 3, 256, 256), torch.rand(2, 3, 256, 256), torch.zeros(2, 6, 64, 64)
+    assert torch.equal(RegionVQIG(TINY).refine(drawn, warped, apertures), drawn)
     kernel = np.outer([1, 2, 1], [1, 2, 1])[None, None] / 16
 
     def low(x: Tensor) -> Tensor:
         return torch.from_numpy(convolve(x.numpy(), kernel, mode="nearest"))
 
-    refined = RegionVQIG(replace(TINY, fine_band=1.5)).refine(drawn, warped)
+    refined = RegionVQIG(replace(TINY, fine_band=1.5)).refine(drawn, warped, apertures)
     assert torch.allclose(refined, low(drawn) + 1.5 * (warped - low(warped)), atol=1e-5)
 
 
-def test_frames_have_the_fine_band(tiny: RegionVQIG) -> None:
+def test_the_colour_is_the_warped_picture_s_outside_the_mouth() -> None:
+    drawn, warped, apertures = torch.rand(1, 3, 256, 256), torch.rand(1, 3, 256, 256), torch.full((1, 6, 64, 64), -1.0)
+    apertures[:, 0, 32:, 32:] = 1
+    refined = RegionVQIG(replace(TINY, colour=1.0)).refine(drawn, warped, apertures)
+    given, wanted, found = (cv2.cvtColor(x[0].permute(1, 2, 0).numpy(), cv2.COLOR_RGB2YCrCb)
+                            for x in (drawn, warped, refined))  # fmt: skip
+    assert np.allclose(found[..., 0], given[..., 0], atol=1e-3)
+    assert np.allclose(found[:120, :, 1:], wanted[:120, :, 1:], atol=1e-3)
+    assert np.allclose(found[136:, 136:], given[136:, 136:], atol=1e-3)
+
+
+def test_frames_are_refined(tiny: RegionVQIG) -> None:
     image, motion, prior = _inputs()
-    fine = RegionVQIG(replace(TINY, fine_band=1.5)).eval()
+    fine = RegionVQIG(replace(TINY, fine_band=1.5, colour=0.5)).eval()
     fine.load_state_dict(tiny.state_dict())
     with torch.no_grad():
         plain, found = (model(model.prepare(image), motion, prior) for model in (tiny, fine))
-    assert torch.equal(found.region, fine.refine(plain.region, fine.cut(plain.warped)))
+    assert torch.equal(found.region, fine.refine(plain.region, fine.cut(plain.warped), fine.cut(prior[:, 2:8])))
     assert not torch.equal(found.region, plain.region)
 
 
 def test_a_low_temperature_picks_the_likeliest_code(tiny: RegionVQIG) -> None:
     logits, rest = torch.randn(1, 256, 32), torch.empty(0)
-    found = RegionPrediction(rest, logits, rest, rest, rest)
+    found = RegionPrediction(rest, logits, *[rest] * 4)
     sharp = RegionVQIG(replace(TINY, temperature=1e-4)).eval()
     expected = sharp.autoencoder.codes.lookup(logits.argmax(-1).view(1, 16, 16))
     assert torch.allclose(sharp.codes(found), expected, atol=1e-4)

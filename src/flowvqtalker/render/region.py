@@ -56,6 +56,8 @@ class RegionConfig:
     """E_w's first level sees the portrait once, and its map is warped for each frame, instead of seeing each I_w."""
     fine_band: float = 0.0
     """How much of I_w's fine band (what a 3x3 binomial filter takes off) takes the place of D_h's; 0 leaves D_h's."""
+    colour: float = 0.0
+    """How much of I_w's colour takes the place of D_h's outside the mouth, from 0 to 1."""
     use_warp: bool = True
     """psi, W and the mesh: off, E_w sees the source unmoved. These switches are those of the paper's ablation (fig. 7);
     a part that is off keeps its weights and does nothing."""
@@ -67,8 +69,8 @@ class RegionConfig:
     """C: draw the codes that T predicts; off, D_h draws z_f itself."""
 
     def __post_init__(self) -> None:
-        if not (0 <= self.strength <= 1 and self.temperature > 0 and self.fine_band >= 0):
-            raise ValueError("image generator: strength is from 0 to 1, temperature above 0, fine_band at least 0")
+        if not (0 <= self.strength <= 1 and 0 <= self.colour <= 1 and self.temperature > 0 and self.fine_band >= 0):
+            raise ValueError("image generator: strength and colour are from 0 to 1, temperature > 0, fine_band >= 0")
 
     @property
     def reach(self) -> int:
@@ -106,7 +108,7 @@ class RegionGenerated(NamedTuple):
     image: Tensor
     """Generated frames (B, 3, 512, 512) in about [-1, 1]: I_w with the region in it."""
     region: Tensor
-    """D_h's output (B, 3, H, W), with the fine band of I_w."""
+    """D_h's output (B, 3, H, W), refined."""
     warped: Tensor
     """I_w (B, 3, 512, 512)."""
     logits: Tensor
@@ -128,6 +130,8 @@ class RegionPrediction(NamedTuple):
     """E_w's map at 1/8."""
     fine: Tensor
     """E_w's map at 1/4."""
+    apertures: Tensor
+    """The region of the aperture maps of target and source, (B, 6, H / 4, W / 4)."""
 
 
 class ControlledAdaIN(nn.Module):
@@ -188,6 +192,12 @@ def feather(height: int, width: int, border: int = 24) -> Tensor:
 def _binomial(x: Tensor) -> Tensor:
     """Maps (B, C, H, W) through the filter [1, 2, 1] / 4 along both axes; the border repeats."""
     return F.avg_pool2d(F.avg_pool2d(F.pad(x, (1, 1, 1, 1), "replicate"), 2, 1), 2, 1)
+
+
+def _luma(x: Tensor) -> Tensor:
+    """Luma (B, 1, H, W) of RGB (BT.601)."""
+    red, green, blue = x.unbind(1)
+    return (0.299 * red + 0.587 * green + 0.114 * blue)[:, None]
 
 
 class RegionVQIG(nn.Module):
@@ -279,7 +289,8 @@ class RegionVQIG(nn.Module):
             warped, fine = source.image, source.fine
             sigma, apertures = torch.zeros_like(sigma), torch.zeros_like(apertures)
         fine = None if fine is None else self.cut(fine)
-        return RegionPrediction(warped, *self.encode(self.cut(warped), apertures, sigma, source.codes, fine))
+        found = self.encode(self.cut(warped), apertures, sigma, source.codes, fine)
+        return RegionPrediction(warped, *found, apertures)
 
     def encode(
         self, region: Tensor, apertures: Tensor, sigma: Tensor, codes: Tensor, fine: Tensor | None = None
@@ -330,15 +341,26 @@ class RegionVQIG(nn.Module):
         image: Tensor = self.decoder(codes, modulate)
         return image
 
-    def refine(self, region: Tensor, warped: Tensor) -> Tensor:
-        """D_h's picture with the fine band of I_w, both (B, 3, H, W): pores, hairs and grain, which no code holds.
+    def refine(self, region: Tensor, warped: Tensor, apertures: Tensor) -> Tensor:
+        """D_h's picture with what no code holds, taken from I_w: pores, hairs and grain, and the very colours.
 
-        Warping softens that band, so a ``fine_band`` above 1 makes up for it.
+        Warping softens the fine band, so a ``fine_band`` above 1 makes up for it. I_w has no colours for a mouth that
+        opens.
+
+        Arguments:
+            region, warped: (B, 3, H, W) of D_h and of I_w.
+            apertures: (B, 6, H / 4, W / 4) of the mesh flow.
         """
-        if not self.config.fine_band:
-            return region
-        detail = self.config.fine_band * warped.to(region.dtype)
-        return detail + _binomial(region - detail)
+        warped = warped.to(region.dtype)
+        if self.config.fine_band:
+            detail = self.config.fine_band * warped
+            region = detail + _binomial(region - detail)
+        if self.config.colour:
+            mouth = (2 * apertures[:, :1].to(region.dtype) + 1).clamp(0, 1)
+            skin = 1 - F.interpolate(mouth, region.shape[-2:], mode="bilinear", align_corners=False)
+            change = warped - region
+            region = region + self.config.colour * skin * (change - _luma(change))
+        return region
 
     def paste(self, region: Tensor, warped: Tensor) -> Tensor:
         """I_w (B, 3, 512, 512) with the region (B, 3, H, W) in it."""
@@ -352,5 +374,6 @@ class RegionVQIG(nn.Module):
     ) -> RegionGenerated:
         """Frames; arguments as :meth:`predict` and :meth:`draw`."""
         found = self.predict(source, motion, prior)
-        region = self.refine(self.draw(self.codes(found), found, strength), self.cut(found.warped))
+        region = self.draw(self.codes(found), found, strength)
+        region = self.refine(region, self.cut(found.warped), found.apertures)
         return RegionGenerated(self.paste(region, found.warped), region, found.warped, found.logits, found.latent)
