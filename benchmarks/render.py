@@ -169,13 +169,17 @@ def region_parts(model: RegionVQIG, batch: int) -> Parts:
     found = model.predict(source, motion, prior)
     codes, region = model.codes(found), model.cut(found.warped)
     side = model.config.warp.flow_size
+    fine = None if source.fine is None else model.cut(source.fine)
     coarse = nn.functional.interpolate(prior[:, :2], (side, side), mode="area")
     return {
         "mesh flow": (lambda: mesh(start, target), None),
         "psi": (lambda: model.mapping(motion), model.mapping),
         "W": (lambda: model.warping(source.small, sigma, coarse), model.warping),
         "warp 512x512": (lambda: warp(image, prior[:, :2], prior), None),
-        "E_w": (lambda: model.encoder.features(region), model.encoder),
+        "E_w": (
+            lambda: model.encoder.features(region) if fine is None else model.encoder.further(fine),
+            model.encoder,
+        ),
         "phi": (lambda: model.fuse(torch.cat([codes, codes], 1)), model.fuse),
         "MHCA": (lambda: model.attention(codes, codes), model.attention),
         "T": (lambda: model.transformer(codes, sigma), model.transformer),
@@ -213,9 +217,9 @@ class Networks(nn.Module):
         super().__init__()
         self.generator = generator
 
-    def forward(self, region: Tensor, apertures: Tensor, sigma: Tensor, codes: Tensor) -> Tensor:
-        found = RegionPrediction(region, *self.generator.encode(region, apertures, sigma, codes), apertures)
-        return self.generator.draw(self.generator.codes(found), found)
+    def forward(self, region: Tensor, apertures: Tensor, sigma: Tensor, codes: Tensor, *known: Tensor) -> Tensor:
+        found = RegionPrediction(region, *self.generator.encode(region, apertures, sigma, codes, *known), apertures)
+        return self.generator.refine(self.generator.draw(self.generator.codes(found), found), region, apertures)
 
 
 def openvino_rows(
@@ -240,12 +244,14 @@ def runtimes(options: argparse.Namespace) -> None:
         raise SystemExit("the weights hold the paper's generator; the runtimes are compared on the default one")
     module = Networks(generator).eval().to(memory_format=torch.channels_last)
     rows, columns = generator.config.codebook.grid
-    inputs = (
+    inputs = [
         torch.rand(options.batch, 3, 16 * rows, 16 * columns).contiguous(memory_format=torch.channels_last) * 2 - 1,
         torch.zeros(options.batch, 6, 4 * rows, 4 * columns),
         torch.randn(options.batch, generator.config.warp.descriptor),
         torch.randn(options.batch, generator.config.codebook.dim, rows, columns),
-    )
+    ]
+    if generator.config.warped_map:
+        inputs.append(torch.randn(options.batch, generator.config.codebook.channels[1], 4 * rows, 4 * columns))
     print(f"batch {options.batch}, {options.threads} thread(s); convolutions {convolution_speed(options):.2f} TFLOP/s")
     print("| runtime | ms a frame | mean difference from torch float32 (levels) |\n|---|---|---|")
     with torch.inference_mode():
