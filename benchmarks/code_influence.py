@@ -45,7 +45,7 @@ def regions(generator: RegionVQIG, source: Source, motion: Tensor, prior: Tensor
     }
     warped = generator.cut(found.warped).float()
     drawn = {name: generator.draw(given.to(codes.dtype), found).float() for name, given in every.items()}
-    refined = {name: generator.refine(image, warped, found.apertures) for name, image in drawn.items()}
+    refined = {name: generator.refine(image, warped) for name, image in drawn.items()}
     return {**refined, "warp_only": warped}
 
 

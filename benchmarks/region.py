@@ -77,8 +77,8 @@ def pictures(generator: RegionVQIG, source: Tensor, target: Tensor, motion: Tens
     return {
         "copied source": generator.cut(source),
         "I_w alone": warped,
-        **{name: generator.refine(image, warped, found.apertures) for name, image in drawn.items()},
-        "VQIG, not refined": drawn["VQIG"],
+        **{name: generator.refine(image, warped) for name, image in drawn.items()},
+        "VQIG, not refined": drawn["VQIG"][:, :3],
         "codebook of the target": generator.autoencoder.decode(true),
     }
 

@@ -218,8 +218,8 @@ class Networks(nn.Module):
         self.generator = generator
 
     def forward(self, region: Tensor, apertures: Tensor, sigma: Tensor, codes: Tensor, *known: Tensor) -> Tensor:
-        found = RegionPrediction(region, *self.generator.encode(region, apertures, sigma, codes, *known), apertures)
-        return self.generator.refine(self.generator.draw(self.generator.codes(found), found), region, apertures)
+        found = RegionPrediction(region, *self.generator.encode(region, apertures, sigma, codes, *known))
+        return self.generator.refine(self.generator.draw(self.generator.codes(found), found), region)
 
 
 def openvino_rows(

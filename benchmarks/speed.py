@@ -70,18 +70,20 @@ def drawing(talker: Talker, portrait: Portrait, motion: Motion) -> dict[str, flo
     compiled = renderer._compiled
     if compiled is None:
         return whole
-    given = now[None].numpy()
-    prior, coarse = (value.copy() for value in compiled._infer("mesh", given, *compiled._view))
-    levels = prior[0]
-    rows, columns = compiled._roi
-    apertures = levels[None, 2:8, rows.start // 4 : rows.stop // 4, columns.start // 4 : columns.stop // 4].copy()
-    sigma = np.zeros((1, renderer.generator.config.warp.descriptor), np.float32)
-    region = portrait.image[compiled._roi][None].copy()
+    infer, seen = compiled._infer, {}
+
+    def noted(name: str, *inputs: Any) -> list[Any]:
+        seen[name] = [value.copy() for value in inputs]
+        return infer(name, *inputs)
+
+    compiled._infer = noted  # type: ignore[method-assign]
+    renderer.draw(now[None])
+    prior = infer("mesh", *seen["mesh"])[0][0].copy()
     return {
-        "mesh flow": core_ms(lambda: compiled._infer("mesh", given, *compiled._view)),
-        "psi, W": core_ms(lambda: compiled._infer("warp", given, coarse, compiled._small)),
-        "warp 512x512": core_ms(lambda: warp_levels(portrait.image, levels[:2], levels)),
-        "E_w to D_h": core_ms(lambda: compiled._infer("region", region, apertures, sigma, compiled._codes)),
+        "mesh flow": core_ms(lambda: infer("mesh", *seen["mesh"])),
+        "psi, W": core_ms(lambda: infer("warp", *seen["warp"])),
+        "warp 512x512": core_ms(lambda: warp_levels(portrait.image, prior[:2], prior)),
+        "E_w to D_h": core_ms(lambda: infer("region", *seen["region"])),
         **whole,
     }
 

@@ -37,10 +37,10 @@ train codebook "${CODEBOOK:-configs/codebook.yaml}" --region.shard "$shard"
 add codebook "$work/runs/codebook"
 train vqig "${VQIG:-configs/vqig.yaml}" --data.shard "$shard" --data.face-model "$face_model" \
   --data.codebook "$work/runs/codebook/weights.safetensors"
-flowvqtalker train vqig --config configs/vqig-warped-map.yaml --out "$work/runs/vqig-warped-map" --resume \
+flowvqtalker train vqig --config configs/vqig-image-level.yaml --out "$work/runs/vqig-image-level" --resume \
   ${STEPS:+--loop.steps "$STEPS"} --data.shard "$shard" --data.face-model "$face_model" \
   --data.codebook "$work/runs/codebook/weights.safetensors" --data.start "$work/runs/vqig/weights.safetensors"
-add vqig "$work/runs/vqig-warped-map"
+add vqig "$work/runs/vqig-image-level"
 
 # The sync expert finds the lag of each clip, which the speech encoder and the flows need.
 flowvqtalker prepare-mouths --data "$data" --shard "$shard"

@@ -12,11 +12,12 @@ from types import ModuleType
 import numpy as np
 import pytest
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from flowvqtalker.data.shards import Shard
 from flowvqtalker.errors import UserError
 from flowvqtalker.face.model import FaceModel
+from flowvqtalker.render.region import RegionConfig, RegionVQIG
 from tests.render.test_generator import face
 from tests.train.test_region import shard
 
@@ -79,6 +80,43 @@ def test_the_archive_trains_both_stages_without_pyav_and_mediapipe(archive: Path
     generator = load_file(tmp_path / "results" / "vqig" / "weights.safetensors")
     assert any(key.startswith("transformer.") for key in generator)
     assert not any(key.startswith("autoencoder.") for key in generator)
+
+
+@pytest.mark.slow
+def test_an_archive_with_weights_goes_on_from_them(
+    tool: ModuleType, shard: Path, face: FaceModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configs = {"codebook": CODEBOOK, "vqig": {**VQIG, "loop": {**LOOP, "steps": 2}, "region": {
+        "model": {**VQIG["region"]["model"], "fine_band": 1.5}, "image_from": 0.0, "adversarial_from": 0.5,
+    }}}  # fmt: skip
+    for name, config in configs.items():
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(config))
+    start = tmp_path / "start"
+    start.mkdir()
+    face.save(start / "face.safetensors")
+    (tmp_path / "network.pth").write_bytes(b"weights of the perceptual network")
+    monkeypatch.setattr(tool, "find_weights", lambda kind: tmp_path / "network.pth")
+    pack = tool.Pack((shard,), tmp_path / "a.tar.gz", hold_out=("nobody",), face_model=start / "face.safetensors",
+                     start=start)  # fmt: skip
+    with pytest.raises(UserError, match="has no codebook.safetensors"):
+        pack.run()
+    smaller = RegionConfig.from_dict({
+        **RegionConfig().to_dict(), **VQIG["region"]["model"], "codebook": BOOK, "fine_band": 0.0,
+    })  # fmt: skip
+    model = RegionVQIG(smaller)
+    state = model.state_dict()
+    save_file(model.autoencoder.state_dict(), start / "codebook.safetensors")
+    own = {k: v for k, v in state.items() if not k.startswith("autoencoder.")}
+    save_file(own, start / "vqig.safetensors")
+    pack.run()
+    tool.Train(tmp_path / "a.tar.gz", output=tmp_path / "results", work=tmp_path / "work", measured_steps=0,
+               codebook=tmp_path / "codebook.yaml", vqig=tmp_path / "vqig.yaml").run()  # fmt: skip
+    found = load_file(tmp_path / "results" / "vqig" / "weights.safetensors")
+    assert not (tmp_path / "results" / "codebook").exists()
+    bias = found["decoder.out.bias"].float()
+    assert len(bias) == 16 and (bias[12:] - 2).abs().max() < 0.1  # of the mask, which the start has not
+    for key, value in own.items():  # two steps of 1e-3 move little
+        assert (found[key].float()[: len(value)] - value).abs().max() < 0.02, key
 
 
 def test_images_are_sharp_in_the_region_alone(tool: ModuleType, shard: Path) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -67,11 +68,12 @@ class Warp(nn.Module):
 
 
 class Finish(nn.Module):
-    """RegionVQIG.refine, the feather and levels. A module, which gives its operations a name: they stay in floating
-    point, since scales of int8 would clip colours that no training face has.
+    """RegionVQIG.refine, the feather and levels, on blocks of 2x2 pixels as channels (place in the block, then colour).
+    A module, which gives its operations a name: they stay in floating point, since scales of int8 would clip colours
+    that no training face has.
 
-    A convolution each of D_h's picture and I_w does all of the refining but for the mask of the mouth: the graph's time
-    is in the number of passes over the picture. Products enlarge the mask in a tenth of OpenVINO's own time.
+    Two convolutions do all of the refining but for the mask: the graph's time is in the number of passes over the
+    picture, and in maps of three channels.
     """
 
     def __init__(self, generator: RegionVQIG) -> None:
@@ -79,40 +81,50 @@ class Finish(nn.Module):
         band, colour = generator.config.fine_band, generator.config.colour
         centre = torch.zeros(3, 3)
         centre[1, 1] = 1
-        binomial = torch.tensor([1.0, 2.0, 1.0]).outer(torch.tensor([1.0, 2.0, 1.0])) / 16 if band else centre
-        tint = colour * (torch.tensor([0.299, 0.587, 0.114]).expand(3, 3) - torch.eye(3))
-        # What becomes of D_h's picture and of I_w: the change of I_w, and the change of its colour.
-        for name, kernel in (("drawn", binomial), ("warped", band * (centre - binomial) - centre)):
-            self.register_buffer(name, torch.cat([torch.eye(3), tint])[..., None, None] * kernel)
-        self.feather = generator.feather
-        for name, length in zip(("rows", "columns"), self.feather.shape[2:], strict=True):
-            few = torch.eye(length // 4)[None]
-            self.register_buffer(name, F.interpolate(few, length, mode="linear")[0].T.contiguous())
+        fine = centre - torch.tensor([1.0, 2.0, 1.0]).outer(torch.tensor([1.0, 2.0, 1.0])) / 16 if band else 0 * centre
+        tint = colour * (torch.eye(3) - torch.tensor([0.299, 0.587, 0.114]).expand(3, 3))[..., None, None]
+        rest = torch.eye(3)[..., None, None] - tint
+        self.register_buffer("drawn", _on_blocks(-rest * fine - tint * centre))
+        self.register_buffer("warped", _on_blocks(band * rest * fine + tint * centre))
+        self.register_buffer("feather", F.pixel_unshuffle(generator.feather, 2).repeat_interleave(3, 1))
 
-    def forward(self, drawn: Tensor, warped: Tensor, apertures: Tensor) -> Tensor:
-        changes = F.conv2d(drawn, self.drawn, padding=1) + F.conv2d(warped, self.warped, padding=1)
-        change, tint = changes.chunk(2, dim=1)
-        mouth = (2 * apertures[:, :1] + 1).clamp(0, 1)
-        skin = 1 - self.rows @ mouth @ self.columns.T
-        image = warped + self.feather * (change + skin * tint)
+    def forward(self, drawn: Tensor, mask: Tensor, warped: Tensor) -> Tensor:
+        change = F.conv2d(drawn, self.drawn, padding=1) + F.conv2d(warped, self.warped, padding=1)
+        image = warped + self.feather * (drawn + F.hardsigmoid(mask) * change - warped)
         return ((image + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
 
 
+def _on_blocks(kernel: Tensor) -> Tensor:
+    """A 3x3 kernel (3, 3, 3, 3) of pixels as one of blocks: (12, 12, 3, 3)."""
+    out = torch.zeros(2, 2, 3, 2, 2, 3, 3, 3)
+    for row, column, y, x, down, across in product(range(2), range(2), range(2), range(2), range(3), range(3)):
+        far = 2 * (down - 1) + y - row + 1, 2 * (across - 1) + x - column + 1
+        if 0 <= min(far) and max(far) < 3:
+            out[row, column, :, y, x, :, down, across] = kernel[..., far[0], far[1]]
+    return out.reshape(12, 12, 3, 3)
+
+
 class Region(nn.Module):
-    """Graph ``region``: levels of I_w (1, H, W, 3), and the warped map (1, H / 4, W / 4, C) of a generator with
-    ``warped_map``, to levels of the frame."""
+    """Graph ``region``: levels of I_w (1, H / 2, W / 2, 12) and E_w's map, warped (1, H / 4, W / 4, C), to levels of the
+    frame; see :class:`Finish`."""
 
     def __init__(self, generator: RegionVQIG) -> None:
         super().__init__()
         self.generator, self.finish = generator, Finish(generator)
+        last, generator.decoder.picture = generator.decoder.out, F.silu
+        # The mask, the fourth of four channels, thrice: a product of maps of one shape needs no copies.
+        self.colours, self.mask = (nn.Conv2d(last.in_channels, 12, 3, padding=1) for _ in range(2))
+        for part, channels in ((self.colours, (0, 1, 2)), (self.mask, (3, 3, 3))):
+            order = [place + 4 * channel for place in range(4) for channel in channels]
+            part.weight.data, part.bias.data = last.weight.data[order], last.bias.data[order]
 
-    def forward(self, region: Tensor, apertures: Tensor, sigma: Tensor, codes: Tensor, *known: Tensor) -> Tensor:
-        warped = region.permute(0, 3, 1, 2).float() / 127.5 - 1
-        maps = [value.permute(0, 3, 1, 2) for value in known]
-        found = RegionPrediction(warped, *self.generator.encode(warped, apertures, sigma, codes, *maps), apertures)
-        drawn = self.generator.draw(self.generator.codes(found), found)
-        levels: Tensor = self.finish(drawn, warped, apertures)
-        return levels
+    def forward(self, levels: Tensor, apertures: Tensor, sigma: Tensor, codes: Tensor, known: Tensor) -> Tensor:
+        warped = levels.permute(0, 3, 1, 2).float() / 127.5 - 1
+        fine = known.permute(0, 3, 1, 2)
+        found = RegionPrediction(warped, *self.generator.encode(warped, apertures, sigma, codes, fine))
+        maps = self.generator.draw(self.generator.codes(found), found)
+        finished: Tensor = self.finish(self.colours(maps), self.mask(maps), warped)
+        return finished
 
 
 def _norm(self: ChannelNorm, x: Tensor) -> Tensor:
@@ -191,14 +203,13 @@ def inputs(
         coarse = F.interpolate(prior[:, :2], source.small.shape[-2:], mode="area")
         flow = generator.flow(source, sigma, prior)
         warped = generator.cut(warp(image, flow, prior))
-        levels = ((warped + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+        blocks = F.pixel_unshuffle(warped, 2).unflatten(1, (3, 4)).transpose(1, 2).flatten(1, 2)
+        levels = ((blocks + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
         apertures = generator.cut(prior[:, 2 : 2 + 2 * APERTURES])
         identity = batch["source_identity"]
         start = mesh.prepare(face.project(identity, batch["source_expression"], batch["source_pose"]))
         view, given, drawn = (motion, identity, *start), (motion, coarse, source.small), [levels, apertures, sigma]
-        drawn.append(source.codes)
-        if source.fine is not None:
-            drawn.append(generator.cut(warp(source.fine, flow)).permute(0, 2, 3, 1))
+        drawn += [source.codes, generator.cut(warp(source.fine, flow)).permute(0, 2, 3, 1)]
         yield tuple([x.contiguous().numpy() for x in each] for each in (view, given, drawn))
 
 
@@ -232,7 +243,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=64, help="training pairs whose activations set the scales")
     options = parser.parse_args()
     generator = load_generator(options.weights)
-    if not isinstance(generator, RegionVQIG):
+    if not isinstance(generator, RegionVQIG) or not (generator.config.warped_map and generator.config.refined):
         parser.exit(2, "the weights hold another generator than the default one, which alone is compiled\n")
     face = load_face_model(options.weights)
     mesh = MeshFlow(face, generator.config.mesh_size, apertures=True)
@@ -241,7 +252,7 @@ def main() -> None:
     ChannelNorm.forward, RegionAttention.forward = _norm, _attend  # type: ignore[method-assign]
     nn.TransformerEncoderLayer.forward = _layer  # type: ignore[assignment]
     decoder = generator.decoder
-    for convolution in (decoder.up8, decoder.up4, decoder.up2, decoder.out):
+    for convolution in (decoder.up8, decoder.up4, decoder.up2):
         _blocks_first(convolution)
     F.pixel_shuffle = _shuffle
     mesh_flow._near, render_warp.instance_norm = _everywhere, _instance_norm

@@ -6,6 +6,9 @@
 The archive holds a shard of few images, blurred outside the region of interest, the face model, and the weights of the
 perceptual loss. Training needs neither PyAV nor MediaPipe. The number of steps is chosen so that both stages end in
 time: a few steps of each are measured first. The same command goes on with an interrupted session.
+
+With `pack --start FOLDER` the archive holds the weights of both stages too, and `train` goes on from them at the image
+level, with configs/gpu/vqig-image-level.yaml: the codebook stays as it is.
 """
 
 from __future__ import annotations
@@ -41,6 +44,7 @@ logger = logging.getLogger("gpu_session")
 ROOT = Path(__file__).resolve().parents[1]
 #: Names inside the archive.
 SHARD, FACE, PERCEPTUAL = "shard", "face_model.safetensors", "mobilenet_v2-b0353104.pth"
+BOOK, START = "codebook.safetensors", "vqig.safetensors"
 #: Share of the time that the codebook gets; the image generator gets the rest.
 CODEBOOK_SHARE = 0.37
 #: Share of the time for which steps are planned.
@@ -94,6 +98,8 @@ class Pack:
     """Identities to validate on, beside those of the validation split."""
     face_model: Path = ROOT / "src" / "flowvqtalker" / "weights" / FACE
     """Face model with which the shards were made."""
+    start: Path | None = None
+    """Folder of weights from which the image generator goes on."""
 
     def run(self) -> None:
         """Write the archive."""
@@ -104,6 +110,10 @@ class Pack:
             folder = Path(temporary)
             shutil.copyfile(self.face_model, folder / FACE)
             shutil.copyfile(find_weights("mobilenet"), folder / PERCEPTUAL)
+            for name in (BOOK, START) if self.start is not None else ():
+                if not (self.start / name).is_file():
+                    raise UserError(f"{self.start} has no {name}; name a folder of weights with --start")
+                shutil.copyfile(self.start / name, folder / name)
             room = self.limit_mib * 2**20 - sum(file.stat().st_size for file in folder.iterdir())
             clips = thin([item for shard in shards for item in self._images(shard)], room)
             with ShardWriter(folder / SHARD) as writer:
@@ -199,8 +209,8 @@ def thin(clips: list[Images], room: float) -> list[Images]:
 
 @dataclass(frozen=True)
 class Train:
-    """Train both stages on an archive's data within a time limit; weights (float16 safetensors), configurations and
-    logs go into OUTPUT/codebook and OUTPUT/vqig."""
+    """Train on an archive's data within a time limit; weights (float16 safetensors), configurations and logs go into
+    OUTPUT/codebook and OUTPUT/vqig."""
 
     archive: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="ARCHIVE")]
     """Archive of `pack`."""
@@ -212,10 +222,11 @@ class Train:
     """Folder of the data and the runs. If it holds an interrupted session, that goes on."""
     codebook: Path = ROOT / "configs" / "gpu" / "codebook.yaml"
     """Configuration of stage codebook, with a region."""
-    vqig: Path = ROOT / "configs" / "gpu" / "vqig.yaml"
-    """Configuration of stage vqig, with a region."""
+    vqig: Path | None = None
+    """Configuration of stage vqig, with a region. Default: vqig.yaml in configs/gpu, or vqig-image-level.yaml for an
+    archive with weights."""
     measured_steps: int = 40
-    """Steps of each kind that are measured to choose the number of steps."""
+    """Steps of each kind that are measured to choose the number of steps; 0: take the configurations' numbers."""
     started: tyro.conf.Suppress[float] = field(default_factory=time.monotonic)
 
     def run(self) -> None:
@@ -226,17 +237,20 @@ class Train:
         if not (data / SHARD / "index.npz").is_file():
             with tarfile.open(self.archive) as archive:
                 archive.extractall(data, filter="data")
+        begun = (data / START).is_file()
+        default = ROOT / "configs" / "gpu" / ("vqig-image-level.yaml" if begun else "vqig.yaml")
         book = load_yaml(codebook_stage.Config, self.codebook)
-        generator = load_yaml(vqig_stage.Config, self.vqig)
+        generator = load_yaml(vqig_stage.Config, self.vqig or default)
         if book.region is None or generator.region is None:
             raise UserError("both configurations need a region; take those in configs/gpu")
-        weights = data / PERCEPTUAL if book.perceptual == "mobilenet" else None
         region = replace(book.region, shard=data / SHARD)
-        self._stage("codebook", replace(book, region=region, perceptual_weights=weights), CODEBOOK_SHARE)
+        if not begun:
+            weights = data / PERCEPTUAL if book.perceptual == "mobilenet" else None
+            self._stage("codebook", replace(book, region=region, perceptual_weights=weights), CODEBOOK_SHARE)
         model = replace(generator.region.model, codebook=region.model)
         paths = replace(
-            generator.data, shard=data / SHARD, face_model=data / FACE,
-            codebook=self.work / "codebook" / "weights.safetensors",
+            generator.data, shard=data / SHARD, face_model=data / FACE, start=data / START if begun else None,
+            codebook=data / BOOK if begun else self.work / "codebook" / "weights.safetensors",
         )  # fmt: skip
         weights = data / PERCEPTUAL if generator.perceptual == "mobilenet" else None
         region_training = replace(generator.region, model=model)
@@ -253,7 +267,7 @@ class Train:
         around = 0.0
         if (run / "checkpoint.pt").is_file():  # its number of steps is settled
             config = load_yaml(module.Config, run / "config.yaml")
-        else:
+        elif self.measured_steps:
             per_step, around = self._measure(name, config)
             steps = max(1, int(_RESERVE * (self._left() - end - around) / per_step))
             logger.info("%s: %d steps of %.3f s, %.0f s around them", name, steps, per_step, around)
@@ -281,6 +295,8 @@ class Train:
         loop = replace(config.loop, steps=2 * count, log_every=count, warmup=0, validate_every=0, minutes=0.0)
         mean = around = 0.0
         for part, changes in kinds:
+            if not part:
+                continue
             with tempfile.TemporaryDirectory() as folder:
                 begun = time.monotonic()
                 train(name, replace(config, region=replace(region, **changes), loop=loop), folder)

@@ -134,42 +134,60 @@ def test_strength_scales_the_modulation_alone(tiny: RegionVQIG) -> None:
     assert 0 < (half - none).abs().mean() < (full - none).abs().mean()
 
 
+def _refined(drawn: Tensor, warped: Tensor, mask: float | Tensor, **values: float) -> Tensor:
+    return RegionVQIG(replace(TINY, **values)).refine(torch.cat([drawn, mask + 0 * drawn[:, :1]], 1), warped)
+
+
 def test_the_fine_band_is_the_warped_picture_s() -> None:
-    drawn, warped, apertures = torch.rand(2, 3, 256, 256), torch.rand(2, 3, 256, 256), torch.zeros(2, 6, 64, 64)
-    assert torch.equal(RegionVQIG(TINY).refine(drawn, warped, apertures), drawn)
+    drawn, warped = torch.rand(2, 2, 3, 256, 256)
+    assert torch.equal(RegionVQIG(TINY).refine(drawn, warped), drawn)
     kernel = np.outer([1, 2, 1], [1, 2, 1])[None, None] / 16
 
     def low(x: Tensor) -> Tensor:
         return torch.from_numpy(convolve(x.numpy(), kernel, mode="nearest"))
 
-    refined = RegionVQIG(replace(TINY, fine_band=1.5)).refine(drawn, warped, apertures)
-    assert torch.allclose(refined, low(drawn) + 1.5 * (warped - low(warped)), atol=1e-5)
+    refined = low(drawn) + 1.5 * (warped - low(warped))
+    assert torch.allclose(_refined(drawn, warped, 3.0, fine_band=1.5), refined, atol=1e-5)
+    assert torch.allclose(_refined(drawn, warped, 0.0, fine_band=1.5), (drawn + refined) / 2, atol=1e-5)
+    assert torch.equal(_refined(drawn, warped, -3.0, fine_band=1.5), drawn)
 
 
-def test_the_colour_is_the_warped_picture_s_outside_the_mouth() -> None:
-    drawn, warped, apertures = torch.rand(1, 3, 256, 256), torch.rand(1, 3, 256, 256), torch.full((1, 6, 64, 64), -1.0)
-    apertures[:, 0, 32:, 32:] = 1
-    refined = RegionVQIG(replace(TINY, colour=1.0)).refine(drawn, warped, apertures)
+def test_the_colour_is_the_warped_picture_s_where_the_mask_is_1() -> None:
+    drawn, warped = torch.rand(2, 1, 3, 256, 256)
+    mask = torch.where(torch.arange(256) < 128, 3.0, -3.0).expand(1, 1, 256, 256)
+    refined = _refined(drawn, warped, mask, colour=1.0)
     given, wanted, found = (cv2.cvtColor(x[0].permute(1, 2, 0).numpy(), cv2.COLOR_RGB2YCrCb)
                             for x in (drawn, warped, refined))  # fmt: skip
     assert np.allclose(found[..., 0], given[..., 0], atol=1e-3)
-    assert np.allclose(found[:120, :, 1:], wanted[:120, :, 1:], atol=1e-3)
-    assert np.allclose(found[136:, 136:], given[136:, 136:], atol=1e-3)
+    assert np.allclose(found[:, :128, 1:], wanted[:, :128, 1:], atol=1e-3)
+    assert np.array_equal(found[:, 128:], given[:, 128:])
 
 
 def test_frames_are_refined(tiny: RegionVQIG) -> None:
     image, motion, prior = _inputs()
     fine = RegionVQIG(replace(TINY, fine_band=1.5, colour=0.5)).eval()
-    fine.load_state_dict(tiny.state_dict())
+    fine.load_state_dict({k: v for k, v in tiny.state_dict().items() if "decoder.out" not in k}, strict=False)
+    fine.decoder.start_from(tiny.decoder)
     with torch.no_grad():
         plain, found = (model(model.prepare(image), motion, prior) for model in (tiny, fine))
-    assert torch.equal(found.region, fine.refine(plain.region, fine.cut(plain.warped), fine.cut(prior[:, 2:8])))
-    assert not torch.equal(found.region, plain.region)
+    mask = torch.full_like(plain.region[:, :1], 2.0)  # an untrained one
+    drawn = torch.cat([plain.region, mask], 1)
+    assert torch.allclose(found.region, fine.refine(drawn, fine.cut(plain.warped)), atol=1e-6)
+    assert not torch.allclose(found.region, plain.region, atol=1e-3)
+
+
+def test_a_smaller_decoder_starts_from_the_codebook_s() -> None:
+    model = RegionVQIG(replace(TINY, decoder_attention=False, decoder_blocks=(1, 2), colour=0.5))
+    model.load_codebook(RegionVQVAE(TINY.codebook).state_dict())
+    frozen, own = model.autoencoder.decoder.state_dict(), model.decoder.state_dict()
+    assert set(frozen) - set(own) == {k for k in frozen if k.startswith(("attention.", "level8.1."))}
+    assert all(torch.equal(own[k][: len(frozen[k])], frozen[k]) for k in own)
+    assert own["out.bias"][12:].eq(2).all() and not own["out.weight"][12:].any()
 
 
 def test_a_low_temperature_picks_the_likeliest_code(tiny: RegionVQIG) -> None:
     logits, rest = torch.randn(1, 256, 32), torch.empty(0)
-    found = RegionPrediction(rest, logits, *[rest] * 4)
+    found = RegionPrediction(rest, logits, *[rest] * 3)
     sharp = RegionVQIG(replace(TINY, temperature=1e-4)).eval()
     expected = sharp.autoencoder.codes.lookup(logits.argmax(-1).view(1, 16, 16))
     assert torch.allclose(sharp.codes(found), expected, atol=1e-4)

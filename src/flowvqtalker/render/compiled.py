@@ -1,7 +1,8 @@
 """The lite generator on a CPU by OpenVINO (ours): mesh flow, psi and W, then OpenCV's remap, then E_w to D_h in int8.
 
 ``tools/compile_generator.py`` makes the three graphs. The last goes from levels to levels, feather included, so that a
-frame is never held as a whole in floating point. The mesh flow is a thousand small operations; as a graph, frames drawn
+frame is never held as a whole in floating point; it sees blocks of 2x2 pixels as channels, since maps of three channels
+are slow. The mesh flow is a thousand small operations; as a graph, frames drawn
 at the same time do not wait for each other's interpreter. Without OpenVINO, on GPUs and in other types, torch draws.
 """
 
@@ -40,10 +41,12 @@ def _identity(size: int = CROP) -> Floats:
     return np.stack(np.meshgrid(place, place), -1)
 
 
-def _channels_last(maps: Tensor) -> Floats:
-    """Maps (1, C, h, w) as (h, w, C)."""
-    array: Floats = maps[0].movedim(0, -1).float().contiguous().numpy()
-    return array
+def _pairs(frame: Levels, roi: tuple[slice, slice]) -> list[npt.NDArray[np.uint16]]:
+    """The even and the odd lines of a region of a frame (512, 512, 3): views (h / 2, w / 2, 3) of two pixels each as
+    three numbers. Merged, they are blocks of 2x2 pixels."""
+    rows, columns = (slice(s.start // 2, s.stop // 2) for s in roi)
+    pairs = frame.reshape(CROP, -1).view(np.uint16).reshape(CROP // 2, 2, CROP // 2, 3)[rows, :, columns]
+    return [pairs[:, 0], pairs[:, 1]]
 
 
 def warp_levels(image: Levels, flow: Floats, prior: Floats) -> Levels:
@@ -164,11 +167,11 @@ class CompiledPortrait:
     ) -> None:
         self._graphs = generator.compile(workers, threads)
         self._image = np.ascontiguousarray(image)
-        if start.apertures is None:
-            raise ValueError("the compiled generator needs a mesh flow with apertures")
+        if start.apertures is None or source.fine is None:
+            raise ValueError("the compiled generator needs a mesh flow with apertures and a map of the portrait")
         known = (source.codes, source.small, identity[None], start.surface, start.apertures)
         self._codes, self._small, *self._view = (value.float().contiguous().numpy() for value in known)
-        self._fine = None if source.fine is None else _channels_last(source.fine)
+        self._fine = source.fine[0].movedim(0, -1).float().contiguous().numpy()
         top, left, height, width = generator.config.codebook.roi
         self._roi = slice(top, top + height), slice(left, left + width)
         self._local = threading.local()
@@ -192,9 +195,12 @@ class CompiledPortrait:
         frame = warp_levels(self._image, flow, maps)
         rows, columns = (slice(s.start * size // CROP, s.stop * size // CROP) for s in self._roi)
         apertures = np.ascontiguousarray(maps[2 : 2 + 2 * APERTURES, rows, columns])[None]
-        known = () if self._fine is None else (self._warped_map(flow, rows, columns)[None],)
-        (region,) = self._infer("region", frame[self._roi][None].copy(), apertures, sigma, self._codes, *known)
-        frame[self._roi] = region[0]
+        known = self._warped_map(flow, rows, columns)[None]
+        lines = _pairs(frame, self._roi)
+        levels = cv2.merge(lines).view(np.uint8)[None]
+        (region,) = self._infer("region", levels, apertures, sigma, self._codes, known)
+        for line, drawn in zip(lines, (region[0, ..., :6], region[0, ..., 6:]), strict=True):
+            line[:] = drawn.view(np.uint16)
         return frame
 
     def _warped_map(self, flow: Floats, rows: slice, columns: slice) -> Floats:

@@ -48,6 +48,10 @@ class RegionConfig:
     transformer_heads: int = 8
     transformer_mlp: int = 512
     """Code transformer T, as wide as a code."""
+    decoder_attention: bool = True
+    decoder_blocks: tuple[int, int] = (2, 2)
+    """D_h's attention at 1/16, and its residual blocks at 1/8 and 1/4. The codebook's D_h, from which it starts, has an
+    attention and two blocks each."""
     strength: float = 0.5
     """How much E_w's maps modulate D_h, from 0 (codes alone) to 1."""
     temperature: float = 1.0
@@ -55,9 +59,10 @@ class RegionConfig:
     warped_map: bool = False
     """E_w's first level sees the portrait once, and its map is warped for each frame, instead of seeing each I_w."""
     fine_band: float = 0.0
-    """How much of I_w's fine band (what a 3x3 binomial filter takes off) takes the place of D_h's; 0 leaves D_h's."""
+    """How much of I_w's fine band (what a 3x3 binomial filter takes off) takes the place of D_h's where D_h's mask is
+    1; 0 leaves D_h's."""
     colour: float = 0.0
-    """How much of I_w's colour takes the place of D_h's outside the mouth, from 0 to 1."""
+    """How much of I_w's colour takes the place of D_h's where D_h's mask is 1, from 0 to 1."""
     use_warp: bool = True
     """psi, W and the mesh: off, E_w sees the source unmoved. These switches are those of the paper's ablation (fig. 7);
     a part that is off keeps its weights and does nothing."""
@@ -71,6 +76,11 @@ class RegionConfig:
     def __post_init__(self) -> None:
         if not (0 <= self.strength <= 1 and 0 <= self.colour <= 1 and self.temperature > 0 and self.fine_band >= 0):
             raise ValueError("image generator: strength and colour are from 0 to 1, temperature > 0, fine_band >= 0")
+
+    @property
+    def refined(self) -> bool:
+        """Whether D_h draws a mask beside the colours, of where I_w refines them."""
+        return self.fine_band > 0 or self.colour > 0
 
     @property
     def reach(self) -> int:
@@ -95,7 +105,8 @@ class RegionConfig:
         """Inverse of :meth:`to_dict`."""
         values = dict(values)
         codebook = RegionCodebookConfig.from_dict(values.pop("codebook"))
-        return cls(codebook=codebook, warp=WarpConfig(**values.pop("warp")), **values)
+        blocks = tuple(values.pop("decoder_blocks"))
+        return cls(codebook=codebook, warp=WarpConfig(**values.pop("warp")), decoder_blocks=blocks, **values)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for a checkpoint."""
@@ -108,7 +119,7 @@ class RegionGenerated(NamedTuple):
     image: Tensor
     """Generated frames (B, 3, 512, 512) in about [-1, 1]: I_w with the region in it."""
     region: Tensor
-    """D_h's output (B, 3, H, W), refined."""
+    """D_h's picture (B, 3, H, W), refined."""
     warped: Tensor
     """I_w (B, 3, 512, 512)."""
     logits: Tensor
@@ -130,8 +141,6 @@ class RegionPrediction(NamedTuple):
     """E_w's map at 1/8."""
     fine: Tensor
     """E_w's map at 1/4."""
-    apertures: Tensor
-    """The region of the aperture maps of target and source, (B, 6, H / 4, W / 4)."""
 
 
 class ControlledAdaIN(nn.Module):
@@ -229,7 +238,9 @@ class RegionVQIG(nn.Module):
         self.fuse = nn.Sequential(nn.Conv2d(2 * dim, dim, 1), nn.SiLU(), nn.Conv2d(dim, dim, 1))
         self.attention = RegionAttention(dim)
         self.transformer = RegionTransformer(config)
-        self.decoder = RegionDecoder(book)
+        self.decoder = RegionDecoder(
+            book, attention=config.decoder_attention, blocks=config.decoder_blocks, extra=int(config.refined)
+        )
         self.modulation = nn.ModuleDict({"middle": ControlledAdaIN(middle), "fine": ControlledAdaIN(fine)})
         self.register_buffer("feather", feather(*book.roi[2:]), persistent=False)
         self.compiled: CompiledGenerator | None = None  # of the same weights, if there is one
@@ -244,7 +255,7 @@ class RegionVQIG(nn.Module):
         """Take over E_h, C and D_h, and start E_w and the trained D_h from them."""
         self.autoencoder.load_state_dict(state)
         self.encoder.load_state_dict(self.autoencoder.encoder.state_dict())
-        self.decoder.load_state_dict(self.autoencoder.decoder.state_dict())
+        self.decoder.start_from(self.autoencoder.decoder)
 
     def cut(self, image: Tensor) -> Tensor:
         """The region of maps (B, C, s, s) of the whole crop."""
@@ -290,7 +301,7 @@ class RegionVQIG(nn.Module):
             sigma, apertures = torch.zeros_like(sigma), torch.zeros_like(apertures)
         fine = None if fine is None else self.cut(fine)
         found = self.encode(self.cut(warped), apertures, sigma, source.codes, fine)
-        return RegionPrediction(warped, *found, apertures)
+        return RegionPrediction(warped, *found)
 
     def encode(
         self, region: Tensor, apertures: Tensor, sigma: Tensor, codes: Tensor, fine: Tensor | None = None
@@ -324,7 +335,8 @@ class RegionVQIG(nn.Module):
         return self.autoencoder.codes.expect(found.logits / self.config.temperature, self.config.codebook.grid)
 
     def draw(self, codes: Tensor, found: RegionPrediction, strength: Tensor | float | None = None) -> Tensor:
-        """D_h: codes (B, d, h, w) to the region (B, 3, H, W).
+        """D_h: codes (B, d, h, w) to the region (B, 3, H, W), with the mask of :meth:`refine` as a fourth channel in a
+        ``refined`` configuration.
 
         Arguments:
             codes: of :meth:`codes`, or others.
@@ -341,26 +353,26 @@ class RegionVQIG(nn.Module):
         image: Tensor = self.decoder(codes, modulate)
         return image
 
-    def refine(self, region: Tensor, warped: Tensor, apertures: Tensor) -> Tensor:
+    def refine(self, drawn: Tensor, warped: Tensor) -> Tensor:
         """D_h's picture with what no code holds, taken from I_w: pores, hairs and grain, and the very colours.
 
-        Warping softens the fine band, so a ``fine_band`` above 1 makes up for it. I_w has no colours for a mouth that
-        opens.
+        Where, says D_h's mask: I_w is torn where a mouth or an eye opens. Warping softens the fine band, so a
+        ``fine_band`` above 1 makes up for it.
 
         Arguments:
-            region, warped: (B, 3, H, W) of D_h and of I_w.
-            apertures: (B, 6, H / 4, W / 4) of the mesh flow.
+            drawn: (B, 3 or 4, H, W) of :meth:`draw`.
+            warped: (B, 3, H, W) of I_w.
         """
-        warped = warped.to(region.dtype)
+        if not self.config.refined:
+            return drawn
+        region, mask = drawn.float().split((3, 1), 1)
+        change = torch.zeros_like(region)
         if self.config.fine_band:
-            detail = self.config.fine_band * warped
-            region = detail + _binomial(region - detail)
-        if self.config.colour:
-            mouth = (2 * apertures[:, :1].to(region.dtype) + 1).clamp(0, 1)
-            skin = 1 - F.interpolate(mouth, region.shape[-2:], mode="bilinear", align_corners=False)
-            change = warped - region
-            region = region + self.config.colour * skin * (change - _luma(change))
-        return region
+            detail = self.config.fine_band * warped - region
+            change = detail - _binomial(detail)
+        colour = warped - region - change
+        change = change + self.config.colour * (colour - _luma(colour))
+        return region + F.hardsigmoid(mask) * change
 
     def paste(self, region: Tensor, warped: Tensor) -> Tensor:
         """I_w (B, 3, 512, 512) with the region (B, 3, H, W) in it."""
@@ -374,6 +386,5 @@ class RegionVQIG(nn.Module):
     ) -> RegionGenerated:
         """Frames; arguments as :meth:`predict` and :meth:`draw`."""
         found = self.predict(source, motion, prior)
-        region = self.draw(self.codes(found), found, strength)
-        region = self.refine(region, self.cut(found.warped), found.apertures)
+        region = self.refine(self.draw(self.codes(found), found, strength), self.cut(found.warped))
         return RegionGenerated(self.paste(region, found.warped), region, found.warped, found.logits, found.latent)

@@ -160,20 +160,43 @@ class RegionDecoder(nn.Module):
 
     ``modulate(scale, x)``, where given, changes the maps at 1/8 and 1/4; this is where the generator's image-level
     AdaIN enters.
+
+    Arguments:
+        config: of the codebook.
+        attention: whether it attends over positions at 1/16.
+        blocks: residual blocks at 1/8 and 1/4.
+        extra: channels that follow the colours. They start at 2 everywhere.
     """
 
-    def __init__(self, config: RegionCodebookConfig) -> None:
+    def __init__(
+        self,
+        config: RegionCodebookConfig,
+        *,
+        attention: bool = True,
+        blocks: tuple[int, int] = (2, 2),
+        extra: int = 0,
+    ) -> None:
         super().__init__()
         f, a, b, c = config.channels
         self.stem = nn.Conv2d(config.dim, c, 1)
         self.position = nn.Parameter(torch.zeros(1, c, *config.grid))
-        self.attention = RegionAttention(c)
+        self.attention = RegionAttention(c) if attention else nn.Identity()
         self.level16 = Block(c, config.bottleneck)
-        self.level8 = nn.Sequential(Block(b), Block(b))
-        self.level4 = nn.Sequential(Block(a), Block(a))
+        self.level8, self.level4 = (
+            nn.Sequential(*(Block(width) for _ in range(n))) for width, n in zip((b, a), blocks, strict=True)
+        )
         self.level2 = Block(f, norm=False)
         self.up8, self.up4, self.up2 = nn.Conv2d(c, 4 * b, 1), nn.Conv2d(b, 4 * a, 1), nn.Conv2d(a, 4 * f, 1)
-        self.out = nn.Conv2d(f, 12, 3, padding=1)
+        self.out = nn.Conv2d(f, 4 * (3 + extra), 3, padding=1)
+        nn.init.zeros_(self.out.weight[12:])
+        nn.init.constant_(self.out.bias[12:], 2.0)  # type: ignore[index]
+
+    def start_from(self, other: RegionDecoder) -> None:
+        """Take over another decoder's weights, as far as this one has the same parts."""
+        own = self.state_dict()
+        for name, value in other.state_dict().items():
+            if name in own:  # the colours come first
+                own[name][: len(value)].copy_(value)
 
     def forward(self, z: Tensor, modulate: Callable[[int, Tensor], Tensor] | None = None) -> Tensor:
         x = self.stem(z) + self.position.to(z.dtype)
@@ -183,7 +206,10 @@ class RegionDecoder(nn.Module):
         x = F.pixel_shuffle(self.up4(self.level8(x)), 2)
         if modulate is not None:
             x = modulate(4, x)
-        x = self.level2(F.pixel_shuffle(self.up2(self.level4(x)), 2))
+        return self.picture(self.level2(F.pixel_shuffle(self.up2(self.level4(x)), 2)))
+
+    def picture(self, x: Tensor) -> Tensor:
+        """Maps (B, C, H / 2, W / 2) to the region."""
         return F.pixel_shuffle(self.out(silu(x)), 2)
 
 

@@ -135,8 +135,14 @@ def load_codebook(file: Path, kind: Literal["data.codebook", "data.start"]) -> d
         raise UserError(f"{file} ({kind}) is not a readable safetensors file; copy it again") from error
 
 
+def _fits(value: Tensor, own: Tensor) -> bool:
+    """Whether a tensor is another or its first rows."""
+    return value.shape == own.shape or (value.ndim > 0 and value.shape[1:] == own.shape[1:] and len(value) < len(own))
+
+
 def load_matching(module: nn.Module, file: Path) -> None:
-    """Take over the tensors of another generator's weights that have this one's names and shapes.
+    """Take over the tensors of another generator's weights that have this one's names and shapes, or are its first
+    rows.
 
     Raises:
         UserError: if the file is missing or holds something else.
@@ -144,9 +150,10 @@ def load_matching(module: nn.Module, file: Path) -> None:
     if not file.is_file():
         raise UserError(f"{file} not found; set data.start to the weights of an image generator, or leave it out")
     own, given = module.state_dict(), load_file(file)
-    taken = {key: value.float() for key, value in given.items() if key in own and own[key].shape == value.shape}
+    taken = {key: value for key, value in given.items() if key in own and _fits(value, own[key])}
     if not any(key.startswith("encoder.") for key in taken):
         raise UserError(f"{file} (data.start) holds no image generator of this size; give one, or leave it out")
-    module.load_state_dict(taken, strict=False)
+    for key, value in taken.items():
+        own[key].view(-1)[: value.numel()].copy_(value.flatten())
     new = sorted({key.split(".")[0] for key in own if key not in taken} - {"autoencoder"})
     logger.info("%d of %d tensors come from %s; new parts: %s", len(taken), len(given), file, ", ".join(new) or "none")

@@ -184,8 +184,8 @@ class RegionVQIGStage(Stage):
         if adversarial and progress < training.adversarial_from + training.discriminators_first:
             with torch.no_grad():
                 found = self._predict(batch, source, prior)
-                drawn = self._draw(found, self._codes(target)[1])
-                self._patches = target, drawn, self.generator.cut(found.warped), points
+                warped = self.generator.cut(found.warped)
+                self._patches = target, self._draw(found, self._codes(target)[1], warped), warped, points
             return None, {}
         found = self._predict(batch, source, prior)
         indices, codes = self._codes(target)
@@ -212,22 +212,24 @@ class RegionVQIGStage(Stage):
         _, indices = self.generator.autoencoder.encode(target)
         return indices, self.generator.autoencoder.codes.lookup(indices)
 
-    def _draw(self, found: RegionPrediction, true: Tensor) -> Tensor:
+    def _draw(self, found: RegionPrediction, true: Tensor, warped: Tensor) -> Tensor:
         """Regions drawn from T's codes, or from ``true`` ones, with E_w's maps, without them or in between."""
         training = self.training
         draw = torch.rand(2, len(true), 1, 1, 1, device=true.device)
         partial = ((draw[0] - training.no_maps) / max(training.some_maps, 1e-6)).clamp(0, 1)
-        strength = torch.where(draw[0] < training.no_maps + training.some_maps, partial, 1.0)
+        usual = training.model.strength
+        strength = torch.where(draw[0] < training.no_maps + training.some_maps, partial, usual)
         expected = self.generator.codes(found)
         codes = torch.where(draw[1] < training.true_codes, true.to(expected.dtype), expected)
-        return self.generator.draw(codes, found, strength)
+        return self.generator.refine(self.generator.draw(codes, found, strength), warped)
 
     def _image_loss(
         self, found: RegionPrediction, true: Tensor, target: Tensor, points: Tensor, progress: float | None
     ) -> tuple[Tensor, dict[str, float | Tensor]]:
         """Image-level losses; ``progress`` is that of the run once the discriminators take part."""
         training = self.training
-        drawn = self._draw(found, true)
+        warped = self.generator.cut(found.warped).detach().float()
+        drawn = self._draw(found, true, warped)
         seen = drawn.detach().float().requires_grad_()
         l1, band = band_loss(seen, target, feature_weights(points, *target.shape[-2:]))
         reconstruction = l1 + training.band_weight * band
@@ -242,7 +244,6 @@ class RegionVQIGStage(Stage):
             logs[name] = far.detach()
         adv, ratio = None, 0.0
         if progress is not None:
-            warped = self.generator.cut(found.warped).detach().float()
             scores = [adversarial_loss(logits.float()) for logits in self.discriminator(seen, warped, points)]
             adv = torch.stack([weight * score for weight, score in zip(_ADVERSARIAL, scores, strict=True)]).sum()
             begun = training.adversarial_from + training.discriminators_first
@@ -279,10 +280,11 @@ class RegionVQIGStage(Stage):
             source, prior, points = self._views(batch)
             found = self._predict(batch, source, prior)
             target, codes = self.generator.cut(batch["target"]), self.generator.codes(found)
+            warped = self.generator.cut(found.warped)
             images = {
-                "": self.generator.draw(codes, found),
-                "codes_": self.generator.draw(codes, found, 0.0),
-                "warp_": self.generator.cut(found.warped),
+                "": self.generator.refine(self.generator.draw(codes, found), warped),
+                "codes_": self.generator.draw(codes, found, 0.0)[:, :3],
+                "warp_": warped,
                 "copy_": self.generator.cut(source),
             }
             for prefix, image in images.items():
