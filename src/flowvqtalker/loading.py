@@ -14,11 +14,12 @@ from flowvqtalker.errors import UserError
 from flowvqtalker.face.model import FaceModel
 from flowvqtalker.motion.flow import ExpFlow, Flow, PoseFlow
 from flowvqtalker.motion.manifold import LatentBank
-from flowvqtalker.render.compiled import CompiledGenerator
+from flowvqtalker.render.compiled import CompiledGenerator, load_openvino
 from flowvqtalker.render.region import RegionConfig, RegionVQIG
 from flowvqtalker.render.renderer import ImageGenerator
 from flowvqtalker.render.vqig import VQIG, VQIGConfig
 from flowvqtalker.speech.encoder import SpeechEncoder, SpeechEncoderConfig
+from flowvqtalker.speech.graph import EncoderGraph
 from flowvqtalker.speech.quantize import quantize
 from flowvqtalker.speech.voice import VoiceEmotion
 
@@ -144,6 +145,12 @@ def load_speech_encoder(
     speech_encoder = speech_encoder.to(fast_dtype(torch.device("cpu"))).eval()
     if speech_encoder.offset.dtype == torch.bfloat16:
         quantize(speech_encoder)
+        for part in (*speech_encoder.blocks[speech_encoder.config.attention :], speech_encoder.final):
+            part.float()  # small products, which are slower in bfloat16
+        try:
+            speech_encoder.graph = EncoderGraph(speech_encoder, load_openvino())
+        except ImportError:
+            logger.debug("OpenVINO is not installed; torch encodes the speech")
     return speech_encoder
 
 

@@ -9,29 +9,25 @@ predict lips.
 
 from __future__ import annotations
 
-from collections import deque
 from dataclasses import dataclass
-from typing import ClassVar, cast
+from typing import ClassVar, Protocol, cast
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional
 
 from flowvqtalker.errors import UserError
+from flowvqtalker.speech.blocks import STEPS, AttentiveBlock, TemporalBlock
 
 __all__ = [
-    "AttentiveBlock",
     "AudioConfig",
     "AudioEncoder",
     "AudioStream",
     "SpeechEncoder",
     "SpeechEncoderConfig",
-    "TemporalBlock",
+    "TransformerGraph",
+    "TransformerStream",
 ]
-
-#: Whisper's steps of 20 ms in one video frame.
-_STEPS = 2
 
 
 @dataclass(frozen=True)
@@ -107,121 +103,21 @@ class SpeechEncoderConfig:
         return self.attention * self.back + sum(back for back, _ in self.reach)
 
 
-class TemporalBlock(nn.Module):
-    """A residual convolution over time with taps ``back`` frames before a frame, at it, and ``ahead`` frames after it.
+class TransformerStream(Protocol):
+    """A stream through all that comes before the temporal blocks, the join included."""
 
-    Without padding: T frames become T - back - ahead.
-    """
+    def push(self, window: Tensor) -> Tensor:
+        """Take a window (mels, columns); returns the (1, width) that is now complete, late by the layers' look-ahead.
 
-    def __init__(self, width: int, back: int, ahead: int) -> None:
-        super().__init__()
-        self.back, self.ahead = back, ahead
-        self.norm = nn.LayerNorm(width)
-        self.convolution = nn.Linear(3 * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, T, width) to (B, T - back - ahead, width)."""
-        length = x.shape[1] - self.back - self.ahead
-        y = self.norm(x)
-        taps = [y[:, start : start + length] for start in (0, self.back, self.back + self.ahead)]
-        y = functional.gelu(self.convolution(torch.cat(taps, dim=-1)), approximate="tanh")
-        result: Tensor = x[:, self.back : self.back + length] + y
-        return result
-
-    def start(self) -> _TemporalState:
-        """State of a stream through this block."""
-        return _TemporalState(self)
+        Before the first window lie copies of it.
+        """
 
 
-class _TemporalState:
-    """A stream through a :class:`TemporalBlock`."""
+class TransformerGraph(Protocol):
+    """The transformer in a form that is faster frame by frame (:mod:`flowvqtalker.speech.graph`)."""
 
-    def __init__(self, block: TemporalBlock) -> None:
-        self.block = block
-        self._held: deque[Tensor] = deque(maxlen=block.back + block.ahead + 1)
-
-    def push(self, x: Tensor) -> Tensor | None:
-        """Take a frame (1, width); returns the frame that is now complete, or None."""
-        self._held.append(x)
-        if len(self._held) < (self._held.maxlen or 0):
-            return None
-        result: Tensor = self.block(torch.stack(list(self._held), dim=1))[:, 0]
-        return result
-
-
-class AttentiveBlock(nn.Module):
-    """A transformer layer (pre-norm, GELU, as Whisper's) with local attention.
-
-    The two steps of a frame attend to those of ``back`` frames before and ``ahead`` frames after it. Without padding: T
-    frames become T - back - ahead.
-    """
-
-    def __init__(self, dim: int, heads: int, back: int, ahead: int) -> None:
-        super().__init__()
-        self.heads, self.back, self.ahead = heads, back, ahead
-        self.norm_attention = nn.LayerNorm(dim)
-        self.query = nn.Linear(dim, dim)
-        self.key_value = nn.Linear(dim, 2 * dim)
-        self.attended = nn.Linear(dim, dim)
-        self.norm = nn.LayerNorm(dim)
-        self.expand = nn.Linear(dim, 4 * dim)
-        self.contract = nn.Linear(4 * dim, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, T, 2, dim) to (B, T - back - ahead, 2, dim)."""
-        length = x.shape[1] - self.back - self.ahead
-        query, key, value = self.project(x)
-        query = query[:, :, _STEPS * self.back : _STEPS * (self.back + length)]
-        read = functional.scaled_dot_product_attention(query, key, value, attn_mask=self._mask(length, x.device))
-        return self.complete(x[:, self.back : self.back + length], read)
-
-    def start(self) -> _AttentiveState:
-        """State of a stream through this block."""
-        return _AttentiveState(self)
-
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Query, key and value, each (B, heads, 2 T, dim / heads), of (B, T, 2, dim)."""
-        y = self.norm_attention(x).flatten(1, 2)
-        parts = (self.query(y), *self.key_value(y).chunk(2, dim=-1))
-        query, key, value = (rearrange(part, "b t (h d) -> b h t d", h=self.heads) for part in parts)
-        return query, key, value
-
-    def complete(self, x: Tensor, read: Tensor) -> Tensor:
-        """The rest of the layer for (B, T, 2, dim) and the attention's output (B, heads, 2 T, dim / heads)."""
-        x = x + rearrange(self.attended(rearrange(read, "b h t d -> b t (h d)")), "b (t s) d -> b t s d", s=_STEPS)
-        result: Tensor = x + self.contract(functional.gelu(self.expand(self.norm(x))))
-        return result
-
-    def _mask(self, length: int, device: torch.device) -> Tensor:
-        """(2 T, 2 (T + back + ahead)): a query of frame t reads the frames t to t + back + ahead."""
-        frame = torch.arange(length + self.back + self.ahead, device=device).repeat_interleave(_STEPS)
-        query = torch.arange(length, device=device).repeat_interleave(_STEPS)
-        distance = frame[None] - query[:, None]
-        return (distance >= 0) & (distance <= self.back + self.ahead)
-
-
-class _AttentiveState:
-    """A stream through an :class:`AttentiveBlock`; keys and values of a frame are computed once."""
-
-    def __init__(self, block: AttentiveBlock) -> None:
-        self.block = block
-        size = block.back + block.ahead + 1
-        self._frames: deque[tuple[Tensor, Tensor]] = deque(maxlen=block.ahead + 1)  # with their queries
-        self._keys: deque[Tensor] = deque(maxlen=size)
-        self._values: deque[Tensor] = deque(maxlen=size)
-
-    def push(self, x: Tensor) -> Tensor | None:
-        """Take a frame (1, 2, dim); returns the frame that is now complete, or None."""
-        query, key, value = self.block.project(x[:, None])
-        self._frames.append((x, query))
-        self._keys.append(key)
-        self._values.append(value)
-        if len(self._keys) < (self._keys.maxlen or 0):
-            return None
-        frame, query = self._frames[0]
-        keys, values = torch.cat(list(self._keys), dim=2), torch.cat(list(self._values), dim=2)
-        read = functional.scaled_dot_product_attention(query, keys, values)
-        return self.block.complete(frame[:, None], read)[:, 0]
+    def start(self) -> TransformerStream:
+        """A new stream."""
 
 
 class AudioEncoder(nn.Module):
@@ -232,6 +128,7 @@ class AudioEncoder(nn.Module):
     """
 
     config: AudioConfig | SpeechEncoderConfig
+    graph: TransformerGraph | None = None
 
     def __init__(self, config: AudioConfig) -> None:
         super().__init__()
@@ -303,7 +200,7 @@ class SpeechEncoder(AudioEncoder):
         self.offset = nn.Parameter(torch.zeros(dim))
         attentive = [AttentiveBlock(dim, config.heads, config.back, config.ahead) for _ in range(config.attention)]
         self.join = nn.Sequential(
-            nn.Flatten(-2), nn.LayerNorm(_STEPS * dim), nn.Linear(_STEPS * dim, width), nn.LayerNorm(width)
+            nn.Flatten(-2), nn.LayerNorm(STEPS * dim), nn.Linear(STEPS * dim, width), nn.LayerNorm(width)
         )
         self.blocks = nn.ModuleList([*attentive, *(TemporalBlock(width, *pair) for pair in config.reach)])
         self.final = nn.LayerNorm(width)
@@ -317,7 +214,10 @@ class SpeechEncoder(AudioEncoder):
 
     def after_block(self, number: int, features: Tensor) -> Tensor:
         """The join of a frame's two steps, after the last attentive block."""
-        return self.join(features) if number == self.config.attention - 1 else features
+        if number != self.config.attention - 1:
+            return features
+        joined: Tensor = self.join(features).to(self.final.weight.dtype)
+        return joined
 
     def finish(self, features: Tensor) -> Tensor:
         """Audio features from the output of the last block, in float32."""
@@ -367,13 +267,20 @@ class AudioStream:
     """
 
     def __init__(self, encoder: AudioEncoder) -> None:
-        self.encoder = encoder
-        blocks = cast("list[TemporalBlock]", list(encoder.blocks))
+        self.encoder, config = encoder, encoder.config
+        self._graph = None if encoder.graph is None else encoder.graph.start()
+        # What the graph does: its blocks, the copies of the first window that they need, and those that it returns.
+        self._done = self._early = 0
+        self._copies = config.lookback
+        if self._graph is not None and isinstance(config, SpeechEncoderConfig):
+            self._done, self._early = config.attention, config.attention * config.ahead
+            self._copies -= config.attention * config.back
+        blocks = cast("list[TemporalBlock]", list(encoder.blocks))[self._done :]
         self._states = [block.start() for block in blocks]
         self._last: Tensor | None = None
 
     def _feed(self, feature: Tensor) -> list[Tensor]:
-        for number, state in enumerate(self._states):
+        for number, state in enumerate(self._states, self._done):
             done = state.push(feature)
             if done is None:
                 return []
@@ -382,11 +289,14 @@ class AudioStream:
 
     def push(self, window: Tensor) -> list[Tensor]:
         """Take a window (mels, columns); returns no or one feature (1, width)."""
-        feature = self.encoder.embed(window[None])
+        feature = self.encoder.embed(window[None]) if self._graph is None else self._graph.push(window)
         if self._last is None:
-            for _ in range(self.encoder.config.lookback):
+            for _ in range(self._copies):
                 self._feed(feature)
-        self._last = feature
+        self._last = window
+        if self._early:
+            self._early -= 1
+            return []
         return self._feed(feature)
 
     def finish(self) -> list[Tensor]:
@@ -394,4 +304,4 @@ class AudioStream:
         last = self._last
         if last is None:
             return []
-        return [feature for _ in range(self.encoder.config.lookahead) for feature in self._feed(last)]
+        return [feature for _ in range(self.encoder.config.lookahead) for feature in self.push(last)]
