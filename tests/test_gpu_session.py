@@ -98,7 +98,7 @@ def test_an_archive_with_weights_goes_on_from_them(
     monkeypatch.setattr(tool, "find_weights", lambda kind: tmp_path / "network.pth")
     pack = tool.Pack((shard,), tmp_path / "a.tar.gz", hold_out=("nobody",), face_model=start / "face.safetensors",
                      start=start)  # fmt: skip
-    with pytest.raises(UserError, match="has no codebook.safetensors"):
+    with pytest.raises(UserError, match="has no codebook"):
         pack.run()
     smaller = RegionConfig.from_dict({
         **RegionConfig().to_dict(), **VQIG["region"]["model"], "codebook": BOOK, "fine_band": 0.0,

@@ -99,13 +99,13 @@ def _on_blocks(kernel: Tensor) -> Tensor:
     out = torch.zeros(2, 2, 3, 2, 2, 3, 3, 3)
     for row, column, y, x, down, across in product(range(2), range(2), range(2), range(2), range(3), range(3)):
         far = 2 * (down - 1) + y - row + 1, 2 * (across - 1) + x - column + 1
-        if 0 <= min(far) and max(far) < 3:
+        if min(far) >= 0 and max(far) < 3:
             out[row, column, :, y, x, :, down, across] = kernel[..., far[0], far[1]]
     return out.reshape(12, 12, 3, 3)
 
 
 class Region(nn.Module):
-    """Graph ``region``: levels of I_w (1, H / 2, W / 2, 12) and E_w's map, warped (1, H / 4, W / 4, C), to levels of the
+    """Graph ``region``: levels of I_w (1, H / 2, W / 2, 12) and E_w's warped map (1, H / 4, W / 4, C) to levels of the
     frame; see :class:`Finish`."""
 
     def __init__(self, generator: RegionVQIG) -> None:

@@ -2,8 +2,8 @@
 
 ``tools/compile_generator.py`` makes the three graphs. The last goes from levels to levels, feather included, so that a
 frame is never held as a whole in floating point; it sees blocks of 2x2 pixels as channels, since maps of three channels
-are slow. The mesh flow is a thousand small operations; as a graph, frames drawn
-at the same time do not wait for each other's interpreter. Without OpenVINO, on GPUs and in other types, torch draws.
+are slow. The mesh flow is a thousand small operations; as a graph, frames drawn at the same time do not wait for each
+other's interpreter. Without OpenVINO, on GPUs and in other types, torch draws.
 """
 
 from __future__ import annotations

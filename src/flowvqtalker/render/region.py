@@ -365,7 +365,8 @@ class RegionVQIG(nn.Module):
         """
         if not self.config.refined:
             return drawn
-        region, mask = drawn.float().split((3, 1), 1)
+        drawn = drawn.float()
+        region, mask = drawn[:, :3], drawn[:, 3:]
         change = torch.zeros_like(region)
         if self.config.fine_band:
             detail = self.config.fine_band * warped - region
