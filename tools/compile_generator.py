@@ -117,6 +117,7 @@ class Region(nn.Module):
         for part, channels in ((self.colours, (0, 1, 2)), (self.mask, (3, 3, 3))):
             order = [place + 4 * channel for place in range(4) for channel in channels]
             part.weight.data, part.bias.data = last.weight.data[order], last.bias.data[order]
+        self.mask.bias.data += generator.config.mask_bias
 
     def forward(self, levels: Tensor, apertures: Tensor, sigma: Tensor, codes: Tensor, known: Tensor) -> Tensor:
         warped = levels.permute(0, 3, 1, 2).float() / 127.5 - 1

@@ -150,6 +150,7 @@ def test_the_fine_band_is_the_warped_picture_s() -> None:
     assert torch.allclose(_refined(drawn, warped, 3.0, fine_band=1.5), refined, atol=1e-5)
     assert torch.allclose(_refined(drawn, warped, 0.0, fine_band=1.5), (drawn + refined) / 2, atol=1e-5)
     assert torch.equal(_refined(drawn, warped, -3.0, fine_band=1.5), drawn)
+    assert torch.allclose(_refined(drawn, warped, -3.0, fine_band=1.5, mask_bias=6.0), refined, atol=1e-5)
 
 
 def test_the_colour_is_the_warped_picture_s_where_the_mask_is_1() -> None:

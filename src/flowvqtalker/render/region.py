@@ -63,6 +63,9 @@ class RegionConfig:
     1; 0 leaves D_h's."""
     colour: float = 0.0
     """How much of I_w's colour takes the place of D_h's where D_h's mask is 1, from 0 to 1."""
+    mask_bias: float = 0.0
+    """Added to D_h's mask. Losses prefer a blur to detail that is a pixel off, so a trained mask wants a push: else the
+    sharpness of a video would come and go."""
     use_warp: bool = True
     """psi, W and the mesh: off, E_w sees the source unmoved. These switches are those of the paper's ablation (fig. 7);
     a part that is off keeps its weights and does nothing."""
@@ -373,7 +376,7 @@ class RegionVQIG(nn.Module):
             change = detail - _binomial(detail)
         colour = warped - region - change
         change = change + self.config.colour * (colour - _luma(colour))
-        return region + F.hardsigmoid(mask) * change
+        return region + F.hardsigmoid(mask + self.config.mask_bias) * change
 
     def paste(self, region: Tensor, warped: Tensor) -> Tensor:
         """I_w (B, 3, 512, 512) with the region (B, 3, H, W) in it."""
