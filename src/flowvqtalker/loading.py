@@ -14,7 +14,7 @@ from flowvqtalker.errors import UserError
 from flowvqtalker.face.model import FaceModel
 from flowvqtalker.motion.flow import ExpFlow, Flow, PoseFlow
 from flowvqtalker.motion.manifold import LatentBank
-from flowvqtalker.render.compiled import CompiledGenerator, load_openvino
+from flowvqtalker.render.compiled import CompiledGenerator
 from flowvqtalker.render.region import RegionConfig, RegionVQIG
 from flowvqtalker.render.renderer import ImageGenerator
 from flowvqtalker.render.vqig import VQIG, VQIGConfig
@@ -148,7 +148,7 @@ def load_speech_encoder(
         for part in (*speech_encoder.blocks[speech_encoder.config.attention :], speech_encoder.final):
             part.float()  # small products, which are slower in bfloat16
         try:
-            speech_encoder.graph = EncoderGraph(speech_encoder, load_openvino())
+            speech_encoder.graph = EncoderGraph(speech_encoder)
         except ImportError:
             logger.debug("OpenVINO is not installed; torch encodes the speech")
     return speech_encoder

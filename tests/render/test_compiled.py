@@ -109,7 +109,7 @@ def test_int8_without_graphs_is_refused(face: FaceModel, portrait: np.ndarray, g
 def test_openvino_reports_nothing_to_its_makers(tmp_path):
     """Its telemetry writes an identifier into the home folder at import, and fails where there is no home."""
     pytest.importorskip("openvino_telemetry")
-    code = "import sys; from flowvqtalker.render.compiled import load_openvino; load_openvino()\n"
+    code = "import sys; from flowvqtalker.runtime import load_openvino; load_openvino()\n"
     code += "sys.exit(any(name.startswith('openvino_telemetry') for name in sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "HOME": str(tmp_path)}, check=False)
     assert done.returncode == 0

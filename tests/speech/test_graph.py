@@ -9,8 +9,6 @@ from flowvqtalker.speech.encoder import AudioStream, SpeechEncoder, SpeechEncode
 from flowvqtalker.speech.graph import EncoderGraph
 from flowvqtalker.speech.quantize import quantize
 
-openvino = pytest.importorskip("openvino")
-
 
 @pytest.mark.parametrize("frames", [1, 3, 30])
 @pytest.mark.parametrize("ahead", [0, 2])
@@ -21,7 +19,7 @@ def test_graph_streams_what_the_encoder_computes(ahead, frames):
     quantize(encoder, least=2**13)
     windows = torch.randn(frames, 80, 7)
     expected = encoder.encode_clip(windows)
-    encoder.graph = EncoderGraph(encoder, openvino)
+    encoder.graph = EncoderGraph(encoder)
     stream = AudioStream(encoder)
     found = [feature for window in windows for feature in stream.push(window)]
     assert len(found) == max(0, frames - encoder.config.lookahead)

@@ -8,8 +8,6 @@ other's interpreter. Without OpenVINO, on GPUs and in other types, torch draws.
 
 from __future__ import annotations
 
-import importlib
-import sys
 import threading
 from collections.abc import Mapping
 from functools import lru_cache
@@ -24,8 +22,9 @@ from flowvqtalker.constants import CROP
 from flowvqtalker.render.mesh_flow import APERTURES, MeshSource, aperture_border
 from flowvqtalker.render.region import RegionConfig
 from flowvqtalker.render.vqig import Source
+from flowvqtalker.runtime import load_openvino, openvino_core
 
-__all__ = ["GRAPHS", "CompiledGenerator", "CompiledPortrait", "load_openvino", "warp_levels"]
+__all__ = ["GRAPHS", "CompiledGenerator", "CompiledPortrait", "warp_levels"]
 
 #: Names of the graphs, in the order in which a frame passes them.
 GRAPHS = ("mesh", "warp", "region")
@@ -82,21 +81,6 @@ def _enlarged(maps: Floats, scale: int) -> Floats:
     return np.asarray(whole, np.float32)
 
 
-def load_openvino() -> Any:
-    """The module `openvino` without its telemetry, which would write to the home folder and report to its makers.
-
-    Raises:
-        ImportError: if it is not installed.
-    """
-    name = "openvino_telemetry"
-    held_back = sys.modules.setdefault(name, None) is None  # type: ignore[arg-type]  # OpenVINO then takes its own stub
-    try:
-        return importlib.import_module("openvino")
-    finally:
-        if held_back:
-            del sys.modules[name]
-
-
 class CompiledGenerator:
     """The graphs of :data:`GRAPHS`, compiled for this machine.
 
@@ -108,7 +92,7 @@ class CompiledGenerator:
     def __init__(self, tensors: Mapping[str, Tensor], config: RegionConfig) -> None:
         openvino = load_openvino()
         self.config = config
-        self._core = openvino.Core()
+        self._core = openvino_core()
         self._models = {}
         for name in GRAPHS:
             weights = openvino.Tensor(np.ascontiguousarray(tensors[f"{name}.bin"].numpy()))

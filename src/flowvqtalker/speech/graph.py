@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from flowvqtalker.runtime import load_openvino, openvino_core
 from flowvqtalker.speech.blocks import STEPS, AttentiveBlock
 from flowvqtalker.speech.encoder import SpeechEncoder
 from flowvqtalker.speech.quantize import QuantizedConvolution, QuantizedLinear
@@ -36,10 +37,13 @@ class EncoderGraph:
 
     Arguments:
         encoder: quantized, see :func:`flowvqtalker.speech.quantize.quantize`.
-        openvino: the module.
+
+    Raises:
+        ImportError: if OpenVINO is not installed.
     """
 
-    def __init__(self, encoder: SpeechEncoder, openvino: Any) -> None:
+    def __init__(self, encoder: SpeechEncoder) -> None:
+        openvino = load_openvino()
         self._op = openvino.opset13
         self.config = config = encoder.config
         self.held = config.back + config.ahead
@@ -62,7 +66,7 @@ class EncoderGraph:
             "ENABLE_CPU_PINNING": False,
             "INFERENCE_PRECISION_HINT": "f32",
         }
-        self.compiled = openvino.Core().compile_model(model, "CPU", settings)
+        self.compiled = openvino_core().compile_model(model, "CPU", settings)
 
     def start(self) -> _Stream:
         """A new stream."""
