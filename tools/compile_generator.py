@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import tempfile
 from collections.abc import Iterator
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -78,15 +77,11 @@ class Finish(nn.Module):
 
     def __init__(self, generator: RegionVQIG) -> None:
         super().__init__()
-        band, colour = generator.config.fine_band, generator.config.colour
-        centre = torch.zeros(3, 3)
-        centre[1, 1] = 1
-        fine = centre - torch.tensor([1.0, 2.0, 1.0]).outer(torch.tensor([1.0, 2.0, 1.0])) / 16 if band else 0 * centre
-        tint = colour * (torch.eye(3) - torch.tensor([0.299, 0.587, 0.114]).expand(3, 3))[..., None, None]
-        rest = torch.eye(3)[..., None, None] - tint
-        self.register_buffer("drawn", _on_blocks(-rest * fine - tint * centre))
-        self.register_buffer("warped", _on_blocks(band * rest * fine + tint * centre))
-        self.register_buffer("feather", F.pixel_unshuffle(generator.feather, 2).repeat_interleave(3, 1))
+        unit, nothing = torch.zeros(3, 3, 5, 5), torch.zeros(3, 3, 5, 5)
+        unit[range(3), range(3), 2, 2] = 1
+        for name, pair in (("drawn", (unit, nothing)), ("warped", (nothing, unit))):
+            self.register_buffer(name, _on_blocks(_change(generator, *pair)))
+        self.register_buffer("feather", _blocks(generator.feather.expand(-1, 3, -1, -1)))
 
     def forward(self, drawn: Tensor, mask: Tensor, warped: Tensor) -> Tensor:
         change = F.conv2d(drawn, self.drawn, padding=1) + F.conv2d(warped, self.warped, padding=1)
@@ -94,14 +89,22 @@ class Finish(nn.Module):
         return ((image + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
 
 
+def _change(generator: RegionVQIG, drawn: Tensor, warped: Tensor) -> Tensor:
+    """What refining adds to D_h's picture where the mask is 1, as a kernel (3, 3, 3, 3) of three unit pictures."""
+    everywhere = torch.full_like(drawn[:, :1], 3 - generator.config.mask_bias)
+    change = generator.refine(torch.cat([drawn, everywhere], 1), warped) - drawn
+    return change[..., 1:4, 1:4].flip(-1, -2).transpose(0, 1)
+
+
+def _blocks(x: Tensor) -> Tensor:
+    """Maps (B, C, 2 h, 2 w) as (B, 4 C, h, w): blocks of 2x2, by place in the block, then channel."""
+    return F.pixel_unshuffle(x, 2).unflatten(1, (-1, 4)).transpose(1, 2).flatten(1, 2)
+
+
 def _on_blocks(kernel: Tensor) -> Tensor:
-    """A 3x3 kernel (3, 3, 3, 3) of pixels as one of blocks: (12, 12, 3, 3)."""
-    out = torch.zeros(2, 2, 3, 2, 2, 3, 3, 3)
-    for row, column, y, x, down, across in product(range(2), range(2), range(2), range(2), range(3), range(3)):
-        far = 2 * (down - 1) + y - row + 1, 2 * (across - 1) + x - column + 1
-        if min(far) >= 0 and max(far) < 3:
-            out[row, column, :, y, x, :, down, across] = kernel[..., far[0], far[1]]
-    return out.reshape(12, 12, 3, 3)
+    """A 3x3 kernel (3, 3, 3, 3) of pixels as one of blocks, (12, 12, 3, 3)."""
+    places = [F.pad(kernel, (1 + j, 2 - j, 1 + i, 2 - i)) for i in range(2) for j in range(2)]
+    return _blocks(torch.cat(places))
 
 
 class Region(nn.Module):
@@ -204,8 +207,7 @@ def inputs(
         coarse = F.interpolate(prior[:, :2], source.small.shape[-2:], mode="area")
         flow = generator.flow(source, sigma, prior)
         warped = generator.cut(warp(image, flow, prior))
-        blocks = F.pixel_unshuffle(warped, 2).unflatten(1, (3, 4)).transpose(1, 2).flatten(1, 2)
-        levels = ((blocks + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+        levels = ((_blocks(warped) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
         apertures = generator.cut(prior[:, 2 : 2 + 2 * APERTURES])
         identity = batch["source_identity"]
         start = mesh.prepare(face.project(identity, batch["source_expression"], batch["source_pose"]))
