@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from einops import rearrange
 from torch import Tensor, nn
@@ -18,6 +20,7 @@ __all__ = [
     "group_norm",
     "instance_norm",
     "silu",
+    "take_over",
 ]
 
 # Maps of fewer positions than this take up to twenty times as long to normalise in the channels-last layout on CPUs.
@@ -58,6 +61,22 @@ def group_norm(channels: int) -> GroupNorm:
     while channels % groups:
         groups -= 1
     return GroupNorm(groups, channels, eps=1e-6)
+
+
+def take_over(module: nn.Module, given: Mapping[str, Tensor]) -> list[str]:
+    """Copy the tensors that have the names and shapes of a module's own, or are the first rows of those.
+
+    Returns:
+        their names.
+    """
+    taken = []
+    for name, own in module.state_dict().items():
+        value = given.get(name)
+        if value is None or value.ndim != own.ndim or value.shape[1:] != own.shape[1:] or value.numel() > own.numel():
+            continue
+        (own[: len(value)] if own.ndim else own).copy_(value)
+        taken.append(name)
+    return taken
 
 
 def silu(x: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from flowvqtalker.render.layers import take_over
 from flowvqtalker.render.mesh_flow import APERTURES, PRIOR, warp
 from flowvqtalker.render.region_vqvae import (
     ChannelNorm,
@@ -258,7 +259,7 @@ class RegionVQIG(nn.Module):
         """Take over E_h, C and D_h, and start E_w and the trained D_h from them."""
         self.autoencoder.load_state_dict(state)
         self.encoder.load_state_dict(self.autoencoder.encoder.state_dict())
-        self.decoder.start_from(self.autoencoder.decoder)
+        take_over(self.decoder, self.autoencoder.decoder.state_dict())
 
     def cut(self, image: Tensor) -> Tensor:
         """The region of maps (B, C, s, s) of the whole crop."""

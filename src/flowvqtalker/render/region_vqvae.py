@@ -191,13 +191,6 @@ class RegionDecoder(nn.Module):
         nn.init.zeros_(self.out.weight[12:])
         nn.init.constant_(self.out.bias[12:], 2.0)  # type: ignore[index]
 
-    def start_from(self, other: RegionDecoder) -> None:
-        """Take over another decoder's weights, as far as this one has the same parts."""
-        own = self.state_dict()
-        for name, value in other.state_dict().items():
-            if name in own:  # the colours come first
-                own[name][: len(value)].copy_(value)
-
     def forward(self, z: Tensor, modulate: Callable[[int, Tensor], Tensor] | None = None) -> Tensor:
         x = self.stem(z) + self.position.to(z.dtype)
         x = F.pixel_shuffle(self.up8(self.level16(self.attention(x))), 2)

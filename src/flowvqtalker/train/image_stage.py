@@ -16,6 +16,7 @@ from flowvqtalker.data.shards import Shard
 from flowvqtalker.errors import UserError
 from flowvqtalker.face.model import FaceModel
 from flowvqtalker.face.topology import INNER_LIPS
+from flowvqtalker.render.layers import take_over
 from flowvqtalker.render.mesh_flow import PRIOR, MeshFlow, aperture_maps, identity_grid, upsample_flow
 from flowvqtalker.render.perceptual import PerceptualLoss
 
@@ -135,25 +136,17 @@ def load_codebook(file: Path, kind: Literal["data.codebook", "data.start"]) -> d
         raise UserError(f"{file} ({kind}) is not a readable safetensors file; copy it again") from error
 
 
-def _fits(value: Tensor, own: Tensor) -> bool:
-    """Whether a tensor is another or its first rows."""
-    return value.shape == own.shape or (value.ndim > 0 and value.shape[1:] == own.shape[1:] and len(value) < len(own))
-
-
 def load_matching(module: nn.Module, file: Path) -> None:
-    """Take over the tensors of another generator's weights that have this one's names and shapes, or are its first
-    rows.
+    """Take over another generator's weights as far as they fit (:func:`~flowvqtalker.render.layers.take_over`).
 
     Raises:
         UserError: if the file is missing or holds something else.
     """
     if not file.is_file():
         raise UserError(f"{file} not found; set data.start to the weights of an image generator, or leave it out")
-    own, given = module.state_dict(), load_file(file)
-    taken = {key: value for key, value in given.items() if key in own and _fits(value, own[key])}
+    given = load_file(file)
+    taken = take_over(module, given)
     if not any(key.startswith("encoder.") for key in taken):
         raise UserError(f"{file} (data.start) holds no image generator of this size; give one, or leave it out")
-    for key, value in taken.items():
-        own[key].view(-1)[: value.numel()].copy_(value.flatten())
-    new = sorted({key.split(".")[0] for key in own if key not in taken} - {"autoencoder"})
+    new = sorted({key.split(".")[0] for key in module.state_dict() if key not in taken} - {"autoencoder"})
     logger.info("%d of %d tensors come from %s; new parts: %s", len(taken), len(given), file, ", ".join(new) or "none")
