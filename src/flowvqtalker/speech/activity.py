@@ -66,7 +66,9 @@ def _thread_setting() -> Callable[[], object]:
     deep = getattr(os, "RTLD_DEEPBIND", None)
     if sys.platform != "linux" or deep is None or spec is None or spec.origin is None:
         return lambda: None
-    (path,) = Path(spec.origin).parent.glob("silero_vad*.so")
+    path = next(Path(spec.origin).parent.glob("silero_vad*.so"), None)
+    if path is None:  # another version of the wheel
+        return lambda: None
     try:
         limit = ctypes.CDLL(str(path), mode=os.RTLD_NOW | deep).omp_set_max_active_levels
     except AttributeError:  # built without OpenMP
