@@ -11,6 +11,8 @@ _CODE = """
 import signal, sys
 from flowvqtalker.runtime import openvino_core
 
+# A shell that runs tests in the background has interrupts ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.path.insert(0, {root!r})
 from tests.test_runtime import signal_stack
 
